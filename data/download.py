@@ -1,0 +1,168 @@
+"""Files from the network: resumed, checked, and at their own path only when whole."""
+
+import contextlib
+import email.utils
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+from urllib.parse import quote
+
+import requests
+from tqdm import tqdm
+
+from config import UserError, require
+
+TRIES = 5  # failures in a row, without a new byte between them, before giving up
+LONGEST_WAIT = 60  # seconds between two tries, whatever the server asks for
+
+
+class TryAgain(Exception):
+    """A failure that may pass: what it was, and how many seconds the server asks to wait."""
+
+    def __init__(self, what, wait=0.0):
+        super().__init__(what)
+        self.wait = wait
+
+
+def fetch(url, path, sha256=None, size=None, headers=None, first_wait=1.0):
+    """Downloads `url` to `path`, unless the right file is there already; returns the path.
+
+    Goes on where a dropped connection stopped; with a sha256 to check the result by, also where an interrupted run did.
+    After drops, 429 and 5xx it waits (first_wait seconds, then twice that, ..., or what Retry-After says) and tries
+    again. Raises UserError for a refusal, a wrong length or hash, and when it gives up.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    if right(path, sha256, size):
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # of several processes that want the file, one downloads
+            if right(path, sha256, size):
+                return path
+            if not sha256:
+                file.truncate(0)
+            download(url, file, size, headers or {}, first_wait)
+            file.flush()
+            if not right(part, sha256, size):
+                file.truncate(0)
+                raise UserError(f"{url} is not the expected file: its length or sha256 is wrong")
+            os.replace(part, path)
+    except requests.RequestException as error:  # says no more than its kind: the rest may hold the headers sent
+        raise UserError(f"cannot fetch {url}: {type(error).__name__}") from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            if not sha256 or part.stat().st_size == 0:
+                part.unlink()
+    return path
+
+
+def right(path, sha256, size):
+    """True for a file that is there and, as far as one can tell, the one expected."""
+    if not path.is_file() or (size is not None and path.stat().st_size != size):
+        return False
+    if sha256 is None:
+        return True
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest() == sha256
+
+
+def download(url, file, size, headers, first_wait):
+    """Requests `url` until `file` has all of it."""
+    headers = {"Accept-Encoding": "identity", **headers}
+    failures, most = 0, 0
+    with tqdm(desc=Path(file.name).stem, unit="B", unit_scale=True, disable=None) as bar:
+        while True:
+            try:
+                return request(url, file, size, headers, bar)
+            except requests.exceptions.SSLError:
+                raise
+            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+                problem = TryAgain(type(error).__name__)
+            except TryAgain as error:
+                problem = error
+            failures = 1 if file.tell() > most else failures + 1
+            most = max(most, file.tell())
+            require(failures < TRIES, f"cannot fetch {url}: {problem}, {TRIES} times in a row")
+            time.sleep(max(problem.wait, first_wait * 2 ** (failures - 1)))
+
+
+def request(url, file, size, headers, bar):
+    """One request for what `file` lacks; leaves in `headers` what the next one has to say to go on from there."""
+    have = file.seek(0, os.SEEK_END)
+    headers.update({"Range": f"bytes={have}-"} if have else {})
+    with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
+        refuse(url, response)
+        begins, total = extent(response)
+        if response.status_code == 416 and total == have:
+            return
+        if begins != have:  # the server does not know ranges, or the file has changed
+            file.truncate(0)
+            headers.pop("Range", None)
+            if begins != 0:
+                raise TryAgain("a wrong range")
+        require(size is None or total in (size, None), f"{url} has {total} bytes, not the {size} expected")
+        free = shutil.disk_usage(Path(file.name).parent).free
+        require((total or 0) - begins <= free, f"no space for the {total} bytes of {url}, only {free}")
+        version = response.headers.get("ETag", "W/")
+        headers.update({} if version.startswith("W/") else {"If-Range": version})
+        bar.total, bar.n = total, begins
+        for chunk in response.iter_content(2**16):
+            file.write(chunk)
+            bar.update(len(chunk))
+        if total is not None and file.tell() < total:
+            raise TryAgain("the connection drops")
+
+
+def refuse(url, response):
+    """Raises UserError where asking again is no use, TryAgain where it is."""
+    status = response.status_code
+    if status in (408, 429) or status >= 500:
+        raise TryAgain(f"the server answers {status}", retry_after(response.headers.get("Retry-After", "")))
+    help_ = {401: "; does it need HF_TOKEN?", 403: "; does it need HF_TOKEN, or its terms accepted on its page?"}
+    require(status in (200, 206, 416), f"{url} answers {status} {response.reason}{help_.get(status, '')}")
+
+
+def retry_after(text):
+    """The seconds that a Retry-After header (a number, or a date) asks for, within 0..LONGEST_WAIT."""
+    with contextlib.suppress(ValueError, TypeError):
+        wait = float(text) if text.isdigit() else email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        return min(max(wait, 0.0), LONGEST_WAIT)
+    return 0.0
+
+
+def extent(response):
+    """(first byte, length of the whole file or None) of what a response holds."""
+    length = response.headers.get("Content-Length", "")
+    if response.status_code == 200:
+        return 0, int(length) if length.isdigit() else None
+    match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)", response.headers.get("Content-Range", ""))
+    first, total = match.groups() if match else (None, None)
+    return int(first) if first else None, int(total) if total else None
+
+
+def hub_file(repo, filename, sha256=None, size=None):
+    """A file of a Hugging Face repository ("owner/name", "datasets/owner/name"), downloaded once -> path in the cache.
+
+    The token of HF_TOKEN goes to the Hub alone: requests drops it on the way to another host (a test sees to it).
+    """
+    parts = filename.split("/")
+    safe = all(re.fullmatch(r"[\w.+=-][\w .+=-]*", part) and part not in (".", "..") for part in [*repo.split("/"), *parts])
+    shape = re.fullmatch(r"(datasets/)?[\w.-]+(/[\w.-]+)?", repo)
+    require(safe and shape, f"'{repo}' and '{filename}' do not name a file of a Hub repository")
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    cache = Path(os.environ.get("NANOMDM_CACHE", Path.home() / ".cache" / "nanomdm"))
+    token = os.environ.get("HF_TOKEN")
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    url = f"{hub}/{repo}/resolve/main/{quote(filename)}"
+    return fetch(url, cache / repo / filename, sha256, size, headers)

@@ -1,0 +1,348 @@
+"""Token files: written once by `prepare`, read as shuffled blocks for training and in order for evaluation.
+
+A prepared folder holds flat token ids in shards (train_00000.bin, ..., val_00000.bin, ...) and meta.json, which is
+written last: a folder with a meta.json is complete.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import re
+import shutil
+import signal
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from config import UserError, require, whole_file
+from data import tokenizer as tokenizers
+
+DEFAULTS = {
+    "tokenizer": "char",  # char | byte | gpt2 | llama
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def held_out(name, fraction):
+    """True for about `fraction` of all names: a fixed pseudo-random choice that depends on nothing but the name."""
+    digest = hashlib.sha256(name.encode("utf8", "replace")).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def prepare(folder, documents, tokenizer, workers=1, shard_tokens=100_000_000):
+    """Tokenizes `documents`, an iterable of (split, text), into `folder`; returns its meta.
+
+    The documents are streamed: memory does not grow with their number. The folder keeps what it held until the new
+    shards are all written. Raises UserError where there is no text at all, or the system cannot write.
+    """
+    folder = Path(folder)
+    building = folder / ".preparing"
+    try:
+        shutil.rmtree(building, ignore_errors=True)  # what a killed run left
+        building.mkdir(parents=True)
+        splits = write_shards(building, documents, tokenizer, workers, shard_tokens)
+        require(splits, f"there is no text to prepare in {folder}")
+        dtype = id_type(tokenizer.vocab_size).name
+        meta = {"tokenizer": tokenizer.meta(), "vocab_size": tokenizer.vocab_size, "dtype": dtype, "splits": splits}
+        publish(building, folder, meta)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # a folder made for nothing; one that holds anything stays
+    return meta
+
+
+def summary(folder, meta):
+    """One line about a prepared folder, for people."""
+    parts = [f"{name} {s['tokens']:,} tokens of {s['documents']:,} documents" for name, s in meta["splits"].items()]
+    return f"{folder}: {', '.join(parts)}; {meta['tokenizer']['kind']} tokenizer, V = {meta['vocab_size']}"
+
+
+def publish(building, folder, meta):
+    """Swaps the new shards in; without a meta.json until the last of them is there."""
+    (folder / "meta.json").unlink(missing_ok=True)
+    for old in [path for split in {"train", "val", *meta["splits"]} for path in shards(folder, split)]:
+        old.unlink()
+    for new in building.iterdir():
+        new.rename(folder / new.name)
+    with whole_file(folder / "meta.json") as path:
+        path.write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf8")
+
+
+def id_type(vocab_size):
+    """The narrowest dtype that also holds the mask, id `vocab_size`."""
+    return np.dtype(np.uint16 if vocab_size <= 65535 else np.uint32)
+
+
+def write_shards(folder, documents, tokenizer, workers, shard_tokens):
+    """Writes all shards; returns {split: {tokens, documents, bytes}}, bytes being UTF-8 with the separators."""
+    splits = {}
+    with tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
+        for encoded in encode_all(batches(documents, tokenizer.separator), tokenizer, workers):
+            for split, ids, n_documents, n_bytes in encoded:
+                total = splits.setdefault(split, {"tokens": 0, "documents": 0, "bytes": 0})
+                append(folder, split, ids, total["tokens"], shard_tokens)
+                for key, amount in zip(total, (len(ids), n_documents, n_bytes), strict=True):
+                    total[key] += amount
+                bar.update(n_bytes)
+    return splits
+
+
+def append(folder, split, ids, tokens, shard_tokens):
+    """Appends `ids` to a split that has `tokens` already, beginning a new shard wherever one is full."""
+    while len(ids):
+        shard, filled = divmod(tokens, shard_tokens)
+        part, ids = ids[: shard_tokens - filled], ids[shard_tokens - filled :]
+        with open(folder / f"{split}_{shard:05d}.bin", "ab") as file:
+            file.write(part.tobytes())
+        tokens += len(part)
+
+
+def batches(documents, separator, characters=2**20):
+    """Groups (split, text) into lists of about `characters`; the separator goes between the documents of a split."""
+    batch, size, begun = [], 0, set()
+    for split, text in documents:
+        if not text:
+            continue
+        batch.append((split, separator * (split in begun) + text))
+        begun.add(split)
+        size += len(text)
+        if size >= characters:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode_batch(batch, tokenizer):
+    """[(split, ids, number of documents, number of bytes), ...] for a list of (split, text)."""
+    encoded = []
+    for split in sorted({split for split, _ in batch}):
+        texts = [text for name, text in batch if name == split]
+        ids = list(itertools.chain.from_iterable(map(tokenizer.document, texts)))
+        n_bytes = sum(len(text.encode("utf8", "replace")) for text in texts)
+        encoded.append((split, np.array(ids, id_type(tokenizer.vocab_size)), len(texts), n_bytes))
+    return encoded
+
+
+@functools.cache
+def rebuilt(meta):
+    """A worker's tokenizer, built once from its meta as JSON: not every tokenizer can be sent itself."""
+    return tokenizers.from_meta(json.loads(meta))
+
+
+def encode_remote(batch, meta):
+    return encode_batch(batch, rebuilt(meta))
+
+
+def encode_all(batches, tokenizer, workers):
+    """encode_batch over all batches, in their order, by several processes with a few batches under way each."""
+    if workers == 1:
+        yield from (encode_batch(batch, tokenizer) for batch in batches)
+        return
+    meta, pending = json.dumps(tokenizer.meta()), deque()
+    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is for the parent
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), **quiet) as pool:
+        try:
+            for batch in batches:
+                pending.append(pool.submit(encode_remote, batch, meta))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise UserError("a tokenizing process died, perhaps for lack of memory; try --workers=1") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def shards(folder, split):
+    """The shards of a split in their order."""
+    numbered = {path: re.fullmatch(rf"{re.escape(split)}_(\d+)\.bin", path.name) for path in Path(folder).iterdir()}
+    return sorted((path for path, match in numbered.items() if match), key=lambda path: int(numbered[path][1]))
+
+
+def read_meta(folder):
+    """The meta.json of a prepared folder; UserError where it is missing or damaged."""
+    folder = Path(folder)
+    own = (Path(__file__).parent / folder.name / "prepare.py").is_file()
+    recipe = f"data.{folder.name}.prepare" if own else f"data.text.prepare --input=FILE --out={folder}"
+    path = folder / "meta.json"
+    require(path.is_file(), f"no prepared data in {folder}; prepare it with: python -m {recipe}")
+    try:
+        meta = json.loads(path.read_text(encoding="utf8"))
+        counts = [split[key] for split in meta["splits"].values() for key in ("tokens", "documents", "bytes")]
+        good = all(type(n) is int and 0 < n < 2**63 for n in [meta["vocab_size"], *counts])
+        good = good and meta["dtype"] == id_type(meta["vocab_size"]).name and isinstance(meta["tokenizer"], dict)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        good = False
+    require(good, f"{path} is damaged; prepare it again with: python -m {recipe}")
+    return meta
+
+
+class Tokens:
+    """The tokens of one split as if they were one long array; they stay on disk.
+
+    Nothing is open or mapped between two reads: neither file handles nor resident memory grow with the data.
+    Raises UserError for a folder that is not prepared, lacks the split, or whose shards do not add up.
+    """
+
+    def __init__(self, folder, split):
+        self.folder, self.meta = Path(folder), read_meta(folder)
+        require(split in self.meta["splits"], f"{folder} has no split '{split}', only {', '.join(self.meta['splits'])}")
+        self.dtype = np.dtype(self.meta["dtype"])
+        self.vocab_size = self.meta["vocab_size"]
+        self.paths = shards(folder, split)
+        sizes = [path.stat().st_size for path in self.paths]
+        expected = self.meta["splits"][split]["tokens"] * self.dtype.itemsize
+        whole = sum(sizes) == expected and all(size % self.dtype.itemsize == 0 for size in sizes)
+        require(whole, f"the {split} shards of {folder} hold {sum(sizes)} bytes, not the {expected} of its meta.json")
+        self.borders = np.cumsum([0, *sizes]) // self.dtype.itemsize  # (shards + 1,) first token of each shard, and N
+
+    def __len__(self):
+        return int(self.borders[-1])
+
+    def __getitem__(self, span):
+        """tokens[a:b] -> (b - a,) int64, clipped as any slice is."""
+        start, stop, step = span.indices(len(self))
+        assert step == 1
+        return self.windows(np.array([start]), max(0, stop - start))[0]  # (b - a,)
+
+    def windows(self, starts, length):
+        """(n,) first positions -> (n, length) int64 tokens."""
+        assert np.all((starts >= 0) & (starts + length <= len(self)))
+        out = np.empty((len(starts), length), self.dtype)  # (n, length)
+        first = np.searchsorted(self.borders, starts, side="right") - 1  # (n,)
+        last = np.searchsorted(self.borders, starts + length, side="left")  # (n,) one past the last shard
+        for shard in sorted({shard for span in zip(first, last, strict=True) for shard in range(*span)}):
+            rows = np.flatnonzero((first <= shard) & (shard < last))
+            self._read(shard, rows, starts, out)
+        require(not out.size or out.max() < self.vocab_size, f"{self.folder} holds ids that its vocabulary lacks")
+        return out.astype(np.int64)
+
+    def _read(self, shard, rows, starts, out):
+        """Fills in what one shard has of these rows of out (n, length)."""
+        low, high = self.borders[shard : shard + 2]
+        with open(self.paths[shard], "rb", buffering=0) as file:
+            for row in rows:
+                a, b = max(starts[row], low), min(starts[row] + out.shape[1], high)
+                file.seek((a - low) * self.dtype.itemsize)
+                part = out[row, a - starts[row] : b - starts[row]]  # (b - a,)
+                require(file.readinto(part) == part.nbytes, f"{file.name} is shorter than it was when it was opened")
+
+
+def mix(x):
+    """A fixed scrambling of 64-bit words, any uint64 array (the finalizer of SplitMix64)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash_words(*numbers, count):
+    """`count` (8 at most) pseudo-random 64-bit words, a function of the integers in their order -> (count,) uint64."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8 * count).digest()
+    return np.frombuffer(digest, "<u8").astype(np.uint64)
+
+
+def permute(i, n, key, rounds=6):
+    """Where a pseudo-random permutation of range(n) sends each of i -> int64 in the shape of i, in constant memory.
+
+    A Feistel network on pairs (left, right) of Z_a x Z_b with a, b about sqrt(n): each round adds to one half a hash of
+    the other, which can be undone. The rectangle has up to a - 1 cells beyond n; an image that lands there is sent on
+    until it is in range, which keeps the map a bijection (Black and Rogaway, CT-RSA 2002).
+    """
+    a = np.uint64(math.isqrt(n - 1) + 1)
+    b = np.uint64(-(-n // int(a)))
+    keys = hash_words(key, n, count=rounds)  # (rounds,)
+    image = np.array(i, np.uint64)
+    outside = np.ones(image.shape, bool)
+    while outside.any():
+        left, right = image[outside] % a, image[outside] // a
+        for k in range(0, rounds, 2):
+            left = (left + mix(right + keys[k]) % a) % a
+            right = (right + mix(left + keys[k + 1]) % b) % b
+        image[outside] = right * a + left
+        outside = image >= np.uint64(n)
+    return image.astype(np.int64)
+
+
+class Blocks:
+    """Shuffled training blocks: every batch is a pure function of (seed, step, position in the global batch).
+
+    An epoch cuts the text into n windows from an offset of its own and takes each once, in an order of its own.
+    Raises UserError for a text shorter than one block.
+    """
+
+    def __init__(self, tokens, block_size, seed):
+        self.tokens, self.block_size, self.seed = tokens, block_size, seed
+        size = len(tokens)
+        require(size >= block_size, f"{tokens.folder} holds {size} tokens, less than one block of {block_size}")
+        self.n = max(1, (size - block_size + 1) // block_size)  # windows in an epoch, whatever its offset
+        self.offsets = min(block_size, size - self.n * block_size + 1)
+
+    def starts(self, index):
+        """(b,) sample numbers -> (b,) first positions of their windows."""
+        epoch, i = np.divmod(index, self.n)
+        out = np.empty_like(index)  # (b,)
+        for e in np.unique(epoch):
+            order, offset = map(int, hash_words(self.seed, int(e), count=2))
+            window = permute(i[epoch == e], self.n, order)
+            out[epoch == e] = offset % self.offsets + window * self.block_size
+        return out
+
+    def batch(self, step, positions, batch_size):
+        """The samples at `positions` (b,) of the global batch of `step` -> (b, block_size) int64."""
+        index = step * batch_size + np.asarray(positions, np.int64)  # (b,)
+        return self.tokens.windows(self.starts(index), self.block_size)
+
+
+def in_order(tokens, block_size):
+    """Yields the text from its beginning in blocks (block_size,) int64; what is left comes as a last, shorter one."""
+    for start in range(0, len(tokens), block_size):
+        yield tokens[start : start + block_size]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What counting alone achieves
+
+
+def ngram_nats(folder, limit=2**24):
+    """Nats per held-out token of n-gram models counted on the training text: {"unigram": ..., "bigram": ...}.
+
+    Witten-Bell smoothing, which has nothing to tune: after a context h seen c(h) times before T(h) distinct tokens,
+    p(v | h) = (c(hv) + T(h) p(v | h less its first token)) / (c(h) + T(h)), starting from the uniform 1/V.
+    Stops at trigrams, or where the table of V^n counts exceeds `limit`. Reads `limit` tokens of each split at most.
+    """
+    train, val = Tokens(folder, "train")[:limit], Tokens(folder, "val")[:limit]  # (N,) (M,)
+    V, nats = read_meta(folder)["vocab_size"], {}
+    p = np.full(len(val), 1 / V)  # (M,) of each held-out token
+    for n, name in enumerate(["unigram", "bigram", "trigram"], start=1):
+        if V**n > limit or len(val) < n:
+            break
+        counts = np.bincount(ngrams(train, n, V), minlength=V**n).reshape(-1, V)  # (V^(n-1), V)
+        seen, kinds = counts.sum(1), (counts > 0).sum(1)  # (V^(n-1),) c(h), T(h)
+        context, token = np.divmod(ngrams(val, n, V), V)  # (M - n + 1,)
+        c, t, backoff = seen[context], kinds[context], p[n - 1 :]
+        p[n - 1 :] = np.where(c > 0, (counts[context, token] + t * backoff) / np.maximum(c + t, 1), backoff)
+        nats[name] = float(-np.log(p).mean())
+    return nats
+
+
+def ngrams(x, n, V):
+    """(M,) tokens -> (M - n + 1,) each run of n tokens as one number in base V."""
+    count = max(0, len(x) - n + 1)
+    return sum(x[k : k + count] * V ** (n - 1 - k) for k in range(n))

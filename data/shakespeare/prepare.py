@@ -1,0 +1,37 @@
+"""Tiny Shakespeare: 1.1 MB of plays, the text that small character models are compared on.
+
+    python -m data.shakespeare.prepare [--input=FILE]
+
+The last 10% of the text are held out, as is the custom with this set, so that results compare with others'.
+"""
+
+import sys
+from pathlib import Path
+
+from config import UserError, require, run
+from data import download, loader, tokenizer
+
+DEFAULTS = {
+    "input": "",  # a local copy of the text; without one it is downloaded
+    "out": "data/shakespeare",  # folder to prepare
+}
+
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def main(config):
+    path = config["input"] or download.fetch(URL, Path(config["out"], "raw/input.txt"), SHA256)
+    try:
+        text = Path(path).read_text(encoding="utf8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} as UTF-8 text ({getattr(error, 'strerror', None) or error})") from None
+    cut = int(0.9 * len(text))
+    require(cut, f"{path} holds no text")
+    vocabulary = tokenizer.build(config["tokenizer"], [text])
+    meta = loader.prepare(config["out"], [("train", text[:cut]), ("val", text[cut:])], vocabulary)
+    print(loader.summary(config["out"], meta))
+
+
+if __name__ == "__main__":
+    run(main, sys.modules[__name__], loader)

@@ -1,0 +1,170 @@
+"""Text to token ids and back: characters, bytes, GPT-2's BPE, Llama 2's SentencePiece.
+
+All have one interface. A tokenizer knows V real tokens; id V is the mask, which no text contains and `decode` draws as
+a block, so that partly masked text can be read. `meta` holds all that is needed to build a tokenizer again.
+"""
+
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+from config import UserError, choose, require
+
+MASK = "█"
+
+
+class Tokenizer:
+    """What the four have in common; `table[i]` is the UTF-8 text of token i, with the mask's last."""
+
+    bos = None  # id that begins a document, if there is one
+    eot = None  # id that ends a document, if there is one
+    separator = ""  # text between two documents, where no id does it
+
+    def __init__(self, table):
+        self.table = [*table, MASK.encode()]
+        self.vocab_size = len(table)  # V, without the mask
+
+    def decode(self, ids):
+        """The text of ids in [0, V], V being the mask; bytes that are not UTF-8 come out as U+FFFD."""
+        return b"".join(self.table[i] for i in ids).decode("utf8", errors="replace")
+
+    def document(self, text):
+        """The ids of one whole document, with the marks of its border."""
+        return self.encode(text) + ([] if self.eot is None else [self.eot])
+
+    def meta(self):
+        return {"kind": self.kind}
+
+
+class Char(Tokenizer):
+    """One id per character of a fixed alphabet."""
+
+    kind = "char"
+    separator = "\n\n"
+
+    def __init__(self, alphabet):
+        self.alphabet = alphabet
+        self.ids = {character: i for i, character in enumerate(alphabet)}
+        super().__init__([character.encode("utf8", "replace") for character in alphabet])
+
+    def encode(self, text):
+        """Raises UserError for a character that the alphabet lacks."""
+        try:
+            return [self.ids[character] for character in text]
+        except KeyError as error:
+            raise UserError(
+                f"character {error.args[0]!r} is not among the {self.vocab_size} that this character-level tokenizer "
+                "knows from the text it was prepared on"
+            ) from None
+
+    def meta(self):
+        return {"kind": "char", "alphabet": self.alphabet}
+
+
+class Byte(Tokenizer):
+    """The 256 bytes of UTF-8: any text, no unknown symbol."""
+
+    kind = "byte"
+    separator = "\n\n"
+
+    def __init__(self):
+        super().__init__([bytes([i]) for i in range(256)])
+
+    def encode(self, text):
+        return list(text.encode("utf8", errors="replace"))
+
+
+class GPT2(Tokenizer):
+    """GPT-2's byte-pair encoding, V = 50257; id 50256 follows every document."""
+
+    kind = "gpt2"
+    eot = 50256
+
+    def __init__(self):
+        """Raises UserError where tiktoken neither has nor can fetch the vocabulary."""
+        import requests
+        import tiktoken
+
+        try:
+            self.bpe = tiktoken.get_encoding("gpt2")
+        except (requests.RequestException, ValueError, OSError) as error:
+            raise UserError(
+                f"tiktoken cannot fetch GPT-2's vocabulary ({type(error).__name__}); without a network, set "
+                "TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's copy of it"
+            ) from None
+        super().__init__([self.bpe.decode_single_token_bytes(i) for i in range(self.bpe.n_vocab)])
+
+    def encode(self, text):
+        return self.bpe.encode_ordinary(text)
+
+
+class Llama(Tokenizer):
+    """Llama 2's SentencePiece model, V = 32000. As in TinyLlama's and SMDM's data, id 1 begins every document."""
+
+    kind = "llama"
+    bos, eot = 1, 2
+
+    def __init__(self, path=None):
+        """Reads `path`, or the copy in the shared folder; UserError where neither is a SentencePiece model."""
+        try:
+            import sentencepiece
+        except ImportError:
+            raise UserError("the llama tokenizer needs one more package: pip install sentencepiece") from None
+        home = Path(os.environ.get("NANOMDM_SHARED", "../shared"), "data/llama_tokenizer/tokenizer.model")
+        self.path = next((p for p in (path, home) if p and Path(p).is_file()), None)
+        require(self.path, f"no Llama 2 tokenizer.model: put it at {home}, or set NANOMDM_SHARED to its shared folder")
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        except (RuntimeError, OSError):
+            raise UserError(f"{self.path} is not a SentencePiece model") from None
+        super().__init__([self._bytes(i) for i in range(self.pieces.vocab_size())])
+
+    def _bytes(self, i):
+        piece = self.pieces.id_to_piece(i)
+        return bytes([int(piece[1:-1], 16)]) if self.pieces.is_byte(i) else piece.replace("▁", " ").encode()
+
+    def encode(self, text):
+        return self.pieces.encode(text)
+
+    def decode(self, ids):
+        """As for all, less the one space that SentencePiece puts before a text."""
+        ids = list(ids)
+        begun = ids[:1] == [self.bos]
+        return self.table[self.bos].decode() * begun + super().decode(ids[begun:]).removeprefix(" ")
+
+    def document(self, text):
+        return [self.bos, *self.encode(text)]
+
+    def meta(self):
+        return {"kind": "llama", "path": str(Path(self.path).resolve())}
+
+
+KINDS = {tokenizer.kind: tokenizer for tokenizer in (Char, Byte, GPT2, Llama)}
+
+
+def build(kind, texts):
+    """A new tokenizer. `texts`, an iterable of str, is read for a character alphabet only.
+
+    The alphabet is taken from all the text, held-out documents included: a character that training never shows then
+    costs the model what it should. Leaving it out would mean altering the held-out text, and a bound that flatters.
+    """
+    choose("tokenizer", kind, KINDS)
+    if kind != "char":
+        return KINDS[kind]()
+    alphabet = set(Char.separator)
+    for text in tqdm(texts, desc="collecting characters", unit=" documents", disable=None):
+        alphabet.update(text)
+    return Char("".join(sorted(alphabet)))
+
+
+def from_meta(meta):
+    """The tokenizer that wrote `meta`; UserError where the meta is not one."""
+    require(isinstance(meta, dict) and "kind" in meta, f"a tokenizer's meta must be a dict with a kind, not {meta!r}")
+    rest = {key: value for key, value in meta.items() if key != "kind"}
+    keys = {"char": {"alphabet"}, "byte": set(), "gpt2": set(), "llama": {"path"}}
+    choose("tokenizer", meta["kind"], keys)
+    good = set(rest) <= keys[meta["kind"]] and all(isinstance(value, str) for value in rest.values())
+    alphabet = rest.get("alphabet", "") if meta["kind"] == "char" else "any"
+    require(good and alphabet and len(set(alphabet)) == len(alphabet), f"damaged meta of a {meta['kind']} tokenizer")
+    return KINDS[meta["kind"]](**rest)

@@ -1,0 +1,261 @@
+"""Absorbing-state (masked) diffusion: everything the method needs beyond a network. Read this file first.
+
+A clean sequence x0 is corrupted by hiding each token, independently, with a chance m(t) that grows from 0 at t = 0 to 1 at
+t = 1. A hidden token shows as `mask_id` and stays hidden. A network learns p(x0_i | visible tokens) at every hidden i; the
+reversed process then starts from all masks and reveals tokens, drawing each from that conditional.
+
+The reversed process is driven by the *concrete score*, the ratios p_t(y)/p_t(x) between x and every y that differs from it
+by one revealed token. RADD (arXiv 2406.03736, Theorem 1) shows that this ratio is an analytic scalar of time times a
+conditional of clean data: `concrete_score` below. Three things follow, and they are the whole repository:
+
+  a network without time     model.py reads tokens only                        (section 3.1 of the paper)
+  an exact likelihood bound  is a weighted cross-entropy: `draw_mask`, `nelbo`   (section 3.3)
+  a cached sampler           calls the network only when a token was revealed: `reveal_chance`, `expected_nfe` (section 3.2)
+
+All likelihoods are in nats.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+# ---- 1. A schedule is m(t), the chance that a token is hidden at time t, and its slope -------------------------------
+
+
+def loglinear(t, eps=0.0):
+    """m = (1 - eps) t, so sigma_bar = -log(1 - (1 - eps) t). RADD and SEDD trained with eps = 1e-3; ours is 0."""
+    return (1 - eps) * t, (1 - eps) * torch.ones_like(t)
+
+
+def cosine(t):
+    """m = sin(pi t / 2): hides tokens sooner than log-linear, so sampling reveals slowly at first."""
+    angle = math.pi / 2 * t
+    return angle.sin(), math.pi / 2 * angle.cos()
+
+
+def geometric(t, sigma_min=1e-4, sigma_max=20.0):
+    """m = 1 - exp(-sigma_bar), sigma_bar = sigma_min^(1-t) sigma_max^t. Runs from 1e-4 to 1 - 2e-9, not from 0 to 1."""
+    sigma_bar = sigma_min ** (1 - t) * sigma_max**t
+    return -torch.expm1(-sigma_bar), sigma_bar * math.log(sigma_max / sigma_min) * torch.exp(-sigma_bar)
+
+
+SCHEDULES = {"loglinear": loglinear, "cosine": cosine, "geometric": geometric}
+
+DEFAULTS = {
+    "schedule": "loglinear",  # loglinear | cosine | geometric; any_order, lambda_dce and ar have no use for it in training
+}
+
+
+# ---- 2. The concrete score: analytic in time, a clean conditional in data --------------------------------------------
+
+
+def concrete_score(log_p, m):
+    """p_t(x with hidden i := v) / p_t(x) = e^-sb / (1 - e^-sb) * p(x0_i = v | visible of x), with 1 - e^-sb = m.
+
+    log_p (..., V), m broadcastable -> (..., V). RADD Theorem 1 (eq. 3.2), arXiv 2406.03736.
+    """
+    return (1 - m) / m * log_p.exp()
+
+
+def score_entropy(log_score, x0, m, dm):
+    """Denoising score entropy of hidden positions, in nats: RADD eq. 2.11 (SEDD, arXiv 2310.16834).
+
+    log_score (..., V) of a network whose output need not be normalised, x0 (...) -> (...). With score = (1 - m)/m e^logit
+    it equals dm/m * (-logit[x0] + sum_v e^logit_v - 1); where the logits are log-probabilities the sum is 1 and what is left
+    is the weighted cross-entropy that `nelbo` computes: that is all the difference between t_dse and t_dce.
+    """
+    ratio = (1 - m) / m  # the true score: `ratio` at the clean token, 0 elsewhere
+    at_x0 = log_score.gather(-1, x0[..., None]).squeeze(-1)
+    rate = dm / (1 - m)  # sigma'(t)
+    return rate * (log_score.exp().sum(-1) - ratio * at_x0 + ratio * (ratio.log() - 1))
+
+
+# ---- 3. Objectives are data: which positions are hidden, and what a hidden token weighs ------------------------------
+
+OBJECTIVES = ["any_order", "lambda_dce", "t_dce", "t_dse", "ar"]
+
+
+def draw_mask(objective, u, noise, schedule=loglinear):
+    """One draw of the corruption: (mask (B, L) bool, weight (B,)), from uniform u (B,) in (0, 1) and noise (B, L) in [0, 1).
+
+    The expectation over u and noise of sum_i weight * CE_i over hidden i bounds -log p(x0) from above, and is the same
+    number for each of (RADD eq. 3.7):
+      any_order   exactly k hidden, k uniform on 1..L, weight L/k            eq. 2.16
+      lambda_dce  each hidden with chance lam = u, weight 1/lam              eq. 3.6
+      t_dce, t_dse  each hidden with chance m(t), t = u, weight m'(t)/m(t)   eq. 3.5, 2.11
+    A weight that is not the slope over the chance gives a number that is not a bound.
+    """
+    L = noise.shape[1]
+    if objective == "any_order":
+        k = (1 + (u * L).floor()).clamp(max=L)  # (B,)
+        rank = noise.argsort(dim=1).argsort(dim=1)  # (B, L) a uniform permutation
+        return rank < k[:, None], L / k
+    m, dm = loglinear(u) if objective == "lambda_dce" else schedule(u)  # (B,), (B,)
+    return noise < m[:, None], dm / m
+
+
+def stratified(jitter, position, batch_size):
+    """Low-variance u for draw_mask: one in each of batch_size equal strata of (0, 1), in antithetic pairs (u, 1 - u).
+
+    position (B,) counts in the whole (global) batch; 2j and 2j + 1 are a pair and must bring the same jitter in [0, 1).
+    Each u alone is uniform, so every estimate stays unbiased. For any_order a pair is (k, L + 1 - k): it hides L + 1 tokens,
+    so a batch hides exactly B (L + 1) / 2 and the head works on a static number of rows.
+    """
+    u = (position // 2 + 1 - jitter) / batch_size  # (B,) in (0, 1/2 + 1/(2 batch_size)]
+    return torch.where(position % 2 == 1, 1 - u, u)
+
+
+def uniforms(seed, step, position, n):
+    """(B, n) uniform numbers in [0, 1), float64: row b is a pure function of (seed, step, position[b]).
+
+    A counter-based generator (Philox) jumps to any row, so every process draws its own rows of the global batch, and a
+    resumed run draws what it would have drawn.
+    """
+    rows = [np.random.Philox(key=[seed, 0], counter=[0, 0, int(p), step]) for p in position]
+    return torch.from_numpy(np.stack([np.random.Generator(row).random(n) for row in rows]))
+
+
+def training_mask(objective, seed, step, position, batch_size, L, schedule=loglinear):
+    """draw_mask for rows `position` of a global batch, stratified over the batch: the same for any number of processes."""
+    position = torch.as_tensor(position)  # (B,)
+    jitter = uniforms(seed, step, batch_size + position // 2, 1).squeeze(1)  # (B,) counters past the batch's own rows
+    noise = uniforms(seed, step, position, L)  # (B, L)
+    return draw_mask(objective, stratified(jitter, position, batch_size), noise, schedule)
+
+
+# ---- 4. The bound: one weighted cross-entropy ------------------------------------------------------------------------
+
+
+def nelbo(model, x0, mask, weight, rows=None, normalised=True):
+    """The loss: weight * cross-entropy, summed over hidden positions. An upper bound on -log p(x0) in expectation.
+
+    x0 (B, L), mask (B, L) bool, weight (B,) -> (loss, nats): loss a scalar, the sum over the batch, to be differentiated;
+    nats (B,) the same by sequence, without a gradient. `rows` may bring hidden_rows(mask), computed ahead.
+    normalised=False is score entropy (t_dse) on e^logit as it is: CE becomes -logit[x0] + sum_v e^logit_v - 1.
+
+    Only hidden positions count, so only their rows pass the head, a chunk at a time: (B, L, V) never exists.
+    """
+    B, L = x0.shape
+    rows = hidden_rows(mask) if rows is None else rows  # (N,)
+    x = torch.where(mask, model.mask_id, x0)  # (B, L)
+    h = model.hidden(x, rows)  # (N, D)
+    row_weight = (weight[:, None] * mask).flatten()[rows].to(h.device, torch.float32)  # (N,)
+    loss, ce = head_loss(h, *model.head_parameters(), x0.flatten()[rows], row_weight, normalised)
+    return loss, ce.new_zeros(B).index_add(0, rows // L, row_weight * ce)
+
+
+def ar_nll(model, x0):
+    """Exact -log p(x0), left to right, of a causal network: the baseline. x0 (B, L) -> (loss, nats (B,)) as in nelbo.
+
+    The network reads the sequence shifted by one, behind a start token.
+    """
+    B, L = x0.shape
+    x = torch.cat([x0.new_full((B, 1), model.start_id), x0[:, :-1]], dim=1)  # (B, L)
+    h = model.hidden(x).flatten(0, 1)  # (B*L, D)
+    loss, ce = head_loss(h, *model.head_parameters(), x0.flatten(), torch.ones(B * L, device=h.device))
+    return loss, ce.view(B, L).sum(1)
+
+
+def hidden_rows(mask, multiple=1):
+    """Flat indices of hidden positions, (N,). N is rounded up to a multiple with visible rows, which weigh nothing.
+
+    Few distinct N mean few compiled programs; computed where the mask is drawn, it costs the accelerator no wait.
+    """
+    flat = mask.flatten()
+    n = -(-int(flat.sum()) // multiple) * multiple
+    return (~flat).to(torch.uint8).argsort(stable=True)[:n]
+
+
+def head_loss(h, head_weight, head_bias, target, row_weight, normalised=True, chunk=512):
+    """(sum of row_weight * CE, CE (N,) without gradient) for h (N, D) and target (N,), `chunk` rows at a time."""
+    if torch.is_grad_enabled():
+        return HeadLoss.apply(h, head_weight, head_bias, target, row_weight, normalised, chunk)
+    pieces = zip(h.split(chunk), target.split(chunk), strict=True)
+    ce = torch.cat([row_ce(F.linear(a, head_weight, head_bias).float(), b, normalised)[0] for a, b in pieces])  # (N,)
+    return (row_weight * ce).sum(), ce
+
+
+def row_ce(logits, target, normalised):
+    """Cross-entropy of each row and e^logit, divided by its sum if normalised: logits (N, V) -> (N,), (N, V)."""
+    top = logits.max(-1, keepdim=True).values if normalised else 0.0
+    p = (logits - top).exp()  # (N, V)
+    total = p.sum(-1, keepdim=True)  # (N, 1)
+    at_target = (logits - top).gather(-1, target[:, None])  # (N, 1)
+    if normalised:
+        return (total.log() - at_target).squeeze(-1), p / total
+    return (total - 1 - at_target).squeeze(-1), p
+
+
+class HeadLoss(torch.autograd.Function):
+    """Head and cross-entropy with the gradient taken on the way forward.
+
+    d loss / d logits = row_weight * (p - onehot) needs nothing from upstream but a scalar factor, so each chunk's logits can
+    be turned into gradients of h and of the head at once and dropped: memory (chunk, V) in place of (N, V), and no product
+    is computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, h, head_weight, head_bias, target, row_weight, normalised, chunk):
+        dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
+        W = head_weight.to(dtype)  # (V, D)
+        dh = torch.empty_like(h)  # (N, D)
+        dW = torch.zeros_like(head_weight, dtype=torch.float32)  # (V, D)
+        db = torch.zeros_like(head_bias) if head_bias is not None else None  # (V,)
+        ces = []
+        for start in range(0, len(h), chunk):
+            piece = slice(start, start + chunk)
+            part = h[piece].to(dtype)  # (chunk, D)
+            logits = F.linear(part, W, None if head_bias is None else head_bias.to(dtype))  # (chunk, V)
+            ce, g = row_ce(logits.float(), target[piece], normalised)  # (chunk,), (chunk, V)
+            g.scatter_add_(1, target[piece, None], g.new_full((len(part), 1), -1.0)).mul_(row_weight[piece, None])
+            if db is not None:
+                db += g.sum(0)
+            g = g.to(dtype)
+            dh[piece] = g @ W
+            dW += g.T @ part
+            ces.append(ce)
+        ctx.save_for_backward(dh, dW, db)
+        ce = torch.cat(ces)  # (N,)
+        ctx.mark_non_differentiable(ce)
+        return (row_weight * ce).sum(), ce
+
+    @staticmethod
+    def backward(ctx, scale, _):
+        dh, dW, db = ctx.saved_tensors
+        return dh * scale, dW * scale, None if db is None else db * scale, None, None, None, None
+
+
+# ---- 5. Reveal times: when the reversed process reveals a position, drawn before the network is asked ----------------
+
+
+def reveal_chance(schedule, t, s, sampler="ancestral"):
+    """Chance that a token hidden at time t is revealed by the step to s < t: (...) from t, s (...), in float64.
+
+    ancestral (tau-leaping = Tweedie for this process): 1 - m(s)/m(t), exact (eq. D.14).
+    euler: the first-order rate (t - s) m'(t)/m(t), at most 1 (eq. D.15). Equal for log-linear: (t - s)/t (eq. D.16).
+    """
+    m, dm = schedule(t)
+    return 1 - schedule(s)[0] / m if sampler == "ancestral" else ((t - s) * dm / m).clamp(max=1.0)
+
+
+def reveal_law(schedule, steps, sampler="ancestral"):
+    """r (steps,): the chance that a position is revealed at step k of `steps` equal steps from t = 1 to 0 (sums to 1).
+
+    It depends on nothing but time, so a position's step can be drawn before the first network call. The last step reveals
+    all that is left, also where the schedule does not end at 0 or the Euler rate falls short.
+    """
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)  # (steps + 1,)
+    p = reveal_chance(schedule, t[:-1], t[1:], sampler)  # (steps,)
+    p[-1] = 1.0
+    still_hidden = torch.cat([p.new_ones(1), (1 - p[:-1]).cumprod(0)])  # (steps,)
+    return still_hidden * p
+
+
+def expected_nfe(r, L):
+    """Expected network calls to reveal L hidden positions: a step needs one only if it reveals something.
+
+    sum_k 1 - (1 - r_k)^L (RADD eq. 3.4); n (1 - (1 - 1/n)^L) for n steps of the log-linear schedule (eq. D.31).
+    """
+    return float((1 - (1 - r) ** L).sum())

@@ -1,0 +1,196 @@
+"""The network: a Transformer that reads partly hidden tokens and predicts the hidden ones. It is not told the time.
+
+One class holds both published architectures (RADD: LayerNorm, biases, GELU; SMDM: RMSNorm, SwiGLU, no biases), causal or
+not, and the variants that train faster at small scale.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+DEFAULTS = {
+    "n_layer": 6,
+    "n_head": 4,
+    "n_embd": 256,
+    "block_size": 256,  # the longest sequence
+    "vocab_size": 0,  # V, without the mask; train.py takes it from the data
+    "causal": False,  # True for the autoregressive baseline (objective ar)
+    "norm": "layer",  # layer | rms
+    "mlp": "gelu",  # gelu | swiglu | relu2
+    "mlp_hidden": 0,  # width inside the MLP; 0: 4 * n_embd
+    "bias": True,  # in norms, MLP and head (never in attention), as RADD has them
+    "qk_norm": False,  # RMS-normalise queries and keys
+    "zero_init": "none",  # start at zero: none | head (RADD) | all (head and both output projections of each block)
+    "dropout": 0.0,
+    "rotary_bf16": False,  # round the rotary tables to bfloat16, as SMDM's weights expect
+    "start_id": -1,  # the token that stands before the first one of a causal network; -1: the mask
+    "unused_rows": 0,  # rows of the head past V that a weight format holds and nothing uses (RADD: 1)
+}
+
+
+def attend(q, k, v, causal):
+    """Softmax attention. q (B, H, Lq, d), k and v (B, H, Lk, d) -> (B, H, Lq, d); causal counts from the end of k."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # The fused kernel in bfloat16 is about three times slower on a CPU than its two products written out.
+        score = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5  # (B, H, Lq, Lk)
+        if causal and q.shape[2] > 1:
+            hide = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[2] - q.shape[2])
+            score = score.masked_fill(hide, -torch.inf)
+        return score.softmax(-1).to(v.dtype) @ v
+    if causal and q.shape[2] not in (1, k.shape[2]):
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal and q.shape[2] > 1)
+
+
+def rotate(z, cos, sin):
+    """Rotary position embedding (arXiv 2104.09864) on half-split pairs (i, i + d/2). z (B, H, L, d); cos, sin (L, d/2)."""
+    a, b = z.chunk(2, dim=-1)  # (B, H, L, d/2) each
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(z.dtype)
+
+
+def make_norm(config):
+    D = config["n_embd"]
+    return nn.LayerNorm(D, eps=1e-5, bias=config["bias"]) if config["norm"] == "layer" else nn.RMSNorm(D, eps=1e-5)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D, self.kind = config["n_embd"], config["mlp"]
+        width = config["mlp_hidden"] or 4 * D
+        if self.kind == "swiglu":
+            self.gate = nn.Linear(D, width, bias=config["bias"])
+        self.up = nn.Linear(D, width, bias=config["bias"])
+        self.down = nn.Linear(width, D, bias=config["bias"])
+
+    def forward(self, h):  # (..., D) -> (..., D)
+        if self.kind == "swiglu":
+            return self.down(F.silu(self.gate(h)) * self.up(h))
+        h = self.up(h)  # (..., width)
+        return self.down(F.relu(h).square() if self.kind == "relu2" else F.gelu(h, approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        D = config["n_embd"]
+        self.n_head, self.causal, self.qk_norm = config["n_head"], config["causal"], config["qk_norm"]
+        self.norm1 = make_norm(config)
+        self.qkv = nn.Linear(D, 3 * D, bias=False)
+        self.proj = nn.Linear(D, D, bias=False)
+        self.norm2 = make_norm(config)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config["dropout"])
+
+    def forward(self, h, cos, sin, rows=None, cache=None):  # (B, L, D) -> (B, L, D), or (N, D) where rows (N,) are given
+        B, L, D = h.shape
+        q, k, v = self.qkv(self.norm1(h)).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
+        if self.qk_norm:
+            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, H, L so far, d) each
+        y = attend(q, k, v, self.causal).transpose(1, 2).reshape(B, L, D)  # (B, L, D)
+        if rows is not None:  # every position was read above; from here on a row depends on itself alone
+            h, y = h.flatten(0, 1)[rows], y.flatten(0, 1)[rows]  # (N, D) each
+        h = h + self.drop(self.proj(y))
+        return h + self.drop(self.mlp(self.norm2(h)))
+
+
+class Cache:
+    """Keys and values of one layer of a causal network, for at most `length` positions."""
+
+    def __init__(self, length):
+        self.length, self.n, self.k, self.v = length, 0, None, None
+
+    def append(self, k, v):
+        if self.k is None:
+            shape = (*k.shape[:2], self.length, k.shape[3])
+            self.k, self.v = k.new_empty(shape), v.new_empty(shape)  # (B, H, length, d) each
+        start, self.n = self.n, self.n + k.shape[2]
+        self.k[:, :, start : self.n], self.v[:, :, start : self.n] = k, v
+        return self.k[:, :, : self.n], self.v[:, :, : self.n]
+
+
+class Transformer(nn.Module):
+    """model(x) -> logits (B, L, V) for x (B, L) in [0, V], where V = mask_id is the mask: it can be read, not predicted."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, V = config["n_embd"], config["vocab_size"]
+        assert D % config["n_head"] == 0 and (D // config["n_head"]) % 2 == 0
+        self.config = config
+        self.block_size, self.vocab_size, self.mask_id = config["block_size"], V, V
+        self.start_id = V if config["start_id"] < 0 else config["start_id"]
+        self.embed = nn.Embedding(V + 1, D)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config["n_layer"]))
+        self.norm = make_norm(config)
+        self.unembed = nn.Linear(D, V + config["unused_rows"], bias=config["bias"])
+        cos, sin = rotary_tables(config)  # (block_size, d/2) each
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
+        """SMDM's initialisation (arXiv 2410.18514): N(0, 2/(5 D)), output projections N(0, 1/(D n_layer^2))."""
+        config, D = self.config, self.config["n_embd"]
+        for name, parameter in self.named_parameters():
+            out = name.endswith(("proj.weight", "down.weight"))
+            if parameter.dim() == 2:
+                zero = (config["zero_init"] == "all" and out) or (config["zero_init"] != "none" and name == "unembed.weight")
+                std = 1 / (math.sqrt(D) * config["n_layer"]) if out else math.sqrt(2 / (5 * D))
+                nn.init.normal_(parameter, std=0.0 if zero else std)
+            else:
+                nn.init.ones_(parameter) if "norm" in name and name.endswith("weight") else nn.init.zeros_(parameter)
+
+    def hidden(self, x, rows=None, cache=None):
+        """The last layer, normed: x (B, L) -> (B, L, D); with rows (N,), flat indices into B*L, only those: (N, D).
+
+        The last block's output projection, MLP and norm work on the wanted rows alone, which changes no result.
+        `cache`, a list of one Cache a block, makes a causal network go on from the positions that the cache holds.
+        """
+        start = cache[0].n if cache else 0
+        assert start + x.shape[1] <= self.block_size, f"{start + x.shape[1]} tokens, block_size {self.block_size}"
+        cos, sin = self.cos[start : start + x.shape[1]], self.sin[start : start + x.shape[1]]  # (L, d/2) each
+        h = self.embed(x)  # (B, L, D)
+        for i, block in enumerate(self.blocks):
+            last = i == len(self.blocks) - 1
+            h = block(h, cos, sin, rows if last else None, cache[i] if cache else None)
+        return self.norm(h)
+
+    def head_parameters(self):
+        """(weight (V, D), bias (V,) or None) of the head; the mask has no row in it."""
+        bias = self.unembed.bias
+        return self.unembed.weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
+
+    def head(self, h):
+        """h (..., D) -> logits (..., V)."""
+        return F.linear(h, *self.head_parameters())
+
+    def forward(self, x):
+        return self.head(self.hidden(x))
+
+    def flops_per_token(self, L, head_share=1.0):
+        """Multiply-adds x 2 of matrix products in one forward pass, per token of a sequence of L.
+
+        head_share: the part of the positions whose row leaves the last block (hidden ones); their output projection, MLP
+        and head are counted, the others' are not. Training costs three times this (arXiv 2204.02311, appendix B).
+        """
+        D, n_layer = self.config["n_embd"], self.config["n_layer"]
+        block = self.blocks[0]
+        tail = block.proj.weight.numel() + sum(p.numel() for p in block.mlp.parameters() if p.dim() == 2)
+        attention = 2 * L * D // (2 if self.config["causal"] else 1)
+        products = n_layer * (block.qkv.weight.numel() + attention) + (n_layer - 1 + head_share) * tail
+        return 2 * (products + head_share * self.vocab_size * D)
+
+
+def rotary_tables(config):
+    """cos, sin (block_size, d/2): angles position * 10000^(-2i/d)."""
+    d = config["n_embd"] // config["n_head"]
+    frequency = 1.0 / 10000 ** (torch.arange(0, d, 2).float() / d)  # (d/2,)
+    angle = torch.outer(torch.arange(config["block_size"]).float(), frequency)  # (block_size, d/2)
+    dtype = torch.bfloat16 if config["rotary_bf16"] else torch.float32
+    return angle.cos().to(dtype).float(), angle.sin().to(dtype).float()

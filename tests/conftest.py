@@ -1,0 +1,101 @@
+"""What the tests share: a network that can be enumerated, and the path to data that lives outside the repository.
+
+A `Table` stands in for the Transformer wherever the mathematics is checked. Its answers to all (V+1)^L partly hidden inputs
+are tabulated, so that expectations are sums, and with the true conditionals of a known joint they have known values.
+"""
+
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+V, L = 3, 4
+
+
+class Table(torch.nn.Module):
+    """The network's interface over a table of logits ((V+1)^L, L, V), in float64: a row for each x in [0, V]^L.
+
+    The table is one parameter, so it has a gradient and a device as a network has. The features are the logits themselves
+    (D = V) and the head is the identity. Reads sequences of length L = block_size only.
+    """
+
+    def __init__(self, logits):
+        super().__init__()
+        self.block_size, self.vocab_size = logits.shape[1:]
+        self.mask_id = self.start_id = self.vocab_size
+        self.logits = torch.nn.Parameter(logits.clone())  # ((V+1)^L, L, V)
+        self.register_buffer("identity", torch.eye(self.vocab_size, dtype=logits.dtype))  # (V, V)
+
+    def hidden(self, x, rows=None):  # (B, L) -> (B, L, V), or (N, V) where rows (N,) are given
+        assert x.shape[1] == self.block_size
+        place = (self.vocab_size + 1) ** torch.arange(self.block_size - 1, -1, -1, device=x.device)  # (L,)
+        h = self.logits[(x * place).sum(1)]  # (B, L, V)
+        return h if rows is None else h.flatten(0, 1)[rows]
+
+    def head_parameters(self):
+        return self.identity, None
+
+    def head(self, h):
+        return h
+
+    def forward(self, x):
+        return self.head(self.hidden(x))
+
+
+def states(n, length):
+    """Every sequence of `length` ids below n, in the order of Table's rows: (n^length, length)."""
+    return torch.tensor(list(itertools.product(range(n), repeat=length)))
+
+
+def random_joint(seed=1):
+    """p(x0) > 0 over [0, V)^L, float64: (V, V, V, V)."""
+    noise = torch.randn(V**L, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return (1.5 * noise).softmax(0).view([V] * L)
+
+
+def random_logits(seed=2):
+    """Logits ((V+1)^L, L, V) that belong to no joint and are not normalised."""
+    return torch.randn((V + 1) ** L, L, V, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def true_conditionals(joint):
+    """log p(x0_i = v | visible tokens of x) at the hidden positions i of every x, noise at the others: ((V+1)^L, L, V)."""
+    log_p = random_logits(seed=3).log_softmax(-1)  # what a network says of visible positions must not matter
+    for row, x in enumerate(states(V + 1, L).tolist()):
+        agree = joint[tuple(slice(None) if token == V else slice(token, token + 1) for token in x)]  # V or 1 along each axis
+        for i in (i for i in range(L) if x[i] == V):
+            log_p[row, i] = (agree.sum([j for j in range(L) if j != i]) / agree.sum()).log()  # (V,)
+    return log_p
+
+
+@pytest.fixture
+def joint():
+    return random_joint()
+
+
+@pytest.fixture
+def network(joint):
+    """A Table that knows the true conditionals of `joint`."""
+    return Table(true_conditionals(joint))
+
+
+@pytest.fixture
+def arbitrary():
+    """A Table whose conditionals are random and agree with no joint; its logits are log-probabilities."""
+    return Table(random_logits().log_softmax(-1))
+
+
+@pytest.fixture
+def shared():
+    """shared(NAME) -> Path in the folder NANOMDM_SHARED (default: shared/ beside the repository); skips without it."""
+
+    def path(name):
+        there = (ROOT / os.environ.get("NANOMDM_SHARED", "../shared") / name).resolve()
+        if not there.exists():
+            pytest.skip(f"needs {there}; set NANOMDM_SHARED to the folder that holds {name}")
+        return there
+
+    return path

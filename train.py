@@ -1,0 +1,425 @@
+"""Training: one loop for a laptop, one GPU, or many under torchrun.
+
+    python train.py configs/pydocs.py                                       one process
+    torchrun --nproc-per-node=8 train.py configs/radd_small.py              eight
+
+A batch, its masks and its dropout are functions of (seed, step, place in the global batch) and of nothing else. So the
+number of processes and the micro-batch change the speed and not the run, and a stopped run goes on as if it had never
+stopped. The same command resumes it.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import checkpoint
+import config as settings
+import diffusion
+import evaluate
+import model as network
+import sample
+from config import choose, require
+from data import loader, tokenizer
+
+DEFAULTS = {
+    "data": "data/pydocs",  # a prepared folder
+    "out_dir": "out/pydocs",  # checkpoint and log go here
+    "resume": True,  # go on from out_dir/ckpt.pt where there is one; False: start again and overwrite it
+    "objective": "any_order",  # any_order | lambda_dce | t_dce | t_dse | ar (the causal baseline)
+    "loss_weight": "bound",  # what training weighs a hidden token with: bound | sqrt (of the bound's weight) | constant
+    "random_length": 0.0,  # chance that a step's sequences are cut to a random length (SMDM: 0.01)
+    "batch_size": 32,  # sequences a step, over all processes
+    "micro_batch_size": 0,  # sequences a process puts through the network at once; 0: its whole share
+    "max_iters": 3000,
+    "optimizer": "adamw",  # adamw | muon (Muon for the matrices of the blocks, AdamW for the rest)
+    "learning_rate": 1e-3,  # of both: Muon's updates are scaled to the size of AdamW's
+    "min_lr": 0.0,  # where the decay ends
+    "warmup_iters": 100,
+    "lr_decay": "cosine",  # cosine | linear | constant
+    "decay_start": 0.0,  # the part of the run before the decay begins (0.5: constant, then down over the last half)
+    "beta1": 0.9,
+    "beta2": 0.95,
+    "weight_decay": 0.1,  # of matrices; decay_all: of every parameter
+    "decay_all": False,
+    "grad_clip": 1.0,  # largest norm of the gradient; 0: no clipping
+    "ema": 0.0,  # decay of the averaged weights that are then judged and sampled; 0: no average
+    "compile": False,
+    "log_interval": 10,
+    "eval_interval": 500,  # also how often the checkpoint is saved
+    "eval_sequences": 64,  # held-out blocks judged at each evaluation
+    "eval_draws": 4,  # draws of the corruption for each of them
+    "show_sample": True,  # print one free sample at each evaluation
+}
+
+
+# ---- Settings ----------------------------------------------------------------------------------------------------------
+
+
+def check(config, world):
+    """Raises UserError for settings that cannot be trained."""
+    choose("objective", config["objective"], diffusion.OBJECTIVES)
+    choose("schedule", config["schedule"], diffusion.SCHEDULES)
+    choose("loss_weight", config["loss_weight"], ["bound", "sqrt", "constant"])
+    choose("optimizer", config["optimizer"], ["adamw", "muon"])
+    choose("lr_decay", config["lr_decay"], ["cosine", "linear", "constant"])
+    choose("norm", config["norm"], ["layer", "rms"])
+    choose("mlp", config["mlp"], ["gelu", "swiglu", "relu2"])
+    choose("zero_init", config["zero_init"], ["none", "head", "all"])
+    for key in ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters", "log_interval", "eval_interval"):
+        require(config[key] > 0, f"{key} must be at least 1, not {config[key]}")
+    for key in ("micro_batch_size", "warmup_iters", "eval_sequences", "learning_rate", "weight_decay", "grad_clip", "seed"):
+        require(config[key] >= 0, f"{key} must be 0 or more, not {config[key]}")
+    for key in ("dropout", "ema", "decay_start", "random_length", "beta1", "beta2"):
+        require(0 <= config[key] <= 1, f"{key} must be from 0 to 1, not {config[key]}")
+    require(config["eval_draws"] > 0, f"eval_draws must be at least 1, not {config['eval_draws']}")
+    D, H = config["n_embd"], config["n_head"]
+    require(D % (2 * H) == 0, f"n_embd {D} must be a multiple of 2 * n_head = {2 * H}")
+    causal = config["objective"] == "ar"
+    clash = "causal" in config.get("given", ()) and config["causal"] != causal
+    require(not clash, f"objective '{config['objective']}' trains a network with causal={causal}; leave causal out")
+    micro = config["micro_batch_size"] or config["batch_size"] // world
+    fits = micro and config["batch_size"] % (world * micro) == 0
+    require(fits, f"batch_size {config['batch_size']} must be a multiple of {world} processes x micro_batch_size {micro}")
+
+
+def merge_resumed(config, saved, path):
+    """The model keys of the checkpoint win; a different one that the user asked for is an error. -> config"""
+    kept = {key: saved[key] for key in [*network.DEFAULTS, "objective"]}
+    for key in config.get("given", ()):
+        same = key not in kept or config[key] == kept[key]
+        require(same, f"{path} was trained with {key}={kept.get(key)}, not {config[key]}; start again with --resume=False")
+    return config | kept
+
+
+# ---- Parts of the recipe ---------------------------------------------------------------------------------------------
+
+
+class Loss(torch.nn.Module):
+    """What is differentiated, as a module, because DistributedDataParallel watches a module's forward."""
+
+    def __init__(self, model, objective):
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, x0, mask=None, weight=None, rows=None):
+        if self.objective == "ar":
+            return diffusion.ar_nll(self.model, x0)
+        return diffusion.nelbo(self.model, x0, mask, weight, rows, normalised=self.objective != "t_dse")
+
+
+def make_batch(config, blocks, step, position):
+    """Rows `position` of the global batch of `step`: (x0 (b, L), mask (b, L), weight (b,), rows (N,)), on the CPU.
+
+    The weight is that of training: a hidden token may count otherwise than in the bound, which has the same optimum and,
+    in practice, less noise. Evaluation always weighs as the bound does.
+    """
+    x0 = torch.from_numpy(blocks.batch(step, position, config["batch_size"]))  # (b, block_size)
+    coin, length = diffusion.uniforms(config["seed"], step, [2**62], 2)[0].tolist()  # one draw for the whole step
+    if coin < config["random_length"]:
+        x0 = x0[:, : 1 + int(length * x0.shape[1])]  # (b, L)
+    if config["objective"] == "ar":
+        return (x0,)
+    schedule = diffusion.SCHEDULES[config["schedule"]]
+    arguments = (config["objective"], config["seed"], step, position, config["batch_size"], x0.shape[1])
+    mask, weight = diffusion.training_mask(*arguments, schedule)  # (b, L), (b,)
+    if config["loss_weight"] != "bound":
+        weight = torch.full_like(weight, 2.0) if config["loss_weight"] == "constant" else 2 * weight.sqrt()
+    return x0, mask, weight.float(), diffusion.hidden_rows(mask, multiple=128)
+
+
+def make_optimizers(config, model):
+    """[AdamW] or [AdamW, Muon]; decay on matrices only unless decay_all."""
+    named = dict(model.named_parameters())
+    muon = [p for n, p in named.items() if config["optimizer"] == "muon" and n.startswith("blocks.") and p.dim() == 2]
+    rest = [p for p in named.values() if not any(p is q for q in muon)]
+    matrices = [p for p in rest if p.dim() == 2 or config["decay_all"]]
+    vectors = [p for p in rest if not (p.dim() == 2 or config["decay_all"])]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    common = {"lr": config["learning_rate"], "weight_decay": config["weight_decay"]}
+    fused = rest[0].device.type in ("cpu", "cuda")
+    betas = (config["beta1"], config["beta2"])
+    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, fused=fused, **common)]
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, adjust_lr_fn="match_rms_adamw", **common))
+    return optimizers
+
+
+def learning_rate(step, config):
+    """Linear warm-up, constant up to decay_start, then a decay to min_lr at max_iters."""
+    peak, floor, warmup = config["learning_rate"], config["min_lr"], config["warmup_iters"]
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    start = max(warmup, config["decay_start"] * config["max_iters"])
+    done = min(1.0, max(0.0, (step - start) / max(1, config["max_iters"] - start)))  # 0..1
+    left = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config["lr_decay"]]
+    return floor + (peak - floor) * left
+
+
+@torch.no_grad()
+def update_average(average, model, decay, step):
+    """Moves the averaged weights towards the model's; early on faster, so that the start is forgotten."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
+def matmul_flops(device, autocast, n=1024, seconds=0.3):
+    """Floating-point operations a second of a plain matrix product here and now: what utilisation is measured against."""
+    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)  # (n, n) each
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    with autocast(), torch.no_grad():
+        a, b = (a @ b).to(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else a, b
+        b = b.to(a.dtype)
+        best, began = math.inf, time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            wait()
+            start = time.perf_counter()
+            for _ in range(4):
+                a @ b
+            wait()
+            best = min(best, (time.perf_counter() - start) / 4)
+    return 2 * n**3 / best
+
+
+class Stop:
+    """Notes Ctrl-C or SIGTERM, so that the loop can finish its step and save; a second Ctrl-C is not held back."""
+
+    def __init__(self, world):
+        self.world, self.signal = world, 0
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, _):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def now(self, step, interval):
+        """Whether to stop after this step. Processes must agree, and do so every `interval` steps."""
+        if self.world > 1:
+            if step % interval:
+                return False
+            signals = [0] * self.world
+            dist.all_gather_object(signals, self.signal)
+            self.signal = max(signals)
+        return bool(self.signal)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def open_log(path, step, rank):
+    """log.jsonl beside the checkpoint, open for appending. Entries past `step`, which will be made again, are dropped."""
+    if rank:
+        return contextlib.nullcontext()
+    path = path.with_name("log.jsonl")
+    lines = path.read_text().splitlines() if step and path.is_file() else []
+    with settings.whole_file(path) as temporary:
+        temporary.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+    return open(path, "a", buffering=1)
+
+
+def write(log, entry):
+    if log:
+        log.write(json.dumps(entry) + "\n")
+
+
+def mean_over_processes(value, world):
+    """The mean of a tensor over the processes, as a number."""
+    if world > 1:
+        dist.all_reduce(value)
+    return value.item() / world
+
+
+def can_compile(device):
+    """torch.compile needs a C++ compiler for the CPU; without one training is slower, not impossible."""
+    there = device.type != "cpu" or shutil.which("c++") or shutil.which("g++")
+    if not there:
+        tqdm.write("no C++ compiler found: going on without compile")
+    return bool(there)
+
+
+def processes(config):
+    """(world, rank) as torchrun set them; each process of a CUDA run gets its own device."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world > 1:
+        if config["device"] in ("auto", "cuda") and torch.cuda.is_available():
+            config["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(config["device"])
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if config["device"].startswith("cuda") else "gloo")
+    return world, rank
+
+
+def train_step(config, step, blocks, loss_of, optimizers, device, autocast, world, rank):
+    """One optimizer step on this process's rows of the global batch -> the loss a token, a tensor on the device.
+
+    Each process has consecutive rows, in micro-batches of consecutive rows: both halves of an antithetic pair stay together.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+    if config["dropout"]:
+        torch.manual_seed(int(diffusion.uniforms(config["seed"], step, [2**62 + 1 + rank], 1) * 2**53))
+    share = config["batch_size"] // world
+    micro = config["micro_batch_size"] or share
+    total = 0.0
+    for first in range(rank * share, (rank + 1) * share, micro):
+        batch = make_batch(config, blocks, step, range(first, first + micro))
+        batch = [z.to(device, non_blocking=True) for z in batch]
+        last = first + micro == (rank + 1) * share
+        with contextlib.nullcontext() if last or world == 1 else loss_of.no_sync():
+            with autocast():
+                loss, _ = loss_of(*batch)
+            loss = loss / (batch[0].numel() * (share // micro))
+            loss.backward()
+        total += loss.detach()
+    if config["grad_clip"]:
+        torch.nn.utils.clip_grad_norm_(loss_of.parameters(), config["grad_clip"])
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return total
+
+
+def judge(config, model, judged, bytes_per_token, autocast, world, rank):
+    """The bound on the blocks `judged`, each process taking its part: (dict, line) of evaluate.report, on every process."""
+    mine = list(range(rank, len(judged), world))
+    estimator = "ar" if config["causal"] else "any_order"
+    model.eval()
+    nats = evaluate.sequence_nats(
+        model, [judged[i] for i in mine], estimator, config["eval_draws"], seed=config["seed"], autocast=autocast
+    ).tolist()
+    model.train()
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, (mine, nats))
+        nats = [nat for _, nat in sorted(pair for part in parts for pair in zip(*part, strict=True))]
+    return evaluate.report(nats, [len(block) for block in judged], bytes_per_token)
+
+
+def one_sample(config, model, text, device, autocast):
+    """The text of one free sample."""
+    x = torch.full((1, config["block_size"]), model.mask_id, device=device)  # (1, L)
+    fill = sample.sample_ar if config["causal"] else sample.sample
+    model.eval()
+    tokens, _ = fill(model, x, seed=config["seed"], autocast=autocast)
+    model.train()
+    return text.decode(tokens[0].tolist())
+
+
+# ---- The recipe -------------------------------------------------------------------------------------------------------
+
+
+def main(config):
+    """Trains as config says; returns the last evaluation, a dict of evaluate.report. Raises UserError."""
+    # Settings: those of the command, unless a checkpoint in out_dir says that a run has begun.
+    config = dict(config)
+    world, rank = processes(config)
+    say = tqdm.write if rank == 0 else lambda *_: None
+    path = Path(config["out_dir"]) / "ckpt.pt"
+    state = checkpoint.read(path) if config["resume"] and path.is_file() else None
+    if state:
+        config = merge_resumed(config, state["config"], path)
+    check(config, world)
+    device, autocast = settings.machine(config)
+
+    # Data: shuffled blocks to learn from, and held-out ones to be judged on.
+    train, val = loader.Tokens(config["data"], "train"), loader.Tokens(config["data"], "val")
+    text = tokenizer.from_meta(train.meta["tokenizer"])
+    fits = not state or state["tokenizer"] == text.meta()
+    require(fits, f"{path} was trained with another tokenizer than {config['data']} has")
+    config |= {"vocab_size": train.vocab_size, "causal": config["objective"] == "ar"}
+    blocks = loader.Blocks(train, config["block_size"], config["seed"])
+    judged = evaluate.spread(list(loader.in_order(val, config["block_size"])), config["eval_sequences"])
+    bytes_per_token = val.meta["splits"]["val"]["bytes"] / len(val)
+
+    # Model, the average of its weights, optimizers.
+    torch.manual_seed(config["seed"])
+    model = network.Transformer(config).to(device)
+    average = copy.deepcopy(model) if config["ema"] else None
+    optimizers = make_optimizers(config, model)
+    start = state["step"] if state else 0
+    if state:
+        model.load_state_dict(state["model"])
+        if average:
+            average.load_state_dict(state["ema"] or state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizer"], strict=True):
+            optimizer.load_state_dict(saved)
+        say(f"going on from {path} at step {start} of {config['max_iters']}")
+
+    # What is differentiated: compiled, and spread over the processes.
+    loss_of = Loss(model, config["objective"])
+    if config["compile"] and can_compile(device):
+        model.hidden = torch.compile(model.hidden)
+    if world > 1:
+        loss_of = DistributedDataParallel(loss_of, gradient_as_bucket_view=True)
+
+    # What a step costs, and what the machine could do.
+    step_tokens = config["batch_size"] * config["block_size"]
+    flops = 3 * model.flops_per_token(config["block_size"], 1.0 if config["causal"] else 0.5) * step_tokens
+    peak = matmul_flops(device, autocast) * world
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{parameters:,} parameters, {len(train):,} training tokens in {blocks.n:,} blocks of {config['block_size']}")
+    say(f"{world} process(es) on {device.type}, {peak / 1e9:.0f} GFLOP/s in a plain matrix product")
+
+    # The loop: a step, now and then a line in the log, an evaluation and a checkpoint.
+    result = None
+    with (
+        open_log(path, start, rank) as log,
+        Stop(world) as stop,
+        tqdm(total=config["max_iters"], initial=start, disable=rank > 0, unit="step") as bar,
+    ):
+        clock, since = time.perf_counter(), start
+        for step in range(start + 1, config["max_iters"] + 1):
+            loss = train_step(config, step - 1, blocks, loss_of, optimizers, device, autocast, world, rank)
+            if average:
+                update_average(average, model, config["ema"], step)
+            bar.update()
+
+            done = step == config["max_iters"] or stop.now(step, config["log_interval"])
+            if step % config["log_interval"] == 0 or done:
+                loss = mean_over_processes(loss, world)  # the only wait for the device
+                speed = (step - since) / (time.perf_counter() - clock)  # steps a second
+                bar.set_postfix_str(f"loss {loss:.3f}, {speed * step_tokens:.0f} tokens/s, {speed * flops / peak:.0%} MFU")
+                entry = {"step": step, "loss": loss, "learning_rate": learning_rate(step - 1, config)}
+                entry |= {"tokens": step * step_tokens, "tokens_per_second": speed * step_tokens}
+                write(log, entry | {"flops": step * flops, "mfu": speed * flops / peak})
+                require(math.isfinite(loss), f"the loss is {loss} at step {step}; the last good checkpoint is {path}")
+                clock, since = time.perf_counter(), step
+
+            if step % config["eval_interval"] == 0 or step == config["max_iters"]:
+                best = average or model
+                result, line = judge(config, best, judged, bytes_per_token, autocast, world, rank)
+                say(f"step {step}: {line}")
+                write(log, {"step": step} | result)
+                if config["show_sample"] and rank == 0:
+                    say(f"---- a sample\n{one_sample(config, best, text, device, autocast)}\n----")
+            if rank == 0 and (step % config["eval_interval"] == 0 or done):
+                state = {"config": config, "tokenizer": text.meta(), "step": step, "model": model.state_dict()}
+                state |= {"ema": average.state_dict() if average else None}
+                checkpoint.save(path, state | {"optimizer": [optimizer.state_dict() for optimizer in optimizers]})
+                clock, since = time.perf_counter(), step
+            if stop.signal:
+                break
+    if stop.signal:
+        say(f"stopped and saved {path} at step {step}; the same command goes on from there")
+        raise KeyboardInterrupt
+    return result
+
+
+if __name__ == "__main__":
+    settings.run(main, settings, diffusion, network, sys.modules[__name__])
