@@ -8,7 +8,6 @@ Hub name such as JingyangOu/radd-t-dce or nieshen/SMDM/mdm_safetensors/mdm-170M-
 Nothing in a file is ever executed.
 """
 
-import ast
 import json
 import pickle
 import re
@@ -21,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import config as settings
-from config import UserError, choose, nearest, require, typed, whole_file
+from config import UserError, choose, require, typed, whole_file
 from data import download, tokenizer
 from model import DEFAULTS as MODEL
-from model import Transformer, rotary_tables
+from model import SIZES, Transformer, rotary_tables
 
 DEFAULTS = {
     "ckpt": "",  # what to export: a folder, a file or a Hub name
@@ -32,7 +31,7 @@ DEFAULTS = {
     "format": "nanomdm",  # nanomdm | radd | smdm
 }
 
-# ---- 1. Our own checkpoint ---------------------------------------------------------------------------------------------
+# ---- 1. Our own checkpoint -------------------------------------------------------------------------------------------
 
 
 def save(path, state):
@@ -52,17 +51,21 @@ def read(path):
     file = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
     require(file.is_file(), f"no checkpoint {file}")
     state = unpickle(file)
-    ours = isinstance(state, dict) and all(isinstance(state.get(key), dict) for key in ("config", "model"))
-    require(ours, f"{file} is not a checkpoint of train.py: it has no config and model")
+    require(is_ours(state), f"{file} is not a checkpoint of train.py: it has no config and model")
     return state
+
+
+def is_ours(state):
+    return isinstance(state, dict) and all(isinstance(state.get(key), dict) for key in ("config", "model"))
 
 
 def unpickle(file):
     """torch.load of data alone: UserError for a damaged file, and for a pickle that names code, which does not run."""
     try:
         zipped = zipfile.is_zipfile(file)  # all but the oldest files; only these can be mapped into memory
-        if zipped and zipfile.ZipFile(file).testzip():
-            raise zipfile.BadZipFile("wrong checksum")
+        if zipped:
+            with zipfile.ZipFile(file) as archive:
+                require(archive.testzip() is None, "a checksum is wrong")
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged pickle can raise anything
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
@@ -70,7 +73,7 @@ def unpickle(file):
         raise UserError(f"{file} {what}") from None
 
 
-# ---- 2. Formats: one table of names each, and one function each way ----------------------------------------------------
+# ---- 2. Formats: a table of names each, and one function each way ----------------------------------------------------
 
 NAMES = {  # model.py's name of a module or tensor -> the published one
     "nanomdm": {},
@@ -97,7 +100,7 @@ NAMES = {  # model.py's name of a module or tensor -> the published one
         "unembed": "lm_head",
     },
 }
-BLOCK = {  # the model keys that a format fixes
+FIXED = {  # the model keys that a format has one value for
     "nanomdm": {},
     "radd": {"causal": False, "norm": "layer", "mlp": "gelu", "bias": True, "qk_norm": False, "rotary_bf16": False},
     "smdm": {"norm": "rms", "mlp": "swiglu", "bias": False, "qk_norm": False, "rotary_bf16": True, "unused_rows": 0},
@@ -114,30 +117,299 @@ def published(name, format):
 
 def to_format(weights, config, format):
     """model.py's tensors -> a format's tensors."""
-    H, D = config["n_head"], config["n_embd"]
+    D, d = config["n_embd"], config["n_embd"] // config["n_head"]
     out = {}
     for name, w in weights.items():
-        if format == "smdm" and name.endswith("qkv.weight"):  # [q, k, v] rows of one head after the other
-            w = w.view(3, H, -1, D).transpose(0, 1).reshape(-1, D)  # (3D, D)
-        if format == "smdm" and name == "embed.weight" and config["causal"]:  # has no mask to read
+        if format == "smdm" and name.endswith("qkv.weight"):  # the rows of one head after the other: its q, k, v
+            w = w.view(3, -1, d, D).transpose(0, 1).reshape(-1, D)  # (3D, D)
+        if format == "smdm" and name == "embed.weight" and config["causal"]:  # there is no mask to read
             w = w[:-1]  # (V, D)
         if format == "radd" and name.startswith("unembed") and not config["unused_rows"]:  # a row for the mask
             w = torch.cat([w, torch.zeros_like(w[:1])])  # (V + 1, D) or (V + 1,)
         out[published(name, format)] = w
     if format == "radd":
-        out[FREQUENCY] = 1.0 / 10000 ** (torch.arange(0, D // H, 2, device="cpu").float() * H / D)  # (d/2,)
+        out[FREQUENCY] = 1.0 / 10000 ** (torch.arange(0, d, 2).float() / d)  # (d/2,)
     return out
 
 
 def from_format(found, names, config, format):
-    """A format's tensors -> those that model.py calls `names`, float32. The inverse of to_format."""
-    H, D = config["n_head"], config["n_embd"]
+    """A format's tensors -> those that model.py calls `names`, in float32. The inverse of to_format."""
+    D, d = config["n_embd"], config["n_embd"] // config["n_head"]
     out = {}
     for name in names:
         w = found[published(name, format)].float()
         if format == "smdm" and name.endswith("qkv.weight"):
-            w = w.view(H, 3, -1, D).transpose(0, 1).reshape(-1, D)  # (3D, D)
+            w = w.view(-1, 3, d, D).transpose(0, 1).reshape(-1, D)  # (3D, D)
         if format == "smdm" and name == "embed.weight" and config["causal"]:
             w = torch.cat([w, torch.zeros_like(w[:1])])  # (V + 1, D)
         out[name] = w
     return out
+
+
+# ---- 3. A config from what the files say -----------------------------------------------------------------------------
+
+
+def size_config(name):
+    """The model keys of SMDM's architecture (arXiv 2410.18514) in a size of its table; UserError for an unknown name."""
+    sizes = zip(("n_layer", "n_head", "n_embd", "mlp_hidden"), choose("size", name, SIZES), strict=True)
+    return {key: FIXED["smdm"][key] for key in ("norm", "mlp", "bias", "rotary_bf16")} | dict(sizes)
+
+
+def own_config(raw, found, where):
+    """Of our checkpoints and exports: what was saved, each model key in its type."""
+    return raw | {key: typed(f"{where}: {key}", raw.get(key, default), default) for key, default in MODEL.items()}
+
+
+def radd_config(raw, found, where):
+    """Of RADD's files (arXiv 2406.03736): {tokens, noise, model, ...}, in some one level deeper."""
+    raw = raw["config"] if "model" not in raw and isinstance(raw.get("config"), dict) else raw
+    net = raw.get("model")
+    require(isinstance(net, dict), f"{where}: there is no model with its sizes")
+    keys = {"n_layer": "n_blocks", "n_head": "n_heads", "n_embd": "hidden_size", "block_size": "length"}
+    sizes = {ours: typed(f"{where}: model.{theirs}", net.get(theirs), 0) for ours, theirs in keys.items()}
+    sizes["vocab_size"] = typed(f"{where}: tokens", raw.get("tokens"), 0)
+    sizes["dropout"] = typed(f"{where}: model.dropout", net.get("dropout", 0.0), 0.0)
+    # Their network is normalised, also for score entropy (t_DSE), which is then the same as cross-entropy.
+    objectives = {"k_dce": "any_order", "t_dce": "t_dce", "t_dse": "t_dce"}
+    told = str(raw.get("training", where)).lower().replace("-", "_")  # if not there, then perhaps in the repository's name
+    recipe = {"objective": next((ours for theirs, ours in objectives.items() if theirs in told), "lambda_dce")}
+    recipe["schedule"] = "geometric" if "geometric" in str(raw.get("noise")) else "loglinear"
+    return MODEL | FIXED["radd"] | {"zero_init": "head", "unused_rows": 1} | sizes | recipe
+
+
+def smdm_config(raw, found, where):
+    """Of SMDM's files, which say little but the shapes of their tensors."""
+    shapes = []
+    for name in ("lm_head.weight", "transformer.wte.weight", "transformer.h.0.mlp.swiglu.w1.weight"):
+        require(name in found and found[name].dim() == 2, f"{where}: the matrix {name} is missing")
+        shapes.append(found[name].shape)
+    (V, D), (rows, _), (width, _) = shapes
+    require(rows in (V, V + 1), f"{where}: transformer.wte.weight has {rows} rows; a vocabulary of {V} has {V} or {V + 1}")
+    n_layer = len({name.split(".")[2] for name in found if name.startswith("transformer.h.")})
+    n_head = next((size[1] for size in SIZES.values() if (size[0], size[2]) == (n_layer, D)), None)
+    unknown = f"{where}: no size has {n_layer} layers of width {D}; put a config.json with n_head beside it"
+    require(n_head or "n_head" in raw, unknown)
+    told = {"n_head": n_head, "block_size": 2048} | {key: raw[key] for key in ("n_head", "block_size") if key in raw}
+    sizes = {key: typed(f"{where}: {key}", told[key], 0) for key in told}
+    sizes |= {"vocab_size": V, "n_layer": n_layer, "n_embd": D, "mlp_hidden": width}
+    kind = {"causal": rows == V, "start_id": 1 if rows == V else -1, "objective": "ar" if rows == V else "lambda_dce"}
+    return MODEL | FIXED["smdm"] | sizes | kind
+
+
+CONFIGS = {"nanomdm": own_config, "radd": radd_config, "smdm": smdm_config}
+TOKENIZERS = {("radd", 50257): {"kind": "gpt2"}, ("smdm", 32000): {"kind": "llama"}}  # by (format, V)
+
+
+def read_settings(file):
+    """(dict, its path) of the settings beside a file of weights, config.json or that of RADD's trainer; {} if none."""
+    beside, hydra = file.with_name("config.json"), file.resolve().parent.parent / ".hydra" / "config.yaml"
+    path = next((path for path in (beside, hydra) if path.is_file()), None)
+    if path is None:
+        return {}, file
+    try:
+        text = path.read_text(encoding="utf8")
+        raw = read_yaml(text) if path is hydra else json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        raise UserError(f"{path} is damaged") from None
+    require(isinstance(raw, dict), f"{path} must hold a dict, not a {type(raw).__name__}")
+    return raw, path
+
+
+def read_yaml(text):
+    """Nested `key: value` lines as nested dicts of text; whatever else YAML has is passed over."""
+    parents = [(-1, {})]  # (indentation, dict), outermost first
+    for spaces, key, value in re.findall(r"^( *)(\w+):[ \t]*([^#\n]*)", text, re.M):
+        while parents[-1][0] >= len(spaces):
+            parents.pop()
+        value = value.strip().strip("'\"") or {}
+        parents[-1][1][key] = value
+        if value == {}:
+            parents.append((len(spaces), value))
+    return parents[0][1]
+
+
+# ---- 4. Loading ------------------------------------------------------------------------------------------------------
+
+
+def load(path, device="cpu", ema=True):
+    """(model, tokenizer or None, config) of all that the top of this file names; the model in eval mode on `device`.
+
+    config: the keys that built the model, "objective" and the tokenizer's meta; for ours all that it was trained with.
+    ema takes averaged weights where there are some. A tokenizer that cannot be built here (no package, no network) is None
+    and a warning. On the CPU the weights stay in the file's pages: no second copy is made. Raises UserError for all that
+    is damaged or of another shape.
+    """
+    file = locate(path)
+    state = read_tensors(file)
+    if is_ours(state):
+        raw, where = state["config"] | {"tokenizer": state.get("tokenizer")}, file
+        found = (ema and state.get("ema")) or state["model"]
+    else:
+        raw, where = read_settings(file)
+        found = state["model"] if isinstance(state.get("model"), dict) else state
+    format = recognise(found, file)
+    require(raw or format == "smdm", f"{file} needs a config.json beside it: its tensors do not tell the number of heads")
+    config = CONFIGS[format](raw, found, where)
+    model = skeleton(config, len(found), where)
+    if format == "radd" and ema and state.get("ema"):
+        found, config["ema"] = averaged(state["ema"], model, file), True
+    fill(model, found, config, format, file)
+    meta = raw.get("tokenizer") if format == "nanomdm" else TOKENIZERS.get((format, config["vocab_size"]))
+    return model.to(device).eval(), text_of(meta), config | {"tokenizer": meta}
+
+
+def locate(path):
+    """The file of weights that a path or a Hub name stands for."""
+    file = Path(path)
+    if file.is_dir():
+        names = ["ckpt.pt", "model.safetensors", "pytorch_model.bin", "checkpoints-meta/checkpoint.pth"]
+        others = ", ".join(sorted(other.name for other in file.glob("*.safetensors"))) or "no other .safetensors"
+        file = next((file / name for name in names if (file / name).is_file()), None)
+        require(file, f"no checkpoint in folder {path}: none of {', '.join(names)}, but {others}")
+    return file if file.exists() else from_hub(str(path))
+
+
+def from_hub(name):
+    """Fetches OWNER/REPO (config.json and weights) or OWNER/REPO/FILE; returns the path of the weights."""
+    owner, *rest = name.split("/")
+    like_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name) and not Path(owner).exists() and owner != "out"
+    require(like_hub, f"no checkpoint {name}: no such file or folder, and not a Hub name (OWNER/REPO or OWNER/REPO/FILE)")
+    repo = f"{owner}/{rest[0]}"
+    try:
+        if rest[1:]:
+            return download.hub_file(repo, "/".join(rest[1:]))
+        download.hub_file(repo, "config.json")
+        return download.hub_file(repo, "model.safetensors")
+    except UserError as error:
+        raise UserError(f"no file or folder {name}, and as a Hub name: {error}") from None
+
+
+def read_tensors(file):
+    """The dict in a file, whose first bytes tell what it is: safetensors, or a pickle."""
+    try:
+        with open(file, "rb") as opened:
+            head = opened.read(9)
+        if head[8:] == b"{":  # safetensors: a header in JSON behind its length
+            with safe_open(file, "pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read {file}: {error}") from None
+    state = unpickle(file)
+    require(isinstance(state, dict), f"{file} is not a checkpoint: it holds a {type(state).__name__}")
+    return state
+
+
+def recognise(found, file):
+    """The format: the one whose name the embedding has."""
+    known = {published("embed.weight", format): format for format in NAMES}
+    format = next((known[name] for name in known if name in found), None)
+    plain = format and all(isinstance(w, torch.Tensor) for w in found.values())
+    require(plain, f"{file} holds no model known here: it must be tensors only, with one named {' or '.join(known)}")
+    return format
+
+
+def skeleton(config, n_tensors, where):
+    """The network without memory for its weights; UserError for sizes that none can have."""
+    least = {"vocab_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "block_size": 1, "mlp_hidden": 0, "unused_rows": 0}
+    for key, low in least.items():
+        require(low <= config[key] < 2**20, f"{where}: {key} cannot be {config[key]}")
+    D, H, n_layer = (config[key] for key in ("n_embd", "n_head", "n_layer"))
+    require(n_layer <= n_tensors, f"{where}: {n_layer} layers, but only {n_tensors} tensors")
+    require(D % (2 * H) == 0, f"{where}: a width of {D} does not divide into {H} heads of an even size")
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def averaged(ema, model, file):
+    """The averaged weights under RADD's names: its trainer leaves a list in the order of the parameters."""
+    names = [published(name, "radd") for name, _ in model.named_parameters()]
+    shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
+    good = isinstance(shadow, list) and [type(w) for w in shadow] == [torch.Tensor] * len(names)
+    require(good, f"{file}: ema must have shadow_params, a list of {len(names)} tensors")
+    return dict(zip(names, shadow, strict=True))
+
+
+def fill(model, found, config, format, file):
+    """Makes the tensors found the weights of the skeleton; UserError where a name or a shape does not fit."""
+    names = model.state_dict()
+    expected = to_format(names, config, format)
+    if FREQUENCY not in found:  # no parameter, so not among the averages of RADD's trainer
+        expected.pop(FREQUENCY, None)
+    for name in [*expected, *found]:
+        there, wanted = (tuple(part[name].shape) if name in part else "absent" for part in (found, expected))
+        require(there == wanted, f"{file}: the tensor {name} is {there}, but by its config it has to be {wanted}")
+    base = FREQUENCY not in found or torch.allclose(found[FREQUENCY].float(), expected[FREQUENCY])
+    require(base, f"{file}: {FREQUENCY} is not that of rotary embeddings with base 10000")
+    model.load_state_dict(from_format(found, names, config, format), assign=True)
+    model.cos, model.sin = rotary_tables(config)  # (block_size, d/2) each; in no file
+
+
+def text_of(meta):
+    """The tokenizer of a meta; None, and a warning, where it cannot be built."""
+    try:
+        return tokenizer.from_meta(meta) if meta else None
+    except UserError as error:
+        print(f"warning: text can be neither read nor written: {error}", file=sys.stderr)
+        return None
+
+
+# ---- 5. Export -------------------------------------------------------------------------------------------------------
+
+
+def export(ckpt, to, format):
+    """Writes config.json and model.safetensors (float32) to folder `to`, as the format's own code reads them.
+
+    Raises UserError where the model does not fit the format, or the system cannot write.
+    """
+    choose("format", format, NAMES)
+    model, _, config = load(ckpt)
+    refuse_misfit(config, format, ckpt)
+    tensors = {name: w.contiguous() for name, w in to_format(model.state_dict(), config, format).items()}
+    about = json.dumps(format_config(config, format), indent=1, ensure_ascii=False)
+    with whole_file(Path(to) / "config.json") as config_file, whole_file(Path(to) / "model.safetensors") as weights_file:
+        config_file.write_text(about, encoding="utf8")
+        try:
+            save_file(tensors, weights_file)
+        except SafetensorError as error:  # what safetensors makes of an OSError
+            raise UserError(f"cannot write {to}/model.safetensors: {error}") from None
+
+
+def refuse_misfit(config, format, ckpt):
+    """UserError for the first thing about a model that the format has no place for."""
+    for key, value in FIXED[format].items():
+        require(config[key] == value, f"{ckpt} has {key}={config[key]}, which format {format} cannot say: only {value}")
+    wide = format == "radd" and config["mlp_hidden"] not in (0, 4 * config["n_embd"])
+    require(not wide, f"{ckpt} has mlp_hidden={config['mlp_hidden']}, which format radd cannot say: only 4 * n_embd")
+    start = format == "smdm" and config["causal"] and config["start_id"] < 0
+    require(not start, f"{ckpt} reads the mask before the first token (start_id=-1); causal smdm has no embedding for it")
+
+
+def format_config(config, format):
+    """What config.json says."""
+    V, D, H = config["vocab_size"], config["n_embd"], config["n_head"]
+    if format == "radd":
+        size = {"hidden_size": D, "n_blocks": config["n_layer"], "n_heads": H, "length": config["block_size"]}
+        rest = {"name": "nanomdm", "type": "ddit_wot", "cond_dim": 128, "dropout": config["dropout"]}
+        kind = "geometric" if config.get("schedule") == "geometric" else "loglinear"  # which no weight depends on
+        noise = {"type": kind, "sigma_min": 1e-4, "sigma_max": 20}
+        return {"tokens": V, "noise": noise, "model": size | rest | {"use_checkpoint": False, "dtype": "float32"}}
+    if format == "smdm":
+        size = {key: config[key] for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
+        size |= {"padded_vocab_size": V, "n_query_groups": H, "intermediate_size": config["mlp_hidden"] or 4 * D}
+        block = {"_norm_class": "FusedRMSNorm", "norm_eps": 1e-5, "_mlp_class": "LLaMAMLP", "bias": False}
+        return size | block | {"name": "nanomdm", "rotary_percentage": 1.0, "parallel_residual": False}
+    return {"format": format} | {key: config[key] for key in [*MODEL, "objective", "schedule", "tokenizer"] if key in config}
+
+
+def main(config):
+    """The command `export`."""
+    given = config["ckpt"] and config["to"]
+    require(given, f"usage: python checkpoint.py export --ckpt=... --to=DIR --format={'|'.join(NAMES)}")
+    export(config["ckpt"], config["to"], config["format"])
+    print(f"wrote {config['to']}/config.json and {config['to']}/model.safetensors ({config['format']})")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["export"]:
+        del sys.argv[1]
+    settings.run(main, sys.modules[__name__])

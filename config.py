@@ -13,6 +13,7 @@ import inspect
 import math
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -45,6 +46,18 @@ def require(condition, message):
     """Raises UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
+
+
+def at_least(low, config, *keys):
+    """Raises UserError unless config[key] >= low for each key."""
+    for key in keys:
+        require(config[key] >= low, f"{key} must be {low} or more, not {config[key]}")
+
+
+def fraction(config, *keys):
+    """Raises UserError unless 0 <= config[key] <= 1 for each key."""
+    for key in keys:
+        require(0 <= config[key] <= 1, f"{key} must be from 0 to 1, not {config[key]}")
 
 
 def typed(key, value, default):
@@ -151,10 +164,29 @@ def whole_file(path):
             temporary.unlink()
 
 
+class Stop:
+    """Notes Ctrl-C or SIGTERM, so that the loop can finish its step and save; a second Ctrl-C is not held back."""
+
+    signal = 0
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def note(self, number, _):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 def machine(config):
     """(device, autocast) from the keys device and dtype; `with autocast():` runs matrix products in that dtype."""
     import torch
 
+    require(0 <= config["seed"] < 2**63, f"seed must be from 0 to 2^63 - 1, not {config['seed']}")
     name = config["device"]
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -126,14 +126,13 @@ def main(config):
     """Evaluates config["ckpt"] on config["data"], prints the protocol and the result; returns the result as a dict."""
     choose("estimator", config["estimator"], [name for name in diffusion.OBJECTIVES if name != "ar"])
     choose("schedule", config["schedule"], diffusion.SCHEDULES)
-    for key in ("draws", "batch_size"):
-        require(config[key] > 0, f"{key} must be at least 1, not {config[key]}")
-    require(config["sequences"] >= 0, f"sequences must be 0 (all) or more, not {config['sequences']}")
+    settings.at_least(1, config, "draws", "batch_size")
+    settings.at_least(0, config, "sequences", "block_size")
     device, autocast = settings.machine(config)
     model, _, trained = checkpoint.load(config["ckpt"], device, ema=config["ema"])
     tokens = loader.Tokens(config["data"], config["split"])
     L = config["block_size"] or model.block_size
-    require(0 < L <= model.block_size, f"block_size must be from 1 to the model's {model.block_size}, not {L}")
+    require(model.block_size >= L, f"block_size must be at most the model's {model.block_size}, not {L}")
     fits = tokens.vocab_size == model.vocab_size
     require(fits, f"{config['data']} has a vocabulary of {tokens.vocab_size}, {config['ckpt']} one of {model.vocab_size}")
 

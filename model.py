@@ -5,6 +5,7 @@ not, and the variants that train faster at small scale.
 """
 
 import math
+import time
 
 import torch
 import torch.nn as nn
@@ -27,6 +28,39 @@ DEFAULTS = {
     "rotary_bf16": False,  # round the rotary tables to bfloat16, as SMDM's weights expect
     "start_id": -1,  # the token that stands before the first one of a causal network; -1: the mask
     "unused_rows": 0,  # rows of the head past V that a weight format holds and nothing uses (RADD: 1)
+}
+
+SIZES = {  # SMDM's models by their parameters without embedding and head: (n_layer, n_head, n_embd, mlp_hidden)
+    "6M": (6, 4, 256, 1024),
+    "19M": (8, 6, 384, 1536),
+    "34M": (8, 8, 512, 2048),
+    "48M": (9, 9, 576, 2304),
+    "66M": (10, 10, 640, 2560),
+    "75M": (16, 8, 640, 1600),
+    "85M": (13, 10, 640, 2560),
+    "113M": (12, 12, 768, 3072),
+    "142M": (15, 12, 768, 3072),
+    "170M": (18, 12, 768, 3072),
+    "180M": (14, 14, 896, 3584),
+    "206M": (16, 14, 896, 3584),
+    "231M": (18, 14, 896, 3584),
+    "268M": (16, 16, 1024, 4096),
+    "302M": (18, 16, 1024, 4096),
+    "336M": (20, 16, 1024, 4096),
+    "472M": (18, 10, 1280, 5120),
+    "551M": (21, 10, 1280, 5120),
+    "571M": (18, 11, 1408, 5632),
+    "629M": (24, 10, 1280, 5120),
+    "666M": (21, 11, 1408, 5632),
+    "717M": (19, 12, 1536, 6144),
+    "761M": (24, 11, 1408, 5632),
+    "831M": (22, 12, 1536, 6144),
+    "944M": (25, 12, 1536, 6144),
+    "1028M": (20, 14, 1792, 7168),
+    "1233M": (24, 14, 1792, 7168),
+    "1476M": (22, 16, 2048, 8192),
+    "1678M": (25, 16, 2048, 8192),
+    "2121M": (28, 17, 2176, 8704),
 }
 
 
@@ -173,6 +207,9 @@ class Transformer(nn.Module):
     def forward(self, x):
         return self.head(self.hidden(x))
 
+    def n_parameters(self):
+        return sum(p.numel() for p in self.parameters())
+
     def flops_per_token(self, L, head_share=1.0):
         """Multiply-adds x 2 of matrix products in one forward pass, per token of a sequence of L.
 
@@ -194,3 +231,20 @@ def rotary_tables(config):
     angle = torch.outer(torch.arange(config["block_size"]).float(), frequency)  # (block_size, d/2)
     dtype = torch.bfloat16 if config["rotary_bf16"] else torch.float32
     return angle.cos().to(dtype).float(), angle.sin().to(dtype).float()
+
+
+def matmul_flops(device, autocast, n=1024, seconds=0.3):
+    """Floating-point operations a second of a plain matrix product here and now: what utilisation is measured against."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    a = torch.randn(n, n, device=device)  # (n, n)
+    with autocast():
+        a = b = a @ a  # (n, n) in the dtype of autocast
+        best, began = math.inf, time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            wait()
+            start = time.perf_counter()
+            for _ in range(4):
+                a @ b
+            wait()
+            best = min(best, (time.perf_counter() - start) / 4)
+    return 2 * n**3 / best

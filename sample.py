@@ -262,7 +262,7 @@ def request(tokenizer, mask_id, block_size, prompt="", suffix="", template="", l
         require(len(ids) <= block_size, f"the template is {len(ids)} tokens, the block {block_size}")
         return ids
     length = length or block_size
-    require(0 < length <= block_size, f"length must be from 1 to block_size {block_size}, not {length}")
+    require(length <= block_size, f"length must be at most block_size {block_size}, not {length}")
     head, tail = tokenizer.encode(prompt) if prompt else [], tokenizer.encode(suffix) if suffix else []
     wanted = length - len(head) - len(tail)
     require(
@@ -275,10 +275,8 @@ def check(config, causal):
     """Raises UserError for settings that no sampler has."""
     choose("sampler", config["sampler"], SAMPLERS)
     choose("schedule", config["schedule"], diffusion.SCHEDULES)
-    for key in ("steps", "num_samples", "batch_size"):
-        require(config[key] > 0, f"{key} must be at least 1, not {config[key]}")
-    require(config["temperature"] >= 0, f"temperature must be 0 or more, not {config['temperature']}")
-    require(config["top_k"] >= 0, f"top_k must be 0 or more, not {config['top_k']}")
+    settings.at_least(1, config, "steps", "num_samples", "batch_size")
+    settings.at_least(0, config, "temperature", "top_k", "length")
     require(0 < config["top_p"] <= 1, f"top_p must be in (0, 1], not {config['top_p']}")
     if causal:
         fits = "sampler" not in config.get("given", ()) or config["sampler"] == "left_to_right"

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -69,21 +68,15 @@ DEFAULTS = {
 
 def check(config, world):
     """Raises UserError for settings that cannot be trained."""
-    choose("objective", config["objective"], diffusion.OBJECTIVES)
-    choose("schedule", config["schedule"], diffusion.SCHEDULES)
-    choose("loss_weight", config["loss_weight"], ["bound", "sqrt", "constant"])
-    choose("optimizer", config["optimizer"], ["adamw", "muon"])
-    choose("lr_decay", config["lr_decay"], ["cosine", "linear", "constant"])
-    choose("norm", config["norm"], ["layer", "rms"])
-    choose("mlp", config["mlp"], ["gelu", "swiglu", "relu2"])
-    choose("zero_init", config["zero_init"], ["none", "head", "all"])
-    for key in ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters", "log_interval", "eval_interval"):
-        require(config[key] > 0, f"{key} must be at least 1, not {config[key]}")
-    for key in ("micro_batch_size", "warmup_iters", "eval_sequences", "learning_rate", "weight_decay", "grad_clip", "seed"):
-        require(config[key] >= 0, f"{key} must be 0 or more, not {config[key]}")
-    for key in ("dropout", "ema", "decay_start", "random_length", "beta1", "beta2"):
-        require(0 <= config[key] <= 1, f"{key} must be from 0 to 1, not {config[key]}")
-    require(config["eval_draws"] > 0, f"eval_draws must be at least 1, not {config['eval_draws']}")
+    options = {"objective": diffusion.OBJECTIVES, "schedule": diffusion.SCHEDULES, "norm": ["layer", "rms"]}
+    options |= {"loss_weight": ["bound", "sqrt", "constant"], "optimizer": ["adamw", "muon"]}
+    options |= {"lr_decay": ["cosine", "linear", "constant"], "mlp": ["gelu", "swiglu", "relu2"]}
+    for key, known in (options | {"zero_init": ["none", "head", "all"]}).items():
+        choose(key, config[key], known)
+    settings.at_least(1, config, "n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters")
+    settings.at_least(1, config, "log_interval", "eval_interval", "eval_sequences", "eval_draws")
+    settings.at_least(0, config, "micro_batch_size", "warmup_iters", "learning_rate", "weight_decay", "grad_clip")
+    settings.fraction(config, "dropout", "ema", "decay_start", "random_length", "beta1", "beta2")
     D, H = config["n_embd"], config["n_head"]
     require(D % (2 * H) == 0, f"n_embd {D} must be a multiple of 2 * n_head = {2 * H}")
     causal = config["objective"] == "ar"
@@ -174,82 +167,68 @@ def update_average(average, model, decay, step):
     torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
 
 
-def matmul_flops(device, autocast, n=1024, seconds=0.3):
-    """Floating-point operations a second of a plain matrix product here and now: what utilisation is measured against."""
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)  # (n, n) each
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    with autocast(), torch.no_grad():
-        a, b = (a @ b).to(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else a, b
-        b = b.to(a.dtype)
-        best, began = math.inf, time.perf_counter()
-        while time.perf_counter() - began < seconds:
-            wait()
-            start = time.perf_counter()
-            for _ in range(4):
-                a @ b
-            wait()
-            best = min(best, (time.perf_counter() - start) / 4)
-    return 2 * n**3 / best
+def build(config, device, state):
+    """(model, average or None, optimizers) at the beginning of a run, or as the checkpoint `state` has them."""
+    torch.manual_seed(config["seed"])
+    model = network.Transformer(config).to(device)
+    average = copy.deepcopy(model) if config["ema"] else None
+    optimizers = make_optimizers(config, model)
+    if state:
+        model.load_state_dict(state["model"])
+        if average:
+            average.load_state_dict(state["ema"] or state["model"])
+        require(len(state["optimizer"]) == len(optimizers), "a resumed run must keep its optimizer; see --resume=False")
+        for optimizer, saved in zip(optimizers, state["optimizer"], strict=True):
+            optimizer.load_state_dict(saved)
+    return model, average, optimizers
 
 
-class Stop:
-    """Notes Ctrl-C or SIGTERM, so that the loop can finish its step and save; a second Ctrl-C is not held back."""
-
-    def __init__(self, world):
-        self.world, self.signal = world, 0
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def note(self, number, _):
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def now(self, step, interval):
-        """Whether to stop after this step. Processes must agree, and do so every `interval` steps."""
-        if self.world > 1:
-            if step % interval:
-                return False
-            signals = [0] * self.world
-            dist.all_gather_object(signals, self.signal)
-            self.signal = max(signals)
-        return bool(self.signal)
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+def snapshot(config, text, step, model, average, optimizers):
+    """All that a run needs to go on, as checkpoint.save takes it."""
+    weights = {"model": model.state_dict(), "ema": average.state_dict() if average else None}
+    state = {"config": config, "tokenizer": text.meta(), "step": step}
+    return state | weights | {"optimizer": [optimizer.state_dict() for optimizer in optimizers]}
 
 
-def open_log(path, step, rank):
-    """log.jsonl beside the checkpoint, open for appending. Entries past `step`, which will be made again, are dropped."""
-    if rank:
-        return contextlib.nullcontext()
-    path = path.with_name("log.jsonl")
-    lines = path.read_text().splitlines() if step and path.is_file() else []
-    with settings.whole_file(path) as temporary:
-        temporary.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
-    return open(path, "a", buffering=1)
+class Journal:
+    """What a run tells of itself: a progress bar, and log.jsonl beside the checkpoint. Only the first process tells.
 
+    A resumed run drops the entries past `start`, which it will make again.
+    """
 
-def write(log, entry):
-    if log:
-        log.write(json.dumps(entry) + "\n")
+    def __init__(self, config, path, start, flops, peak, told):
+        self.config, self.flops, self.peak, self.told = config, flops, peak, told  # flops of a step, peak a second
+        self.log = path.with_name("log.jsonl")
+        self.bar = tqdm(total=config["max_iters"], initial=start, disable=not told, unit="step")
+        if told:
+            lines = self.log.read_text().splitlines() if start and self.log.is_file() else []
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
+            with settings.whole_file(self.log) as temporary:
+                temporary.write_text("".join(kept))
+        self.restart(start)
 
+    def write(self, entry):
+        if self.told:
+            with open(self.log, "a") as file:
+                file.write(json.dumps(entry) + "\n")
 
-def mean_over_processes(value, world):
-    """The mean of a tensor over the processes, as a number."""
-    if world > 1:
-        dist.all_reduce(value)
-    return value.item() / world
+    def speed(self, step, loss, rate):
+        """One entry: loss a token, learning rate, tokens a second, and the part of the machine's speed that was used."""
+        per_second = (step - self.since) / (time.perf_counter() - self.clock)
+        tokens, mfu = self.config["batch_size"] * self.config["block_size"], per_second * self.flops / self.peak
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {per_second * tokens:.0f} tokens/s, {mfu:.0%} of peak")
+        entry = {"step": step, "loss": loss, "learning_rate": rate, "tokens": step * tokens, "flops": step * self.flops}
+        self.write(entry | {"tokens_per_second": per_second * tokens, "mfu": mfu})
+        self.restart(step)
+
+    def restart(self, step):
+        """Starts the clock anew, so that evaluations do not count as training time."""
+        self.clock, self.since = time.perf_counter(), step
 
 
 def can_compile(device):
     """torch.compile needs a C++ compiler for the CPU; without one training is slower, not impossible."""
-    there = device.type != "cpu" or shutil.which("c++") or shutil.which("g++")
-    if not there:
-        tqdm.write("no C++ compiler found: going on without compile")
-    return bool(there)
+    return device.type != "cpu" or bool(shutil.which("c++") or shutil.which("g++"))
 
 
 def processes(config):
@@ -262,6 +241,15 @@ def processes(config):
         if not dist.is_initialized():
             dist.init_process_group("nccl" if config["device"].startswith("cuda") else "gloo")
     return world, rank
+
+
+def agree(loss, signal, world):
+    """(mean loss, largest signal) over the processes, as numbers: the only wait for the device in the loop."""
+    if world == 1:
+        return loss.item(), signal
+    parts = [None] * world
+    dist.all_gather_object(parts, (loss.item(), signal))
+    return sum(loss for loss, _ in parts) / world, max(signal for _, signal in parts)
 
 
 def train_step(config, step, blocks, loss_of, optimizers, device, autocast, world, rank):
@@ -329,13 +317,13 @@ def main(config):
     # Settings: those of the command, unless a checkpoint in out_dir says that a run has begun.
     config = dict(config)
     world, rank = processes(config)
-    say = tqdm.write if rank == 0 else lambda *_: None
     path = Path(config["out_dir"]) / "ckpt.pt"
     state = checkpoint.read(path) if config["resume"] and path.is_file() else None
-    if state:
-        config = merge_resumed(config, state["config"], path)
+    config = merge_resumed(config, state["config"], path) if state else config
+    start = state["step"] if state else 0
     check(config, world)
     device, autocast = settings.machine(config)
+    say = tqdm.write if rank == 0 else lambda *_: None
 
     # Data: shuffled blocks to learn from, and held-out ones to be judged on.
     train, val = loader.Tokens(config["data"], "train"), loader.Tokens(config["data"], "val")
@@ -347,77 +335,51 @@ def main(config):
     judged = evaluate.spread(list(loader.in_order(val, config["block_size"])), config["eval_sequences"])
     bytes_per_token = val.meta["splits"]["val"]["bytes"] / len(val)
 
-    # Model, the average of its weights, optimizers.
-    torch.manual_seed(config["seed"])
-    model = network.Transformer(config).to(device)
-    average = copy.deepcopy(model) if config["ema"] else None
-    optimizers = make_optimizers(config, model)
-    start = state["step"] if state else 0
-    if state:
-        model.load_state_dict(state["model"])
-        if average:
-            average.load_state_dict(state["ema"] or state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizer"], strict=True):
-            optimizer.load_state_dict(saved)
-        say(f"going on from {path} at step {start} of {config['max_iters']}")
-
-    # What is differentiated: compiled, and spread over the processes.
+    # Model, the average of its weights, optimizers, and the loss: compiled, and spread over the processes.
+    model, average, optimizers = build(config, device, state)
     loss_of = Loss(model, config["objective"])
     if config["compile"] and can_compile(device):
         model.hidden = torch.compile(model.hidden)
     if world > 1:
         loss_of = DistributedDataParallel(loss_of, gradient_as_bucket_view=True)
-
-    # What a step costs, and what the machine could do.
-    step_tokens = config["batch_size"] * config["block_size"]
-    flops = 3 * model.flops_per_token(config["block_size"], 1.0 if config["causal"] else 0.5) * step_tokens
-    peak = matmul_flops(device, autocast) * world
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"{parameters:,} parameters, {len(train):,} training tokens in {blocks.n:,} blocks of {config['block_size']}")
-    say(f"{world} process(es) on {device.type}, {peak / 1e9:.0f} GFLOP/s in a plain matrix product")
+    say(f"{model.n_parameters():,} parameters; {len(train):,} training tokens, {blocks.n:,} blocks of {blocks.block_size}")
+    if state:
+        say(f"going on from {path} at step {start} of {config['max_iters']}")
+    del state
 
     # The loop: a step, now and then a line in the log, an evaluation and a checkpoint.
-    result = None
-    with (
-        open_log(path, start, rank) as log,
-        Stop(world) as stop,
-        tqdm(total=config["max_iters"], initial=start, disable=rank > 0, unit="step") as bar,
-    ):
-        clock, since = time.perf_counter(), start
+    share = 1.0 if config["causal"] else 0.5  # of the positions are predicted
+    flops = 3 * model.flops_per_token(config["block_size"], share) * config["batch_size"] * config["block_size"]
+    peak = network.matmul_flops(device, autocast) * world
+    journal = Journal(config, path, start, flops, peak, rank == 0)
+    result, stopped = None, False
+    with settings.Stop() as stop, journal.bar:
         for step in range(start + 1, config["max_iters"] + 1):
             loss = train_step(config, step - 1, blocks, loss_of, optimizers, device, autocast, world, rank)
             if average:
                 update_average(average, model, config["ema"], step)
-            bar.update()
+            journal.bar.update()
 
-            done = step == config["max_iters"] or stop.now(step, config["log_interval"])
-            if step % config["log_interval"] == 0 or done:
-                loss = mean_over_processes(loss, world)  # the only wait for the device
-                speed = (step - since) / (time.perf_counter() - clock)  # steps a second
-                bar.set_postfix_str(f"loss {loss:.3f}, {speed * step_tokens:.0f} tokens/s, {speed * flops / peak:.0%} MFU")
-                entry = {"step": step, "loss": loss, "learning_rate": learning_rate(step - 1, config)}
-                entry |= {"tokens": step * step_tokens, "tokens_per_second": speed * step_tokens}
-                write(log, entry | {"flops": step * flops, "mfu": speed * flops / peak})
+            last = step == config["max_iters"]
+            if step % config["log_interval"] == 0 or last or (stop.signal and world == 1):
+                loss, stopped = agree(loss, stop.signal, world)
                 require(math.isfinite(loss), f"the loss is {loss} at step {step}; the last good checkpoint is {path}")
-                clock, since = time.perf_counter(), step
-
-            if step % config["eval_interval"] == 0 or step == config["max_iters"]:
+                journal.speed(step, loss, learning_rate(step - 1, config))
+            evaluated = step % config["eval_interval"] == 0 or last
+            if evaluated:
                 best = average or model
                 result, line = judge(config, best, judged, bytes_per_token, autocast, world, rank)
                 say(f"step {step}: {line}")
-                write(log, {"step": step} | result)
+                journal.write({"step": step} | result)
                 if config["show_sample"] and rank == 0:
                     say(f"---- a sample\n{one_sample(config, best, text, device, autocast)}\n----")
-            if rank == 0 and (step % config["eval_interval"] == 0 or done):
-                state = {"config": config, "tokenizer": text.meta(), "step": step, "model": model.state_dict()}
-                state |= {"ema": average.state_dict() if average else None}
-                checkpoint.save(path, state | {"optimizer": [optimizer.state_dict() for optimizer in optimizers]})
-                clock, since = time.perf_counter(), step
-            if stop.signal:
-                break
-    if stop.signal:
-        say(f"stopped and saved {path} at step {step}; the same command goes on from there")
-        raise KeyboardInterrupt
+            if rank == 0 and (evaluated or stopped):
+                checkpoint.save(path, snapshot(config, text, step, model, average, optimizers))
+            if stopped:
+                say(f"stopped and saved {path} at step {step}; the same command goes on from there")
+                raise KeyboardInterrupt
+            if evaluated:
+                journal.restart(step)
     return result
 
 

@@ -107,7 +107,8 @@ def request(url, file, size, headers, bar):
         if response.status_code == 416 and total == have:
             return
         if begins != have:  # the server does not know ranges, or the file has changed
-            file.truncate(0)
+            file.seek(0)
+            file.truncate()
             headers.pop("Range", None)
             if begins != 0:
                 raise TryAgain("a wrong range")
@@ -162,7 +163,8 @@ def hub_file(repo, filename, sha256=None, size=None):
     require(safe and shape, f"'{repo}' and '{filename}' do not name a file of a Hub repository")
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     cache = Path(os.environ.get("NANOMDM_CACHE", Path.home() / ".cache" / "nanomdm"))
-    token = os.environ.get("HF_TOKEN")
+    token = os.environ.get("HF_TOKEN", "").strip()
+    require(re.fullmatch(r"[!-~]*", token), "HF_TOKEN holds characters that no token has")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     url = f"{hub}/{repo}/resolve/main/{quote(filename)}"
-    return fetch(url, cache / repo / filename, sha256, size, headers)
+    return fetch(url, cache / repo.replace("/", "--") / filename, sha256, size, headers)

@@ -1,173 +1,19 @@
-"""Token files: written once by `prepare`, read as shuffled blocks for training and in order for evaluation.
+"""Token files as blocks: shuffled for training, in order for evaluation; and what counting n-grams achieves on them."""
 
-A prepared folder holds flat token ids in shards (train_00000.bin, ..., val_00000.bin, ...) and meta.json, which is
-written last: a folder with a meta.json is complete.
-"""
-
-import contextlib
-import functools
 import hashlib
-import itertools
 import json
 import math
-import multiprocessing
 import re
-import shutil
-import signal
-from collections import deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from config import UserError, require, whole_file
-from data import tokenizer as tokenizers
-
-DEFAULTS = {
-    "tokenizer": "char",  # char | byte | gpt2 | llama
-}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-def held_out(name, fraction):
-    """True for about `fraction` of all names: a fixed pseudo-random choice that depends on nothing but the name."""
-    digest = hashlib.sha256(name.encode("utf8", "replace")).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
-def prepare(folder, documents, tokenizer, workers=1, shard_tokens=100_000_000):
-    """Tokenizes `documents`, an iterable of (split, text), into `folder`; returns its meta.
-
-    The documents are streamed: memory does not grow with their number. The folder keeps what it held until the new
-    shards are all written. Raises UserError where there is no text at all, or the system cannot write.
-    """
-    folder = Path(folder)
-    building = folder / ".preparing"
-    try:
-        shutil.rmtree(building, ignore_errors=True)  # what a killed run left
-        building.mkdir(parents=True)
-        splits = write_shards(building, documents, tokenizer, workers, shard_tokens)
-        require(splits, f"there is no text to prepare in {folder}")
-        dtype = id_type(tokenizer.vocab_size).name
-        meta = {"tokenizer": tokenizer.meta(), "vocab_size": tokenizer.vocab_size, "dtype": dtype, "splits": splits}
-        publish(building, folder, meta)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # a folder made for nothing; one that holds anything stays
-    return meta
-
-
-def summary(folder, meta):
-    """One line about a prepared folder, for people."""
-    parts = [f"{name} {s['tokens']:,} tokens of {s['documents']:,} documents" for name, s in meta["splits"].items()]
-    return f"{folder}: {', '.join(parts)}; {meta['tokenizer']['kind']} tokenizer, V = {meta['vocab_size']}"
-
-
-def publish(building, folder, meta):
-    """Swaps the new shards in; without a meta.json until the last of them is there."""
-    (folder / "meta.json").unlink(missing_ok=True)
-    for old in [path for split in {"train", "val", *meta["splits"]} for path in shards(folder, split)]:
-        old.unlink()
-    for new in building.iterdir():
-        new.rename(folder / new.name)
-    with whole_file(folder / "meta.json") as path:
-        path.write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf8")
+from config import require
 
 
 def id_type(vocab_size):
     """The narrowest dtype that also holds the mask, id `vocab_size`."""
     return np.dtype(np.uint16 if vocab_size <= 65535 else np.uint32)
-
-
-def write_shards(folder, documents, tokenizer, workers, shard_tokens):
-    """Writes all shards; returns {split: {tokens, documents, bytes}}, bytes being UTF-8 with the separators."""
-    splits = {}
-    with tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
-        for encoded in encode_all(batches(documents, tokenizer.separator), tokenizer, workers):
-            for split, ids, n_documents, n_bytes in encoded:
-                total = splits.setdefault(split, {"tokens": 0, "documents": 0, "bytes": 0})
-                append(folder, split, ids, total["tokens"], shard_tokens)
-                for key, amount in zip(total, (len(ids), n_documents, n_bytes), strict=True):
-                    total[key] += amount
-                bar.update(n_bytes)
-    return splits
-
-
-def append(folder, split, ids, tokens, shard_tokens):
-    """Appends `ids` to a split that has `tokens` already, beginning a new shard wherever one is full."""
-    while len(ids):
-        shard, filled = divmod(tokens, shard_tokens)
-        part, ids = ids[: shard_tokens - filled], ids[shard_tokens - filled :]
-        with open(folder / f"{split}_{shard:05d}.bin", "ab") as file:
-            file.write(part.tobytes())
-        tokens += len(part)
-
-
-def batches(documents, separator, characters=2**20):
-    """Groups (split, text) into lists of about `characters`; the separator goes between the documents of a split."""
-    batch, size, begun = [], 0, set()
-    for split, text in documents:
-        if not text:
-            continue
-        batch.append((split, separator * (split in begun) + text))
-        begun.add(split)
-        size += len(text)
-        if size >= characters:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def encode_batch(batch, tokenizer):
-    """[(split, ids, number of documents, number of bytes), ...] for a list of (split, text)."""
-    encoded = []
-    for split in sorted({split for split, _ in batch}):
-        texts = [text for name, text in batch if name == split]
-        ids = list(itertools.chain.from_iterable(map(tokenizer.document, texts)))
-        n_bytes = sum(len(text.encode("utf8", "replace")) for text in texts)
-        encoded.append((split, np.array(ids, id_type(tokenizer.vocab_size)), len(texts), n_bytes))
-    return encoded
-
-
-@functools.cache
-def rebuilt(meta):
-    """A worker's tokenizer, built once from its meta as JSON: not every tokenizer can be sent itself."""
-    return tokenizers.from_meta(json.loads(meta))
-
-
-def encode_remote(batch, meta):
-    return encode_batch(batch, rebuilt(meta))
-
-
-def encode_all(batches, tokenizer, workers):
-    """encode_batch over all batches, in their order, by several processes with a few batches under way each."""
-    if workers == 1:
-        yield from (encode_batch(batch, tokenizer) for batch in batches)
-        return
-    meta, pending = json.dumps(tokenizer.meta()), deque()
-    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is for the parent
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), **quiet) as pool:
-        try:
-            for batch in batches:
-                pending.append(pool.submit(encode_remote, batch, meta))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise UserError("a tokenizing process died, perhaps for lack of memory; try --workers=1") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
 
 
 def shards(folder, split):
@@ -230,18 +76,18 @@ class Tokens:
         last = np.searchsorted(self.borders, starts + length, side="left")  # (n,) one past the last shard
         for shard in sorted({shard for span in zip(first, last, strict=True) for shard in range(*span)}):
             rows = np.flatnonzero((first <= shard) & (shard < last))
-            self._read(shard, rows, starts, out)
+            self._read(shard, zip(rows.tolist(), starts[rows].tolist(), strict=True), out)
         require(not out.size or out.max() < self.vocab_size, f"{self.folder} holds ids that its vocabulary lacks")
         return out.astype(np.int64)
 
-    def _read(self, shard, rows, starts, out):
-        """Fills in what one shard has of these rows of out (n, length)."""
-        low, high = self.borders[shard : shard + 2]
+    def _read(self, shard, rows, out):
+        """Fills in what one shard has of the rows [(row, its first position), ...] of out (n, length)."""
+        low, high = self.borders[shard : shard + 2].tolist()
         with open(self.paths[shard], "rb", buffering=0) as file:
-            for row in rows:
-                a, b = max(starts[row], low), min(starts[row] + out.shape[1], high)
-                file.seek((a - low) * self.dtype.itemsize)
-                part = out[row, a - starts[row] : b - starts[row]]  # (b - a,)
+            for row, start in rows:
+                a, b = max(start, low), min(start + out.shape[1], high)
+                part = out[row, a - start : b - start]  # (b - a,)
+                file.seek((a - low) * out.itemsize)
                 require(file.readinto(part) == part.nbytes, f"{file.name} is shorter than it was when it was opened")
 
 
@@ -292,7 +138,7 @@ class Blocks:
         size = len(tokens)
         require(size >= block_size, f"{tokens.folder} holds {size} tokens, less than one block of {block_size}")
         self.n = max(1, (size - block_size + 1) // block_size)  # windows in an epoch, whatever its offset
-        self.offsets = min(block_size, size - self.n * block_size + 1)
+        self.offsets = size - self.n * block_size + 1  # how many there are: every token comes up in some epoch
 
     def starts(self, index):
         """(b,) sample numbers -> (b,) first positions of their windows."""
@@ -314,10 +160,6 @@ def in_order(tokens, block_size):
     """Yields the text from its beginning in blocks (block_size,) int64; what is left comes as a last, shorter one."""
     for start in range(0, len(tokens), block_size):
         yield tokens[start : start + block_size]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What counting alone achieves
 
 
 def ngram_nats(folder, limit=2**24):

@@ -44,6 +44,7 @@ class Char(Tokenizer):
     separator = "\n\n"
 
     def __init__(self, alphabet):
+        require(alphabet and len(set(alphabet)) == len(alphabet), "an alphabet must be characters, each once")
         self.alphabet = alphabet
         self.ids = {character: i for i, character in enumerate(alphabet)}
         super().__init__([character.encode("utf8", "replace") for character in alphabet])
@@ -160,11 +161,10 @@ def build(kind, texts):
 
 def from_meta(meta):
     """The tokenizer that wrote `meta`; UserError where the meta is not one."""
-    require(isinstance(meta, dict) and "kind" in meta, f"a tokenizer's meta must be a dict with a kind, not {meta!r}")
+    good = isinstance(meta, dict) and all(isinstance(value, str) for value in meta.values())
+    require(good and "kind" in meta, f"a tokenizer's meta must be a dict of texts with a kind, not {str(meta)[:80]!r}")
     rest = {key: value for key, value in meta.items() if key != "kind"}
-    keys = {"char": {"alphabet"}, "byte": set(), "gpt2": set(), "llama": {"path"}}
-    choose("tokenizer", meta["kind"], keys)
-    good = set(rest) <= keys[meta["kind"]] and all(isinstance(value, str) for value in rest.values())
-    alphabet = rest.get("alphabet", "") if meta["kind"] == "char" else "any"
-    require(good and alphabet and len(set(alphabet)) == len(alphabet), f"damaged meta of a {meta['kind']} tokenizer")
-    return KINDS[meta["kind"]](**rest)
+    kind = choose("tokenizer", meta["kind"], list(KINDS))
+    good = list(rest) in {"char": [["alphabet"]], "llama": [[], ["path"]]}.get(kind, [[]])
+    require(good, f"the meta of a {kind} tokenizer cannot have the keys {list(rest)}")
+    return KINDS[kind](**rest)

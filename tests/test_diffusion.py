@@ -66,13 +66,13 @@ def pattern_nats(model):
 
 def chain_rule_nats(model):
     """-log p(x0) by the chain rule, averaged over all L! orders: the any-order bound by definition, (V^L,)."""
-    log_p, total, orders = 0.0, 0.0, list(itertools.permutations(range(L)))
+    total, orders = 0.0, list(itertools.permutations(range(L)))
     for order in orders:
         x = torch.full_like(X0, model.mask_id)  # (V^L, L)
         for i in order:
             total = total - model(x)[:, i].log_softmax(-1).gather(-1, X0[:, i, None]).squeeze(-1)
             x[:, i] = X0[:, i]
-    return log_p + total / len(orders)
+    return total / len(orders)
 
 
 def nats_between(model, low, high):
@@ -86,6 +86,10 @@ def nats_between(model, low, high):
 def same(a, b, tolerance=2e-6):
     """Equal up to the float32 in which nelbo adds up (about 1e-7 of the value)."""
     return torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+
+
+def double(values):
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def scaled(schedule, chance=1.0, slope=1.0):
@@ -127,26 +131,26 @@ def test_the_geometric_schedule_gives_the_integral_over_its_own_range(objective,
 
 
 def test_what_the_geometric_schedule_leaves_out_is_a_ten_thousandth_of_one_hidden_token(arbitrary):
-    low, high = (SCHEDULES["geometric"](torch.tensor(end, dtype=torch.float64))[0].item() for end in (0, 1))
+    low, high = (SCHEDULES["geometric"](double(end))[0].item() for end in (0, 1))
     missing = chain_rule_nats(arbitrary) - nats_between(arbitrary, low, high)  # (V^L,)
     one_hidden = pattern_nats(arbitrary)[:, PATTERNS.sum(1) == 1].sum(1)  # (V^L,)
     assert torch.allclose(missing, 1e-4 * one_hidden, rtol=1e-3)
 
 
-def wrong_by_one_percent():
+def wrong_weights_and_schedules():
     yield "weight", "any_order", loglinear, lambda u, weight: 1.01 * weight
     yield "weight that counts k from 0", "any_order", loglinear, lambda u, weight: L / (L / weight - 1).clamp(min=1)
     yield "weight of a mean over hidden tokens", "any_order", loglinear, lambda u, weight: torch.ones_like(weight)
     yield "weight 1/t under cosine masking", "t_dce", cosine, lambda u, weight: 1 / u
     yield "weight of the cosine under log-linear masking", "t_dce", loglinear, lambda u, weight: cosine(u)[1] / cosine(u)[0]
-    yield "power of lambda", "lambda_dce", loglinear, lambda u, weight: weight**1.01
+    yield "weight 1/lambda^1.01", "lambda_dce", loglinear, lambda u, weight: weight**1.01
     for name in FULL_RANGE:
         yield f"slope of {name}", "t_dce", scaled(SCHEDULES[name], slope=1.01), None
         yield f"chance of {name}", "t_dce", scaled(SCHEDULES[name], chance=1.01), None
         yield f"time of {name}", "t_dse", (lambda t, right=SCHEDULES[name]: (right(t**1.01)[0], right(t)[1])), None
 
 
-@pytest.mark.parametrize("wrong", wrong_by_one_percent(), ids=lambda wrong: wrong[0])
+@pytest.mark.parametrize("wrong", wrong_weights_and_schedules(), ids=lambda wrong: wrong[0])
 def test_a_wrong_weight_or_schedule_is_not_the_bound(wrong, network, arbitrary, joint):
     _, objective, schedule, reweigh = wrong
     change = {} if reweigh is None else {"reweigh": reweigh}
@@ -193,14 +197,14 @@ def test_the_epsilon_of_published_models_shortens_the_log_linear_schedule():
 
 def noised(joint, m):
     """p_t over partly hidden sequences, each token hidden with chance m: (V+1, V+1, V+1, V+1)."""
-    hide = torch.cat([(1 - m) * torch.eye(V), torch.full((V, 1), float(m))], dim=1).double()  # (V, V+1)
+    hide = torch.cat([(1 - m) * torch.eye(V, dtype=m.dtype), m.expand(V, 1)], dim=1)  # (V, V+1)
     return torch.einsum("abcd,ai,bj,ck,dl->ijkl", joint, hide, hide, hide, hide)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("t", [0.2, 0.5, 0.9])
 def test_the_concrete_score_is_the_ratio_of_noised_probabilities(name, t, network, joint):
-    m = SCHEDULES[name](torch.tensor(t, dtype=torch.float64))[0]
+    m = SCHEDULES[name](double(t))[0]
     p, x = noised(joint, m).flatten(), states(V + 1, L)
     score = diffusion.concrete_score(network(x), m)  # ((V+1)^L, L, V)
     for i, v in itertools.product(range(L), range(V)):
@@ -223,8 +227,8 @@ def test_score_entropy_is_weighted_cross_entropy_plus_what_the_logits_lack_of_a_
 
 
 def test_the_concrete_score_and_only_it_makes_score_entropy_least():
-    m, dm = cosine(torch.tensor(0.4, dtype=torch.float64))
-    p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    m, dm = cosine(double(0.4))
+    p = double([0.5, 0.3, 0.2])
     log_score = diffusion.concrete_score(p.log(), m).log().requires_grad_()  # (V,)
     loss = (p * diffusion.score_entropy(log_score.expand(V, V), torch.arange(V), m, dm)).sum()
     assert torch.autograd.grad(loss, log_score)[0].abs().max() < 1e-12
@@ -274,7 +278,7 @@ def test_the_mean_over_a_stratified_batch_is_unbiased(batch_size):
     position, (jitters, weights) = torch.arange(batch_size), gauss(8)
     u = torch.stack([stratified(jitter, position, batch_size) for jitter in jitters])  # (n, B)
     for degree in range(16):
-        assert torch.isclose(weights @ (u**degree).mean(1), torch.tensor(1 / (degree + 1)).double(), rtol=1e-12)
+        assert torch.isclose(weights @ (u**degree).mean(1), double(1 / (degree + 1)), rtol=1e-12)
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 100])
@@ -309,13 +313,244 @@ def test_masks_change_with_the_seed_and_with_the_step(objective):
 
 
 def test_no_uniform_number_is_used_twice():
-    rows = [uniforms(seed, step, range(4), 300) for seed in (0, 1) for step in (0, 1)]  # (4, 300) each
-    jitter = uniforms(0, 0, range(4, 6), 1)  # what training_mask takes for a batch of 4
-    numbers = torch.cat([*rows, jitter.expand(2, 300)[:, :1].T.expand(1, 2).repeat(1, 1).new_zeros(0, 300)]).flatten()
+    numbers = torch.cat([uniforms(seed, step, range(6), 300) for seed in (0, 1) for step in (0, 1)])  # (24, 300)
     assert len(numbers.unique()) == numbers.numel()
+
+
+def test_the_jitter_of_the_strata_is_no_number_of_the_noise():
+    position = torch.arange(0, 8, 2)  # (4,) the first of each pair
+    _, weight = training_mask("lambda_dce", 0, 0, position, 8, L)
+    jitter = position // 2 + 1 - 8 / weight  # (4,) solved from u = 1 / weight
+    assert (jitter - uniforms(0, 0, range(8), L).flatten()[:, None]).abs().min() > 1e-6
 
 
 def test_uniforms_are_uniform():
     numbers = uniforms(0, 0, range(40), 500)
-    assert numbers.dtype == torch.float64 and 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.dtype == torch.float64 and numbers.min() >= 0 and numbers.max() < 1
     assert abs(numbers.mean() - 1 / 2) < 0.01 and abs(numbers.var() - 1 / 12) < 0.002
+
+
+# ---- The fast loss is the plain loss ------------------------------------------------------------------------------------
+
+
+def plain_nelbo(model, x0, mask, weight, normalised=True):
+    """The textbook loss, on the logits of all positions: the specification of nelbo."""
+    logits = model(torch.where(mask, model.mask_id, x0))  # (B, L, V)
+    at_x0 = logits.gather(-1, x0[..., None]).squeeze(-1)  # (B, L)
+    ce = (logits.logsumexp(-1) if normalised else logits.exp().sum(-1) - 1) - at_x0  # (B, L)
+    nats = (weight[:, None] * mask * ce).sum(1)  # (B,)
+    return nats.sum(), nats
+
+
+def plain_ar_nll(model, x0):
+    """The textbook loss of a causal network behind a start token."""
+    x = torch.cat([torch.full_like(x0[:, :1], model.start_id), x0], dim=1)[:, :-1]  # (B, L)
+    nats = -model(x).log_softmax(-1).gather(-1, x0[..., None]).sum((1, 2))  # (B,)
+    return nats.sum(), nats
+
+
+def tiny(dtype=torch.float32, **keys):
+    """A Transformer none of whose parameters is zero or one."""
+    torch.manual_seed(4)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 10, "vocab_size": 7}
+    model = Transformer(DEFAULTS | sizes | keys)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model.to(dtype)
+
+
+MODELS = {
+    "table": lambda: Table(random_logits()),
+    "float64": lambda: tiny(torch.float64),
+    "bias": tiny,
+    "no bias": lambda: tiny(bias=False, norm="rms", mlp="swiglu", unused_rows=1),
+}
+
+
+def gradients(model, loss):
+    """The gradient of every parameter of 3 * loss, so that the factor from upstream is seen to arrive."""
+    model.zero_grad()
+    (3 * loss).backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def corrupted(model, B=6):
+    """(x0, mask, weight): B sequences of the model's full length, hidden anywhere from once to everywhere."""
+    x0 = torch.randint(model.vocab_size, (B, model.block_size), generator=torch.Generator().manual_seed(5))  # (B, L)
+    return x0, *training_mask("any_order", 0, 0, range(B), B, model.block_size)
+
+
+def assert_agree(model, fast, plain, tolerance):
+    (loss, nats), (plain_loss, plain_nats) = fast(), plain()
+    assert same(loss, plain_loss, tolerance) and same(nats, plain_nats, tolerance) and not nats.requires_grad
+    for got, wanted in zip(gradients(model, loss), gradients(model, plain_loss), strict=True):
+        assert same(got, wanted, 10 * tolerance)
+    with torch.no_grad():
+        loss, nats = fast()
+    assert same(loss, plain_loss, tolerance) and same(nats, plain_nats, tolerance)
+
+
+@pytest.mark.parametrize("normalised", [True, False], ids=["normalised", "unnormalised"])
+@pytest.mark.parametrize("chunk", [1, 5, 11, 512])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_fast_loss_and_all_its_gradients_are_those_of_the_plain_loss(name, chunk, normalised, monkeypatch):
+    monkeypatch.setattr(diffusion, "head_loss", functools.partial(diffusion.head_loss, chunk=chunk))
+    model = MODELS[name]()
+    batch = corrupted(model)
+    fast, plain = (functools.partial(loss, model, *batch, normalised=normalised) for loss in (nelbo, plain_nelbo))
+    assert_agree(model, fast, plain, 1e-5)
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 7, 1000])
+@pytest.mark.parametrize("name", MODELS)
+def test_rows_padded_to_a_multiple_change_nothing(name, multiple):
+    model = MODELS[name]()
+    batch = corrupted(model)
+    rows = diffusion.hidden_rows(batch[1], multiple)  # (N,)
+    hidden = batch[1].flatten().nonzero().squeeze(1)
+    assert len(rows) == min(-(-len(hidden) // multiple) * multiple, batch[1].numel()) == len(rows.unique())
+    assert torch.isin(hidden, rows).all()
+    assert_agree(model, lambda: nelbo(model, *batch, rows=rows), lambda: plain_nelbo(model, *batch), 1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_with_nothing_hidden_costs_nothing(name):
+    model = MODELS[name]()
+    x0, mask, weight = corrupted(model)
+    batch = x0, torch.zeros_like(mask), weight
+    assert_agree(model, lambda: nelbo(model, *batch), lambda: plain_nelbo(model, *batch), 1e-5)
+
+
+def test_the_loss_in_bfloat16_is_near_the_plain_loss():
+    model = tiny()
+    batch = corrupted(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, nats = nelbo(model, *batch)
+        got = gradients(model, loss)
+    plain_loss, plain_nats = plain_nelbo(model, *batch)
+    wanted = gradients(model, plain_loss)
+    assert same(loss, plain_loss, 0.02) and same(nats, plain_nats, 0.05)
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of elements of the largest tensor made inside it."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t))])
+        return out
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_fast_loss_never_holds_the_logits_of_more_than_a_chunk(grad, monkeypatch):
+    monkeypatch.setattr(diffusion, "head_loss", functools.partial(diffusion.head_loss, chunk=4))
+    model = tiny(vocab_size=500)
+    with torch.set_grad_enabled(grad), LargestTensor() as largest:
+        loss, _ = nelbo(model, *corrupted(model))
+        if grad:
+            loss.backward()
+    assert largest.numel <= model.embed.weight.numel() < 33 * 500  # the batch has 33 hidden tokens
+    with LargestTensor() as largest:
+        plain_nelbo(model, *corrupted(model))
+    assert largest.numel >= 60 * 500
+
+
+@pytest.mark.parametrize("keys", [{}, {"bias": False}, {"start_id": 3}])
+def test_the_autoregressive_loss_and_its_gradients_are_those_of_the_plain_shifted_loss(keys):
+    model = tiny(causal=True, **keys)
+    x0, _, _ = corrupted(model)
+    assert_agree(model, lambda: diffusion.ar_nll(model, x0), lambda: plain_ar_nll(model, x0), 1e-5)
+
+
+class LeftToRight(Table):
+    """The table asked as a causal network: position i of the input shifted by one knows x0 before i, and nothing after."""
+
+    def hidden(self, x):
+        known = torch.ones(L, L).tril(-1).bool()  # row i: what position i knows
+        x0 = x.roll(-1, 1)[:, None]  # (B, 1, L)
+        partly = torch.where(known, x0, self.mask_id).flatten(0, 1)  # (B*L, L)
+        return super().hidden(partly).view(len(x), L, L, V).diagonal(dim1=1, dim2=2).transpose(1, 2)  # (B, L, V)
+
+
+def test_the_autoregressive_loss_of_true_conditionals_is_minus_log_p(network, joint):
+    model = LeftToRight(network.logits.detach())
+    loss, nats = diffusion.ar_nll(model, X0)
+    assert same(nats, -joint.flatten().log()) and same(loss, -joint.log().sum())
+
+
+# ---- Reveal times -------------------------------------------------------------------------------------------------------
+
+
+def chance_at(name, n):
+    """m at the n + 1 times of n equal steps from 1 to 0, as plain numbers."""
+    t = torch.linspace(1, 0, n + 1, dtype=torch.float64)  # (n + 1,)
+    return (1 - torch.exp(-SIGMA_BAR[name](t))).tolist()
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "euler"])
+@pytest.mark.parametrize("steps", [1, 2, 5, 64])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_every_token_is_revealed_at_exactly_one_step(name, steps, sampler):
+    r = reveal_law(SCHEDULES[name], steps, sampler)  # (steps,)
+    assert r.shape == (steps,) and (r >= 0).all() and math.isclose(r.sum(), 1, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 64])
+@pytest.mark.parametrize("name", FULL_RANGE)
+def test_ancestral_steps_reveal_what_the_schedule_hides_between_them(name, steps):
+    m = chance_at(name, steps)
+    expected = double([a - b for a, b in itertools.pairwise(m)])  # (steps,)
+    assert torch.allclose(reveal_law(SCHEDULES[name], steps), expected, rtol=1e-6)
+
+
+def test_the_last_step_reveals_what_a_schedule_that_does_not_end_at_zero_has_left():
+    m = chance_at("geometric", 5)
+    expected = double([(a - b) / m[0] for a, b in itertools.pairwise([*m[:-1], 0.0])])  # (5,)
+    assert torch.allclose(reveal_law(SCHEDULES["geometric"], 5), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 64])
+def test_euler_is_ancestral_for_the_log_linear_schedule(steps):
+    assert torch.allclose(reveal_law(loglinear, steps, "euler"), reveal_law(loglinear, steps), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_euler_steps_reveal_at_the_rate_of_the_start_of_the_step(name):
+    steps, hidden, expected = 5, 1.0, []
+    for k in range(steps):
+        m, dm = SCHEDULES[name](double(1 - k / steps))
+        chance = min(1.0, float(dm / m) / steps) if k < steps - 1 else 1.0
+        expected.append(hidden * chance)
+        hidden *= 1 - chance
+    assert torch.allclose(reveal_law(SCHEDULES[name], steps, "euler"), double(expected), rtol=1e-9)
+
+
+def test_a_rate_wrong_weights_and_schedules_gives_another_law():
+    late = lambda t: (cosine(t)[0] ** 1.01, cosine(t)[1])  # noqa: E731
+    assert not torch.allclose(reveal_law(late, 5), reveal_law(cosine, 5), rtol=1e-3)
+    assert not torch.allclose(reveal_law(scaled(cosine, slope=1.01), 5, "euler"), reveal_law(cosine, 5, "euler"), rtol=1e-3)
+    assert not torch.allclose(reveal_law(scaled(loglinear, slope=1.01), 5, "euler"), reveal_law(loglinear, 5), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_expected_nfe_is_the_mean_number_of_distinct_reveal_steps(name):
+    r = reveal_law(SCHEDULES[name], 5)  # (5,)
+    steps = states(5, L)  # (5^L, L) every way that L tokens can be revealed in 5 steps
+    distinct = double([len(set(row)) for row in steps.tolist()])  # (5^L,)
+    assert math.isclose(diffusion.expected_nfe(r, L), r[steps].prod(1) @ distinct, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize(("n", "nfe"), [(128, 127.96), (1024, 647.5), (2048, 806.0), (4096, 906.1)])
+def test_expected_nfe_of_1024_tokens_is_what_the_paper_says(n, nfe):
+    got = diffusion.expected_nfe(reveal_law(loglinear, n), 1024)
+    assert math.isclose(got, n * (1 - (1 - 1 / n) ** 1024), rel_tol=1e-9)
+    assert abs(got - nfe) < (0.005 if n == 128 else 0.05)
+
+
+def test_one_step_needs_one_call_and_endless_steps_one_call_a_token():
+    assert diffusion.expected_nfe(reveal_law(cosine, 1), L) == 1
+    assert 3.99 < diffusion.expected_nfe(reveal_law(cosine, 10_000), L) < L

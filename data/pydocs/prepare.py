@@ -17,7 +17,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 from config import run
-from data import loader, tokenizer
+from data import tokenizer, writer
 
 DEFAULTS = {
     "out": "data/pydocs",  # folder to prepare
@@ -71,13 +71,13 @@ def documents():
 
 def main(config):
     texts = documents()
-    split = [("val" if loader.held_out(name, HELD_OUT) else "train", text) for name, text in texts.items()]
+    split = [("val" if writer.held_out(name, HELD_OUT) else "train", text) for name, text in texts.items()]
     vocabulary = tokenizer.build(config["tokenizer"], texts.values())
-    meta = loader.prepare(config["out"], split, vocabulary)
+    meta = writer.prepare(config["out"], split, vocabulary)
     digest = hashlib.sha256("\n\n".join(texts.values()).encode("utf8")).hexdigest()
-    print(f"{loader.summary(config['out'], meta)}; {len(set().union(*texts.values()))} distinct characters")
+    print(f"{writer.summary(config['out'], meta)}; {len(set().union(*texts.values()))} distinct characters")
     print(f"text of Python {platform.python_version()}, sha256 {digest}")
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__], loader)
+    run(main, sys.modules[__name__], writer)

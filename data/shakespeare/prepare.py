@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from config import UserError, require, run
-from data import download, loader, tokenizer
+from data import download, tokenizer, writer
 
 DEFAULTS = {
     "input": "",  # a local copy of the text; without one it is downloaded
@@ -29,9 +29,9 @@ def main(config):
     cut = int(0.9 * len(text))
     require(cut, f"{path} holds no text")
     vocabulary = tokenizer.build(config["tokenizer"], [text])
-    meta = loader.prepare(config["out"], [("train", text[:cut]), ("val", text[cut:])], vocabulary)
-    print(loader.summary(config["out"], meta))
+    meta = writer.prepare(config["out"], [("train", text[:cut]), ("val", text[cut:])], vocabulary)
+    print(writer.summary(config["out"], meta))
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__], loader)
+    run(main, sys.modules[__name__], writer)

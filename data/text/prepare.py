@@ -16,7 +16,7 @@ import zlib
 from pathlib import Path
 
 from config import UserError, require, run
-from data import loader, tokenizer
+from data import tokenizer, writer
 
 DEFAULTS = {
     "input": "",  # files or folders, separated by commas
@@ -52,15 +52,15 @@ def cut(file):
     yield rest
 
 
-def lines(file):
-    """The documents of an open .jsonl file."""
+def lines(file, path):
+    """The documents of an open .jsonl file, `path`."""
     for number, line in enumerate(file, start=1):
         try:
             record = json.loads(line) if line.strip() else {"text": ""}
         except (ValueError, RecursionError):
-            raise UserError(f"{file.name}, line {number}: not JSON") from None
+            raise UserError(f"{path}, line {number}: not JSON") from None
         text = record.get("text") if isinstance(record, dict) else None
-        require(isinstance(text, str), f'{file.name}, line {number}: no text under the key "text"')
+        require(isinstance(text, str), f'{path}, line {number}: no text under the key "text"')
         yield text.encode("utf8", "replace").decode("utf8")  # JSON can spell half a character, UTF-8 cannot
 
 
@@ -69,7 +69,7 @@ def read(path):
     opened = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
     try:
         with opened(path, "rt", encoding="utf-8-sig") as file:
-            documents = lines(file) if ".jsonl" in path.suffixes else cut(file)
+            documents = lines(file, path) if ".jsonl" in path.suffixes else cut(file)
             yield from (text.strip("\n") for text in documents if text.strip())
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
@@ -94,7 +94,7 @@ def split(texts, val_fraction):
     """Yields (split, text); UserError where one of the two was wanted and got nothing."""
     counts = {"train": 0, "val": 0}
     for text in texts:
-        name = "val" if loader.held_out(text, val_fraction) else "train"
+        name = "val" if writer.held_out(text, val_fraction) else "train"
         counts[name] += 1
         yield name, text
     for name, wanted in (("train", val_fraction < 1), ("val", val_fraction > 0)):
@@ -109,9 +109,9 @@ def main(config):
     require(config["workers"] >= 0, f"workers must be 0 or more, not {config['workers']}")
     vocabulary = tokenizer.build(config["tokenizer"], documents(items))
     pairs = split(documents(items), config["val_fraction"])
-    meta = loader.prepare(config["out"], pairs, vocabulary, config["workers"] or os.cpu_count())
-    print(loader.summary(config["out"], meta))
+    meta = writer.prepare(config["out"], pairs, vocabulary, config["workers"] or os.cpu_count())
+    print(writer.summary(config["out"], meta))
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__], loader)
+    run(main, sys.modules[__name__], writer)

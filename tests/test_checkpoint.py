@@ -1,0 +1,550 @@
+"""Checkpoints: what is saved comes back bit for bit, published files go both ways, and bad files end in one line."""
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+from checkpoint import FIXED, load, size_config
+from config import UserError
+from data.tokenizer import Char
+from model import DEFAULTS, SIZES, Transformer
+
+SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 5}
+X = torch.tensor([[0, 5, 2, 5, 4], [5, 5, 5, 1, 3]])
+
+
+def network(**keys):
+    torch.manual_seed(0)
+    return Transformer(DEFAULTS | SMALL | keys).eval()
+
+
+def run(folder, objective="any_order", averages=True, **keys):
+    """Saves a checkpoint as train.py does; returns (its path, the model, the averaged model)."""
+    model = network(**keys)
+    average = network(**keys)
+    average.embed.weight.data.add_(1)
+    config = model.config | {"objective": objective, "out_dir": str(folder), "ema": 0.99}
+    state = {"config": config, "tokenizer": Char("abcde").meta(), "step": 7, "optimizer": [{"state": {}}]}
+    state |= {"model": model.state_dict(), "ema": average.state_dict() if averages else None}
+    checkpoint.save(folder / "ckpt.pt", state)
+    return folder / "ckpt.pt", model, average
+
+
+def same(a, b):
+    """Equal names, types and bits."""
+    assert a.keys() == b.keys()
+    assert all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+def refusal(path, **keys):
+    """The one line in which `load` refuses a path."""
+    with pytest.raises(UserError) as error:
+        load(path, **keys)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---- Our own -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_saved_is_read_back(tmp_path):
+    path, model, average = run(tmp_path)
+    for place in (path, tmp_path, str(tmp_path)):
+        state = checkpoint.read(place)
+        same(state["model"], model.state_dict())
+        same(state["ema"], average.state_dict())
+        assert state["step"] == 7 and state["config"]["objective"] == "any_order"
+
+
+def test_load_builds_the_model_its_tokenizer_and_its_config(tmp_path):
+    path, model, average = run(tmp_path, objective="t_dce", norm="rms", mlp="swiglu", mlp_hidden=24, qk_norm=True)
+    for place in (tmp_path, path):
+        loaded, tokenizer, config = load(place)
+        assert torch.equal(loaded(X), average(X)) and not loaded.training
+        assert tokenizer.decode([0, 4]) == "ae"
+        assert config["objective"] == "t_dce" and DEFAULTS.keys() <= config.keys()
+    assert torch.equal(load(path, ema=False)[0](X), model(X))
+
+
+def test_load_takes_the_plain_weights_where_there_are_no_averages(tmp_path):
+    path, model, _ = run(tmp_path, averages=False)
+    assert torch.equal(load(path)[0](X), model(X))
+
+
+def test_a_loaded_model_trains_and_leaves_its_file_alone(tmp_path):
+    path, _, _ = run(tmp_path)
+    before = path.read_bytes()
+    model = load(path)[0].train()
+    model(X).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert path.read_bytes() == before
+
+
+def test_a_new_checkpoint_replaces_the_old_one_even_while_that_one_is_in_use(tmp_path):
+    path, model, _ = run(tmp_path, averages=False)
+    loaded = load(path)[0]
+    run(tmp_path, averages=False, n_embd=8)
+    assert torch.equal(loaded(X), model(X)) and load(path)[2]["n_embd"] == 8
+    assert [file.name for file in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+# ---- Published files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def radd(shared, tmp_path):
+    """A folder that may be changed: RADD's config.json and model.safetensors."""
+    return copied(shared("fixtures/radd_tiny"), tmp_path / "radd", "config.json", "model.safetensors")
+
+
+@pytest.fixture
+def smdm(shared, tmp_path):
+    """A folder that may be changed: SMDM's mdm.safetensors, ar.safetensors and a config.json."""
+    return copied(shared("fixtures/smdm_tiny"), tmp_path / "smdm", "config.json", "mdm.safetensors", "ar.safetensors")
+
+
+def copied(source, to, *names):
+    to.mkdir()
+    for name in names:
+        (to / name).write_bytes((source / name).read_bytes())
+    return to
+
+
+def edit(path, change):
+    """Rewrites a JSON file as change(its content)."""
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+
+
+def test_radd_weights_load_in_every_layout_that_they_are_found_in(radd):
+    logits = load(radd)[0](X)
+    weights = load_file(radd / "model.safetensors")
+    assert torch.equal(load(radd / "model.safetensors")[0](X), logits)
+
+    edit(radd / "config.json", lambda config: {"config": config, "ngpus": 8})
+    assert torch.equal(load(radd)[0](X), logits)
+
+    (radd / "model.safetensors").unlink()
+    for old in (False, True):
+        torch.save(weights, radd / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
+        assert torch.equal(load(radd)[0](X), logits)
+
+
+YAML = """ngpus: 4
+tokens: 60  # without the mask
+gpt_dir: 'gpt2-large'
+training:
+  batch_size: 512
+  loss_type: k_DCE
+  ema: 0.9999
+
+noise:
+  type: geometric
+eval:
+- model: none
+model:
+    name: "tiny"
+    hidden_size: 32
+    length: 32
+    n_blocks: 2
+    n_heads: 2
+    dropout: 0.02
+"""
+
+
+@pytest.fixture
+def trainer(radd):
+    """A folder of RADD's trainer whose averages are the published weights and whose plain weights are zero."""
+    weights = load_file(radd / "model.safetensors")
+    parts = ["norm1.weight", "norm1.bias", "attn_qkv.weight", "attn_out.weight", "norm2.weight", "norm2.bias"]
+    parts += ["mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"]
+    tail = ["norm_final.weight", "norm_final.bias", "linear.weight", "linear.bias"]
+    order = ["vocab_embed.embedding", *(f"blocks.{i}.{part}" for i in range(2) for part in parts)]
+    shadow = [weights[name] for name in [*order, *(f"output_layer.{part}" for part in tail)]]
+    zeros = {name: w * (name == "rotary_emb.inv_freq") for name, w in weights.items()}
+    ema = {"decay": 0.9999, "num_updates": 3, "shadow_params": shadow}
+    (radd / ".hydra").mkdir()
+    (radd / ".hydra" / "config.yaml").write_text(YAML)
+    (radd / "checkpoints-meta").mkdir()
+    (radd / "model.safetensors").unlink()
+    torch.save({"model": zeros, "ema": ema, "optimizer": {}, "step": 3}, radd / "checkpoints-meta" / "checkpoint.pth")
+    return radd
+
+
+def test_a_folder_of_the_radd_trainer_gives_its_averaged_weights(trainer, shared):
+    model, _, config = load(trainer)
+    assert torch.equal(model(X), load(shared("fixtures/radd_tiny"))[0](X))
+    assert config["objective"] == "any_order" and config["schedule"] == "geometric" and config["dropout"] == 0.02
+    assert torch.equal(load(trainer / "checkpoints-meta" / "checkpoint.pth")[0](X), model(X))
+    assert not load(trainer, ema=False)[0](X).any()
+
+
+def test_averages_that_are_too_few_or_in_another_order_are_refused(trainer):
+    path = trainer / "checkpoints-meta" / "checkpoint.pth"
+    state = torch.load(path)
+    shadow = state["ema"]["shadow_params"]
+    shadow[1], shadow[3] = shadow[3], shadow[1]
+    torch.save(state, path)
+    assert "blocks.0.norm1.weight is (96, 32)" in refusal(trainer)
+    del shadow[-1]
+    torch.save(state, path)
+    assert "list of 25 tensors" in refusal(trainer)
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [("radd-t-dce", "t_dce"), ("radd-lambda-dce-medium", "lambda_dce"), ("radd_t_DSE", "t_dce"), ("mine", "lambda_dce")],
+)
+def test_the_name_of_a_radd_folder_tells_how_it_was_trained(radd, name, objective):
+    assert load(radd.rename(radd.with_name(name)))[2]["objective"] == objective
+
+
+def test_the_training_section_of_a_radd_config_says_it_better(radd):
+    edit(radd / "config.json", lambda config: config | {"training": {"loss_type": "k_DCE"}})
+    assert load(radd.rename(radd.with_name("radd-t-dce")))[2]["objective"] == "any_order"
+
+
+@pytest.mark.parametrize("kind", ["mdm", "ar"])
+def test_smdm_weights_load_from_a_bare_file_and_from_a_trainer_file(smdm, kind):
+    model, _, config = load(smdm / f"{kind}.safetensors")
+    assert config["causal"] == (kind == "ar") and config["objective"] == {"ar": "ar", "mdm": "lambda_dce"}[kind]
+    assert model.block_size == 2048 and model.start_id == {"ar": 1, "mdm": 64}[kind]
+    weights = load_file(smdm / f"{kind}.safetensors")
+    torch.save(
+        {"model": weights, "optimizer": {}, "hparams": {"lr": 2e-4}, "iter_num": 9, "step_count": 3}, smdm / "iter-9.pth"
+    )
+    assert torch.equal(load(smdm / "iter-9.pth")[0](X), model(X))
+
+
+def bare(path, n_layer, n_head, n_embd, mlp_hidden):
+    """A file of an SMDM model of some size, and nothing that tells its number of heads."""
+    keys = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "mlp_hidden": mlp_hidden}
+    with torch.device("meta"):
+        model = Transformer(DEFAULTS | SMALL | FIXED["smdm"] | keys)
+    weights = {name: torch.zeros(w.shape) for name, w in model.state_dict().items()}
+    save_file(checkpoint.to_format(weights, model.config, "smdm"), path)
+    return path
+
+
+def test_the_heads_of_a_published_smdm_model_follow_from_its_layers_and_width(tmp_path):
+    assert load(bare(tmp_path / "mdm-6M-1e18.safetensors", *SIZES["6M"]))[2]["n_head"] == 4
+    path = bare(tmp_path / "mine.safetensors", 2, 2, 48, 120)
+    assert "2 layers of width 48" in refusal(path) and "n_head" in refusal(path)
+    (tmp_path / "config.json").write_text('{"n_head": 3}')
+    assert load(path)[2]["n_head"] == 3
+
+
+def test_layers_and_width_tell_every_size_apart():
+    assert len({(n_layer, n_embd) for n_layer, _, n_embd, _ in SIZES.values()}) == len(SIZES) == 30
+
+
+def test_a_size_becomes_a_model_of_so_many_parameters():
+    for name in SIZES:
+        with torch.device("meta"):
+            model = Transformer(DEFAULTS | size_config(name) | {"vocab_size": 32000})
+        inside = sum(w.numel() for key, w in model.named_parameters() if "embed" not in key)
+        assert round(inside / 1e6) in (int(name[:-1]), int(name[:-1]) + 1)
+    with pytest.raises(UserError, match="unknown size '300M'; did you mean '302M'"):
+        size_config("300M")
+
+
+def test_half_precision_weights_are_widened(radd):
+    weights = load_file(radd / "model.safetensors")
+    save_file({name: w.bfloat16() for name, w in weights.items()}, radd / "model.safetensors")
+    assert load(radd)[0](X).dtype == torch.float32
+
+
+# ---- The Hub, played by a real server ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """hub(source folder, "OWNER/REPO", ...) makes a local server offer it, as the Hub does."""
+    site = tmp_path / "site"
+    site.mkdir()
+    handler = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=site)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("NANOMDM_CACHE", str(tmp_path / "cache"))
+        monkeypatch.chdir(tmp_path)
+
+        def offer(source, repo, folder=""):
+            place = site / repo / "resolve" / "main" / folder
+            place.parent.mkdir(parents=True)
+            place.symlink_to(source)
+
+        yield offer
+        server.shutdown()
+
+
+def test_a_hub_name_is_fetched_and_loaded(hub, radd, smdm):
+    hub(radd, "JingyangOu/radd-t-dce")
+    hub(smdm, "nieshen/SMDM", "mdm_safetensors")
+    model, _, config = load("JingyangOu/radd-t-dce")
+    assert torch.equal(model(X), load(radd)[0](X)) and config["objective"] == "t_dce"
+    assert "n_head" in refusal("nieshen/SMDM/mdm_safetensors/mdm.safetensors")  # found, but of no published size
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub_says_so(hub, radd):
+    hub(radd, "JingyangOu/radd-t-dce")
+    assert "JingyangOu/radd-x-dce" in refusal("JingyangOu/radd-x-dce") and "404" in refusal("JingyangOu/radd-x-dce")
+    for missing in ("out/pydocs", "nothing", "/no/where", "./a/b", "radd/typo", "../x/y"):
+        assert "no such file or folder" in refusal(missing)
+
+
+# ---- Export: there and back ------------------------------------------------------------------------------------------------
+
+
+def test_radd_weights_go_out_as_they_came_in(radd, tmp_path):
+    checkpoint.export(radd, tmp_path / "out", "radd")
+    same(load_file(tmp_path / "out" / "model.safetensors"), load_file(radd / "model.safetensors"))
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", radd))
+    assert ours.keys() == theirs.keys() and ours["tokens"] == theirs["tokens"] and ours["noise"] == theirs["noise"]
+    assert ours["model"] | {"name": "tiny_radd"} == theirs["model"]
+
+
+@pytest.mark.parametrize("kind", ["mdm", "ar"])
+def test_smdm_weights_go_out_as_they_came_in(smdm, tmp_path, kind):
+    checkpoint.export(smdm / f"{kind}.safetensors", tmp_path / "out", "smdm")
+    same(load_file(tmp_path / "out" / "model.safetensors"), load_file(smdm / f"{kind}.safetensors"))
+    ours, theirs = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", smdm))
+    assert {key: theirs.get(key, value) for key, value in ours.items()} == ours | {"name": "tiny_visible"}
+    assert torch.equal(load(tmp_path / "out")[0](X), load(smdm / f"{kind}.safetensors")[0](X))
+
+
+@pytest.mark.parametrize("source", ["radd", "smdm/mdm.safetensors", "smdm/ar.safetensors"])
+def test_published_weights_go_through_our_own_format(radd, smdm, tmp_path, source):
+    checkpoint.export(tmp_path / source, tmp_path / "out", "nanomdm")
+    there, here = load(tmp_path / source), load(tmp_path / "out")
+    same(here[0].state_dict(), there[0].state_dict())
+    assert here[2] == there[2] | {"format": "nanomdm"}
+
+
+def test_our_own_export_keeps_weights_tokenizer_and_objective(tmp_path):
+    _, _, average = run(tmp_path / "run", objective="t_dce", mlp="relu2", zero_init="all")
+    checkpoint.export(tmp_path / "run", tmp_path / "out", "nanomdm")
+    model, tokenizer, config = load(tmp_path / "out")
+    same(model.state_dict(), average.state_dict())
+    assert tokenizer.meta() == Char("abcde").meta() and config["objective"] == "t_dce"
+    assert "out_dir" not in config
+
+
+def test_our_models_in_their_architecture_can_be_given_to_their_code(tmp_path):
+    run(tmp_path / "radd", zero_init="head", dropout=0.02)
+    checkpoint.export(tmp_path / "radd", tmp_path / "a", "radd")
+    assert load_file(tmp_path / "a" / "model.safetensors")["output_layer.linear.weight"].shape == (6, 16)
+    assert torch.equal(load(tmp_path / "a")[0](X), load(tmp_path / "radd")[0](X))
+    for causal in (False, True):
+        run(tmp_path / "smdm", causal=causal, start_id=1 if causal else -1, **FIXED["smdm"])
+        checkpoint.export(tmp_path / "smdm", tmp_path / "b", "smdm")
+        (tmp_path / "b" / "config.json").write_text('{"n_head": 2, "block_size": 12}')
+        x = X.clamp(max=4) if causal else X
+        assert torch.equal(load(tmp_path / "b")[0](x), load(tmp_path / "smdm")[0](x))
+
+
+@pytest.mark.parametrize(
+    ("format", "keys"),
+    [("radd", {key: other}) for key, other in {"norm": "rms", "mlp": "swiglu", "bias": False, "qk_norm": True}.items()]
+    + [("radd", {"causal": True}), ("radd", {"rotary_bf16": True}), ("radd", {"mlp_hidden": 24})]
+    + [("smdm", FIXED["smdm"] | {"rotary_bf16": False}), ("smdm", FIXED["smdm"] | {"causal": True}), ("smdm", {})],
+)
+def test_a_model_that_does_not_fit_a_format_is_refused_and_nothing_written(tmp_path, format, keys):
+    run(tmp_path / "run", **keys)
+    with pytest.raises(UserError, match=f"{tmp_path}/run (has|reads)"):
+        checkpoint.export(tmp_path / "run", tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- Bad files ---------------------------------------------------------------------------------------------------------------
+
+
+class Code:
+    """Unpickled, this would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def command(*args):
+    """Runs `python checkpoint.py export`: (exit code, lines on stderr)."""
+    words = [sys.executable, "checkpoint.py", "export", *map(str, args)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return done.returncode, done.stderr.splitlines()
+
+
+def test_a_pickle_that_wants_to_run_code_does_not_run_it(tmp_path):
+    torch.save({"config": {}, "model": Code(tmp_path / "ran")}, tmp_path / "zip.pt")
+    torch.save({"model": Code(tmp_path / "ran")}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Code(tmp_path / "ran")))
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Code(tmp_path / "ran")))
+    for name in ("zip.pt", "old.pt", "plain.pt", "."):
+        assert "wants to run code (posix.system), which is refused" in refusal(tmp_path / name)
+    with pytest.raises(UserError, match="run code"):
+        checkpoint.read(tmp_path / "zip.pt")
+    code, lines = command(f"--ckpt={tmp_path / 'zip.pt'}", f"--to={tmp_path / 'out'}")
+    assert code == 2 and len(lines) == 1 and "zip.pt wants to run code" in lines[0]
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_wherever_the_damage_is(tmp_path):
+    path, _, _ = run(tmp_path)
+    whole = path.read_bytes()
+    for length in (0, 1, 9, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert f"{path} is damaged" in refusal(path)
+    flipped = 0
+    for place in range(0, len(whole), len(whole) // 50):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        try:
+            model, _, _ = load(path)
+        except UserError as error:
+            assert str(path) in str(error)
+            flipped += 1
+        else:  # a byte that fills a gap between two parts
+            path.write_bytes(whole)
+            same(load(path)[0].state_dict(), model.state_dict())
+    assert flipped > 25
+
+
+@pytest.mark.parametrize("content", [{"step": 3}, {"config": {}, "model": 3}, [1, 2], {"config": 1, "model": {}}])
+def test_a_pickle_of_something_else_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "ckpt.pt")
+    with pytest.raises(UserError, match="is not a checkpoint of train.py"):
+        checkpoint.read(tmp_path)
+    assert "not a checkpoint" in refusal(tmp_path) or "no model" in refusal(tmp_path)
+
+
+def test_files_and_folders_without_a_checkpoint_are_refused(tmp_path, smdm):
+    assert f"no checkpoint in folder {tmp_path}" in refusal(tmp_path)
+    assert "ar.safetensors, mdm.safetensors" in refusal(smdm)
+    (tmp_path / "text").write_text("To be, or not to be, that is the question")
+    assert "text is damaged, or not a checkpoint" in refusal(tmp_path / "text")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    assert "holds no model known here" in refusal(tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="no checkpoint"):
+        checkpoint.read(tmp_path / "none")
+
+
+def test_the_model_keys_of_a_checkpoint_are_checked(tmp_path):
+    path, model, _ = run(tmp_path)
+    for key, value in {"n_head": 3, "n_layer": 10**9, "n_embd": "wide", "block_size": 0, "mlp_hidden": -1}.items():
+        weights = model.state_dict()
+        checkpoint.save(path, {"config": model.config | {key: value}, "model": weights, "ema": None, "tokenizer": None})
+        assert str(path) in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            lambda w: w.pop("output_layer.linear.bias"),
+            "output_layer.linear.bias is absent, but by its config it has to be (61,)",
+        ),
+        (lambda w: w.update(extra=torch.zeros(1)), "extra is (1,), but by its config it has to be absent"),
+        (
+            lambda w: w.update({"blocks.1.mlp.0.bias": torch.zeros(64)}),
+            "blocks.1.mlp.0.bias is (64,), but by its config it has to be (128,)",
+        ),
+        (lambda w: w.update({"rotary_emb.inv_freq": torch.ones(8)}), "rotary_emb.inv_freq is not that of"),
+        (lambda w: w.pop("vocab_embed.embedding"), "no model known here"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(radd, change, told):
+    weights = load_file(radd / "model.safetensors")
+    change(weights)
+    save_file(weights, radd / "model.safetensors")
+    assert refusal(radd).startswith(str(radd / "model.safetensors")) or "no model" in told
+    assert told in refusal(radd)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda c: c | {"tokens": "many"}, "tokens must be a whole number, not 'many'"),
+        (lambda c: c | {"tokens": 61}, "vocab_embed.embedding is (61, 32), but by its config it has to be (62, 32)"),
+        (lambda c: c | {"model": c["model"] | {"n_heads": 5}}, "does not divide into 5 heads"),
+        (lambda c: c | {"model": {**c["model"], "length": None}}, "model.length must be a whole number, not None"),
+        (lambda c: c | {"model": c["model"] | {"n_blocks": 10**12}}, "n_layer cannot be 1000000000000"),
+        (lambda c: c | {"model": c["model"] | {"n_blocks": 3}}, "blocks.2.norm1.weight is absent"),
+        (lambda c: {"tokens": 60}, "there is no model with its sizes"),
+        (lambda c: [c], "must hold a dict, not a list"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_named(radd, change, told):
+    edit(radd / "config.json", change)
+    assert told in refusal(radd) and str(radd) in refusal(radd)
+
+
+def test_a_config_that_is_damaged_or_missing_is_named(radd):
+    (radd / "config.json").write_text('{"tokens": 60, ')
+    assert f"{radd / 'config.json'} is damaged" in refusal(radd)
+    (radd / "config.json").unlink()
+    assert "needs a config.json beside it" in refusal(radd)
+
+
+def test_damaged_safetensors_are_refused_as_a_command_in_one_line(radd, tmp_path):
+    path = radd / "model.safetensors"
+    whole = path.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header = whole[8 : 8 + length]
+    damaged = [whole[: len(whole) // 2], whole[:50], whole[:8] + header, whole[:4], b""]
+    damaged += [struct.pack("<Q", 10**13) + whole[8:], struct.pack("<Q", 2**64 - 1) + b"{}", whole + b"more"]
+    damaged += [whole[:8] + header.replace(b"[32]", b"[99]") + whole[8 + length :], b"\x08" + bytes(7) + b"{" * 8]
+    for content in damaged:
+        path.write_bytes(content)
+        assert str(path) in refusal(radd)
+    path.write_bytes(damaged[0])
+    code, lines = command(f"--ckpt={radd}", f"--to={tmp_path / 'out'}", "--format=radd")
+    assert code == 2 and len(lines) == 1 and str(path) in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+FULL = """
+import resource, signal, sys, torch, checkpoint
+from config import UserError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # no file may grow past this: as on a full disk
+for write in (lambda: checkpoint.save(sys.argv[1], checkpoint.read(sys.argv[1])), lambda: checkpoint.export(*sys.argv[1:])):
+    try:
+        write()
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_full_disk_leaves_the_old_files_whole(tmp_path):
+    path, _, _ = run(tmp_path / "run")
+    checkpoint.export(path, tmp_path / "out", "nanomdm")
+    files = [path, tmp_path / "out" / "config.json", tmp_path / "out" / "model.safetensors"]
+    before = [file.read_bytes() for file in files]
+    words = [sys.executable, "-c", FULL, str(path), str(tmp_path / "out"), "nanomdm"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line.split(":")[0].split(";")[0] for line in done.stdout.splitlines()] == [
+        f"cannot write {path}",
+        f"cannot write {files[2]}",
+    ]
+    assert [file.read_bytes() for file in files] == before
+    assert len(list(tmp_path.glob("*/*"))) == 3
+
+
+def test_the_export_command_writes_what_it_says(tmp_path):
+    run(tmp_path / "run")
+    assert command(f"--ckpt={tmp_path / 'run'}", f"--to={tmp_path / 'out'}") == (0, [])
+    assert load(tmp_path / "out")[1].meta() == Char("abcde").meta()
+    code, lines = command(f"--ckpt={tmp_path / 'run'}", f"--to={tmp_path / 'b'}", "--format=raddd")
+    assert code == 2 and lines == ["checkpoint.py: unknown format 'raddd'; did you mean 'radd'?"]

@@ -1,0 +1,290 @@
+"""Downloads against a real HTTP server that behaves as badly as servers do."""
+
+import email.utils
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from config import UserError, parse
+from data import download, loader, writer
+from data.shakespeare import prepare as shakespeare
+
+ROOT = Path(__file__).parent.parent
+BODY = bytes(range(256)) * 4096  # 1 MiB
+SHA256 = hashlib.sha256(BODY).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Plays the server's script, one entry for each request, and notes what was asked; then behaves well."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        server = self.server
+        server.asked.append((self.path, dict(self.headers)))
+        entry = server.script.pop(0) if server.script else {}
+        status, keys = entry.get("status", 200), entry.get("headers", {})
+        body = entry.get("body", server.body)
+        asked = self.headers.get("Range")
+        current = self.headers.get("If-Range") in (None, server.etag)
+        if status == 200 and asked and current and not entry.get("ignore_range"):
+            first = int(asked.removeprefix("bytes=").removesuffix("-"))
+            status = 206 if first < len(body) else 416
+            keys = {**keys, "Content-Range": f"bytes {first}-{len(body) - 1}/{len(body)}"}
+            if status == 416:
+                keys["Content-Range"] = f"bytes */{len(body)}"
+            body = body[first:] if status == 206 else b""
+        self.send_response(status)
+        for key, value in {"Content-Length": len(body), "ETag": server.etag, **keys}.items():
+            if value is not None:
+                self.send_header(key, str(value))
+        self.end_headers()
+        self.wfile.write(body[: entry.get("drop_after", len(body))])
+        self.close_connection = True
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.script, server.asked, server.body, server.etag = [], [], BODY, '"v1"'
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def no_token(monkeypatch):
+    for name in ("HF_TOKEN", "HF_ENDPOINT", "NANOMDM_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def fetch(server, folder, *script, **options):
+    server.script[:] = script
+    return download.fetch(f"{server.url}/file.bin", folder / "sub" / "file.bin", first_wait=0.01, **options)
+
+
+def only(folder):
+    """The one file of a folder and all below: nothing half-written lies about."""
+    [path] = [path for path in folder.rglob("*") if path.is_file()]
+    return path
+
+
+def ranges(server):
+    return [headers.get("Range") for _, headers in server.asked]
+
+
+def test_a_file_is_fetched_once_and_then_taken_from_where_it_is(server, tmp_path):
+    for options in ({"sha256": SHA256}, {"size": len(BODY)}, {}):
+        assert fetch(server, tmp_path, **options).read_bytes() == BODY
+    assert len(server.asked) == 1 and only(tmp_path).name == "file.bin"
+
+
+def test_a_wrong_file_that_is_there_is_fetched_again(server, tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "file.bin").write_bytes(BODY[:-1])
+    assert fetch(server, tmp_path, sha256=SHA256).read_bytes() == BODY
+
+
+def test_a_dropped_connection_is_taken_up_where_it_broke(server, tmp_path):
+    drops = [{"drop_after": 200_000}, {"drop_after": 300_000}, {"drop_after": 400_000}]
+    assert fetch(server, tmp_path, *drops).read_bytes() == BODY
+    asked = ranges(server)
+    starts = [int(text[6:-1]) for text in asked[1:]]
+    assert asked[0] is None and len(asked) == 4 and 0 < starts[0] < starts[1] < starts[2] < len(BODY)
+    only(tmp_path)
+
+
+def test_many_drops_are_survived_as_long_as_bytes_come(server, tmp_path):
+    assert fetch(server, tmp_path, *[{"drop_after": 70_000}] * 14).read_bytes() == BODY
+
+
+def test_a_server_that_knows_no_ranges_sends_it_all_again(server, tmp_path):
+    script = [{"drop_after": 300_000}, {"ignore_range": True, "drop_after": 500_000}, {"ignore_range": True}]
+    assert fetch(server, tmp_path, *script).read_bytes() == BODY
+    assert len(server.asked) == 3
+
+
+def test_a_file_that_changes_half_way_is_fetched_from_its_beginning(server, tmp_path):
+    server.body = BODY[::-1]
+    script = [{"body": BODY, "headers": {"ETag": '"v0"'}, "drop_after": 300_000}]
+    assert fetch(server, tmp_path, *script).read_bytes() == BODY[::-1]
+
+
+def test_a_range_that_was_not_asked_for_is_not_believed(server, tmp_path):
+    wrong = {"status": 206, "headers": {"Content-Range": f"bytes 5-{len(BODY) - 1}/{len(BODY)}"}, "body": BODY[5:]}
+    assert fetch(server, tmp_path, {"drop_after": 300_000}, wrong).read_bytes() == BODY
+
+
+def test_an_interrupted_run_is_taken_up_by_the_next_where_a_hash_can_tell(server, tmp_path):
+    (tmp_path / "sub").mkdir()
+    part = tmp_path / "sub" / "file.bin.part"
+    part.write_bytes(BODY[:1000])
+    assert fetch(server, tmp_path, sha256=SHA256).read_bytes() == BODY
+    assert ranges(server) == ["bytes=1000-"]
+    only(tmp_path).unlink()
+    part.write_bytes(BODY)
+    assert fetch(server, tmp_path, sha256=SHA256).read_bytes() == BODY, "the part was whole already: 416"
+    only(tmp_path).unlink()
+    part.write_bytes(b"something else")
+    assert fetch(server, tmp_path).read_bytes() == BODY, "without a hash the part is not trusted"
+
+
+def test_a_body_of_unknown_length_is_taken_as_it_comes(server, tmp_path):
+    assert fetch(server, tmp_path, {"headers": {"Content-Length": None}}).read_bytes() == BODY
+
+
+def test_an_empty_file_can_be_fetched(server, tmp_path):
+    assert fetch(server, tmp_path, {"body": b""}, size=0).read_bytes() == b""
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 408])
+def test_a_busy_server_is_asked_again(server, status, tmp_path):
+    assert fetch(server, tmp_path, {"status": status}, {"status": status}).read_bytes() == BODY
+    assert len(server.asked) == 3
+
+
+def test_retry_after_is_honoured_within_bounds(server, tmp_path):
+    began = time.time()
+    assert fetch(server, tmp_path, {"status": 429, "headers": {"Retry-After": "1"}}).read_bytes() == BODY
+    assert 1 <= time.time() - began < 3
+    in_half_a_minute = email.utils.formatdate(time.time() + 30, usegmt=True)
+    assert 25 < download.retry_after(in_half_a_minute) <= 30
+    long_ago = email.utils.formatdate(0, usegmt=True)
+    assert [download.retry_after(text) for text in ("7", "99999", "", "soon", "-3", long_ago)] == [7, 60, 0, 0, 0, 0]
+
+
+def test_it_gives_up_after_failures_in_a_row_and_leaves_nothing(server, tmp_path):
+    with pytest.raises(UserError, match=r"cannot fetch .*/file\.bin: the server answers 503, 5 times in a row"):
+        fetch(server, tmp_path, *[{"status": 503}] * 9)
+    assert len(server.asked) == 5 and not list((tmp_path / "sub").iterdir())
+
+
+def test_a_connection_that_always_drops_at_once_is_given_up(server, tmp_path):
+    with pytest.raises(UserError, match="5 times in a row"):
+        fetch(server, tmp_path, *[{"drop_after": 0}] * 9)
+    assert len(server.asked) == 5
+
+
+@pytest.mark.parametrize(
+    ("status", "says"), [(404, "404"), (401, "HF_TOKEN"), (403, "terms accepted"), (410, "410"), (304, "304")]
+)
+def test_a_refusal_is_one_line_at_once(server, status, says, tmp_path):
+    with pytest.raises(UserError, match=says) as error:
+        fetch(server, tmp_path, {"status": status, "body": b""})
+    assert "\n" not in str(error.value) and len(server.asked) == 1
+    assert not list((tmp_path / "sub").iterdir())
+
+
+def test_a_wrong_length_or_hash_leaves_nothing(server, tmp_path):
+    with pytest.raises(UserError, match=f"has {len(BODY)} bytes, not the 5 expected"):
+        fetch(server, tmp_path, size=5)
+    with pytest.raises(UserError, match="length or sha256 is wrong"):
+        fetch(server, tmp_path, {"headers": {"Content-Length": None}}, size=5)
+    with pytest.raises(UserError, match="length or sha256 is wrong"):
+        fetch(server, tmp_path, sha256="0" * 64)
+    assert not list((tmp_path / "sub").iterdir())
+
+
+def test_a_file_larger_than_the_disk_is_not_begun(server, tmp_path):
+    with pytest.raises(UserError, match="no space for the 1000000000000000 bytes"):
+        fetch(server, tmp_path, {"headers": {"Content-Length": 10**15}})
+    assert not list((tmp_path / "sub").iterdir())
+
+
+def test_urls_and_places_that_cannot_work_are_one_line(server, tmp_path):
+    for url in ("file:///etc/passwd", "no url", "http://", "http://[bad", "http://a b/", "http://x:y/"):
+        with pytest.raises(UserError, match="cannot fetch"):
+            download.fetch(url, tmp_path / "x", first_wait=0.01)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        download.fetch(f"{server.url}/x", tmp_path / "file" / "x")
+
+
+def test_of_several_that_want_a_file_one_downloads_it(server, tmp_path):
+    script = f"from data import download; download.fetch('{server.url}/f', '{tmp_path / 'f'}', '{SHA256}')"
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(subprocess.run, [sys.executable, "-c", script], cwd=ROOT, timeout=60) for _ in range(3)]
+        assert [run.result().returncode for run in runs] == [0, 0, 0]
+    assert len(server.asked) == 1 and only(tmp_path).read_bytes() == BODY
+
+
+def test_shakespeare_downloads_its_text(server, tmp_path, monkeypatch):
+    server.body = b"To be, or not to be.\n" * 10
+    monkeypatch.setattr(shakespeare, "URL", server.url)
+    monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(server.body).hexdigest())
+    shakespeare.main(parse([f"--out={tmp_path}"], shakespeare, writer))
+    assert (len(loader.Tokens(tmp_path, "train")), len(loader.Tokens(tmp_path, "val"))) == (189, 21)
+    assert (tmp_path / "raw" / "input.txt").read_bytes() == server.body
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub(server, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ENDPOINT", server.url + "/")
+    monkeypatch.setenv("NANOMDM_CACHE", str(tmp_path / "cache"))
+    return server
+
+
+def test_a_hub_file_is_asked_for_once_under_its_address(hub, tmp_path):
+    path = download.hub_file("owner/name.v2", "folder/a file.bin")
+    assert path.read_bytes() == BODY and path.is_relative_to(tmp_path / "cache")
+    assert download.hub_file("owner/name.v2", "folder/a file.bin") == path
+    download.hub_file("datasets/owner/set", "x.bin")
+    assert [url for url, _ in hub.asked] == [
+        "/owner/name.v2/resolve/main/folder/a%20file.bin",
+        "/datasets/owner/set/resolve/main/x.bin",
+    ]
+
+
+def test_the_token_goes_to_the_hub_and_to_no_other_host(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    with ThreadingHTTPServer(("localhost", 0), Handler) as other:
+        other.script, other.asked, other.body, other.etag = [], [], BODY, '"v1"'
+        thread = threading.Thread(target=other.serve_forever, args=(0.01,))
+        thread.start()
+        elsewhere = {"Location": f"http://localhost:{other.server_port}/blob"}
+        hub.script[:] = [{"status": 302, "headers": elsewhere, "body": b""}]
+        assert download.hub_file("owner/name", "file.bin").read_bytes() == BODY
+        other.shutdown()
+        thread.join()
+    assert hub.asked[0][1]["Authorization"] == "Bearer secret"
+    assert other.asked[0][0] == "/blob" and "Authorization" not in other.asked[0][1]
+    assert "secret" not in str(other.asked)
+
+
+def test_the_token_is_not_sent_by_a_plain_fetch_and_not_shown_in_errors(hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", "se\ncret")
+    with pytest.raises(UserError, match="HF_TOKEN") as error:
+        download.hub_file("owner/name", "file.bin")
+    assert "cret" not in str(error.value)
+    fetch(hub, tmp_path)
+    assert "Authorization" not in hub.asked[-1][1]
+
+
+@pytest.mark.parametrize(
+    ("repo", "filename"),
+    [
+        *(("owner/name", name) for name in ("../x", "a/../../x", "/etc/passwd", "a//b", "", ".", "a\\b", "a/..", "~/x")),
+        *((name, "x") for name in ("..", "../..", "owner/..", "/owner", "a/b/c", "", "owner/", "a?b", "http://evil/x")),
+    ],
+)
+def test_names_that_lead_out_of_the_cache_are_refused(hub, repo, filename):
+    with pytest.raises(UserError, match="do not name a file"):
+        download.hub_file(repo, filename)
+    assert not hub.asked and not Path(os.environ["NANOMDM_CACHE"]).exists()

@@ -1,0 +1,265 @@
+"""The network: every shortcut gives what the plain computation gives, and the sizes are those of the published models."""
+
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion import nelbo
+from model import DEFAULTS, Cache, Transformer, attend, rotary_tables, rotate
+
+B, L, V = 3, 10, 7
+VARIANTS = [
+    {"norm": norm, "mlp": mlp, "bias": bias, "qk_norm": qk_norm}
+    for (norm, bias), mlp, qk_norm in itertools.product(
+        [("layer", True), ("layer", False), ("rms", False)], ["gelu", "swiglu", "relu2"], [False, True]
+    )
+]
+NAMES = ["-".join(str(value) for value in keys.values()) for keys in VARIANTS]
+DIRECTIONS = pytest.mark.parametrize("causal", [False, True], ids=["bidirectional", "causal"])
+
+
+def config(**keys):
+    return DEFAULTS | {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": L, "vocab_size": V} | keys
+
+
+def tiny(dtype=torch.float64, **keys):
+    """A small Transformer none of whose parameters is zero or one."""
+    torch.manual_seed(1)
+    model = Transformer(config(**keys))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model.to(dtype).requires_grad_(False)
+
+
+def tokens(batch=B, length=L):
+    """(batch, length), masks among them."""
+    return torch.randint(V + 1, (batch, length), generator=torch.Generator().manual_seed(2))
+
+
+# ---- Shortcuts ----------------------------------------------------------------------------------------------------------
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("variant", VARIANTS, ids=NAMES)
+def test_asking_for_some_rows_gives_those_rows_of_the_whole(variant, causal):
+    model, x = tiny(causal=causal, **variant), tokens()
+    whole = model.hidden(x)  # (B, L, D)
+    for rows in (torch.tensor([0, 4, 13, 29]), torch.tensor([7]), torch.arange(B * L).flip(0), torch.tensor([], dtype=int)):
+        assert torch.allclose(model.hidden(x, rows), whole.flatten(0, 1)[rows], rtol=1e-10, atol=1e-12)
+    assert torch.equal(model(x), model.head(whole)) and model(x).shape == (B, L, V)
+
+
+def continued(model, x, pieces):
+    """The features of x, read a piece at a time with a cache: (B, L, D)."""
+    cache = [Cache(model.block_size) for _ in model.blocks]
+    return torch.cat([model.hidden(piece, cache=cache) for piece in x.split(pieces, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("pieces", [[1] * L, [L], [4, 1, 3, 2], [1, 9], [9, 1]], ids=str)
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[-1]], ids=["layer", "rms"])
+def test_a_causal_network_that_goes_on_from_its_cache_gives_the_full_forward_pass(variant, pieces):
+    model, x = tiny(causal=True, **variant), tokens()
+    assert torch.allclose(continued(model, x, pieces), model.hidden(x), rtol=1e-10, atol=1e-12)
+
+
+def test_the_cache_works_in_bfloat16_too():
+    model, x = tiny(torch.float32, causal=True), tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.allclose(continued(model, x, [4, 1, 3, 2]), model.hidden(x), atol=0.2)
+
+
+def test_a_sequence_longer_than_the_block_is_refused():
+    model = tiny(causal=True)
+    with pytest.raises(AssertionError, match="block_size"):
+        model(tokens(length=L + 1))
+    cache = [Cache(L) for _ in model.blocks]
+    model.hidden(tokens(), cache=cache)
+    with pytest.raises(AssertionError, match="block_size"):
+        model.hidden(tokens(length=1), cache=cache)
+
+
+def plain_attention(q, k, v, causal):
+    """softmax(q k^T / sqrt(d)) v in float32; the last query stands at the last key."""
+    score = torch.einsum("bhqd,bhkd->bhqk", q.float(), k.float()) / math.sqrt(q.shape[-1])  # (B, H, Lq, Lk)
+    for i, j in itertools.product(range(q.shape[2]), range(k.shape[2])):
+        if causal and j > i + k.shape[2] - q.shape[2]:
+            score[:, :, i, j] = -torch.inf
+    return score.softmax(-1) @ v.float()
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("lq", [1, 2, 5, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_plain_attention_also_where_fewer_queries_than_keys(dtype, lq, causal):
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, 3, length, 16).to(dtype) for length in (lq, 8, 8))
+    y = attend(q, k, v, causal)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    assert y.dtype == dtype and torch.allclose(y.float(), plain_attention(q, k, v, causal), atol=tolerance)
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("lq", [1, 5, 32])
+def test_written_out_bfloat16_attention_is_the_fused_kernel_within_its_rounding(lq, causal):
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, 3, length, 16).bfloat16() for length in (lq, 32, 32))
+    seen = torch.ones(lq, 32, dtype=torch.bool).tril(32 - lq) if causal else None  # (Lq, Lk)
+    assert torch.allclose(attend(q, k, v, causal), F.scaled_dot_product_attention(q, k, v, attn_mask=seen), atol=0.02)
+
+
+# ---- Who sees whom ------------------------------------------------------------------------------------------------------
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("variant", VARIANTS[::5], ids=NAMES[::5])
+def test_every_position_sees_both_sides_and_a_causal_one_never_the_right(variant, causal):
+    model, x = tiny(causal=causal, **variant), tokens(batch=1)
+    changed = x.repeat(L, 1)  # (L, L) row j differs from x at position j alone
+    changed.fill_diagonal_(0).add_(torch.diag((x[0] + 1) % V))
+    moved = (model(changed) - model(x)).abs().amax(-1) > 1e-9  # (L, L): token j moves the output at i
+    seen = torch.ones(L, L, dtype=torch.bool)
+    assert torch.equal(moved, seen.triu() if causal else seen)
+
+
+@DIRECTIONS
+def test_a_sequence_does_not_see_its_neighbours_in_the_batch(causal):
+    model, x = tiny(causal=causal), tokens()
+    assert torch.allclose(model(x)[1:2], model(x[1:2]), rtol=1e-10)
+
+
+def test_a_sequence_may_be_shorter_than_the_block():
+    model, x = tiny(causal=True), tokens()
+    assert torch.allclose(model(x[:, :6]), model(x)[:, :6], rtol=1e-10)
+
+
+def test_the_mask_can_be_read_and_not_predicted():
+    model = tiny(unused_rows=1)
+    assert model.mask_id == V == model.start_id and model.embed.weight.shape[0] == V + 1
+    assert model(torch.full((1, L), model.mask_id)).shape == (1, L, V)
+    before = model(tokens())
+    model.unembed.weight[V:], model.unembed.bias[V:] = 1e6, 1e6
+    assert torch.equal(model(tokens()), before)
+
+
+def test_a_causal_network_may_have_a_start_token_of_its_own():
+    assert Transformer(config(start_id=1)).start_id == 1
+
+
+# ---- Rotary positions and normalised queries ----------------------------------------------------------------------------
+
+
+def test_rotary_attention_depends_on_relative_positions_alone():
+    cos, sin = (table.double() for table in rotary_tables(config()))  # (L, d/2) each
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).expand(2, 1, 1, L, 8)  # (1, 1, L, d) each, the same everywhere
+    score = (rotate(q, cos, sin) @ rotate(k, cos, sin).transpose(-2, -1))[0, 0]  # (L, L)
+    assert torch.allclose(score[1:, 1:], score[:-1, :-1], atol=1e-5)
+    assert (score[0] - score[0, 0]).abs().max() > 0.1
+
+
+def test_rotary_turns_half_split_pairs_by_position_times_frequency():
+    d = 8
+    cos, sin = rotary_tables(config())
+    z = torch.randn(1, 1, L, d)
+    pairs = torch.complex(z[..., : d // 2], z[..., d // 2 :])  # (1, 1, L, d/2)
+    angle = torch.tensor([[position / 10000 ** (2 * i / d) for i in range(d // 2)] for position in range(L)])  # (L, d/2)
+    turned = pairs * torch.polar(torch.ones_like(angle), angle)
+    assert torch.allclose(rotate(z, cos, sin), torch.cat([turned.real, turned.imag], -1), atol=1e-5)
+
+
+def test_rotary_tables_can_be_rounded_to_bfloat16():
+    for exact, rounded in zip(rotary_tables(config()), rotary_tables(config(rotary_bf16=True)), strict=True):
+        assert rounded.dtype == torch.float32 and torch.equal(rounded, exact.bfloat16().float()) and (rounded != exact).any()
+
+
+@pytest.mark.parametrize("part", [0, 1], ids=["queries", "keys"])
+def test_with_qk_norm_the_length_of_queries_and_keys_means_nothing(part):
+    for qk_norm in (True, False):
+        model, x = tiny(qk_norm=qk_norm), tokens()
+        before = model(x)
+        for block in model.blocks:
+            block.qkv.weight.view(3, 16, 16)[part].mul_(50)
+        assert torch.allclose(model(x), before, atol=1e-3) == qk_norm
+
+
+# ---- Start ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("zero_init", ["head", "all"])
+def test_a_head_that_starts_at_zero_costs_log_v_per_token(zero_init):
+    model, x0 = Transformer(config(zero_init=zero_init)), tokens() % V
+    loss, nats = nelbo(model, x0, torch.ones_like(x0, dtype=torch.bool), torch.ones(B))
+    assert torch.allclose(nats, torch.full((B,), L * math.log(V))) and torch.isclose(loss, nats.sum())
+
+
+@pytest.mark.parametrize(("zero_init", "identity"), [("none", False), ("head", False), ("all", True)])
+def test_blocks_that_start_at_zero_pass_the_embedding_on(zero_init, identity):
+    model, x = Transformer(config(zero_init=zero_init)), tokens()
+    assert torch.allclose(model.hidden(x), model.norm(model.embed(x)), atol=1e-6) == identity
+    assert bool(model.head_parameters()[0].any()) == (zero_init == "none")
+
+
+def test_weights_start_with_the_deviations_of_smdm():
+    model = Transformer(config(n_embd=64, n_layer=3, mlp="swiglu", vocab_size=200))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            out = "proj" in name or "down" in name
+            assert parameter.std().item() == pytest.approx(1 / (8 * 3) if out else math.sqrt(2 / (5 * 64)), rel=0.04)
+        else:
+            assert (parameter == (1 if "norm" in name and "weight" in name else 0)).all()
+
+
+def test_dropout_acts_in_training_alone():
+    model, x = tiny(dropout=0.5), tokens()
+    assert not torch.allclose(model(x), model(x))
+    assert torch.equal(model.eval()(x), model(x)) and torch.equal(model(x), tiny(dropout=0.0)(x))
+
+
+# ---- Sizes and cost -----------------------------------------------------------------------------------------------------
+
+RADD = {"vocab_size": 50257, "block_size": 1024, "unused_rows": 1}
+SMDM = {"vocab_size": 32000, "block_size": 2048, "norm": "rms", "mlp": "swiglu", "bias": False}
+PUBLISHED = {
+    "RADD small": (RADD, 12, 12, 768, 0, 162_265_682),
+    "RADD medium": (RADD, 24, 16, 1024, 0, 405_191_762),
+    "SMDM 6M": (SMDM, 6, 4, 256, 0, 22_679_040),
+    "SMDM 19M": (SMDM, 8, 6, 384, 0, 43_457_280),
+    "SMDM 75M": (SMDM, 16, 8, 640, 1600, 116_348_160),
+    "SMDM 170M": (SMDM, 18, 12, 768, 0, 219_050_496),
+    "SMDM 1028M": (SMDM, 20, 14, 1792, 0, 1_142_367_744),
+    "SMDM 2121M": (SMDM, 28, 17, 2176, 0, 2_260_659_456),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_the_published_number_of_parameters(name):
+    keys, n_layer, n_head, n_embd, mlp_hidden, count = PUBLISHED[name]
+    with torch.device("meta"):
+        model = Transformer(config(n_layer=n_layer, n_head=n_head, n_embd=n_embd, mlp_hidden=mlp_hidden, **keys))
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+def counted_flops(model, rows=None):
+    """What torch counts for one batch, on the meta device, where attention is its two matrix products."""
+    x = torch.zeros(B, L, dtype=torch.long, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model.head(model.hidden(x, rows))
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=NAMES)
+def test_flops_per_token_are_what_torch_counts(variant):
+    with torch.device("meta"):
+        model, rows = Transformer(config(mlp_hidden=40, unused_rows=1, **variant)), torch.zeros(12, dtype=torch.long)
+    assert counted_flops(model) == B * L * model.flops_per_token(L)
+    assert counted_flops(model, rows) == pytest.approx(B * L * model.flops_per_token(L, head_share=12 / (B * L)))
+
+
+def test_flops_of_a_causal_network_count_the_half_of_attention_that_is_seen():
+    with torch.device("meta"):
+        model = Transformer(config(causal=True))
+    attention = 2 * 2 * 2 * L * 16  # layers, two products, multiply and add
+    assert counted_flops(model) == B * L * (model.flops_per_token(L) + attention / 2)

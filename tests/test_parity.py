@@ -1,0 +1,450 @@
+"""The authors' own numbers: what the official code of RADD and of SMDM computes with tiny random weights.
+
+Everything is float32 on the CPU, from the files as published. The tolerances are those of the READMEs beside them.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import checkpoint
+import diffusion
+import sample
+import train
+from model import DEFAULTS, Transformer
+
+
+def plain_ce(model, x, x0):
+    """Cross-entropy at every position, with nothing clever: x, x0 (B, L) -> (B, L)."""
+    return F.cross_entropy(model(x).transpose(1, 2), x0, reduction="none")
+
+
+def gradients(model, format):
+    """The gradients under the names of a format."""
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return {
+        name: g.double() for name, g in checkpoint.to_format(found, model.config, format).items() if "inv_freq" not in name
+    }
+
+
+# ---- RADD --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def radd(shared):
+    """(model, expected)"""
+    folder = shared("fixtures/radd_tiny")
+    return checkpoint.load(folder)[0], torch.load(folder / "expected.pt", weights_only=True)
+
+
+@torch.no_grad()
+def test_radd_outputs_are_the_published_ones(radd):
+    model, expected = radd
+    assert len(expected["forward"]) == 5 and model.mask_id == expected["forward"][0]["mask_token"]
+    for case in expected["forward"]:
+        x, x0 = case["x"].long(), case["x0"].long()
+        logits = model(x)  # (B, L, V)
+        log_p = logits.log_softmax(-1)
+        close(logits.double().logsumexp(-1), case["logits_lse"], atol=2e-5)
+        close(-(log_p.double().exp() * log_p).sum(-1), case["entropy"], atol=2e-5)
+        close(log_p.gather(-1, x0[..., None]).squeeze(-1), case["log_prob_of_x0"], atol=2e-5)
+        assert torch.equal(logits.argmax(-1), case["argmax"].long())
+        if "logits" in case:
+            whole = model.unembed(model.hidden(x))  # (B, L, V + 1), with the row that nothing uses
+            close(whole, case["logits"][..., case["columns"].long()], atol=2e-5)
+            close(torch.cat([log_p, whole[..., 60:]], dim=-1), case["log_probs"], atol=2e-5)
+
+
+def close(found, expected, atol=0.0, rtol=0.0):
+    torch.testing.assert_close(found, expected, atol=atol, rtol=rtol, check_dtype=False)
+
+
+def radd_draw(name, case):
+    """The corruption as diffusion.py draws it, from the numbers that the official code drew: (mask (B, L), weight (B,))."""
+    if name == "k_DCE":
+        L = case["ranks"].shape[1]
+        return diffusion.draw_mask("any_order", (case["k"] - 0.5) / L, case["ranks"].float())
+    if name == "lambda_DCE":
+        return diffusion.draw_mask("lambda_dce", case["lam"], case["r"])
+    return diffusion.draw_mask("t_dce", case["t"], case["r"], lambda t: diffusion.loglinear(t, eps=1e-3))
+
+
+@pytest.mark.parametrize("name", ["t_DSE", "t_DCE", "lambda_DCE", "k_DCE"])
+def test_radd_losses_at_given_masks_are_the_published_ones(radd, name):
+    model, expected = radd
+    case = expected["losses"][name]
+    x0 = case["x0"].long()
+    mask, weight = radd_draw(name, case)
+    assert torch.equal(mask, case["masked"])
+    assert torch.equal(torch.where(mask, model.mask_id, x0), case["xt"].long())
+    _, nats = diffusion.nelbo(model, x0, mask, weight)
+    if name == "t_DCE":  # the scalar inside the logarithm of eq. 3.5 has no gradient, and we leave it out
+        nats = nats + weight * mask.sum(1) * torch.expm1(case["sigma"]).log()
+    close(nats, case["loss"], rtol=5e-6)
+
+
+def test_radd_score_entropy_of_the_network_is_the_published_one(radd):
+    model, expected = radd
+    case = expected["losses"]["t_DSE"]
+    x0 = case["x0"].long()
+    m, dm = (z[:, None] for z in diffusion.loglinear(case["t"].double(), eps=1e-3))  # (B, 1) each
+    log_score = model(case["xt"].long()).double().log_softmax(-1) + ((1 - m) / m).log()[..., None]  # (B, L, V)
+    nats = (diffusion.score_entropy(log_score, x0, m, dm) * case["masked"]).sum(1)  # (B,)
+    close(nats, case["loss"], rtol=5e-6)
+    close((dm / m)[:, 0], case["dsigma"] / torch.expm1(case["sigma"]), rtol=1e-5)
+
+
+def test_radd_gradients_are_the_published_ones(radd):
+    model, expected = radd
+    case = expected["losses"]["lambda_DCE"]
+    loss, _ = diffusion.nelbo(model, case["x0"].long(), case["masked"], 1 / case["lam"])
+    (loss / len(case["x0"])).backward()
+    found = gradients(model, "radd")
+    assert found.keys() == case["grad_norm"].keys() == case["grad_sum"].keys()
+    for name, g in found.items():
+        close(g.norm(), torch.tensor(case["grad_norm"][name]), rtol=5e-6)
+        close(g.sum(), torch.tensor(case["grad_sum"][name]), atol=1e-6 * float(g.abs().sum()))
+
+
+def test_radd_update_rates_are_the_published_ones(radd):
+    rows = radd[1]["update_rate"]
+    assert len(rows) == 136
+    schedules = {"loglinear": lambda t: diffusion.loglinear(t, eps=1e-3), "geometric": diffusion.geometric}
+    for row in rows:
+        t = torch.tensor(row["t"], dtype=torch.float64)
+        s = t - (1 - row["eps"]) / row["steps"]
+        sampler = {"tweedie": "ancestral", "euler": "euler"}[row["method"]]
+        chance = float(diffusion.reveal_chance(schedules[row["noise"]], t, s, sampler))
+        if row["noise"] == "loglinear":  # eq. D.16
+            assert chance == pytest.approx(row["rate"], rel=1.1e-4) and chance == pytest.approx(row["dt_over_t"], rel=1e-9)
+        elif row["method"] == "euler" or row["i"] < row["steps"] - 2:
+            assert chance == pytest.approx(min(row["rate"], 1.0), rel=2e-4)  # a rate may pass 1, a chance may not
+        else:  # theirs is float32 and cancels
+            assert chance == pytest.approx(row["rate"], abs=2.3e-4)
+
+
+# ---- SMDM --------------------------------------------------------------------------------------------------------------
+
+MASK = 64
+
+
+@pytest.fixture
+def smdm(shared):
+    """smdm(KIND) -> a fresh model, KIND mdm or ar; smdm() -> expected"""
+    folder = shared("fixtures/smdm_tiny")
+
+    def load(kind=None):
+        if kind:
+            return checkpoint.load(folder / f"{kind}.safetensors")[0]
+        return torch.load(folder / "expected.pt", weights_only=True)
+
+    return load
+
+
+def as_published(found, expected, rel=1e-4):
+    assert found == pytest.approx(expected, rel=rel, abs=1e-4)
+
+
+def check_gradients(model, published):
+    """published: {name: [norm, sum]}"""
+    found = gradients(model, "smdm")
+    assert found.keys() == published.keys()
+    for name, g in found.items():
+        norm, total = published[name]
+        as_published(float(g.norm()), norm)
+        assert float(g.sum()) == pytest.approx(total, abs=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["mdm", "ar"])
+def test_smdm_logits_are_the_published_ones_with_rounded_and_with_exact_rotary_tables(smdm, kind):
+    model, cases = smdm(kind), smdm()["forward"][kind]
+    assert model.mask_id == MASK == smdm()["mask"] and model.vocab_size == smdm()["vocab"] and len(cases) == 6
+    exact = Transformer(model.config | {"rotary_bf16": False}).eval()
+    exact.load_state_dict(model.state_dict())
+    for case in cases:
+        kept = slice(case["first_position_kept"], None)
+        close(model(case["x"].long())[:, kept], case["logits"], atol=1e-3)
+        close(exact(case["x"].long())[:, kept], case["logits_exact_rotary"], atol=1e-3)
+
+
+def micro_batch(case, i, length=24):
+    """Micro-batch i of pre-training, cut to `length`: (x0 (B, L), mask (B, L), p (B,))."""
+    x0 = case["tokens"][i, :, :length].long()
+    p = (1 - case["eps"]) * case["u"][i] + case["eps"]  # (B,)
+    return x0, case["r"][i, :, :length] < p[:, None], p
+
+
+def pretraining_loss(kind, case):
+    """loss(model, i) of micro-batch i, in nats per token."""
+    run = case[kind]
+    cut = (
+        [n if c < run["ratio"] else 24 for n, c in zip(run["lengths"], run["coins"], strict=True)]
+        if "coins" in run
+        else None
+    )
+
+    def loss(model, i):
+        if kind == "ar":
+            return plain_ce(model, case["tokens"][i, :, :-1].long(), case["tokens"][i, :, 1:].long()).mean()
+        x0, mask, p = micro_batch(case, i, cut[i] if cut else 24)
+        return diffusion.nelbo(model, x0, mask, 1 / p)[0] / x0.numel()
+
+    return loss
+
+
+def test_smdm_first_batch_is_masked_as_published(smdm):
+    case = smdm()["pretraining"]
+    x0, mask, p = micro_batch(case, 0)
+    first = case["first_batch"]
+    close(p, first["p_mask"])
+    assert torch.equal(mask, first["masked"]) and torch.equal(torch.where(mask, MASK, x0), first["noisy"].long())
+
+
+@pytest.mark.parametrize("kind", ["mdm", "ar", "mdm_random_length"])
+def test_smdm_three_steps_of_pretraining_are_the_published_ones(smdm, kind):
+    model, case = smdm("ar" if kind == "ar" else "mdm"), smdm()["pretraining"]
+    run, loss_of = case[kind], pretraining_loss(kind, case)
+    recipe = {"optimizer": "adamw", "learning_rate": case["peak_lr"], "min_lr": case["min_lr"], "decay_all": True}
+    recipe |= {"weight_decay": case["weight_decay"], "warmup_iters": case["warmup_iters"], "max_iters": case["total_iters"]}
+    recipe |= {"beta1": case["betas"][0], "beta2": case["betas"][1], "lr_decay": "cosine", "decay_start": 0.0}
+    (optimizer,) = train.make_optimizers(recipe, model)
+    for i in range(6):
+        step, warm = i // 2, case["warmup_iters"]
+        lr = case["peak_lr"] * i / warm if i < warm else train.learning_rate(i, recipe)  # theirs counts micro-batches
+        loss = loss_of(model, i)
+        as_published(loss.item(), run["losses"][i])
+        (loss / case["accumulate"]).backward()
+        if i % 2 == 0:
+            continue
+        assert lr == pytest.approx(run["lr_of_step"][step], rel=1e-6)
+        if step == 0:
+            check_gradients(model, run["grad_norm_and_sum"])
+        as_published(
+            float(torch.nn.utils.clip_grad_norm_(model.parameters(), case["grad_clip"])), run["grad_norm_of_step"][step]
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+    after = checkpoint.to_format(model.state_dict(), model.config, "smdm")
+    assert after.keys() == run["weight_sum_after"].keys()
+    for name, w in after.items():
+        assert float(w.double().sum()) == pytest.approx(run["weight_sum_after"][name], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["sft", "sft_standard_cfg_prompt_dropped", "sft_standard_cfg_prompt_kept", "gsm8k", "reverse"]
+)
+def test_smdm_finetuning_losses_and_gradients_are_the_published_ones(smdm, name):
+    model, case = smdm("mdm"), smdm()["finetuning"]
+    width = 256 if name == "gsm8k" else int(case["length"].max())
+    x0 = case["data"][:, :width].long()  # (B, L)
+    p = (1 - case["eps"]) * case["u"][:, None] + case["eps"]  # (B, 1)
+    prompt = torch.arange(width) < case["input_length"][:, None]  # (B, L)
+    wanted = torch.ones_like(prompt) if name == "reverse" else ~prompt  # (B, L)
+    mask = wanted & (case["r"][:, :width] < p)  # (B, L)
+    x = torch.where(mask | prompt if name.endswith("dropped") else mask, MASK, x0)  # (B, L)
+    assert torch.equal(x, case[name]["network_input"].long())
+    loss = (plain_ce(model, x, x0) / p)[mask].sum() / wanted.sum()
+    loss.backward()
+    as_published(loss.item(), case[name]["loss"])
+    as_published(float(torch.nn.utils.get_total_norm(w.grad for w in model.parameters())), case[name]["grad_norm"])
+    check_gradients(model, case[name]["grad_norm_and_sum"])
+
+
+def test_smdm_causal_finetuning_loss_and_gradients_are_the_published_ones(smdm):
+    model, case = smdm("ar"), smdm()["finetuning"]
+    data, width = case["data"].long(), int(case["length"].max())
+    place = torch.arange(1, width)  # of the token predicted
+    answer = (place >= case["input_length"][:, None]) & (place < case["length"][:, None])  # (B, L - 1)
+    loss = plain_ce(model, data[:, : width - 1], data[:, 1:width])[answer].mean()
+    loss.backward()
+    as_published(loss.item(), case["sft_ar"]["loss"])
+    as_published(float(torch.nn.utils.get_total_norm(w.grad for w in model.parameters())), case["sft_ar"]["grad_norm"])
+    check_gradients(model, case["sft_ar"]["grad_norm_and_sum"])
+
+
+# ---- SMDM: likelihoods of an answer, guided or not ---------------------------------------------------------------------
+
+
+def answer_ce(model, x, prefix, target, cfg):
+    """Guided cross-entropy of the target at its positions: x (B, L), target (l,) -> (B, l)."""
+    B, L = x.shape
+    place = torch.arange(L)
+    given, wanted = place < len(prefix), (place >= len(prefix)) & (place < len(prefix) + len(target))  # (L,) each
+    rows = wanted.expand(B, L).flatten().nonzero().flatten()  # (B*l,)
+    logits = sample.predict(model, x, rows, given.expand(B, L), cfg)  # (B*l, V)
+    return F.cross_entropy(logits, target.repeat(B), reduction="none").view(B, -1)
+
+
+def monte_carlo(model, prefix, target, cfg, u0, r):
+    """Mean over t_j = (u0 + j/b) mod 1 of the cross-entropy of masked target tokens over t: (nats, t (b,), mask (b, l))."""
+    b = len(r)
+    t = (u0 + torch.arange(b) / b) % 1  # (b,)
+    mask = r[:, len(prefix) :] < t[:, None]  # (b, l)
+    x = torch.cat([prefix.expand(b, -1), torch.where(mask, MASK, target)], dim=1)  # (b, L)
+    return float(((answer_ce(model, x, prefix, target, cfg) * mask).sum(1) / t).mean()), t, mask
+
+
+def chain_rule(model, prefix, target, cfg, padding=0):
+    """-log p, one target token after the other, all that follows masked."""
+    nats = 0.0
+    for i in range(len(target)):
+        hidden = torch.full((len(target) - i + padding,), MASK)
+        x = torch.cat([prefix, target[:i], hidden])[None]  # (1, L)
+        nats += float(answer_ce(model, x, prefix, target, cfg)[0, i])
+    return nats
+
+
+@pytest.fixture
+def likelihood(smdm):
+    """(expected, prefix, target)"""
+    case = smdm()["likelihood"]
+    return case, case["prefix"].long(), case["target"].long()
+
+
+@torch.no_grad()
+def test_smdm_guidance_combines_logits_as_published(smdm, likelihood):
+    model, (case, prefix, _) = smdm("mdm"), likelihood
+    case = case["guidance"]
+    x, dropped = case["x"].long(), case["x_prompt_masked"].long()
+    given = torch.arange(x.shape[1])[None] < len(prefix)  # (1, L)
+    assert torch.equal(x.masked_fill(given, MASK), dropped)
+    close(model(x), case["logits"], atol=1e-3)
+    close(model(dropped), case["logits_prompt_masked"], atol=1e-3)
+    assert case["combined"].keys() == {0.0, 0.5, 1.6}
+    for w, combined in case["combined"].items():
+        close(sample.predict(model, x, torch.arange(x.numel()), given, w), combined[0], atol=2e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cfg", [0.0, 0.5, 1.6])
+def test_smdm_likelihoods_of_an_answer_are_the_published_ones(smdm, likelihood, cfg):
+    model, (case, prefix, target) = smdm("mdm"), likelihood
+    rounds = [
+        monte_carlo(model, prefix, target, cfg, u0, r) for u0, r in zip(*(case["mc"][k] for k in ("u0", "r")), strict=True)
+    ]
+    _, t, mask = rounds[0]
+    close(t, case["mc"]["first_round"]["p_mask"], atol=1e-6)
+    assert torch.equal(mask, case["mc"]["first_round"]["masked"]) and len(mask) == case["mc"]["batch"]
+    assert sum(nats for nats, _, _ in rounds) / 2 == pytest.approx(case["mc"][cfg], abs=1e-4)
+    assert chain_rule(model, prefix, target, cfg) == pytest.approx(case["chain_rule"][cfg], abs=1e-4)
+
+
+@torch.no_grad()
+def test_smdm_likelihood_padded_with_masks_is_the_published_one(smdm, likelihood):
+    model, (case, prefix, target) = smdm("mdm"), likelihood
+    nats = chain_rule(model, prefix, target, 0.0, padding=2048 - len(prefix) - len(target))
+    assert nats == pytest.approx(case["chain_rule_padded_to_2048"], abs=1e-4)
+
+
+@torch.no_grad()
+def test_smdm_causal_likelihood_is_the_published_one(smdm, likelihood):
+    model, (case, prefix, target) = smdm("ar"), likelihood
+    logits = model(torch.cat([prefix, target])[None, :-1])[0, len(prefix) - 1 :]  # (l, V)
+    assert F.cross_entropy(logits, target, reduction="sum").item() == pytest.approx(case["ar"]["nll"], abs=1e-4)
+    assert torch.equal(logits.argmax(-1), case["ar"]["argmax"].long())
+
+
+# ---- SMDM: sampling ----------------------------------------------------------------------------------------------------
+
+
+def watched(model, x, **keys):
+    """sample.sample, and the tokens that the network saw at each call: (tokens (1, L), [(L,), ...])."""
+    seen, hidden = [], model.hidden
+    model.hidden = lambda z, rows: seen.append(z[0]) or hidden(z, rows)
+    return sample.sample(model, x, **keys)[0], seen
+
+
+@pytest.mark.parametrize("cfg", [0.0, 1.1])
+def test_smdm_greedy_answer_comes_token_by_token_as_published(smdm, likelihood, cfg):
+    model, (case, prefix, target) = smdm("mdm"), likelihood
+    case = case["greedy_answer"][cfg]
+    x = F.pad(prefix, (0, len(target)), value=MASK)[None]  # (1, L)
+    tokens, seen = watched(model, x, sampler="confidence", steps=len(target), temperature=0, cfg=cfg)
+    assert torch.equal(torch.stack([*seen, tokens[0]]), case["states"].long())
+    assert torch.equal(tokens[0, len(prefix) :], case["answer"].long())
+
+
+def moves(states):
+    """The states without those that repeat the one before."""
+    return [x for i, x in enumerate(states) if i == 0 or not torch.equal(x, states[i - 1])]
+
+
+@pytest.mark.parametrize("name", ["greedy", "greedy_cfg_0.8", "greedy_more_steps_than_tokens"])
+def test_smdm_greedy_sampling_goes_step_by_step_as_published(smdm, name):
+    case = smdm()["sampling"][name]
+    states = case["states"][:, 0].long()  # (steps + 1, L)
+    keys = {"sampler": "smdm_greedy", "steps": case["steps"], "temperature": 0, "cfg": case["cfg"]}
+    tokens, seen = watched(smdm("mdm"), states[:1], **keys)
+    close(torch.linspace(1, 1e-5, case["steps"] + 1), case["timesteps"])
+    assert torch.equal(states[0, :6], case["prompt"][0].long()) and states.shape[1] == case["length"]
+    assert [n for n in case["revealed"] if n] == sample.quotas(case["length"] - 6, "smdm_greedy", case["steps"])
+    assert torch.equal(torch.stack([*seen, tokens[0]]), torch.stack(moves(states)))
+
+
+@torch.no_grad()
+def test_smdm_greedy_sampling_of_a_batch_ranks_all_its_rows_together(smdm):
+    """We rank each sequence alone, so that no sequence depends on its neighbours; the rest of the rule is the same."""
+    model, case = smdm("mdm"), smdm()["sampling"]["greedy_batch_of_two_shares_one_ranking"]
+    states = case["states"].long()  # (steps + 1, 2, L)
+    assert torch.equal(states[0, :, :6], case["prompt"].long()) and states.shape[2] == case["length"]
+    assert sample.quotas(int((states[0] == MASK).sum()), "smdm_greedy", case["steps"]) == case["revealed"]
+    for x, after, quota in zip(states[:-1], states[1:], case["revealed"], strict=True):
+        rows = (x == MASK).flatten().nonzero().flatten()  # (n,)
+        token, p = sample.categorical(sample.predict(model, x, rows, x != MASK, case["cfg"]), None, temperature=0)  # (n,)
+        keep = sample.surest(p, rows, torch.tensor([quota]), (1, x.numel()))
+        assert torch.equal(x.flatten().index_put((rows[keep],), token[keep]).view_as(x), after)
+
+
+def gumbel(logits, noise, temperature=1.0):
+    """The official sampler's weights, whose largest is the draw: noise uniform, all in float64."""
+    return logits.double().exp() / (-noise.double().log()) ** temperature
+
+
+def test_smdm_gumbel_weights_are_the_published_ones(smdm):
+    case = smdm()["sampling"]["gumbel"]
+    for temperature in (1, 0.1):
+        close(gumbel(case["logits"], case["noise"], temperature), case[f"temperature_{temperature}"], rtol=1e-9)
+
+
+@torch.no_grad()
+def test_smdm_ancestral_sampling_with_guidance_goes_step_by_step_as_published(smdm):
+    """With the official noise in place of ours: the guidance and the chance to be revealed are those of our sampler."""
+    model, case = smdm("mdm"), smdm()["sampling"]["ordinary_cfg_0.5"]
+    x, t = case["states"][0].long(), case["timesteps"].double()
+    given = x != MASK  # (1, L)
+    assert torch.equal(x[given], case["prompt"][0].long()) and x.shape[1] == case["length"]
+    close(torch.linspace(1, 1e-5, case["steps"] + 1), case["timesteps"])
+    for i in range(case["steps"]):
+        rows = (x == MASK).flatten().nonzero().flatten()  # (n,)
+        chance = diffusion.reveal_chance(diffusion.loglinear, t[i], t[i + 1]) if i + 1 < case["steps"] else 1.0
+        reveal = case["uniform_of_step"][i] < chance  # (n,)
+        logits = sample.predict(model, x, rows[reveal], given, case["cfg"])
+        x.view(-1)[rows[reveal]] = gumbel(logits, case["noise_of_step"][i], case["temperature"]).argmax(-1)
+        assert torch.equal(x, case["states"][i + 1].long())
+
+
+def test_smdm_causal_greedy_tokens_are_the_published_ones(smdm):
+    model, case = smdm("ar"), smdm()["sampling"]["ar_greedy"]
+    tokens = case["tokens"].long()  # (1, L)
+    model.start_id = int(tokens[0, 0])  # the official call gives the first token itself, with no BOS before it
+    x = F.pad(case["prompt"][:, 1:].long(), (0, tokens.shape[1] - case["prompt"].shape[1]), value=MASK)  # (1, L - 1)
+    assert torch.equal(sample.sample_ar(model, x, temperature=0)[0], tokens[:, 1:])
+
+
+def test_smdm_initialisation_has_the_published_deviations(smdm):
+    case = smdm()["initialisation"]
+    torch.manual_seed(0)
+    sizes = {"n_embd": case["n_embd"], "n_layer": case["n_layer"], "vocab_size": 64}
+    model = Transformer(DEFAULTS | checkpoint.FIXED["smdm"] | sizes)
+    found = checkpoint.to_format(model.state_dict(), model.config, "smdm")
+    assert case["std"].keys() == {name for name, w in found.items() if w.dim() == 2}
+    for name, std in case["std"].items():
+        small = name.endswith(("attn.proj.weight", "w3.weight"))
+        formula = case["std_by_formula"]["attn.proj, w3" if small else "embedding, head, attn.attn, w1, w2"]
+        assert formula == pytest.approx(1 / (16 * 3) if small else math.sqrt(2 / (5 * 256)))
+        assert float(found[name].std()) == pytest.approx(formula, rel=0.02) and std == pytest.approx(formula, rel=0.02)
