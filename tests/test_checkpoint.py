@@ -56,7 +56,7 @@ def refusal(path, **keys):
     return str(error.value)
 
 
-# ---- Our own -----------------------------------------------------------------------------------------------------------
+# ---- Our own ---------------------------------------------------------------------------------------------------------
 
 
 def test_what_is_saved_is_read_back(tmp_path):
@@ -100,7 +100,7 @@ def test_a_new_checkpoint_replaces_the_old_one_even_while_that_one_is_in_use(tmp
     assert [file.name for file in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
-# ---- Published files -----------------------------------------------------------------------------------------------------
+# ---- Published files -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -265,7 +265,7 @@ def test_half_precision_weights_are_widened(radd):
     assert load(radd)[0](X).dtype == torch.float32
 
 
-# ---- The Hub, played by a real server ------------------------------------------------------------------------------------
+# ---- The Hub, played by a real server --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -304,7 +304,7 @@ def test_a_name_that_is_neither_here_nor_on_the_hub_says_so(hub, radd):
         assert "no such file or folder" in refusal(missing)
 
 
-# ---- Export: there and back ------------------------------------------------------------------------------------------------
+# ---- Export: there and back ------------------------------------------------------------------------------------------
 
 
 def test_radd_weights_go_out_as_they_came_in(radd, tmp_path):
@@ -367,7 +367,7 @@ def test_a_model_that_does_not_fit_a_format_is_refused_and_nothing_written(tmp_p
     assert not (tmp_path / "out").exists()
 
 
-# ---- Bad files ---------------------------------------------------------------------------------------------------------------
+# ---- Bad files -------------------------------------------------------------------------------------------------------
 
 
 class Code:
@@ -388,16 +388,17 @@ def command(*args):
 
 
 def test_a_pickle_that_wants_to_run_code_does_not_run_it(tmp_path):
-    torch.save({"config": {}, "model": Code(tmp_path / "ran")}, tmp_path / "zip.pt")
-    torch.save({"model": Code(tmp_path / "ran")}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Code(tmp_path / "ran")))
-    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Code(tmp_path / "ran")))
-    for name in ("zip.pt", "old.pt", "plain.pt", "."):
+    torch.save({"config": {}, "model": Code(tmp_path / "ran")}, tmp_path / "ckpt.pt")
+    torch.save({"model": Code(tmp_path / "ran")}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / f"plain{protocol}").write_bytes(pickle.dumps(Code(tmp_path / "ran"), protocol))
+        refusal(tmp_path / f"plain{protocol}")
+    for name in ("ckpt.pt", "old.pth", "plain2", "."):
         assert "wants to run code (posix.system), which is refused" in refusal(tmp_path / name)
     with pytest.raises(UserError, match="run code"):
-        checkpoint.read(tmp_path / "zip.pt")
-    code, lines = command(f"--ckpt={tmp_path / 'zip.pt'}", f"--to={tmp_path / 'out'}")
-    assert code == 2 and len(lines) == 1 and "zip.pt wants to run code" in lines[0]
+        checkpoint.read(tmp_path)
+    code, lines = command(f"--ckpt={tmp_path}", f"--to={tmp_path / 'out'}")
+    assert code == 2 and len(lines) == 1 and "ckpt.pt wants to run code" in lines[0]
     assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
 
 
@@ -424,7 +425,7 @@ def test_a_damaged_checkpoint_is_refused_wherever_the_damage_is(tmp_path):
 @pytest.mark.parametrize("content", [{"step": 3}, {"config": {}, "model": 3}, [1, 2], {"config": 1, "model": {}}])
 def test_a_pickle_of_something_else_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "ckpt.pt")
-    with pytest.raises(UserError, match="is not a checkpoint of train.py"):
+    with pytest.raises(UserError, match="is not a checkpoint of train"):
         checkpoint.read(tmp_path)
     assert "not a checkpoint" in refusal(tmp_path) or "no model" in refusal(tmp_path)
 

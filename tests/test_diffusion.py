@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import L, Table, V, random_logits, states
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
 from diffusion import SCHEDULES, cosine, draw_mask, loglinear, nelbo, reveal_law, stratified, training_mask, uniforms
@@ -274,6 +275,21 @@ def test_a_batch_has_one_u_in_each_stratum_and_pairs_are_antithetic(batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 16])
+def test_no_u_is_zero_so_every_weight_is_finite(batch_size):
+    position = torch.arange(batch_size)  # (B,)
+    for jitter in (0.0, math.nextafter(1, 0)):
+        u = stratified(torch.full((batch_size,), jitter, dtype=torch.float64), position, batch_size)  # (B,)
+        for objective in ("any_order", "lambda_dce", "t_dce"):
+            weight = draw_mask(objective, u, torch.zeros(batch_size, L), cosine)[1]
+            assert weight.isfinite().all() and (weight >= 0).all()
+
+
+def test_u_of_one_hides_every_token_at_a_weight_of_one():
+    mask, weight = draw_mask("any_order", double([1.0]), torch.zeros(1, L))
+    assert mask.all() and weight.item() == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 16])
 def test_the_mean_over_a_stratified_batch_is_unbiased(batch_size):
     position, (jitters, weights) = torch.arange(batch_size), gauss(8)
     u = torch.stack([stratified(jitter, position, batch_size) for jitter in jitters])  # (n, B)
@@ -317,11 +333,20 @@ def test_no_uniform_number_is_used_twice():
     assert len(numbers.unique()) == numbers.numel()
 
 
-def test_the_jitter_of_the_strata_is_no_number_of_the_noise():
+def test_each_pair_has_a_jitter_of_its_own_that_is_no_number_of_the_noise():
     position = torch.arange(0, 8, 2)  # (4,) the first of each pair
     _, weight = training_mask("lambda_dce", 0, 0, position, 8, L)
     jitter = position // 2 + 1 - 8 / weight  # (4,) solved from u = 1 / weight
-    assert (jitter - uniforms(0, 0, range(8), L).flatten()[:, None]).abs().min() > 1e-6
+    numbers = torch.cat([jitter, uniforms(0, 0, range(8), L).flatten()]).sort().values
+    assert numbers.diff().min() > 1e-6
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_training_masks_follow_the_schedule(name):
+    u = 1 / training_mask("lambda_dce", 0, 0, range(8), 8, L)[1]  # (8,)
+    m, dm = SCHEDULES[name](u)
+    mask, weight = training_mask("t_dce", 0, 0, range(8), 8, L, SCHEDULES[name])
+    assert torch.allclose(weight, dm / m) and torch.equal(mask, uniforms(0, 0, range(8), L) < m[:, None])
 
 
 def test_uniforms_are_uniform():
@@ -403,13 +428,14 @@ def test_the_fast_loss_and_all_its_gradients_are_those_of_the_plain_loss(name, c
 
 @pytest.mark.parametrize("multiple", [1, 4, 7, 1000])
 @pytest.mark.parametrize("name", MODELS)
-def test_rows_padded_to_a_multiple_change_nothing(name, multiple):
+def test_rows_padded_to_a_multiple_change_nothing(name, multiple, monkeypatch):
     model = MODELS[name]()
     batch = corrupted(model)
     rows = diffusion.hidden_rows(batch[1], multiple)  # (N,)
     hidden = batch[1].flatten().nonzero().squeeze(1)
     assert len(rows) == min(-(-len(hidden) // multiple) * multiple, batch[1].numel()) == len(rows.unique())
     assert torch.isin(hidden, rows).all()
+    monkeypatch.setattr(diffusion, "hidden_rows", None)  # not asked again
     assert_agree(model, lambda: nelbo(model, *batch, rows=rows), lambda: plain_nelbo(model, *batch), 1e-5)
 
 
@@ -419,6 +445,24 @@ def test_a_batch_with_nothing_hidden_costs_nothing(name):
     x0, mask, weight = corrupted(model)
     batch = x0, torch.zeros_like(mask), weight
     assert_agree(model, lambda: nelbo(model, *batch), lambda: plain_nelbo(model, *batch), 1e-5)
+
+
+def test_large_logits_do_not_overflow():
+    model = tiny()
+    torch.nn.init.normal_(model.unembed.weight, std=1000.0)
+    loss, _ = nelbo(model, *corrupted(model))
+    assert same(loss, plain_nelbo(model, *corrupted(model))[0], 1e-5)
+    assert all(gradient.isfinite().all() for gradient in gradients(model, loss))
+
+
+def test_the_head_costs_one_product_in_evaluation_and_three_in_training():
+    h, head, target = torch.randn(20, 16, requires_grad=True), torch.randn(7, 16, requires_grad=True), torch.arange(20) % 7
+    for grad, products in ((False, 1), (True, 3)):
+        with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
+            loss, _ = diffusion.head_loss(h, head, None, target, torch.ones(20), chunk=8)
+            if grad:
+                loss.backward()
+        assert counter.get_total_flops() == products * 2 * 20 * 7 * 16
 
 
 def test_the_loss_in_bfloat16_is_near_the_plain_loss():

@@ -40,6 +40,84 @@ def tokens(batch=B, length=L):
     return torch.randint(V + 1, (batch, length), generator=torch.Generator().manual_seed(2))
 
 
+# ---- The network, written out ------------------------------------------------------------------------------------------
+
+ACTIVATIONS = {
+    "gelu": lambda z: z / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))),
+    "relu2": lambda z: z.clamp(min=0) ** 2,
+    "swiglu": lambda z: z * torch.sigmoid(z),
+}
+
+
+def plain_norm(layer, h, centred):
+    h = h - h.mean(-1, keepdim=True) if centred else h
+    h = h / (h.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.weight
+    return h if getattr(layer, "bias", None) is None else h + layer.bias
+
+
+def plain_linear(layer, h):
+    return h @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+
+
+def plain_turn(z):
+    """z (B, L, H, d): the pair (i, i + d/2) at position n turns by the angle n * 10000^(-2i/d)."""
+    half = z.shape[-1] // 2
+    angle = torch.outer(torch.arange(z.shape[1]).double(), 10000 ** -(torch.arange(half).double() / half))  # (L, d/2)
+    turned = torch.complex(z[..., :half], z[..., half:]) * torch.polar(torch.ones_like(angle), angle)[:, None]
+    return torch.cat([turned.real, turned.imag], -1)
+
+
+def plain_attention(q, k, v, causal):
+    """softmax(q k^T / sqrt(d)) v for q (B, H, Lq, d), k, v (B, H, Lk, d); the last query stands at the last key."""
+    score = torch.einsum("bhqd,bhkd->bhqk", q, k) / math.sqrt(q.shape[-1])  # (B, H, Lq, Lk)
+    for i, j in itertools.product(range(q.shape[2]), range(k.shape[2])):
+        if causal and j > i + k.shape[2] - q.shape[2]:
+            score[:, :, i, j] = -torch.inf
+    return score.softmax(-1) @ v
+
+
+def plain_forward(model, x):
+    """Logits (B, L, V) of the architecture as the papers describe it, with the model's weights."""
+    keys, h = model.config, model.embed.weight[x]  # (B, L, D)
+    centred, act = keys["norm"] == "layer", ACTIVATIONS[keys["mlp"]]
+    for block in model.blocks:
+        qkv = plain_linear(block.qkv, plain_norm(block.norm1, h, centred)).chunk(3, dim=-1)
+        q, k, v = (z.unflatten(-1, (keys["n_head"], -1)) for z in qkv)  # (B, L, H, d) each
+        if keys["qk_norm"]:
+            q, k = (z / z.square().mean(-1, keepdim=True).sqrt() for z in (q, k))
+        q, k, v = (z.transpose(1, 2) for z in (plain_turn(q), plain_turn(k), v))  # (B, H, L, d) each
+        h = h + plain_linear(block.proj, plain_attention(q, k, v, keys["causal"]).transpose(1, 2).flatten(2))
+        z = plain_norm(block.norm2, h, centred)
+        up = plain_linear(block.mlp.up, z)
+        h = h + plain_linear(
+            block.mlp.down, act(plain_linear(block.mlp.gate, z)) * up if keys["mlp"] == "swiglu" else act(up)
+        )
+    return plain_linear(model.unembed, plain_norm(model.norm, h, centred))[..., :V]
+
+
+@DIRECTIONS
+@pytest.mark.parametrize("variant", VARIANTS, ids=NAMES)
+def test_the_network_is_the_architecture_written_out(variant, causal):
+    model, x = tiny(causal=causal, **variant), tokens()
+    assert torch.allclose(model(x), plain_forward(model, x), rtol=1e-5, atol=1e-5)
+
+
+def parts(model, ending):
+    """The names of the parameters that end so, with their place in a block or in the network."""
+    return {name.removesuffix(ending).split(".", 2)[-1] for name in model.state_dict() if name.endswith(ending)}
+
+
+def test_biases_are_in_norms_mlp_and_head_or_nowhere():
+    assert parts(tiny(), ".bias") == {"norm1", "norm2", "mlp.up", "mlp.down", "norm", "unembed"}
+    assert parts(tiny(mlp="swiglu"), ".bias") == {"norm1", "norm2", "mlp.gate", "mlp.up", "mlp.down", "norm", "unembed"}
+    assert not any(parts(tiny(bias=False, norm=norm), ".bias") for norm in ("layer", "rms"))
+
+
+def test_a_state_dict_holds_parameters_alone():
+    model = tiny()
+    assert list(model.state_dict()) == [name for name, _ in model.named_parameters()]
+
+
 # ---- Shortcuts ----------------------------------------------------------------------------------------------------------
 
 
@@ -82,15 +160,6 @@ def test_a_sequence_longer_than_the_block_is_refused():
         model.hidden(tokens(length=1), cache=cache)
 
 
-def plain_attention(q, k, v, causal):
-    """softmax(q k^T / sqrt(d)) v in float32; the last query stands at the last key."""
-    score = torch.einsum("bhqd,bhkd->bhqk", q.float(), k.float()) / math.sqrt(q.shape[-1])  # (B, H, Lq, Lk)
-    for i, j in itertools.product(range(q.shape[2]), range(k.shape[2])):
-        if causal and j > i + k.shape[2] - q.shape[2]:
-            score[:, :, i, j] = -torch.inf
-    return score.softmax(-1) @ v.float()
-
-
 @DIRECTIONS
 @pytest.mark.parametrize("lq", [1, 2, 5, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -99,7 +168,9 @@ def test_attention_is_plain_attention_also_where_fewer_queries_than_keys(dtype, 
     q, k, v = (torch.randn(2, 3, length, 16).to(dtype) for length in (lq, 8, 8))
     y = attend(q, k, v, causal)
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
-    assert y.dtype == dtype and torch.allclose(y.float(), plain_attention(q, k, v, causal), atol=tolerance)
+    assert y.dtype == dtype and torch.allclose(
+        y.float(), plain_attention(q.float(), k.float(), v.float(), causal), atol=tolerance
+    )
 
 
 @DIRECTIONS
@@ -160,16 +231,6 @@ def test_rotary_attention_depends_on_relative_positions_alone():
     assert (score[0] - score[0, 0]).abs().max() > 0.1
 
 
-def test_rotary_turns_half_split_pairs_by_position_times_frequency():
-    d = 8
-    cos, sin = rotary_tables(config())
-    z = torch.randn(1, 1, L, d)
-    pairs = torch.complex(z[..., : d // 2], z[..., d // 2 :])  # (1, 1, L, d/2)
-    angle = torch.tensor([[position / 10000 ** (2 * i / d) for i in range(d // 2)] for position in range(L)])  # (L, d/2)
-    turned = pairs * torch.polar(torch.ones_like(angle), angle)
-    assert torch.allclose(rotate(z, cos, sin), torch.cat([turned.real, turned.imag], -1), atol=1e-5)
-
-
 def test_rotary_tables_can_be_rounded_to_bfloat16():
     for exact, rounded in zip(rotary_tables(config()), rotary_tables(config(rotary_bf16=True)), strict=True):
         assert rounded.dtype == torch.float32 and torch.equal(rounded, exact.bfloat16().float()) and (rounded != exact).any()
@@ -216,6 +277,11 @@ def test_dropout_acts_in_training_alone():
     model, x = tiny(dropout=0.5), tokens()
     assert not torch.allclose(model(x), model(x))
     assert torch.equal(model.eval()(x), model(x)) and torch.equal(model(x), tiny(dropout=0.0)(x))
+
+
+def test_dropout_is_on_all_that_a_block_adds():
+    model, x = tiny(dropout=1.0), tokens()
+    assert torch.equal(model.hidden(x), model.norm(model.embed(x)))
 
 
 # ---- Sizes and cost -----------------------------------------------------------------------------------------------------

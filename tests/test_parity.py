@@ -8,12 +8,19 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 import checkpoint
+import config as settings
 import diffusion
+import model as network
 import sample
 import train
 from model import DEFAULTS, Transformer
+
+
+def close(found, expected, atol=0.0, rtol=0.0):
+    torch.testing.assert_close(found, expected, atol=atol, rtol=rtol, check_dtype=False)
 
 
 def plain_ce(model, x, x0):
@@ -55,10 +62,6 @@ def test_radd_outputs_are_the_published_ones(radd):
             whole = model.unembed(model.hidden(x))  # (B, L, V + 1), with the row that nothing uses
             close(whole, case["logits"][..., case["columns"].long()], atol=2e-5)
             close(torch.cat([log_p, whole[..., 60:]], dim=-1), case["log_probs"], atol=2e-5)
-
-
-def close(found, expected, atol=0.0, rtol=0.0):
-    torch.testing.assert_close(found, expected, atol=atol, rtol=rtol, check_dtype=False)
 
 
 def radd_draw(name, case):
@@ -448,3 +451,23 @@ def test_smdm_initialisation_has_the_published_deviations(smdm):
         formula = case["std_by_formula"]["attn.proj, w3" if small else "embedding, head, attn.attn, w1, w2"]
         assert formula == pytest.approx(1 / (16 * 3) if small else math.sqrt(2 / (5 * 256)))
         assert float(found[name].std()) == pytest.approx(formula, rel=0.02) and std == pytest.approx(formula, rel=0.02)
+
+
+# ---- Presets -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "parameters", "tokens"),
+    [
+        ("radd_small", 50257, 162_265_682 - 769, 210e9),  # less the row that nothing uses
+        ("radd_medium", 50257, 405_191_762 - 1025, 210e9),
+        ("smdm_170m", 32000, 219_050_496, 1e20 / (6 * 169.898e6)),
+    ],
+)
+def test_a_preset_trains_the_published_model_on_so_many_tokens(name, vocab_size, parameters, tokens):
+    config = settings.parse([str(ROOT / f"configs/{name}.py")], settings, diffusion, network, train)
+    train.check(config, world=8)
+    with torch.device("meta"):
+        model = Transformer(config | {"vocab_size": vocab_size})
+    assert sum(w.numel() for w in model.parameters()) == parameters
+    assert config["max_iters"] * config["batch_size"] * config["block_size"] == pytest.approx(tokens, rel=2e-3)
