@@ -13,6 +13,7 @@ import inspect
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -202,3 +203,24 @@ def machine(config):
     }
     bf16 = config["dtype"] == "bfloat16" or (config["dtype"] == "auto" and fast[kind]())
     return torch.device(name), lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)
+
+
+def can_compile(device):
+    """torch.compile needs a C++ compiler for the CPU; without one training is slower, not impossible."""
+    return device.type != "cpu" or bool(shutil.which("c++") or shutil.which("g++"))
+
+
+def processes(config):
+    """(config, world, rank) as torchrun set them, joined up; on CUDA each process gets its own device."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world == 1:
+        return config, 1, 0
+    import torch
+    import torch.distributed as dist
+
+    if config["device"] in ("auto", "cuda") and torch.cuda.is_available():
+        config = config | {"device": f"cuda:{os.environ['LOCAL_RANK']}"}
+        torch.cuda.set_device(config["device"])
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if config["device"].startswith("cuda") else "gloo")
+    return config, world, rank

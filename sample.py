@@ -248,8 +248,17 @@ def sample_ar(
 # ---- Requests: text in, text out -------------------------------------------------------------------------------------
 
 
-def request(tokenizer, mask_id, block_size, prompt="", suffix="", template="", length=0):
-    """One request as token ids, a list with mask_id where a token is wanted. UserError if it does not fit or has no gap."""
+def request(tokenizer, mask_id, block_size, prompt="", suffix="", template="", length=0, start_id=None):
+    """One request as token ids, a list with mask_id where a token is wanted. UserError if it does not fit or has no gap.
+
+    A text at the very beginning follows the tokenizer's bos, if it has one, as every document did in training; a causal
+    network whose start_id is that bos reads it anyway.
+    """
+
+    def encode(text, start):
+        begin = [tokenizer.bos] if start and tokenizer.bos not in (None, start_id) else []
+        return begin + tokenizer.encode(text, start) if text else []
+
     if template:
         require(not prompt and not suffix, "give --template or --prompt and --suffix, not both")
         pieces = re.split(r"___(\d+)", template)
@@ -257,13 +266,13 @@ def request(tokenizer, mask_id, block_size, prompt="", suffix="", template="", l
         ids = []
         for i, piece in enumerate(pieces):  # text, gap, text, gap, ..., text
             require(i % 2 == 0 or len(piece) < 8, f"a gap of ___{piece} tokens is longer than the block ({block_size})")
-            ids += [mask_id] * int(piece) if i % 2 else tokenizer.encode(piece) if piece else []
+            ids += [mask_id] * int(piece) if i % 2 else encode(piece, start=i == 0)
         require(mask_id in ids, f"the template has no gap of one token or more: '{template}'")
         require(len(ids) <= block_size, f"the template is {len(ids)} tokens, the block {block_size}")
         return ids
     length = length or block_size
     require(length <= block_size, f"length must be at most block_size {block_size}, not {length}")
-    head, tail = tokenizer.encode(prompt) if prompt else [], tokenizer.encode(suffix) if suffix else []
+    head, tail = encode(prompt, start=True), encode(suffix, start=False)
     wanted = length - len(head) - len(tail)
     require(
         wanted > 0, f"prompt and suffix are {len(head) + len(tail)} tokens, which leaves nothing of length {length} to fill"
@@ -292,8 +301,8 @@ def main(config):
     require(tokenizer is not None, f"{config['ckpt']} names no tokenizer, so text cannot be read or written")
     check(config, trained["causal"])
 
-    keys = ("prompt", "suffix", "template", "length")
-    ids = request(tokenizer, model.mask_id, model.block_size, **{key: config[key] for key in keys})
+    wish = {key: config[key] for key in ("prompt", "suffix", "template", "length")}
+    ids = request(tokenizer, model.mask_id, model.block_size, **wish, start_id=model.start_id)
     x = torch.tensor([ids] * config["num_samples"], device=device)  # (N, L)
     keys = ["temperature", "top_k", "top_p", "seed", "batch_size"]
     keys += [] if trained["causal"] else ["sampler", "steps", "schedule", "cfg"]

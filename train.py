@@ -12,8 +12,6 @@ import contextlib
 import copy
 import json
 import math
-import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -33,6 +31,7 @@ from config import choose, require
 from data import loader, tokenizer
 
 DEFAULTS = {
+    "size": "",  # a size of SMDM's table, as 170M (model.SIZES): sets the shape of the network and its kind of block
     "data": "data/pydocs",  # a prepared folder
     "out_dir": "out/pydocs",  # checkpoint and log go here
     "resume": True,  # go on from out_dir/ckpt.pt where there is one; False: start again and overwrite it
@@ -85,6 +84,14 @@ def check(config, world):
     micro = config["micro_batch_size"] or config["batch_size"] // world
     fits = micro and config["batch_size"] % (world * micro) == 0
     require(fits, f"batch_size {config['batch_size']} must be a multiple of {world} processes x micro_batch_size {micro}")
+
+
+def sized(config):
+    """The config with the model keys of its `size`; UserError where one was given another value."""
+    shape = checkpoint.size_config(config["size"]) if config["size"] else {}
+    for key in set(shape) & set(config.get("given", ())):
+        require(config[key] == shape[key], f"size {config['size']} has {key}={shape[key]}, not {config[key]}")
+    return config | shape
 
 
 def merge_resumed(config, saved, path):
@@ -183,13 +190,6 @@ def build(config, device, state):
     return model, average, optimizers
 
 
-def snapshot(config, text, step, model, average, optimizers):
-    """All that a run needs to go on, as checkpoint.save takes it."""
-    weights = {"model": model.state_dict(), "ema": average.state_dict() if average else None}
-    state = {"config": config, "tokenizer": text.meta(), "step": step}
-    return state | weights | {"optimizer": [optimizer.state_dict() for optimizer in optimizers]}
-
-
 class Journal:
     """What a run tells of itself: a progress bar, and log.jsonl beside the checkpoint. Only the first process tells.
 
@@ -224,23 +224,6 @@ class Journal:
     def restart(self, step):
         """Starts the clock anew, so that evaluations do not count as training time."""
         self.clock, self.since = time.perf_counter(), step
-
-
-def can_compile(device):
-    """torch.compile needs a C++ compiler for the CPU; without one training is slower, not impossible."""
-    return device.type != "cpu" or bool(shutil.which("c++") or shutil.which("g++"))
-
-
-def processes(config):
-    """(world, rank) as torchrun set them; each process of a CUDA run gets its own device."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if world > 1:
-        if config["device"] in ("auto", "cuda") and torch.cuda.is_available():
-            config["device"] = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(config["device"])
-        if not dist.is_initialized():
-            dist.init_process_group("nccl" if config["device"].startswith("cuda") else "gloo")
-    return world, rank
 
 
 def agree(loss, signal, world):
@@ -315,11 +298,10 @@ def one_sample(config, model, text, device, autocast):
 def main(config):
     """Trains as config says; returns the last evaluation, a dict of evaluate.report. Raises UserError."""
     # Settings: those of the command, unless a checkpoint in out_dir says that a run has begun.
-    config = dict(config)
-    world, rank = processes(config)
+    config, world, rank = settings.processes(config)
     path = Path(config["out_dir"]) / "ckpt.pt"
     state = checkpoint.read(path) if config["resume"] and path.is_file() else None
-    config = merge_resumed(config, state["config"], path) if state else config
+    config = merge_resumed(config, state["config"], path) if state else sized(config)
     start = state["step"] if state else 0
     check(config, world)
     device, autocast = settings.machine(config)
@@ -338,7 +320,7 @@ def main(config):
     # Model, the average of its weights, optimizers, and the loss: compiled, and spread over the processes.
     model, average, optimizers = build(config, device, state)
     loss_of = Loss(model, config["objective"])
-    if config["compile"] and can_compile(device):
+    if config["compile"] and settings.can_compile(device):
         model.hidden = torch.compile(model.hidden)
     if world > 1:
         loss_of = DistributedDataParallel(loss_of, gradient_as_bucket_view=True)
@@ -374,7 +356,9 @@ def main(config):
                 if config["show_sample"] and rank == 0:
                     say(f"---- a sample\n{one_sample(config, best, text, device, autocast)}\n----")
             if rank == 0 and (evaluated or stopped):
-                checkpoint.save(path, snapshot(config, text, step, model, average, optimizers))
+                state = {"config": config, "tokenizer": text.meta(), "step": step, "model": model.state_dict()}
+                state |= {"ema": average and average.state_dict(), "optimizer": [o.state_dict() for o in optimizers]}
+                checkpoint.save(path, state)
             if stopped:
                 say(f"stopped and saved {path} at step {step}; the same command goes on from there")
                 raise KeyboardInterrupt

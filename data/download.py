@@ -31,27 +31,30 @@ class TryAgain(Exception):
 def fetch(url, path, sha256=None, size=None, headers=None, first_wait=1.0):
     """Downloads `url` to `path`, unless the right file is there already; returns the path.
 
-    Goes on where a dropped connection stopped; with a sha256 to check the result by, also where an interrupted run did.
-    After drops, 429 and 5xx it waits (first_wait seconds, then twice that, ..., or what Retry-After says) and tries
-    again. Raises UserError for a refusal, a wrong length or hash, and when it gives up.
+    The size and hash are checked that the caller gives, or else the server states as the Hub does. Goes on where a
+    dropped connection stopped; where there is a hash to check the result by, also where an interrupted run did. After
+    drops, 429 and 5xx it waits (first_wait seconds, then twice that, ..., or what Retry-After says) and tries again.
+    Raises UserError for a refusal, a wrong length or hash, and when it gives up.
     """
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    if right(path, sha256, size):
+    wanted = {"hash": sha256, "size": size}  # completed by what the server states
+    if right(path, **wanted):
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # of several processes that want the file, one downloads
-            if right(path, sha256, size):
+            if right(path, **wanted):
                 return path
-            if not sha256:
+            old = file.seek(0, os.SEEK_END)  # bytes that an interrupted run left
+            download(url, file, wanted, headers or {}, first_wait)
+            if old and not (wanted["hash"] and right(part, **wanted)):  # nothing but a hash can tell that they belong here
                 file.truncate(0)
-            download(url, file, size, headers or {}, first_wait)
-            file.flush()
-            if not right(part, sha256, size):
+                download(url, file, wanted, headers or {}, first_wait)
+            if not right(part, **wanted):
                 file.truncate(0)
-                raise UserError(f"{url} is not the expected file: its length or sha256 is wrong")
+                raise UserError(f"{url} is not the expected file: its length or hash is wrong")
             os.replace(part, path)
     except requests.RequestException as error:  # says no more than its kind: the rest may hold the headers sent
         raise UserError(f"cannot fetch {url}: {type(error).__name__}") from None
@@ -59,32 +62,34 @@ def fetch(url, path, sha256=None, size=None, headers=None, first_wait=1.0):
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         with contextlib.suppress(OSError):
-            if not sha256 or part.stat().st_size == 0:
+            if not wanted["hash"] or part.stat().st_size == 0:
                 part.unlink()
     return path
 
 
-def right(path, sha256, size):
-    """True for a file that is there and, as far as one can tell, the one expected."""
+def right(path, hash, size):
+    """True for a file that is there and, as far as one can tell, the one expected. hash: its sha256, or its name in git."""
     if not path.is_file() or (size is not None and path.stat().st_size != size):
         return False
-    if sha256 is None:
+    if hash is None:
         return True
-    digest = hashlib.sha256()
+    git = len(hash) == 40  # git hashes a header and the file, with sha1
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False) if git else hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
-    return digest.hexdigest() == sha256
+    return digest.hexdigest() == hash
 
 
-def download(url, file, size, headers, first_wait):
+def download(url, file, wanted, headers, first_wait):
     """Requests `url` until `file` has all of it."""
     headers = {"Accept-Encoding": "identity", **headers}
     failures, most = 0, 0
     with tqdm(desc=Path(file.name).stem, unit="B", unit_scale=True, disable=None) as bar:
         while True:
             try:
-                return request(url, file, size, headers, bar)
+                request(url, file, wanted, headers, bar)
+                return file.flush()
             except requests.exceptions.SSLError:
                 raise
             except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
@@ -97,12 +102,14 @@ def download(url, file, size, headers, first_wait):
             time.sleep(max(problem.wait, first_wait * 2 ** (failures - 1)))
 
 
-def request(url, file, size, headers, bar):
+def request(url, file, wanted, headers, bar):
     """One request for what `file` lacks; leaves in `headers` what the next one has to say to go on from there."""
     have = file.seek(0, os.SEEK_END)
     headers.update({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
         refuse(url, response)
+        for key, value in stated(response).items():
+            wanted[key] = value if wanted[key] is None else wanted[key]
         begins, total = extent(response)
         if response.status_code == 416 and total == have:
             return
@@ -112,7 +119,8 @@ def request(url, file, size, headers, bar):
             headers.pop("Range", None)
             if begins != 0:
                 raise TryAgain("a wrong range")
-        require(size is None or total in (size, None), f"{url} has {total} bytes, not the {size} expected")
+        fits = wanted["size"] is None or total in (wanted["size"], None)
+        require(fits, f"{url} has {total} bytes, not the {wanted['size']} expected")
         free = shutil.disk_usage(Path(file.name).parent).free
         require((total or 0) - begins <= free, f"no space for the {total} bytes of {url}, only {free}")
         version = response.headers.get("ETag", "W/")
@@ -152,7 +160,16 @@ def extent(response):
     return int(first) if first else None, int(total) if total else None
 
 
-def hub_file(repo, filename, sha256=None, size=None):
+def stated(response):
+    """{hash, size} that the Hub states of a file as it sends one on to where the file lies, None for what it does not."""
+    hops = (hop.headers for hop in [*response.history, response])
+    told = next((headers for headers in hops if "X-Linked-Etag" in headers), {})  # the first is the Hub, a later one may not
+    hash = re.fullmatch(r'"?([0-9a-f]{64}|[0-9a-f]{40})"?', told.get("X-Linked-Etag", ""))
+    size = told.get("X-Linked-Size", "")
+    return {"hash": hash and hash[1], "size": int(size) if size.isdecimal() else None}
+
+
+def hub_file(repo, filename):
     """A file of a Hugging Face repository ("owner/name", "datasets/owner/name"), downloaded once -> path in the cache.
 
     The token of HF_TOKEN goes to the Hub alone: requests drops it on the way to another host (a test sees to it).
@@ -167,4 +184,4 @@ def hub_file(repo, filename, sha256=None, size=None):
     require(re.fullmatch(r"[!-~]*", token), "HF_TOKEN holds characters that no token has")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     url = f"{hub}/{repo}/resolve/main/{quote(filename)}"
-    return fetch(url, cache / repo.replace("/", "--") / filename, sha256, size, headers)
+    return fetch(url, cache / repo.replace("/", "--") / filename, headers=headers)

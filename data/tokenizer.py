@@ -12,10 +12,15 @@ from tqdm import tqdm
 from config import UserError, choose, require
 
 MASK = "█"
+ROOT = Path(__file__).resolve().parent.parent
+LLAMA = ROOT / "data/llama/tokenizer.model"  # not ours to give away: comes with Llama 2
 
 
 class Tokenizer:
-    """What the four have in common; `table[i]` is the UTF-8 text of token i, with the mask's last."""
+    """What the four have in common; `table[i]` is the UTF-8 text of token i, with the mask's last.
+
+    encode(text, start=True) -> ids. start=False says that other tokens stand before the text; it matters to Llama alone.
+    """
 
     bos = None  # id that begins a document, if there is one
     eot = None  # id that ends a document, if there is one
@@ -49,7 +54,7 @@ class Char(Tokenizer):
         self.ids = {character: i for i, character in enumerate(alphabet)}
         super().__init__([character.encode("utf8", "replace") for character in alphabet])
 
-    def encode(self, text):
+    def encode(self, text, start=True):
         """Raises UserError for a character that the alphabet lacks."""
         try:
             return [self.ids[character] for character in text]
@@ -72,7 +77,7 @@ class Byte(Tokenizer):
     def __init__(self):
         super().__init__([bytes([i]) for i in range(256)])
 
-    def encode(self, text):
+    def encode(self, text, start=True):
         return list(text.encode("utf8", errors="replace"))
 
 
@@ -96,7 +101,7 @@ class GPT2(Tokenizer):
             ) from None
         super().__init__([self.bpe.decode_single_token_bytes(i) for i in range(self.bpe.n_vocab)])
 
-    def encode(self, text):
+    def encode(self, text, start=True):
         return self.bpe.encode_ordinary(text)
 
 
@@ -106,39 +111,37 @@ class Llama(Tokenizer):
     kind = "llama"
     bos, eot = 1, 2
 
-    def __init__(self, path=None):
-        """Reads `path`, or the copy in the shared folder; UserError where neither is a SentencePiece model."""
+    def __init__(self):
+        """Reads LLAMA, or the copy in the shared folder; UserError where neither is there, or it is no such model."""
         try:
             import sentencepiece
         except ImportError:
             raise UserError("the llama tokenizer needs one more package: pip install sentencepiece") from None
-        home = Path(os.environ.get("NANOMDM_SHARED", "../shared"), "data/llama_tokenizer/tokenizer.model")
-        self.path = next((p for p in (path, home) if p and Path(p).is_file()), None)
-        require(self.path, f"no Llama 2 tokenizer.model: put it at {home}, or set NANOMDM_SHARED to its shared folder")
+        shared = ROOT / os.environ.get("NANOMDM_SHARED", "../shared") / "data/llama_tokenizer/tokenizer.model"
+        path = next((path for path in (LLAMA, shared) if path.is_file()), None)
+        require(path, f"no tokenizer.model of Llama 2: put it at {LLAMA}")
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
-            raise UserError(f"{self.path} is not a SentencePiece model") from None
+            raise UserError(f"{path} is not a SentencePiece model") from None
         super().__init__([self._bytes(i) for i in range(self.pieces.vocab_size())])
 
     def _bytes(self, i):
         piece = self.pieces.id_to_piece(i)
         return bytes([int(piece[1:-1], 16)]) if self.pieces.is_byte(i) else piece.replace("▁", " ").encode()
 
-    def encode(self, text):
-        return self.pieces.encode(text)
+    def encode(self, text, start=True):
+        """SentencePiece puts a space before a text. One that goes on must not gain it: behind a newline, which is part of no
+        other piece, the space and the newline are ids of their own and are cut off."""
+        return self.pieces.encode(text) if start else self.pieces.encode("\n" + text)[2:]
 
     def decode(self, ids):
-        """As for all, less the one space that SentencePiece puts before a text."""
+        """As for all, less what stands before every text: the id that begins it, and a space."""
         ids = list(ids)
-        begun = ids[:1] == [self.bos]
-        return self.table[self.bos].decode() * begun + super().decode(ids[begun:]).removeprefix(" ")
+        return super().decode(ids[ids[:1] == [self.bos] :]).removeprefix(" ")
 
     def document(self, text):
         return [self.bos, *self.encode(text)]
-
-    def meta(self):
-        return {"kind": "llama", "path": str(Path(self.path).resolve())}
 
 
 KINDS = {tokenizer.kind: tokenizer for tokenizer in (Char, Byte, GPT2, Llama)}
@@ -165,6 +168,6 @@ def from_meta(meta):
     require(good and "kind" in meta, f"a tokenizer's meta must be a dict of texts with a kind, not {str(meta)[:80]!r}")
     rest = {key: value for key, value in meta.items() if key != "kind"}
     kind = choose("tokenizer", meta["kind"], list(KINDS))
-    good = list(rest) in {"char": [["alphabet"]], "llama": [[], ["path"]]}.get(kind, [[]])
-    require(good, f"the meta of a {kind} tokenizer cannot have the keys {list(rest)}")
+    wanted = ["alphabet"] if kind == "char" else []
+    require(list(rest) == wanted, f"the meta of a {kind} tokenizer has beside its kind the keys {wanted}, not {list(rest)}")
     return KINDS[kind](**rest)

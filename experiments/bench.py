@@ -15,6 +15,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -28,7 +29,6 @@ import diffusion
 import evaluate
 import model as network
 import sample
-import train
 from data import loader
 
 DEFAULTS = {
@@ -313,6 +313,146 @@ def sampling(V, steps, B, rounds, device, quick):
     times = alternate(variants, rounds, device)
     seconds = {name: middle(taken) * (steps / some if "textbook" in name else steps / part) for name, taken in times.items()}
     base = seconds["textbook float32"]
-    return [
-        {"name": name, "seconds_per_sequence": seconds[name] / B, "ratio": base / seconds[name]} for name in seconds
-    ]
+    return [{"name": name, "seconds_per_sequence": seconds[name] / B, "ratio": base / seconds[name]} for name in seconds]
+
+
+def baseline(V, rounds, device, autocast, quick):
+    """Tokens/s of our causal baseline with its cache, and of the diffusion model of its size at 16 to 256 steps. -> rows"""
+    rows = []
+    for B in (1, 16):
+        models = {}
+        for causal in (True, False):
+            models[causal] = network.Transformer({**network.DEFAULTS, **SMALL, "vocab_size": V, "causal": causal}).to(device)
+        x = torch.full((B, SMALL["block_size"]), models[False].mask_id, device=device)  # (B, L)
+        variants = {"causal, cached": lambda: sample.sample_ar(models[True], x, batch_size=B, autocast=autocast)}  # noqa: B023
+        for steps in (16,) if quick else (16, 32, 64, 128, 256):
+            variants[f"masked, {steps} steps"] = lambda n=steps: sample.sample(
+                models[False],  # noqa: B023
+                x,  # noqa: B023
+                steps=n,
+                batch_size=B,  # noqa: B023
+                autocast=autocast,
+            )
+        times = alternate(variants, rounds, device)
+        base = middle(times["causal, cached"])
+        for name, taken in times.items():
+            entry = {"name": f"{name}, batch {B}", "tokens_per_second": x.numel() / middle(taken)}
+            rows.append(entry | {"ratio": base / middle(taken)})
+    return rows
+
+
+def loading(rounds, device):
+    """Tokens/s of shuffled blocks and of their masks, one thread, from a made-up token file in the page cache. -> rows"""
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = torch.randint(100, (20_000_000,), dtype=torch.int16).numpy().astype("uint16")
+        tokens.tofile(Path(folder) / "train_00000.bin")
+        split = {"tokens": len(tokens), "documents": 1, "bytes": len(tokens)}
+        meta = {"tokenizer": {"kind": "byte"}, "vocab_size": 256, "dtype": "uint16", "splits": {"train": split}}
+        (Path(folder) / "meta.json").write_text(json.dumps(meta))
+        blocks = loader.Blocks(loader.Tokens(folder, "train"), 1024, seed=0)
+        count = iter(range(10**9))
+        variants = {
+            "blocks of 1024, 64 a batch": lambda: blocks.batch(next(count), range(64), 64),
+            "their masks (any_order)": lambda: diffusion.training_mask("any_order", 0, next(count), range(64), 64, 1024),
+        }
+        times = alternate(variants, 10 * rounds, device)
+    return [{"name": name, "tokens_per_second": 64 * 1024 / middle(taken)} for name, taken in times.items()]
+
+
+def judging(V, rounds, device, autocast):
+    """Tokens/s of the bound: sequences x draws x L through evaluate.sequence_nats, and the network calls alone. -> rows"""
+    model = network.Transformer({**network.DEFAULTS, **SMALL, "vocab_size": V}).to(device).eval()
+    L = SMALL["block_size"]
+    blocks = list(torch.randint(V, (8, L)).numpy())  # 8 of (L,)
+    x = torch.full((32, L), model.mask_id, device=device)  # (32, L)
+
+    @torch.no_grad()
+    def calls_alone():
+        with autocast():
+            model(x)
+
+    variants = {
+        "bound, 8 sequences x 4 draws": lambda: evaluate.sequence_nats(model, blocks, draws=4, autocast=autocast),
+        "one plain forward of the same 32 rows": calls_alone,
+    }
+    times = alternate(variants, rounds, device)
+    return [{"name": name, "tokens_per_second": 32 * L / middle(taken)} for name, taken in times.items()]
+
+
+# ---- The report ------------------------------------------------------------------------------------------------------------
+
+
+def table(title, rows):
+    """One Markdown table; the columns are the keys of the rows."""
+    shown = {"ratio": "{:.2f}x", "spread": "{:.0%}", "mfu": "{:.0%}", "seconds_per_sequence": "{:.3f}"}
+    keys = list(rows[0])
+    lines = [f"**{title}**", "", "| " + " | ".join(key.replace("_", " ") for key in keys) + " |", "|---" * len(keys) + "|"]
+    for row in rows:
+        cells = [value if isinstance(value, str) else shown.get(key, "{:,.0f}").format(value) for key, value in row.items()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def about(device):
+    """What was measured on: a dict for the results file."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    cpu = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if "model name" in line] if cpu.exists() else []
+    )
+    name = torch.cuda.get_device_name() if device.type == "cuda" else names[0] if names else platform.processor()
+    threads = torch.get_num_threads()
+    return {"commit": commit.stdout.strip(), "machine": name, "threads": threads, "torch": torch.__version__}
+
+
+def main(config):
+    """Runs all comparisons, prints their tables, writes bench.json and bench.md; returns the figures as a flat dict."""
+    began = time.time()
+    device, autocast = settings.machine(config)
+    quick, rounds = config["quick"], 2 if config["quick"] else config["rounds"]
+    texts, figures = [], {}
+
+    def tell(title, rows):
+        texts.append(table(title, rows))
+        tqdm.write(texts[-1])
+        return {row["name"]: row for row in rows}
+
+    for kind, V, B in (("char", 110, 16), ("bpe", 50257, 8)):
+        rows, limits = training(V, B, rounds, device)
+        title = f"Training step, V = {V}, batch {B} x 256, {SMALL['n_layer']} layers of {SMALL['n_embd']}"
+        found = tell(title, rows)
+        best = max(rows, key=lambda row: row["tokens_per_second"])
+        figures |= {f"train_{kind}_ratio": best["ratio"], f"train_{kind}_mfu": best["mfu"]}
+        figures[f"train_{kind}_ratio_float32"] = found["+ fused AdamW"]["ratio"]
+        figures[f"train_{kind}_memory_ratio"] = best["memory_mib"] / max(1, rows[0]["memory_mib"])
+        if kind == "char":
+            figures["matmul_fp32_gflops"] = limits[torch.float32] / 1e9
+            figures["matmul_bf16_gflops"] = limits[torch.bfloat16] / 1e9
+
+    for kind, V in (("char", 110), ("bpe", 50257)):
+        for steps in (1024,) if quick else (64, 256, 1024):
+            found = tell(f"Sampling, V = {V}, {steps} steps, batch 4 x 256", sampling(V, steps, 4, rounds, device, quick))
+        seconds = {name: row["seconds_per_sequence"] for name, row in found.items()}
+        figures[f"sample_{kind}_ratio"] = seconds["textbook float32"] / seconds["ours bfloat16"]
+        figures[f"sample_{kind}_ratio_same_dtype"] = seconds["textbook float32"] / seconds["ours float32"]
+        figures[f"sample_{kind}_vs_cache"] = seconds["RADD's cache float32"] / seconds["ours float32"]
+
+    tell("Against the causal baseline, V = 110, 256 tokens", baseline(110, rounds, device, autocast, quick))
+    tell("Data", loading(rounds, device))
+    tell("Evaluation, V = 110", judging(110, rounds, device, autocast))
+    if not quick:
+        wanted = ("textbook: float32, all logits, log_softmax, plain AdamW", "+ compile")
+        tell("Training step of RADD-small, batch 1 x 1024", training(50257, 1, 3, device, RADD_SMALL, wanted)[0])
+
+    figures |= about(device) | {"seconds": time.time() - began}
+    folder = Path(config["results"])
+    with settings.whole_file(folder / "bench.json") as path:
+        path.write_text(json.dumps(figures, indent=1) + "\n")
+    with settings.whole_file(folder / "bench.md") as path:
+        path.write_text("Made by `python -m experiments.bench`.\n\n" + "\n".join(texts))
+    print(json.dumps(figures, indent=1))
+    return figures
+
+
+if __name__ == "__main__":
+    settings.run(main, settings, sys.modules[__name__])

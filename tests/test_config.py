@@ -18,7 +18,15 @@ from config import UserError, choose, help_text, machine, parse, read_preset, wh
 
 MODULE = SimpleNamespace(DEFAULTS={"steps": 10, "rate": 0.5, "fast": False, "name": "a"})
 OTHER = SimpleNamespace(DEFAULTS={"width": 3})
-PROGRAMS = ["train", "sample", "evaluate", "checkpoint", "data.pydocs.prepare", "data.text.prepare", "data.shakespeare.prepare"]
+PROGRAMS = [
+    "train",
+    "sample",
+    "evaluate",
+    "checkpoint",
+    "data.pydocs.prepare",
+    "data.text.prepare",
+    "data.shakespeare.prepare",
+]
 
 
 def refusal(function, *arguments):
@@ -271,6 +279,15 @@ def test_a_file_appears_whole_in_a_folder_made_for_it(tmp_path):
         assert not path.exists()
         temporary.write_text("whole")
     assert path.read_text() == "whole" and list(path.parent.iterdir()) == [path]
+
+
+def test_who_reads_the_old_file_while_it_is_replaced_reads_it_whole(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with open(path) as reader:
+        with whole_file(path) as temporary:
+            temporary.write_text("new")
+        assert reader.read() == "old" and path.read_text() == "new"
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, UserError])

@@ -67,6 +67,14 @@ def test_decoding_gives_back_the_text(any_tokenizer, said):
     assert any_tokenizer.decode(any_tokenizer.encode(said)) == said
 
 
+@pytest.mark.parametrize("rest", [PANGRAM, WORLD, "", " leading", ".", "\n\n", "▁"])
+def test_a_text_that_goes_on_after_another_gains_nothing(any_tokenizer, rest):
+    if any_tokenizer.kind == "char":
+        any_tokenizer = tokenizer.build("char", [PANGRAM, WORLD, "▁"])
+    ids = any_tokenizer.encode("quick", start=True) + any_tokenizer.encode(rest, start=False)
+    assert any_tokenizer.decode(ids) == "quick" + rest.replace("▁", " " if any_tokenizer.kind == "llama" else "▁")
+
+
 def test_ids_lie_below_the_vocabulary_size_and_the_mask_is_drawn_as_a_block(any_tokenizer):
     ids, mask = any_tokenizer.encode(PANGRAM), any_tokenizer.vocab_size
     assert all(0 <= i < mask for i in ids)
@@ -137,11 +145,20 @@ def test_a_damaged_tokenizer_meta_is_refused(meta):
         tokenizer.from_meta(meta)
 
 
-def test_a_file_that_is_no_sentencepiece_model_is_refused(tmp_path):
+def test_a_llama_model_is_read_from_the_repository_or_the_shared_folder(tmp_path, monkeypatch, shared):
     pytest.importorskip("sentencepiece")
-    (tmp_path / "tokenizer.model").write_text("no model")
-    with pytest.raises(UserError, match="not a SentencePiece model"):
-        tokenizer.from_meta({"kind": "llama", "path": str(tmp_path / "tokenizer.model")})
+    real = shared("data/llama_tokenizer/tokenizer.model")
+    own, other = tmp_path / "own.model", tmp_path / "data/llama_tokenizer/tokenizer.model"
+    monkeypatch.setattr(tokenizer, "LLAMA", own)
+    monkeypatch.setenv("NANOMDM_SHARED", str(tmp_path))
+    with pytest.raises(UserError, match=f"put it at {own}"):
+        tokenizer.Llama()
+    other.parent.mkdir(parents=True)
+    shutil.copyfile(real, other)
+    assert tokenizer.Llama().meta() == {"kind": "llama"}  # no path: checkpoints travel
+    own.write_text("no model")
+    with pytest.raises(UserError, match=f"{own} is not a SentencePiece model"):
+        tokenizer.Llama()
 
 
 # Shards
@@ -539,7 +556,8 @@ def test_gpt2_and_llama_prepare_text_with_several_processes_and_no_network(tmp_p
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("TIKTOKEN_CACHE_DIR", offline)
             read = tokenizer.from_meta(tokens.meta["tokenizer"]).decode(tokens[:])
-        documents = [part.strip() for part in read.split(border) if part]
+        documents = [part.strip() for part in read.split(border)]
+        assert kind == "llama" or documents.pop() == "", "GPT-2's mark ends a document, Llama's begins one"
         assert documents == [line for line in said if not writer.held_out(line, 0.05)]
         assert tokens.meta["splits"]["train"]["documents"] == len(documents)
 
@@ -561,7 +579,6 @@ BAD = {
     "tokenizer": (["--input=short.txt", "--tokenizer=chra"], "unknown tokenizer 'chra'; did you mean 'char'?"),
     "key": (["--input=short.txt", "--tokeniser=char"], "unknown key --tokeniser; did you mean 'tokenizer'?"),
     "no vocabulary": (["--input=short.txt", "--tokenizer=gpt2"], "set TIKTOKEN_CACHE_DIR"),
-    "no model": (["--input=short.txt", "--tokenizer=llama"], "no Llama 2 tokenizer.model: put it at nowhere/data"),
 }
 
 
@@ -586,7 +603,7 @@ def bad_files(tmp_path_factory):
 def test_bad_input_is_one_line_and_leaves_nothing(case, bad_files):
     args, says = BAD[case]
     cache = {"TIKTOKEN_CACHE_DIR": str(bad_files / "hollow"), "HTTPS_PROXY": "http://127.0.0.1:9"}
-    done = command("-m", "data.text.prepare", "--out=out", *args, cwd=bad_files, NANOMDM_SHARED="nowhere", **cache)
+    done = command("-m", "data.text.prepare", "--out=out", *args, cwd=bad_files, **cache)
     assert done.returncode == 2 and done.stdout == "", done.stderr
     assert done.stderr.count("\n") == 1 and says in done.stderr, done.stderr
     assert not (bad_files / "out").exists()

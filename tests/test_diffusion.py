@@ -38,7 +38,7 @@ def corruptions(objective, schedule, n=120):
     """What draw_mask can be given, and how likely: u (N,), noise (N, L), chance (N,) with sum 1."""
     if objective == "any_order":  # each k, each order of the noise
         orders = torch.tensor(list(itertools.permutations(range(L)))) / L  # (L!, L)
-        u = ((torch.arange(L) + 0.5) / L).repeat_interleave(len(orders))  # (L * L!,)
+        u = ((torch.arange(L).double() + 0.5) / L).repeat_interleave(len(orders))  # (L * L!,)
         return u, orders.repeat(L, 1), torch.full((len(u),), 1 / len(u), dtype=torch.float64)
     nodes, weights = gauss(n)
     m = (nodes if objective == "lambda_dce" else schedule(nodes)[0].clamp(0, 1))[:, None, None]  # (n, 1, 1)
@@ -282,6 +282,14 @@ def test_no_u_is_zero_so_every_weight_is_finite(batch_size):
         for objective in ("any_order", "lambda_dce", "t_dce"):
             weight = draw_mask(objective, u, torch.zeros(batch_size, L), cosine)[1]
             assert weight.isfinite().all() and (weight >= 0).all()
+
+
+def test_the_schedule_is_log_linear_unless_told_otherwise():
+    u, noise = double([0.2, 0.9]), uniforms(0, 0, range(2), L)
+    for got, wanted in zip(draw_mask("t_dce", u, noise), draw_mask("t_dce", u, noise, loglinear), strict=True):
+        assert torch.equal(got, wanted)
+    default, explicit = (training_mask("t_dce", 0, 0, range(4), 4, L, *schedule) for schedule in ([], [loglinear]))
+    assert torch.equal(default[0], explicit[0]) and torch.equal(default[1], explicit[1])
 
 
 def test_u_of_one_hides_every_token_at_a_weight_of_one():
