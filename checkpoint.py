@@ -8,7 +8,9 @@ Hub name such as JingyangOu/radd-t-dce or nieshen/SMDM/mdm_safetensors/mdm-170M-
 Nothing in a file is ever executed.
 """
 
+import contextlib
 import json
+import os
 import pickle
 import re
 import sys
@@ -49,8 +51,8 @@ def read(path):
 
     Raises UserError where it is missing, damaged or not ours.
     """
-    file = Path(path) / "ckpt.pt" if Path(path).is_dir() else Path(path)
-    require(file.is_file(), f"no checkpoint {file}")
+    file = Path(path, "ckpt.pt") if os.path.isdir(path) else Path(path)
+    require(os.path.isfile(file), f"no checkpoint {file}")
     state = unpickle(file)
     require(is_ours(state), f"{file} is not a checkpoint of train.py: it has no config and model")
     return state
@@ -108,6 +110,9 @@ FIXED = {  # the model keys that a format has one value for
     "radd": {"causal": False, "norm": "layer", "mlp": "gelu", "bias": True, "qk_norm": False, "rotary_bf16": False},
     "smdm": {"norm": "rms", "mlp": "swiglu", "bias": False, "qk_norm": False, "rotary_bf16": True, "unused_rows": 0},
 }
+SMDM_FIXED = {"bias": False, "norm_eps": 1e-5, "rotary_percentage": 1.0, "parallel_residual": False}  # in its config.json
+SIZE_KEYS = ("vocab_size", "n_layer", "n_head", "n_embd", "block_size")  # without them a network is another
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FREQUENCY = "rotary_emb.inv_freq"  # RADD's files hold the rotary frequencies beside the weights
 
 
@@ -124,7 +129,7 @@ def to_format(weights, config, format):
     out = {}
     for name, w in weights.items():
         if format == "smdm" and name.endswith("qkv.weight"):  # the rows of one head after the other: its q, k, v
-            w = w.view(3, -1, d, D).transpose(0, 1).reshape(-1, D)  # (3D, D)
+            w = w.reshape(3, -1, d, D).transpose(0, 1).reshape(-1, D)  # (3D, D)
         if format == "smdm" and name == "embed.weight" and config["causal"]:  # there is no mask to read
             w = w[:-1]  # (V, D)
         if format == "radd" and name.startswith("unembed") and not config["unused_rows"]:  # a row for the mask
@@ -142,7 +147,7 @@ def from_format(found, names, config, format):
     for name in names:
         w = found[published(name, format)].float()
         if format == "smdm" and name.endswith("qkv.weight"):
-            w = w.view(-1, 3, d, D).transpose(0, 1).reshape(-1, D)  # (3D, D)
+            w = w.reshape(-1, 3, d, D).transpose(0, 1).reshape(-1, D)  # (3D, D)
         if format == "smdm" and name == "embed.weight" and config["causal"]:
             w = torch.cat([w, torch.zeros_like(w[:1])])  # (V + 1, D)
         out[name] = w
@@ -158,20 +163,31 @@ def size_config(name):
     return {key: FIXED["smdm"][key] for key in ("norm", "mlp", "bias", "rotary_bf16")} | dict(sizes)
 
 
-def own_config(raw, found, where):
+def entry(where, key, value, default):
+    """What a file says of a key, in the type of its default: as config.typed, but text is no number."""
+    wanted = "text" if isinstance(default, str) else "a number"
+    require((wanted == "text") == isinstance(value, str), f"{where}: {key} must be {wanted}, not {str(value)[:40]!r}")
+    return typed(f"{where}: {key}", value, default)
+
+
+def own_config(raw, found, where, file):
     """Of our checkpoints and exports: what was saved, each model key in its type."""
-    return raw | {key: typed(f"{where}: {key}", raw.get(key, default), default) for key, default in MODEL.items()}
+    told = MODEL | dict.fromkeys(SIZE_KEYS) | raw
+    config = {key: entry(where, key, told[key], default) for key, default in MODEL.items()}
+    for key, known in {"norm": ["layer", "rms"], "mlp": ["gelu", "swiglu", "relu2"]}.items():
+        choose(f"{key} in {where}", config[key], known)
+    return raw | config
 
 
-def radd_config(raw, found, where):
+def radd_config(raw, found, where, file):
     """Of RADD's files (arXiv 2406.03736): {tokens, noise, model, ...}, in some one level deeper."""
     raw = raw["config"] if "model" not in raw and isinstance(raw.get("config"), dict) else raw
     net = raw.get("model")
     require(isinstance(net, dict), f"{where}: there is no model with its sizes")
     keys = {"n_layer": "n_blocks", "n_head": "n_heads", "n_embd": "hidden_size", "block_size": "length"}
-    sizes = {ours: typed(f"{where}: model.{theirs}", net.get(theirs), 0) for ours, theirs in keys.items()}
-    sizes["vocab_size"] = typed(f"{where}: tokens", raw.get("tokens"), 0)
-    sizes["dropout"] = typed(f"{where}: model.dropout", net.get("dropout", 0.0), 0.0)
+    sizes = {ours: entry(where, f"model.{theirs}", net.get(theirs), 0) for ours, theirs in keys.items()}
+    sizes["vocab_size"] = entry(where, "tokens", raw.get("tokens"), 0)
+    sizes["dropout"] = entry(where, "model.dropout", net.get("dropout", 0.0), 0.0)
     # Their network is normalised, also for score entropy (t_DSE), which is then the same as cross-entropy.
     objectives = {"k_dce": "any_order", "t_dce": "t_dce", "t_dse": "t_dce"}
     told = str(raw.get("training", where)).lower().replace("-", "_")  # if not there, then perhaps in the repository's name
@@ -180,23 +196,28 @@ def radd_config(raw, found, where):
     return MODEL | FIXED["radd"] | {"zero_init": "head", "unused_rows": 1} | sizes | recipe
 
 
-def smdm_config(raw, found, where):
-    """Of SMDM's files, which say little but the shapes of their tensors."""
+def smdm_config(raw, found, where, file):
+    """Of SMDM's files, which say little but the shapes of their tensors; what config.json says must agree with them."""
     shapes = []
     for name in ("lm_head.weight", "transformer.wte.weight", "transformer.h.0.mlp.swiglu.w1.weight"):
-        require(name in found and found[name].dim() == 2, f"{where}: the matrix {name} is missing")
+        require(name in found and found[name].dim() == 2, f"{file}: the matrix {name} is missing")
         shapes.append(found[name].shape)
     (V, D), (rows, _), (width, _) = shapes
-    require(rows in (V, V + 1), f"{where}: transformer.wte.weight has {rows} rows; a vocabulary of {V} has {V} or {V + 1}")
+    require(rows in (V, V + 1), f"{file}: transformer.wte.weight has {rows} rows; a vocabulary of {V} has {V} or {V + 1}")
     n_layer = len({name.split(".")[2] for name in found if name.startswith("transformer.h.")})
     n_head = next((size[1] for size in SIZES.values() if (size[0], size[2]) == (n_layer, D)), None)
-    unknown = f"{where}: no size has {n_layer} layers of width {D}; put a config.json with n_head beside it"
+    unknown = f"{file}: no size of SMDM has {n_layer} layers of width {D}, so a config.json beside it has to give n_head"
     require(n_head or "n_head" in raw, unknown)
-    told = {"n_head": n_head, "block_size": 2048} | {key: raw[key] for key in ("n_head", "block_size") if key in raw}
-    sizes = {key: typed(f"{where}: {key}", told[key], 0) for key in told}
-    sizes |= {"vocab_size": V, "n_layer": n_layer, "n_embd": D, "mlp_hidden": width}
+    told = {"n_head": n_head, "block_size": 2048, "vocab_size": V}
+    told = {key: entry(where, key, raw.get(key, default), 0) for key, default in told.items()}
+    same = {"n_layer": n_layer, "n_embd": D, "intermediate_size": width, "padded_vocab_size": V, "mask_token_id": V}
+    same |= SMDM_FIXED | {"rope_base": 10000, "n_query_groups": told["n_head"], "vocab_size": min(V, told["vocab_size"])}
+    for key, value in same.items():
+        said = raw.get(key, value)
+        require(said == value, f"{where}: {key} is {said}, but the network in {file.name} has {value}")
+    sizes = {"vocab_size": V, "n_layer": n_layer, "n_embd": D, "mlp_hidden": width}
     kind = {"causal": rows == V, "start_id": 1 if rows == V else -1, "objective": "ar" if rows == V else "lambda_dce"}
-    return MODEL | FIXED["smdm"] | sizes | kind
+    return MODEL | FIXED["smdm"] | told | sizes | kind
 
 
 CONFIGS = {"nanomdm": own_config, "radd": radd_config, "smdm": smdm_config}
@@ -206,7 +227,7 @@ TOKENIZERS = {("radd", 50257): {"kind": "gpt2"}, ("smdm", 32000): {"kind": "llam
 def read_settings(file):
     """(dict, its path) of the settings beside a file of weights, config.json or that of RADD's trainer; {} if none."""
     beside, hydra = file.with_name("config.json"), file.resolve().parent.parent / ".hydra" / "config.yaml"
-    path = next((path for path in (beside, hydra) if path.is_file()), None)
+    path = next((path for path in (beside, hydra) if os.path.isfile(path)), None)
     if path is None:
         return {}, file
     try:
@@ -219,12 +240,14 @@ def read_settings(file):
 
 
 def read_yaml(text):
-    """Nested `key: value` lines as nested dicts of text; whatever else YAML has is passed over."""
+    """Nested `key: value` lines as nested dicts of numbers and text; whatever else YAML has is passed over."""
     parents = [(-1, {})]  # (indentation, dict), outermost first
     for spaces, key, value in re.findall(r"^( *)(\w+):[ \t]*([^#\n]*)", text, re.M):
         while parents[-1][0] >= len(spaces):
             parents.pop()
-        value = value.strip().strip("'\"") or {}
+        value = value.strip().strip("'\"") or "{}"
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
         parents[-1][1][key] = value
         if value == {}:
             parents.append((len(spaces), value))
@@ -239,8 +262,8 @@ def load(path, device="cpu", ema=True):
 
     config: the keys that built the model, "objective" and the tokenizer's meta; for ours all that it was trained with.
     ema takes averaged weights where there are some. A tokenizer that cannot be built here (no package, no network) is None
-    and a warning. On the CPU the weights stay in the file's pages: no second copy is made. Raises UserError for all that
-    is damaged or of another shape.
+    and a warning. Weights are float32; those stored as float16, bfloat16 or float64 are converted, float32 on the CPU
+    stays in the file's pages: no second copy is made. Raises UserError for all that is damaged or of another shape.
     """
     file = locate(path)
     state = read_tensors(file)
@@ -252,30 +275,30 @@ def load(path, device="cpu", ema=True):
         found = state["model"] if isinstance(state.get("model"), dict) else state
     format = recognise(found, file)
     require(raw or format == "smdm", f"{file} needs a config.json beside it: its tensors do not tell the number of heads")
-    config = CONFIGS[format](raw, found, where)
+    config = CONFIGS[format](raw, found, where, file)
     model = skeleton(config, len(found), where)
     if format == "radd" and ema and state.get("ema"):
         found, config["ema"] = averaged(state["ema"], model, file), True
     fill(model, found, config, format, file)
     meta = raw.get("tokenizer") if format == "nanomdm" else TOKENIZERS.get((format, config["vocab_size"]))
-    return model.to(device).eval(), text_of(meta), config | {"tokenizer": meta}
+    return model.to(device).eval(), text_of(meta, config["vocab_size"], where), config | {"tokenizer": meta}
 
 
 def locate(path):
-    """The file of weights that a path or a Hub name stands for."""
-    file = Path(path)
-    if file.is_dir():
+    """The file of weights that a path or a Hub name stands for; in a folder with several, our checkpoint goes first."""
+    if os.path.isdir(path):
         names = ["ckpt.pt", "model.safetensors", "pytorch_model.bin", "checkpoints-meta/checkpoint.pth"]
-        others = ", ".join(sorted(other.name for other in file.glob("*.safetensors"))) or "no other .safetensors"
-        file = next((file / name for name in names if (file / name).is_file()), None)
-        require(file, f"no checkpoint in folder {path}: none of {', '.join(names)}, but {others}")
-    return file if file.exists() else from_hub(str(path))
+        file = next((file for name in names if os.path.isfile(file := Path(path, name))), None)
+        others = ", ".join(sorted(other.name for other in Path(path).glob("*.safetensors") if os.path.isfile(other)))
+        require(file, f"no checkpoint in folder {path}: none of {', '.join(names)}, but {others or 'no other .safetensors'}")
+        return file
+    return Path(path) if os.path.isfile(path) else from_hub(str(path))
 
 
 def from_hub(name):
     """Fetches OWNER/REPO (config.json and weights) or OWNER/REPO/FILE; returns the path of the weights."""
     owner, *rest = name.split("/")
-    like_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name) and not Path(owner).exists() and owner != "out"
+    like_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name) and not os.path.exists(owner) and owner != "out"
     require(like_hub, f"no checkpoint {name}: no such file or folder, and not a Hub name (OWNER/REPO or OWNER/REPO/FILE)")
     repo = f"{owner}/{rest[0]}"
     try:
@@ -306,16 +329,17 @@ def recognise(found, file):
     """The format: the one whose name the embedding has."""
     known = {published("embed.weight", format): format for format in NAMES}
     format = next((known[name] for name in known if name in found), None)
-    plain = format and all(isinstance(w, torch.Tensor) for w in found.values())
+    plain = format and all(isinstance(name, str) and isinstance(w, torch.Tensor) for name, w in found.items())
     require(plain, f"{file} holds no model known here: it must be tensors only, with one named {' or '.join(known)}")
     return format
 
 
 def skeleton(config, n_tensors, where):
     """The network without memory for its weights; UserError for sizes that none can have."""
-    least = {"vocab_size": 1, "n_layer": 1, "n_head": 1, "n_embd": 1, "block_size": 1, "mlp_hidden": 0, "unused_rows": 0}
-    for key, low in least.items():
-        require(low <= config[key] < 2**20, f"{where}: {key} cannot be {config[key]}")
+    limits = dict.fromkeys(SIZE_KEYS, (1, 2**20)) | dict.fromkeys(("mlp_hidden", "unused_rows"), (0, 2**20))
+    limits |= {"dropout": (0, 1), "start_id": (-1, config["vocab_size"])}
+    for key, (low, high) in limits.items():
+        require(low <= config[key] <= high, f"{where}: {key} must be from {low} to {high}, not {config[key]}")
     D, H, n_layer = (config[key] for key in ("n_embd", "n_head", "n_layer"))
     require(n_layer <= n_tensors, f"{where}: {n_layer} layers, but only {n_tensors} tensors")
     require(D % (2 * H) == 0, f"{where}: a width of {D} does not divide into {H} heads of an even size")
@@ -341,19 +365,27 @@ def fill(model, found, config, format, file):
     for name in [*expected, *found]:
         there, wanted = (tuple(part[name].shape) if name in part else "absent" for part in (found, expected))
         require(there == wanted, f"{file}: the tensor {name} is {there}, but by its config it has to be {wanted}")
+    for name, w in found.items():
+        plain = w.dtype in FLOATS and w.layout == torch.strided and not w.is_meta
+        require(plain, f"{file}: the tensor {name} must hold plain floating-point numbers, not {w.dtype}")
     base = FREQUENCY not in found or torch.allclose(found[FREQUENCY].float(), expected[FREQUENCY], rtol=0.01)
     require(base, f"{file}: {FREQUENCY} is not that of rotary embeddings with base 10000")
     model.load_state_dict(from_format(found, names, config, format), assign=True)
     model.cos, model.sin = rotary_tables(config)  # (block_size, d/2) each; in no file
 
 
-def text_of(meta):
-    """The tokenizer of a meta; None, and a warning, where it cannot be built."""
-    try:
-        return tokenizer.from_meta(meta) if meta else None
-    except UserError as error:
-        print(f"warning: text can be neither read nor written: {error}", file=sys.stderr)
+def text_of(meta, V, where):
+    """The tokenizer of a meta; None, and a warning, where it cannot be built here; UserError where it does not fit."""
+    if meta is None:
         return None
+    try:
+        text = tokenizer.from_meta(meta)
+    except tokenizer.Unavailable as error:
+        return print(f"warning: text can be neither read nor written: {error}", file=sys.stderr)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    require(text.vocab_size == V, f"{where}: its tokenizer has a vocabulary of {text.vocab_size}, its network one of {V}")
+    return text
 
 
 # ---- 5. Export -------------------------------------------------------------------------------------------------------
@@ -368,9 +400,9 @@ def export(ckpt, to, format):
     model, _, config = load(ckpt)
     refuse_misfit(config, format, ckpt)
     tensors = {name: w.contiguous() for name, w in to_format(model.state_dict(), config, format).items()}
-    about = json.dumps(format_config(config, format), indent=1, ensure_ascii=False)
+    about = json.dumps(format_config(config, format), indent=1)
     with whole_file(Path(to) / "config.json") as config_file, whole_file(Path(to) / "model.safetensors") as weights_file:
-        config_file.write_text(about, encoding="utf8")
+        config_file.write_text(about, encoding="ascii")
         try:
             save_file(tensors, weights_file)
         except SafetensorError as error:  # what safetensors makes of an OSError
@@ -399,8 +431,7 @@ def format_config(config, format):
     if format == "smdm":
         size = {key: config[key] for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
         size |= {"padded_vocab_size": V, "n_query_groups": H, "intermediate_size": config["mlp_hidden"] or 4 * D}
-        block = {"_norm_class": "FusedRMSNorm", "norm_eps": 1e-5, "_mlp_class": "LLaMAMLP", "bias": False}
-        return size | block | {"name": "nanomdm", "rotary_percentage": 1.0, "parallel_residual": False}
+        return size | SMDM_FIXED | {"name": "nanomdm", "_norm_class": "FusedRMSNorm", "_mlp_class": "LLaMAMLP"}
     return {"format": format} | {key: config[key] for key in [*MODEL, "objective", "schedule", "tokenizer"] if key in config}
 
 

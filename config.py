@@ -8,6 +8,7 @@ one flat dict: the defaults of its files, then a preset file, then the command l
 
 import ast
 import contextlib
+import ctypes
 import difflib
 import inspect
 import math
@@ -201,8 +202,21 @@ def machine(config):
         "mps": lambda: False,
         "cpu": lambda: torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported(),
     }
+    if kind == "cpu":
+        keep_memory()
     bf16 = config["dtype"] == "bfloat16" or (config["dtype"] == "auto" and fast[kind]())
     return torch.device(name), lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)
+
+
+def keep_memory(keep=True):
+    """Freed memory stays with the process (glibc only), so that large tensors need no fresh pages at every step.
+
+    Without it a third of a training step on the CPU goes into page faults. keep=False is the C library's own behaviour.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0 if keep else 65536)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1 if keep else 2**26)  # M_TRIM_THRESHOLD
 
 
 def can_compile(device):

@@ -16,6 +16,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LLAMA = ROOT / "data/llama/tokenizer.model"  # not ours to give away: comes with Llama 2
 
 
+class Unavailable(UserError):
+    """A tokenizer that there is, but whose package or vocabulary is not on this machine."""
+
+
 class Tokenizer:
     """What the four have in common; `table[i]` is the UTF-8 text of token i, with the mask's last.
 
@@ -88,14 +92,14 @@ class GPT2(Tokenizer):
     eot = 50256
 
     def __init__(self):
-        """Raises UserError where tiktoken neither has nor can fetch the vocabulary."""
+        """Raises Unavailable where tiktoken neither has nor can fetch the vocabulary."""
         import requests
         import tiktoken
 
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
         except (requests.RequestException, ValueError, OSError) as error:
-            raise UserError(
+            raise Unavailable(
                 f"tiktoken cannot fetch GPT-2's vocabulary ({type(error).__name__}); without a network, set "
                 "TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's copy of it"
             ) from None
@@ -112,18 +116,19 @@ class Llama(Tokenizer):
     bos, eot = 1, 2
 
     def __init__(self):
-        """Reads LLAMA, or the copy in the shared folder; UserError where neither is there, or it is no such model."""
+        """Reads LLAMA, or the copy in the shared folder; Unavailable where neither is there, or it is no such model."""
         try:
             import sentencepiece
         except ImportError:
-            raise UserError("the llama tokenizer needs one more package: pip install sentencepiece") from None
+            raise Unavailable("the llama tokenizer needs one more package: pip install sentencepiece") from None
         shared = ROOT / os.environ.get("NANOMDM_SHARED", "../shared") / "data/llama_tokenizer/tokenizer.model"
         path = next((path for path in (LLAMA, shared) if path.is_file()), None)
-        require(path, f"no tokenizer.model of Llama 2: put it at {LLAMA}")
+        if path is None:
+            raise Unavailable(f"no tokenizer.model of Llama 2: put it at {LLAMA}")
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError):
-            raise UserError(f"{path} is not a SentencePiece model") from None
+            raise Unavailable(f"{path} is not a SentencePiece model") from None
         super().__init__([self._bytes(i) for i in range(self.pieces.vocab_size())])
 
     def _bytes(self, i):

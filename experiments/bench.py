@@ -234,17 +234,19 @@ def training(V, B, rounds, device, shape=SMALL, only=()):
         "+ last block on hidden rows only, SDPA": (gathered_loss(late), plain, contextlib.nullcontext, False),
         "+ head and cross-entropy in chunks, gradient at once": (our_loss, plain, contextlib.nullcontext, False),
         "+ fused AdamW": (our_loss, {"fused": True}, contextlib.nullcontext, False),
+        "+ freed memory kept": (our_loss, {"fused": True}, contextlib.nullcontext, False),
         "+ bfloat16 (attention by SDPA)": (our_loss, {"fused": True}, bf16, False),
         "+ attention by what is fastest here": (our_loss, {"fused": True}, bf16, False),
         "+ compile": (our_loss, {"fused": True}, bf16, True),
     }
-    tricks = {name: trick for name, trick in tricks.items() if not only or name in only}
+    kept = list(tricks).index("+ freed memory kept")  # from here on
+    tricks = {name: (*trick, i >= kept) for i, (name, trick) in enumerate(tricks.items()) if not only or name in only}
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randint(V, (B, L), generator=generator)  # (B, L)
     mask, weight = diffusion.training_mask("any_order", 0, 0, range(B), B, L)  # (B, L), (B,)
     batch = [z.to(device) for z in (x0, mask, weight.float(), diffusion.hidden_rows(mask, multiple=128))]
 
-    def step_of(name, loss, optimizer, autocast, compiled):
+    def step_of(name, loss, optimizer, autocast, compiled, keep):
         torch.manual_seed(0)
         model = network.Transformer(settings_of).to(device)
         if compiled:
@@ -253,6 +255,7 @@ def training(V, B, rounds, device, shape=SMALL, only=()):
         attend = sdpa if "by SDPA" in name else network.attend
 
         def step():
+            settings.keep_memory(keep)
             with patched(network, "attend", attend), autocast():
                 value = loss(model, *batch)
             (value / (B * L)).backward()
@@ -423,7 +426,7 @@ def main(config):
         found = tell(title, rows)
         best = max(rows, key=lambda row: row["tokens_per_second"])
         figures |= {f"train_{kind}_ratio": best["ratio"], f"train_{kind}_mfu": best["mfu"]}
-        figures[f"train_{kind}_ratio_float32"] = found["+ fused AdamW"]["ratio"]
+        figures[f"train_{kind}_ratio_float32"] = found["+ freed memory kept"]["ratio"]
         figures[f"train_{kind}_memory_ratio"] = best["memory_mib"] / max(1, rows[0]["memory_mib"])
         if kind == "char":
             figures["matmul_fp32_gflops"] = limits[torch.float32] / 1e9

@@ -95,11 +95,7 @@ REAL = {
     "another vocabulary": (["evaluate.py", "--ckpt=run", "--data=greek"], "greek has a vocabulary of 3, run one of"),
     "empty text": (["-m", "data.text.prepare", "--out=prepared", "--input=empty.txt"], "empty.txt holds no text"),
 }
-GOOD = {
-    "sample": (["sample.py", "--ckpt=run", "--template=the ___5 on"], "---- sample 4: "),
-    "evaluate": (["evaluate.py", "--ckpt=run", "--data=data"], "nats per token (95% interval)"),
-    "help": (["train.py", "--help"], "usage: train.py [PRESET.py] [--key=value ...]"),
-}
+GOOD = {"sample": (["sample.py", "--ckpt=run", "--template=the ___5 on"], "---- sample 4: ")}
 
 
 def command(words, cwd):

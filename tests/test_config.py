@@ -260,6 +260,13 @@ def test_a_line_stays_one_line_whatever_the_user_typed(monkeypatch, capsys):
     assert code == 2 and err.count("\n") == 1
 
 
+def test_help_says_what_can_be_set_and_runs_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["some/where/program.py", "--seed=1", "--help"])
+    settings.run(None, settings)
+    out, err = capsys.readouterr()
+    assert "usage: program.py [PRESET.py] [--key=value ...]" in out and help_text(settings) in out and err == ""
+
+
 def test_ctrl_c_is_exit_code_130_and_a_mistake_of_ours_is_not_hidden(monkeypatch, capsys):
     def interrupted(config):
         raise KeyboardInterrupt

@@ -123,7 +123,7 @@ def test_a_network_with_wrong_conditionals_pays_for_it(arbitrary, joint):
 
 
 @pytest.mark.parametrize("objective", ["t_dce", "t_dse"])
-def test_the_geometric_schedule_gives_the_integral_over_its_own_range(objective, arbitrary, network, joint):
+def test_the_geometric_schedule_gives_the_integral_over_its_own_range(objective, arbitrary, network):
     geometric = SCHEDULES["geometric"]
     low, high = -math.expm1(-1e-4), -math.expm1(-20.0)
     for model in (arbitrary, network):
@@ -582,7 +582,9 @@ def test_euler_steps_reveal_at_the_rate_of_the_start_of_the_step(name):
 
 
 def test_a_rate_wrong_weights_and_schedules_gives_another_law():
-    late = lambda t: (cosine(t)[0] ** 1.01, cosine(t)[1])  # noqa: E731
+    def late(t):
+        return cosine(t)[0] ** 1.01, cosine(t)[1]
+
     assert not torch.allclose(reveal_law(late, 5), reveal_law(cosine, 5), rtol=1e-3)
     assert not torch.allclose(reveal_law(scaled(cosine, slope=1.01), 5, "euler"), reveal_law(cosine, 5, "euler"), rtol=1e-3)
     assert not torch.allclose(reveal_law(scaled(loglinear, slope=1.01), 5, "euler"), reveal_law(loglinear, 5), rtol=1e-3)

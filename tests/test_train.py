@@ -428,16 +428,14 @@ LONG = {"max_iters": 200, "eval_interval": 40, "ema": 0.9, "dropout": 0.1, "log_
 
 @contextlib.contextmanager
 def process(*command):
-    """A command that runs in the repository while the block lasts; whatever it started ends with it."""
+    """A command that runs in the repository while the block lasts; told to end, torchrun ends what it began."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    began = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, start_new_session=True, **pipes)
-    try:
-        yield began
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(began.pid, signal.SIGKILL)
-        began.communicate()
+    with subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, **pipes) as began:
+        try:
+            yield began
+        finally:
+            began.terminate()
 
 
 def until(condition, process):
@@ -452,6 +450,7 @@ def test_a_run_killed_then_terminated_then_left_alone_ends_where_one_never_stopp
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     with process("train.py", *words(data, parts, **LONG)) as killed:
         until((parts / "ckpt.pt").exists, killed)
+        killed.kill()
     assert killed.returncode == -signal.SIGKILL
 
     first = checkpoint.read(parts)["step"]
