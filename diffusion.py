@@ -78,7 +78,7 @@ OBJECTIVES = ["any_order", "lambda_dce", "t_dce", "t_dse", "ar"]
 
 
 def draw_mask(objective, u, noise, schedule=loglinear):
-    """One draw of the corruption: (mask (B, L) bool, weight (B,)), from uniform u (B,) in (0, 1) and noise (B, L) in [0, 1).
+    """One draw of the corruption: (mask (B, L) bool, weight (B,)), from uniform u (B,) in (0, 1] and noise (B, L) in [0, 1).
 
     The expectation over u and noise of sum_i weight * CE_i over hidden i bounds -log p(x0) from above, and is the same
     number for each of (RADD eq. 3.7):
@@ -100,8 +100,9 @@ def stratified(jitter, position, batch_size):
     """Low-variance u for draw_mask: one in each of batch_size equal strata of (0, 1), in antithetic pairs (u, 1 - u).
 
     position (B,) counts in the whole (global) batch; 2j and 2j + 1 are a pair and must bring the same jitter in [0, 1).
-    Each u alone is uniform, so every estimate stays unbiased. For any_order a pair is (k, L + 1 - k): it hides L + 1 tokens,
-    so a batch hides exactly B (L + 1) / 2 and the head works on a static number of rows.
+    Together they cover (0, 1) evenly, so a batch mean is unbiased; a position always has its own stratum, so data must come
+    to positions at random. For any_order a pair is (k, L + 1 - k): it hides L + 1 tokens, so a batch hides exactly
+    B (L + 1) / 2 and the head works on a static number of rows.
     """
     u = (position // 2 + 1 - jitter) / batch_size  # (B,) in (0, 1/2 + 1/(2 batch_size)]
     return torch.where(position % 2 == 1, 1 - u, u)
@@ -141,7 +142,7 @@ def nelbo(model, x0, mask, weight, rows=None, normalised=True):
     rows = hidden_rows(mask) if rows is None else rows  # (N,)
     x = torch.where(mask, model.mask_id, x0)  # (B, L)
     h = model.hidden(x, rows)  # (N, D)
-    row_weight = (weight[:, None] * mask).flatten()[rows].to(h.device, torch.float32)  # (N,)
+    row_weight = (weight[:, None] * mask).flatten()[rows].to(h.device, wide(h.dtype))  # (N,)
     loss, ce = head_loss(h, *model.head_parameters(), x0.flatten()[rows], row_weight, normalised)
     return loss, ce.new_zeros(B).index_add(0, rows // L, row_weight * ce)
 
@@ -154,7 +155,7 @@ def ar_nll(model, x0):
     B, L = x0.shape
     x = torch.cat([x0.new_full((B, 1), model.start_id), x0[:, :-1]], dim=1)  # (B, L)
     h = model.hidden(x).flatten(0, 1)  # (B*L, D)
-    loss, ce = head_loss(h, *model.head_parameters(), x0.flatten(), torch.ones(B * L, device=h.device))
+    loss, ce = head_loss(h, *model.head_parameters(), x0.flatten(), h.new_ones(B * L, dtype=wide(h.dtype)))
     return loss, ce.view(B, L).sum(1)
 
 
@@ -168,48 +169,52 @@ def hidden_rows(mask, multiple=1):
     return (~flat).to(torch.uint8).argsort(stable=True)[:n]
 
 
-def head_loss(h, head_weight, head_bias, target, row_weight, normalised=True, chunk=512):
+def head_loss(h, head_weight, head_bias, target, row_weight, normalised=True, chunk=256):
     """(sum of row_weight * CE, CE (N,) without gradient) for h (N, D) and target (N,), `chunk` rows at a time."""
     if torch.is_grad_enabled():
         return HeadLoss.apply(h, head_weight, head_bias, target, row_weight, normalised, chunk)
-    pieces = zip(h.split(chunk), target.split(chunk), strict=True)
-    ce = torch.cat([row_ce(F.linear(a, head_weight, head_bias).float(), b, normalised)[0] for a, b in pieces])  # (N,)
+    pieces = zip(h.split(chunk), target.split(chunk), row_weight.split(chunk), strict=True)
+    ce = torch.cat([row_loss(F.linear(a, head_weight, head_bias), b, c, normalised)[0] for a, b, c in pieces])  # (N,)
     return (row_weight * ce).sum(), ce
 
 
-def row_ce(logits, target, normalised):
-    """Cross-entropy of each row and e^logit, divided by its sum if normalised: logits (N, V) -> (N,), (N, V)."""
-    top = logits.max(-1, keepdim=True).values if normalised else 0.0
-    p = (logits - top).exp()  # (N, V)
-    total = p.sum(-1, keepdim=True)  # (N, 1)
-    at_target = (logits - top).gather(-1, target[:, None])  # (N, 1)
+def row_loss(logits, target, row_weight, normalised):
+    """CE (N,), and the gradient (N, V) of sum(row_weight * CE), row_weight * (p - onehot); in float32 or wider."""
+    z = logits.to(wide(logits.dtype), copy=True)  # (N, V); one table, overwritten step by step
     if normalised:
-        return (total.log() - at_target).squeeze(-1), p / total
-    return (total - 1 - at_target).squeeze(-1), p
+        z -= z.max(-1, keepdim=True).values
+    at_target = z.gather(-1, target[:, None])  # (N, 1)
+    total = z.exp_().sum(-1, keepdim=True)  # (N, 1)
+    ce = (total.log() if normalised else total - 1) - at_target  # (N, 1)
+    w = row_weight[:, None]  # (N, 1)
+    gradient = z.mul_(w / total if normalised else w).scatter_add_(1, target[:, None], -w)  # (N, V)
+    return ce.squeeze(-1), gradient
+
+
+def wide(dtype):
+    """What sums over V are taken in: float32, or float64 where the inputs are."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class HeadLoss(torch.autograd.Function):
     """Head and cross-entropy with the gradient taken on the way forward.
 
-    d loss / d logits = row_weight * (p - onehot) needs nothing from upstream but a scalar factor, so each chunk's logits can
-    be turned into gradients of h and of the head at once and dropped: memory (chunk, V) in place of (N, V), and no product
-    is computed twice.
+    The gradient at the logits needs nothing from upstream but a scalar factor. So each chunk's logits are turned into
+    gradients of h and of the head at once and dropped: memory (chunk, V) in place of (N, V), and no product done twice.
     """
 
     @staticmethod
     def forward(ctx, h, head_weight, head_bias, target, row_weight, normalised, chunk):
         dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
-        W = head_weight.to(dtype)  # (V, D)
+        W, bias = head_weight.to(dtype), None if head_bias is None else head_bias.to(dtype)  # (V, D), (V,)
         dh = torch.empty_like(h)  # (N, D)
-        dW = torch.zeros_like(head_weight, dtype=torch.float32)  # (V, D)
-        db = torch.zeros_like(head_bias) if head_bias is not None else None  # (V,)
+        dW = torch.zeros_like(head_weight, dtype=wide(head_weight.dtype))  # (V, D)
+        db = None if head_bias is None else torch.zeros_like(head_bias)  # (V,)
         ces = []
-        for start in range(0, len(h), chunk):
+        for start in range(0, max(1, len(h)), chunk):  # once also where nothing is hidden
             piece = slice(start, start + chunk)
             part = h[piece].to(dtype)  # (chunk, D)
-            logits = F.linear(part, W, None if head_bias is None else head_bias.to(dtype))  # (chunk, V)
-            ce, g = row_ce(logits.float(), target[piece], normalised)  # (chunk,), (chunk, V)
-            g.scatter_add_(1, target[piece, None], g.new_full((len(part), 1), -1.0)).mul_(row_weight[piece, None])
+            ce, g = row_loss(F.linear(part, W, bias), target[piece], row_weight[piece], normalised)  # (chunk,), (chunk, V)
             if db is not None:
                 db += g.sum(0)
             g = g.to(dtype)

@@ -321,7 +321,7 @@ def main(config):
     model, average, optimizers = build(config, device, state)
     loss_of = Loss(model, config["objective"])
     if config["compile"] and settings.can_compile(device):
-        model.hidden = torch.compile(model.hidden)
+        loss_of = torch.compile(loss_of)
     if world > 1:
         loss_of = DistributedDataParallel(loss_of, gradient_as_bucket_view=True)
     say(f"{model.n_parameters():,} parameters; {len(train):,} training tokens, {blocks.n:,} blocks of {blocks.block_size}")

@@ -249,8 +249,7 @@ def training(V, B, rounds, device, shape=SMALL, only=()):
     def step_of(name, loss, optimizer, autocast, compiled, keep):
         torch.manual_seed(0)
         model = network.Transformer(settings_of).to(device)
-        if compiled:
-            model.hidden = torch.compile(model.hidden)
+        loss = torch.compile(loss) if compiled else loss
         update = torch.optim.AdamW(model.parameters(), lr=1e-4, **optimizer)
         attend = sdpa if "by SDPA" in name else network.attend
 

@@ -1,8 +1,10 @@
 """Checkpoints: what is saved comes back bit for bit, published files go both ways, and bad files end in one line."""
 
 import json
+import math
 import os
 import pickle
+import random
 import struct
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint import FIXED, load, size_config
+from checkpoint import FIXED, load, published, size_config
 from config import UserError
 from data.tokenizer import Char
 from model import DEFAULTS, SIZES, Transformer
@@ -259,10 +261,12 @@ def test_a_size_becomes_a_model_of_so_many_parameters():
         size_config("300M")
 
 
-def test_half_precision_weights_are_widened(radd):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_precisions_become_float32(radd, dtype):
     weights = load_file(radd / "model.safetensors")
-    save_file({name: w.bfloat16() for name, w in weights.items()}, radd / "model.safetensors")
-    assert load(radd)[0](X).dtype == torch.float32
+    save_file({name: w.to(dtype) for name, w in weights.items()}, radd / "other.safetensors")
+    model = load(radd / "other.safetensors")[0]
+    assert all(torch.equal(w, weights[published(name, "radd")].to(dtype).float()) for name, w in model.state_dict().items())
 
 
 # ---- The Hub, played by a real server --------------------------------------------------------------------------------
@@ -354,6 +358,36 @@ def test_our_models_in_their_architecture_can_be_given_to_their_code(tmp_path):
         assert torch.equal(load(tmp_path / "b")[0](x), load(tmp_path / "smdm")[0](x))
 
 
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("kind", ["radd", "mdm", "ar"])
+def test_networks_of_any_shape_go_through_a_published_format_and_back(tmp_path, kind, seed):
+    draw = random.Random(f"{kind} {seed}")
+    keys = {"n_head": draw.randint(1, 5), "n_layer": draw.randint(1, 3), "block_size": draw.randint(2, 40)}
+    keys |= {"n_embd": keys["n_head"] * 2 * draw.randint(1, 9), "vocab_size": draw.randint(2, 99)}
+    if kind == "radd":
+        keys |= FIXED["radd"] | {"unused_rows": draw.randint(0, 1)}
+    else:
+        keys |= FIXED["smdm"] | {
+            "mlp_hidden": draw.randint(1, 50),
+            "causal": kind == "ar",
+            "start_id": 1 if kind == "ar" else -1,
+        }
+    model = network(**keys)
+    for w in model.parameters():  # norms and biases too, so that none can be taken for another
+        torch.nn.init.normal_(w, std=0.3)
+    state = {"config": model.config | {"objective": "ar" if kind == "ar" else "lambda_dce"}, "model": model.state_dict()}
+    checkpoint.save(tmp_path / "ckpt.pt", state)
+
+    format = "radd" if kind == "radd" else "smdm"
+    checkpoint.export(tmp_path, tmp_path / "out", format)
+    checkpoint.export(tmp_path / "out", tmp_path / "ours", "nanomdm")
+    checkpoint.export(tmp_path / "ours", tmp_path / "again", format)
+    x = torch.randint(model.vocab_size + (kind != "ar"), (2, model.block_size))  # (B, L), with masks where there are any
+    assert all(torch.equal(load(tmp_path / folder)[0](x), model(x)) for folder in ("out", "ours", "again"))
+    same(load_file(tmp_path / "again" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors"))
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
+
+
 @pytest.mark.parametrize(
     ("format", "keys"),
     [("radd", {key: other}) for key, other in {"norm": "rms", "mlp": "swiglu", "bias": False, "qk_norm": True}.items()]
@@ -441,12 +475,37 @@ def test_files_and_folders_without_a_checkpoint_are_refused(tmp_path, smdm):
         checkpoint.read(tmp_path / "none")
 
 
-def test_the_model_keys_of_a_checkpoint_are_checked(tmp_path):
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"n_head": 3}, "a width of 16 does not divide into 3 heads"),
+        ({"n_head": None}, "n_head must be a whole number, not None"),
+        ({"n_layer": 10**9}, "n_layer must be from 1 to 1048576, not 1000000000"),
+        ({"n_layer": 99}, "99 layers, but only"),
+        ({"n_embd": "wide"}, "n_embd must be a number, not 'wide'"),
+        ({"n_embd": "16"}, "n_embd must be a number, not '16'"),
+        ({"block_size": 0}, "block_size must be from 1"),
+        ({"mlp_hidden": -1}, "mlp_hidden must be from 0"),
+        ({"start_id": 6, "causal": True}, "start_id must be from -1 to 5, not 6"),
+        ({"dropout": math.nan}, "dropout must be a number, not nan"),
+        ({"dropout": 2.0}, "dropout must be from 0 to 1, not 2.0"),
+        ({"causal": 3}, "causal must be True or False, not 3"),
+        ({"norm": "wild"}, "unknown norm in"),
+        ({"mlp": "wild"}, "unknown mlp in"),
+        ({"mlp": 3}, "mlp must be text, not '3'"),
+        ({"tokenizer": 3}, "a tokenizer's meta must be a dict of texts"),
+        ({"tokenizer": {"kind": "wild"}}, "unknown tokenizer 'wild'"),
+        ({"tokenizer": Char("abcdef").meta()}, "its tokenizer has a vocabulary of 6, its network one of 5"),
+    ],
+)
+def test_what_a_checkpoint_says_of_its_network_is_checked(tmp_path, keys, told):
     path, model, _ = run(tmp_path)
-    for key, value in {"n_head": 3, "n_layer": 10**9, "n_embd": "wide", "block_size": 0, "mlp_hidden": -1}.items():
-        weights = model.state_dict()
-        checkpoint.save(path, {"config": model.config | {key: value}, "model": weights, "ema": None, "tokenizer": None})
-        assert str(path) in refusal(path)
+    state = {"model": model.state_dict(), "tokenizer": keys.get("tokenizer")}
+    checkpoint.save(path, state | {"config": model.config | keys})
+    assert told in refusal(path) and str(path) in refusal(path)
+    del state["tokenizer"], model.config["n_head"]
+    checkpoint.save(path, state | {"config": model.config})
+    assert "n_head must be a whole number, not None" in refusal(path), "no size is guessed"
 
 
 @pytest.mark.parametrize(
@@ -462,6 +521,13 @@ def test_the_model_keys_of_a_checkpoint_are_checked(tmp_path):
             "blocks.1.mlp.0.bias is (64,), but by its config it has to be (128,)",
         ),
         (lambda w: w.update({"rotary_emb.inv_freq": torch.ones(8)}), "rotary_emb.inv_freq is not that of"),
+        (lambda w: w.update({"rotary_emb.inv_freq": torch.ones(3)}), "rotary_emb.inv_freq is (3,)"),
+        (lambda w: w.update({"vocab_embed.embedding": torch.tensor(1.0)}), "vocab_embed.embedding is ()"),
+        (lambda w: w.update({"output_layer.linear.bias": torch.zeros(61, dtype=torch.int8)}), "numbers, not torch.int8"),
+        (
+            lambda w: w.update({"output_layer.linear.bias": torch.zeros(61, dtype=torch.cfloat)}),
+            "numbers, not torch.complex64",
+        ),
         (lambda w: w.pop("vocab_embed.embedding"), "no model known here"),
     ],
 )
@@ -478,6 +544,12 @@ def test_a_tensor_that_does_not_fit_is_named(radd, change, told):
     [
         (lambda c: c | {"tokens": "many"}, "tokens must be a number, not 'many'"),
         (lambda c: c | {"tokens": 61}, "vocab_embed.embedding is (61, 32), but by its config it has to be (62, 32)"),
+        (lambda c: c | {"tokens": math.nan}, "tokens must be a whole number, not nan"),
+        (lambda c: c | {"model": c["model"] | {"n_heads": "2"}}, "model.n_heads must be a number, not '2'"),
+        (lambda c: c | {"model": c["model"] | {"n_heads": -2}}, "n_head must be from 1"),
+        (lambda c: c | {"model": c["model"] | {"dropout": 3}}, "dropout must be from 0 to 1"),
+        (lambda c: c | {"model": c["model"] | {"hidden_size": 2**19}}, "by its config it has to be (61, 524288)"),
+        (lambda c: {"config": {"config": c}}, "there is no model with its sizes"),
         (lambda c: c | {"model": c["model"] | {"n_heads": 5}}, "does not divide into 5 heads"),
         (lambda c: c | {"model": {**c["model"], "length": None}}, "model.length must be a whole number, not None"),
         (lambda c: c | {"model": c["model"] | {"n_blocks": 10**12}}, "n_layer must be from 1 to 1048576, not 1000000000000"),
@@ -491,9 +563,65 @@ def test_a_config_that_does_not_fit_is_named(radd, change, told):
     assert told in refusal(radd) and str(radd) in refusal(radd)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("n_layer", 7, "n_layer is 7, but the network in model.safetensors has 3"),
+        ("n_embd", 96, "n_embd is 96, but the network in model.safetensors has 48"),
+        ("vocab_size", 65, "vocab_size is 65, but the network in model.safetensors has 64"),
+        ("intermediate_size", "120", "intermediate_size is 120, but"),
+        ("n_query_groups", 1, "n_query_groups is 1, but the network in model.safetensors has 2"),
+        ("bias", True, "bias is True"),
+        ("rope_base", 500_000, "rope_base is 500000"),
+        ("n_head", 5, "a width of 48 does not divide into 5 heads"),
+        ("n_head", "two", "n_head must be a number, not 'two'"),
+        ("block_size", 10**11, "block_size must be from 1 to 1048576"),
+    ],
+)
+def test_a_config_that_contradicts_the_tensors_beside_it_is_refused(smdm, key, value, told):
+    (smdm / "mdm.safetensors").rename(smdm / "model.safetensors")
+    edit(smdm / "config.json", lambda config: config | {key: value} | ({"n_query_groups": value} if key == "n_head" else {}))
+    assert told in refusal(smdm) and refusal(smdm).startswith(str(smdm / "config.json"))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda w: w.pop("lm_head.weight"), "the matrix lm_head.weight is missing"),
+        (lambda w: w.update({"transformer.wte.weight": torch.zeros(70, 48)}), "has 70 rows; a vocabulary of 64"),
+        (lambda w: w.update({"lm_head.weight": torch.zeros(1).expand(10**6, 10**6)}), "a vocabulary of 1000000 has"),
+        (lambda w: w.update({"transformer.h.": torch.zeros(1)}), "transformer.h.3.norm_1.weight is absent"),
+        (lambda w: w.update({"lm_head.weight": w["lm_head.weight"].to_sparse()}), "lm_head.weight must hold plain"),
+        (lambda w: w.update({"lm_head.weight": w["lm_head.weight"].to("meta")}), "lm_head.weight must hold plain"),
+        (lambda w: w.update({5: torch.zeros(1)}), "no model known here"),
+        (lambda w: w.update(step=3), "no model known here"),
+    ],
+)
+def test_a_pickle_of_strange_tensors_is_refused(smdm, change, told):
+    weights = load_file(smdm / "mdm.safetensors")
+    change(weights)
+    torch.save({"model": weights}, smdm / "iter.pth")
+    assert told in refusal(smdm / "iter.pth") and refusal(smdm / "iter.pth").startswith(str(smdm / "iter.pth"))
+
+
+def test_paths_that_lead_nowhere_are_refused(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to("model.safetensors")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    assert "but no other .safetensors" in refusal(tmp_path)
+    for path in (tmp_path / "loop", tmp_path / "model.safetensors", tmp_path / "pipe", "/dev/zero", "x" * 5000, "a\0b", ""):
+        assert "no such file or folder" in refusal(path)
+
+
+def test_a_folder_with_several_checkpoints_gives_our_own(radd):
+    _, _, average = run(radd)
+    assert torch.equal(load(radd)[0](X), average(X))
+
+
 def test_a_config_that_is_damaged_or_missing_is_named(radd):
-    (radd / "config.json").write_text('{"tokens": 60, ')
-    assert f"{radd / 'config.json'} is damaged" in refusal(radd)
+    for content in (b"", b'{"tokens": 60, ', b'{"a":' * 10**5, b"\xff\xfe{", b'{"tokens": ' + b"9" * 5000 + b"}"):
+        (radd / "config.json").write_bytes(content)
+        assert f"{radd / 'config.json'} is damaged" in refusal(radd)
     (radd / "config.json").unlink()
     assert "needs a config.json beside it" in refusal(radd)
 

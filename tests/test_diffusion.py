@@ -84,7 +84,7 @@ def nats_between(model, low, high):
     return pattern_nats(model) @ ((high - low) * weights @ chance)
 
 
-def same(a, b, tolerance=2e-6):
+def same(a, b, tolerance=1e-12):
     """Equal up to the float32 in which nelbo adds up (about 1e-7 of the value)."""
     return torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance)
 
