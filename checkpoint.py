@@ -204,7 +204,7 @@ def smdm_config(raw, found, where, file):
         shapes.append(found[name].shape)
     (V, D), (rows, _), (width, _) = shapes
     require(rows in (V, V + 1), f"{file}: transformer.wte.weight has {rows} rows; a vocabulary of {V} has {V} or {V + 1}")
-    n_layer = len({name.split(".")[2] for name in found if name.startswith("transformer.h.")})
+    n_layer = len(set(re.findall(r"^transformer\.h\.(\d+)\.", "\n".join(found), re.M)))
     n_head = next((size[1] for size in SIZES.values() if (size[0], size[2]) == (n_layer, D)), None)
     unknown = f"{file}: no size of SMDM has {n_layer} layers of width {D}, so a config.json beside it has to give n_head"
     require(n_head or "n_head" in raw, unknown)

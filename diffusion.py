@@ -19,7 +19,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 # ---- 1. A schedule is m(t), the chance that a token is hidden at time t, and its slope -------------------------------
 
@@ -136,14 +135,14 @@ def nelbo(model, x0, mask, weight, rows=None, normalised=True):
     nats (B,) the same by sequence, without a gradient. `rows` may bring hidden_rows(mask), computed ahead.
     normalised=False is score entropy (t_dse) on e^logit as it is: CE becomes -logit[x0] + sum_v e^logit_v - 1.
 
-    Only hidden positions count, so only their rows pass the head, a chunk at a time: (B, L, V) never exists.
+    Only hidden positions count, so only their rows pass the head, a chunk at a time (model.head_loss).
     """
     B, L = x0.shape
     rows = hidden_rows(mask) if rows is None else rows  # (N,)
     x = torch.where(mask, model.mask_id, x0)  # (B, L)
     h = model.hidden(x, rows)  # (N, D)
-    row_weight = (weight[:, None] * mask).flatten()[rows].to(h.device, wide(h.dtype))  # (N,)
-    loss, ce = head_loss(h, *model.head_parameters(), x0.flatten()[rows], row_weight, normalised)
+    row_weight = (weight[:, None] * mask).flatten()[rows].to(h.device, h.dtype)  # (N,)
+    loss, ce = model.head_loss(h, x0.flatten()[rows], row_weight, normalised)
     return loss, ce.new_zeros(B).index_add(0, rows // L, row_weight * ce)
 
 
@@ -155,7 +154,7 @@ def ar_nll(model, x0):
     B, L = x0.shape
     x = torch.cat([x0.new_full((B, 1), model.start_id), x0[:, :-1]], dim=1)  # (B, L)
     h = model.hidden(x).flatten(0, 1)  # (B*L, D)
-    loss, ce = head_loss(h, *model.head_parameters(), x0.flatten(), h.new_ones(B * L, dtype=wide(h.dtype)))
+    loss, ce = model.head_loss(h, x0.flatten(), h.new_ones(B * L))
     return loss, ce.view(B, L).sum(1)
 
 
@@ -169,67 +168,17 @@ def hidden_rows(mask, multiple=1):
     return (~flat).to(torch.uint8).argsort(stable=True)[:n]
 
 
-def head_loss(h, head_weight, head_bias, target, row_weight, normalised=True, chunk=256):
-    """(sum of row_weight * CE, CE (N,) without gradient) for h (N, D) and target (N,), `chunk` rows at a time."""
-    if torch.is_grad_enabled():
-        return HeadLoss.apply(h, head_weight, head_bias, target, row_weight, normalised, chunk)
-    pieces = zip(h.split(chunk), target.split(chunk), row_weight.split(chunk), strict=True)
-    ce = torch.cat([row_loss(F.linear(a, head_weight, head_bias), b, c, normalised)[0] for a, b, c in pieces])  # (N,)
-    return (row_weight * ce).sum(), ce
+class Loss(torch.nn.Module):
+    """What training differentiates, as a module: (x0, mask, weight, rows), or (x0,) for ar, -> (loss, nats)."""
 
+    def __init__(self, model, objective):
+        super().__init__()
+        self.model, self.objective = model, objective
 
-def row_loss(logits, target, row_weight, normalised):
-    """CE (N,), and the gradient (N, V) of sum(row_weight * CE), row_weight * (p - onehot); in float32 or wider."""
-    z = logits.to(wide(logits.dtype), copy=True)  # (N, V); one table, overwritten step by step
-    if normalised:
-        z -= z.max(-1, keepdim=True).values
-    at_target = z.gather(-1, target[:, None])  # (N, 1)
-    total = z.exp_().sum(-1, keepdim=True)  # (N, 1)
-    ce = (total.log() if normalised else total - 1) - at_target  # (N, 1)
-    w = row_weight[:, None]  # (N, 1)
-    gradient = z.mul_(w / total if normalised else w).scatter_add_(1, target[:, None], -w)  # (N, V)
-    return ce.squeeze(-1), gradient
-
-
-def wide(dtype):
-    """What sums over V are taken in: float32, or float64 where the inputs are."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-class HeadLoss(torch.autograd.Function):
-    """Head and cross-entropy with the gradient taken on the way forward.
-
-    The gradient at the logits needs nothing from upstream but a scalar factor. So each chunk's logits are turned into
-    gradients of h and of the head at once and dropped: memory (chunk, V) in place of (N, V), and no product done twice.
-    """
-
-    @staticmethod
-    def forward(ctx, h, head_weight, head_bias, target, row_weight, normalised, chunk):
-        dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
-        W, bias = head_weight.to(dtype), None if head_bias is None else head_bias.to(dtype)  # (V, D), (V,)
-        dh = torch.empty_like(h)  # (N, D)
-        dW = torch.zeros_like(head_weight, dtype=wide(head_weight.dtype))  # (V, D)
-        db = None if head_bias is None else torch.zeros_like(head_bias)  # (V,)
-        ces = []
-        for start in range(0, max(1, len(h)), chunk):  # once also where nothing is hidden
-            piece = slice(start, start + chunk)
-            part = h[piece].to(dtype)  # (chunk, D)
-            ce, g = row_loss(F.linear(part, W, bias), target[piece], row_weight[piece], normalised)  # (chunk,), (chunk, V)
-            if db is not None:
-                db += g.sum(0)
-            g = g.to(dtype)
-            dh[piece] = g @ W
-            dW += g.T @ part
-            ces.append(ce)
-        ctx.save_for_backward(dh, dW, db)
-        ce = torch.cat(ces)  # (N,)
-        ctx.mark_non_differentiable(ce)
-        return (row_weight * ce).sum(), ce
-
-    @staticmethod
-    def backward(ctx, scale, _):
-        dh, dW, db = ctx.saved_tensors
-        return dh * scale, dW * scale, None if db is None else db * scale, None, None, None, None
+    def forward(self, x0, mask=None, weight=None, rows=None):
+        if self.objective == "ar":
+            return ar_nll(self.model, x0)
+        return nelbo(self.model, x0, mask, weight, rows, normalised=self.objective != "t_dse")
 
 
 # ---- 5. Reveal times: when the reversed process reveals a position, drawn before the network is asked ----------------

@@ -204,6 +204,10 @@ class Transformer(nn.Module):
         """h (..., D) -> logits (..., V)."""
         return F.linear(h, *self.head_parameters())
 
+    def head_loss(self, h, target, row_weight, normalised=True):
+        """h (N, D), target (N,), row_weight (N,) -> (sum of row_weight * CE, CE (N,) without gradient), in nats."""
+        return head_loss(h, *self.head_parameters(), target, row_weight, normalised)
+
     def forward(self, x):
         return self.head(self.hidden(x))
 
@@ -222,6 +226,75 @@ class Transformer(nn.Module):
         attention = 2 * L * D // (2 if self.config["causal"] else 1)
         products = n_layer * (block.qkv.weight.numel() + attention) + (n_layer - 1 + head_share) * tail
         return 2 * (products + head_share * self.vocab_size * D)
+
+
+# ---- The head and its loss ------------------------------------------------------------------------------------------
+
+
+def head_loss(h, head_weight, head_bias, target, row_weight, normalised=True, chunk=256):
+    """(sum of row_weight * CE, CE (N,) without gradient) for h (N, D) and target (N,), `chunk` rows at a time."""
+    if torch.is_grad_enabled():
+        return HeadLoss.apply(h, head_weight, head_bias, target, row_weight, normalised, chunk)
+    pieces = zip(h.split(chunk), target.split(chunk), row_weight.split(chunk), strict=True)
+    ce = torch.cat([row_loss(F.linear(a, head_weight, head_bias), b, c, normalised)[0] for a, b, c in pieces])  # (N,)
+    return (row_weight * ce).sum(), ce
+
+
+def row_loss(logits, target, row_weight, normalised):
+    """CE (N,), and the gradient (N, V) of sum(row_weight * CE), row_weight * (p - onehot); in float32 or wider."""
+    z = logits.to(wide(logits.dtype), copy=True)  # (N, V); one table, overwritten step by step
+    if normalised:
+        z -= z.max(-1, keepdim=True).values
+    at_target = z.gather(-1, target[:, None])  # (N, 1)
+    total = z.exp_().sum(-1, keepdim=True)  # (N, 1)
+    ce = (total.log() if normalised else total - 1) - at_target  # (N, 1)
+    w = row_weight[:, None]  # (N, 1)
+    gradient = z.mul_(w / total if normalised else w).scatter_add_(1, target[:, None], -w)  # (N, V)
+    return ce.squeeze(-1), gradient
+
+
+def wide(dtype):
+    """What sums over V are taken in: float32, or float64 where the inputs are."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class HeadLoss(torch.autograd.Function):
+    """Head and cross-entropy with the gradient taken on the way forward.
+
+    The gradient at the logits needs nothing from upstream but a scalar factor. So each chunk's logits are turned into
+    gradients of h and of the head at once and dropped: memory (chunk, V) in place of (N, V), and no product done twice.
+    """
+
+    @staticmethod
+    def forward(ctx, h, head_weight, head_bias, target, row_weight, normalised, chunk):
+        dtype = torch.get_autocast_dtype(h.device.type) if torch.is_autocast_enabled(h.device.type) else h.dtype
+        W, bias = head_weight.to(dtype), None if head_bias is None else head_bias.to(dtype)  # (V, D), (V,)
+        dh = torch.empty_like(h)  # (N, D)
+        dW = torch.zeros_like(head_weight, dtype=wide(head_weight.dtype))  # (V, D)
+        db = None if head_bias is None else torch.zeros_like(head_bias)  # (V,)
+        ces = []
+        for start in range(0, max(1, len(h)), chunk):  # once also where nothing is hidden
+            piece = slice(start, start + chunk)
+            part = h[piece].to(dtype)  # (chunk, D)
+            ce, g = row_loss(F.linear(part, W, bias), target[piece], row_weight[piece], normalised)  # (chunk,), (chunk, V)
+            if db is not None:
+                db += g.sum(0)
+            g = g.to(dtype)
+            dh[piece] = g @ W
+            dW += g.T @ part
+            ces.append(ce)
+        ctx.save_for_backward(dh, dW, db)
+        ce = torch.cat(ces)  # (N,)
+        ctx.mark_non_differentiable(ce)
+        return (row_weight * ce).sum(), ce
+
+    @staticmethod
+    def backward(ctx, scale, _):
+        dh, dW, db = ctx.saved_tensors
+        return dh * scale, dW * scale, None if db is None else db * scale, None, None, None, None
+
+
+# ---- Tables and speeds -------------------------------------------------------------------------------------------------
 
 
 def rotary_tables(config):

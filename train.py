@@ -106,19 +106,6 @@ def merge_resumed(config, saved, path):
 # ---- Parts of the recipe ---------------------------------------------------------------------------------------------
 
 
-class Loss(torch.nn.Module):
-    """What is differentiated, as a module, because DistributedDataParallel watches a module's forward."""
-
-    def __init__(self, model, objective):
-        super().__init__()
-        self.model, self.objective = model, objective
-
-    def forward(self, x0, mask=None, weight=None, rows=None):
-        if self.objective == "ar":
-            return diffusion.ar_nll(self.model, x0)
-        return diffusion.nelbo(self.model, x0, mask, weight, rows, normalised=self.objective != "t_dse")
-
-
 def make_batch(config, blocks, step, position):
     """Rows `position` of the global batch of `step`: (x0 (b, L), mask (b, L), weight (b,), rows (N,)), on the CPU.
 
@@ -205,7 +192,7 @@ class Journal:
             kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
             with settings.whole_file(self.log) as temporary:
                 temporary.write_text("".join(kept))
-        self.restart(start)
+        self.clock, self.since = time.perf_counter(), start
 
     def write(self, entry):
         if self.told:
@@ -219,10 +206,6 @@ class Journal:
         self.bar.set_postfix_str(f"loss {loss:.3f}, {per_second * tokens:.0f} tokens/s, {mfu:.0%} of peak")
         entry = {"step": step, "loss": loss, "learning_rate": rate, "tokens": step * tokens, "flops": step * self.flops}
         self.write(entry | {"tokens_per_second": per_second * tokens, "mfu": mfu})
-        self.restart(step)
-
-    def restart(self, step):
-        """Starts the clock anew, so that evaluations do not count as training time."""
         self.clock, self.since = time.perf_counter(), step
 
 
@@ -270,11 +253,9 @@ def judge(config, model, judged, bytes_per_token, autocast, world, rank):
     """The bound on the blocks `judged`, each process taking its part: (dict, line) of evaluate.report, on every process."""
     mine = list(range(rank, len(judged), world))
     estimator = "ar" if config["causal"] else "any_order"
-    model.eval()
     nats = evaluate.sequence_nats(
         model, [judged[i] for i in mine], estimator, config["eval_draws"], seed=config["seed"], autocast=autocast
     ).tolist()
-    model.train()
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, (mine, nats))
@@ -286,10 +267,7 @@ def one_sample(config, model, text, device, autocast):
     """The text of one free sample."""
     x = torch.full((1, config["block_size"]), model.mask_id, device=device)  # (1, L)
     fill = sample.sample_ar if config["causal"] else sample.sample
-    model.eval()
-    tokens, _ = fill(model, x, seed=config["seed"], autocast=autocast)
-    model.train()
-    return text.decode(tokens[0].tolist())
+    return text.decode(fill(model, x, seed=config["seed"], autocast=autocast)[0][0].tolist())
 
 
 # ---- The recipe -------------------------------------------------------------------------------------------------------
@@ -319,7 +297,7 @@ def main(config):
 
     # Model, the average of its weights, optimizers, and the loss: compiled, and spread over the processes.
     model, average, optimizers = build(config, device, state)
-    loss_of = Loss(model, config["objective"])
+    loss_of = diffusion.Loss(model, config["objective"])
     if config["compile"] and settings.can_compile(device):
         loss_of = torch.compile(loss_of)
     if world > 1:
@@ -349,7 +327,7 @@ def main(config):
                 journal.speed(step, loss, learning_rate(step - 1, config))
             evaluated = step % config["eval_interval"] == 0 or last
             if evaluated:
-                best = average or model
+                best = (average or model).eval()
                 result, line = judge(config, best, judged, bytes_per_token, autocast, world, rank)
                 say(f"step {step}: {line}")
                 journal.write({"step": step} | result)
@@ -363,7 +341,8 @@ def main(config):
                 say(f"stopped and saved {path} at step {step}; the same command goes on from there")
                 raise KeyboardInterrupt
             if evaluated:
-                journal.restart(step)
+                model.train()
+                journal.clock, journal.since = time.perf_counter(), step  # an evaluation is not training time
     return result
 
 

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
+import model as code
 from diffusion import SCHEDULES, cosine, draw_mask, loglinear, nelbo, reveal_law, stratified, training_mask, uniforms
 from model import DEFAULTS, Transformer
 
@@ -427,7 +428,7 @@ def assert_agree(model, fast, plain, tolerance):
 @pytest.mark.parametrize("chunk", [1, 5, 11, 512])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_fast_loss_and_all_its_gradients_are_those_of_the_plain_loss(name, chunk, normalised, monkeypatch):
-    monkeypatch.setattr(diffusion, "head_loss", functools.partial(diffusion.head_loss, chunk=chunk))
+    monkeypatch.setattr(code, "head_loss", functools.partial(code.head_loss, chunk=chunk))
     model = MODELS[name]()
     batch = corrupted(model)
     fast, plain = (functools.partial(loss, model, *batch, normalised=normalised) for loss in (nelbo, plain_nelbo))
@@ -467,7 +468,7 @@ def test_the_head_costs_one_product_in_evaluation_and_three_in_training():
     h, head, target = torch.randn(20, 16, requires_grad=True), torch.randn(7, 16, requires_grad=True), torch.arange(20) % 7
     for grad, products in ((False, 1), (True, 3)):
         with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
-            loss, _ = diffusion.head_loss(h, head, None, target, torch.ones(20), chunk=8)
+            loss, _ = code.head_loss(h, head, None, target, torch.ones(20), chunk=8)
             if grad:
                 loss.backward()
         assert counter.get_total_flops() == products * 2 * 20 * 7 * 16
@@ -499,7 +500,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_the_fast_loss_never_holds_the_logits_of_more_than_a_chunk(grad, monkeypatch):
-    monkeypatch.setattr(diffusion, "head_loss", functools.partial(diffusion.head_loss, chunk=4))
+    monkeypatch.setattr(code, "head_loss", functools.partial(code.head_loss, chunk=4))
     model = tiny(vocab_size=500)
     with torch.set_grad_enabled(grad), LargestTensor() as largest:
         loss, _ = nelbo(model, *corrupted(model))

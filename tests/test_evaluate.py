@@ -101,6 +101,11 @@ def test_a_report_says_one_number_in_every_unit():
     assert "= 0.9017 +- 0.3535 bits per byte; perplexity 12.18" in text
 
 
+def test_a_hopeless_model_is_reported_too():
+    result, text = report([1e5, 2e5], [10, 10], bytes_per_token=1.0)
+    assert result["nats_per_token"] == 15_000 and result["perplexity"] == math.inf and "perplexity inf" in text
+
+
 # ---- Estimates ---------------------------------------------------------------------------------------------------------
 
 

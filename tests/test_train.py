@@ -179,7 +179,7 @@ def build(data, **keys):
     tokens = loader.Tokens(data, "train")
     config |= {"vocab_size": tokens.vocab_size, "causal": config["objective"] == "ar"}
     model, _, _ = train.build(config, torch.device("cpu"), None)
-    return config, model, loader.Blocks(tokens, 16, config["seed"]), train.Loss(model, config["objective"])
+    return config, model, loader.Blocks(tokens, 16, config["seed"]), diffusion.Loss(model, config["objective"])
 
 
 def gradient_of_step(data, **keys):
