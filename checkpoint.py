@@ -49,12 +49,14 @@ def save(path, state):
 def read(path):
     """The dict that `save` wrote to `path`, a file or its folder. Its tensors stay on disk until they are used.
 
-    Raises UserError where it is missing, damaged or not ours.
+    Raises UserError where it is missing, damaged or not ours, or lacks what a network or a run is made from.
     """
     file = Path(path, "ckpt.pt") if os.path.isdir(path) else Path(path)
     require(os.path.isfile(file), f"no checkpoint {file}")
     state = unpickle(file)
     require(is_ours(state), f"{file} is not a checkpoint of train.py: it has no config and model")
+    own_config(state["config"], None, file, file)
+    entry(file, "objective", state["config"].get("objective"), "")
     return state
 
 

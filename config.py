@@ -76,7 +76,7 @@ def typed(key, value, default):
     word = "a whole number" if kind is int else "a number"
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     exact = math.isfinite(number) and not isinstance(value, bool) and (kind is float or number.is_integer())
     require(exact, f"{key} must be {word}, not {value!r}")
@@ -91,8 +91,9 @@ def read_preset(path):
         raise UserError(f"no preset file {path}{nearest(path, around.glob('*.py'))}")
     try:
         preset = ast.literal_eval(path.read_text(encoding="utf8"))
-    except (SyntaxError, ValueError, UnicodeDecodeError, RecursionError, MemoryError) as error:
-        raise UserError(f"{path} must hold one Python dict literal ({str(error).splitlines()[0]})") from None
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        why = str(error).splitlines() or ["nested too deeply"]  # a MemoryError says nothing
+        raise UserError(f"{path} must hold one Python dict literal ({why[0]})") from None
     require(isinstance(preset, dict), f"{path} must hold one Python dict literal, not a {type(preset).__name__}")
     return preset
 
@@ -140,7 +141,7 @@ def run(main, *modules):
     try:
         main(parse(sys.argv[1:], *modules))
     except UserError as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        print(f"{script}: {error}".replace("\n", "\\n"), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
@@ -194,6 +195,7 @@ def machine(config):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind = name.split(":")[0]
     choose("device", kind, ["cuda", "mps", "cpu"])
+    require(re.fullmatch(r"\w+(:\d+)?", name), f"device must be like cpu or cuda:1, not '{name}'")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     require(there[kind], f"device '{name}' is not available on this machine; try --device=cpu")
     choose("dtype", config["dtype"], ["auto", "float32", "bfloat16"])

@@ -45,23 +45,27 @@ def sequence_nats(
     batch_size=32,
     autocast=contextlib.nullcontext,
     progress=False,
+    places=None,
 ):
     """Nats of each block, the mean over its draws: blocks, a list of S int64 arrays -> (S,) float64.
 
-    A block's number is a pure function of (seed, its place in the list). estimator "ar": exact, one call a row.
+    A block's number is a pure function of (seed, its place: `places` (S,), or that in the list).
+    estimator "ar": exact, one call a row.
     """
     device = next(model.parameters()).device
     draws = 1 if estimator == "ar" else draws
+    places = torch.arange(len(blocks)) if places is None else torch.as_tensor(places)  # (S,)
     nats = torch.zeros(len(blocks), draws, dtype=torch.float64)
     with tqdm(total=len(blocks) * draws, disable=not progress, desc="evaluating", unit="row", leave=False) as bar:
         for item in chunks([len(block) for block in blocks], draws, batch_size):
             x0 = torch.from_numpy(np.stack([blocks[i // draws] for i in item]))  # (b, L)
             item = torch.from_numpy(item)  # (b,)
+            number = places[item // draws] * draws + item % draws  # (b,)
             with autocast():
                 if estimator == "ar":
                     _, found = diffusion.ar_nll(model, x0.to(device))  # (b,)
                 else:
-                    mask, weight = mask_of_draw(estimator, seed, item, draws, x0.shape[1], schedule)
+                    mask, weight = mask_of_draw(estimator, seed, number, draws, x0.shape[1], schedule)
                     rows = diffusion.hidden_rows(mask).to(device)
                     arguments = (x0.to(device), mask.to(device), weight.float().to(device), rows)
                     _, found = diffusion.nelbo(model, *arguments, normalised=estimator != "t_dse")  # (b,)
@@ -111,7 +115,7 @@ def report(nats, lengths, bytes_per_token):
     mean, error = mean_and_error(nats, lengths)
     half = 1.96 * error
     result = {"nats_per_token": mean, "standard_error": error, "interval": [mean - half, mean + half]}
-    result |= {"perplexity": math.exp(mean), "bits_per_token": mean / math.log(2)}
+    result |= {"perplexity": math.exp(mean) if mean < 700 else math.inf, "bits_per_token": mean / math.log(2)}
     result |= {"bits_per_byte": mean / math.log(2) / bytes_per_token, "tokens": int(sum(lengths)), "sequences": len(nats)}
     bit = math.log(2)
     text = (
@@ -136,6 +140,11 @@ def main(config):
     fits = tokens.vocab_size == model.vocab_size
     require(fits, f"{config['data']} has a vocabulary of {tokens.vocab_size}, {config['ckpt']} one of {model.vocab_size}")
 
+    known = trained["tokenizer"]
+    require(
+        not known or known["kind"] != "char" or known == tokens.meta["tokenizer"],
+        f"{config['data']} has another alphabet than {config['ckpt']}",
+    )
     blocks = spread(list(loader.in_order(tokens, L)), config["sequences"])
     estimator = "ar" if trained["causal"] else config["estimator"]
     keys = ("draws", "schedule", "seed", "batch_size")
@@ -153,7 +162,7 @@ def main(config):
         f"{'averaged' if config['ema'] and trained.get('ema') else 'raw'} weights, seed {config['seed']}"
     )
     print(text)
-    counted = loader.ngram_nats(config["data"])
+    counted = loader.ngram_nats(config["data"]) if {"train", "val"} <= tokens.meta["splits"].keys() else {}
     if counted:
         rest = ", ".join(f"{name} {value:.4f}" for name, value in counted.items())
         print(f"counting alone, for comparison (Witten-Bell n-grams of the training text): {rest} nats per token")

@@ -228,7 +228,7 @@ class Transformer(nn.Module):
         return 2 * (products + head_share * self.vocab_size * D)
 
 
-# ---- The head and its loss ------------------------------------------------------------------------------------------
+# ---- The head and its loss -------------------------------------------------------------------------------------------
 
 
 def head_loss(h, head_weight, head_bias, target, row_weight, normalised=True, chunk=256):
@@ -294,7 +294,7 @@ class HeadLoss(torch.autograd.Function):
         return dh * scale, dW * scale, None if db is None else db * scale, None, None, None, None
 
 
-# ---- Tables and speeds -------------------------------------------------------------------------------------------------
+# ---- Tables and speeds -----------------------------------------------------------------------------------------------
 
 
 def rotary_tables(config):

@@ -261,6 +261,7 @@ def request(tokenizer, mask_id, block_size, prompt="", suffix="", template="", l
 
     if template:
         require(not prompt and not suffix, "give --template or --prompt and --suffix, not both")
+        require(not length, "a template has its own length; leave --length out")
         pieces = re.split(r"___(\d+)", template)
         require(len(pieces) > 1, f"the template has no gap: write ___12 for a gap of 12 tokens in '{template}'")
         ids = []

@@ -3,23 +3,20 @@
     python train.py configs/pydocs.py                                       one process
     torchrun --nproc-per-node=8 train.py configs/radd_small.py              eight
 
-A batch, its masks and its dropout are functions of (seed, step, place in the global batch) and of nothing else. So the
-number of processes and the micro-batch change the speed and not the run, and a stopped run goes on as if it had never
-stopped. The same command resumes it.
+A batch and its masks are functions of (seed, step, place in the global batch) and of nothing else. So the number of
+processes and the micro-batch change the speed and not the run (but for dropout, which each process draws for itself), and
+a stopped run goes on as if it had never stopped. The same command resumes it.
 """
 
 import contextlib
 import copy
-import json
 import math
 import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import checkpoint
 import config as settings
@@ -29,6 +26,7 @@ import model as network
 import sample
 from config import choose, require
 from data import loader, tokenizer
+from journal import Journal
 
 DEFAULTS = {
     "size": "",  # a size of SMDM's table, as 170M (model.SIZES): sets the shape of the network and its kind of block
@@ -75,6 +73,8 @@ def check(config, world):
     settings.at_least(1, config, "n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters")
     settings.at_least(1, config, "log_interval", "eval_interval", "eval_sequences", "eval_draws")
     settings.at_least(0, config, "micro_batch_size", "warmup_iters", "learning_rate", "weight_decay", "grad_clip")
+    settings.at_least(0, config, "mlp_hidden", "unused_rows")
+    require(max(config["beta1"], config["beta2"]) < 1, "beta1 and beta2 must be less than 1")
     settings.fraction(config, "dropout", "ema", "decay_start", "random_length", "beta1", "beta2")
     D, H = config["n_embd"], config["n_head"]
     require(D % (2 * H) == 0, f"n_embd {D} must be a multiple of 2 * n_head = {2 * H}")
@@ -89,13 +89,16 @@ def check(config, world):
 def sized(config):
     """The config with the model keys of its `size`; UserError where one was given another value."""
     shape = checkpoint.size_config(config["size"]) if config["size"] else {}
-    for key in set(shape) & set(config.get("given", ())):
+    given = config.get("given", ())
+    for key in (key for key in shape if key in given):
         require(config[key] == shape[key], f"size {config['size']} has {key}={shape[key]}, not {config[key]}")
-    return config | shape
+    return config | shape | {"given": sorted({*given, *shape})}
 
 
 def merge_resumed(config, saved, path):
     """The model keys of the checkpoint win; a different one that the user asked for is an error. -> config"""
+    whole = {*network.DEFAULTS, "objective"} <= saved.keys()
+    require(whole, f"{path} does not say how its model was made; start again with --resume=False")
     kept = {key: saved[key] for key in [*network.DEFAULTS, "objective"]}
     for key in config.get("given", ()):
         same = key not in kept or config[key] == kept[key]
@@ -173,40 +176,11 @@ def build(config, device, state):
             average.load_state_dict(state["ema"] or state["model"])
         require(len(state["optimizer"]) == len(optimizers), "a resumed run must keep its optimizer; see --resume=False")
         for optimizer, saved in zip(optimizers, state["optimizer"], strict=True):
-            optimizer.load_state_dict(saved)
+            own = optimizer.state_dict()["param_groups"]  # as the config has them: they may change on the way
+            fits = [group["params"] for group in own] == [group["params"] for group in saved["param_groups"]]
+            require(fits, "a resumed run must keep decay_all; see --resume=False")
+            optimizer.load_state_dict(saved | {"param_groups": own})
     return model, average, optimizers
-
-
-class Journal:
-    """What a run tells of itself: a progress bar, and log.jsonl beside the checkpoint. Only the first process tells.
-
-    A resumed run drops the entries past `start`, which it will make again.
-    """
-
-    def __init__(self, config, path, start, flops, peak, told):
-        self.config, self.flops, self.peak, self.told = config, flops, peak, told  # flops of a step, peak a second
-        self.log = path.with_name("log.jsonl")
-        self.bar = tqdm(total=config["max_iters"], initial=start, disable=not told, unit="step")
-        if told:
-            lines = self.log.read_text().splitlines() if start and self.log.is_file() else []
-            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= start]
-            with settings.whole_file(self.log) as temporary:
-                temporary.write_text("".join(kept))
-        self.clock, self.since = time.perf_counter(), start
-
-    def write(self, entry):
-        if self.told:
-            with open(self.log, "a") as file:
-                file.write(json.dumps(entry) + "\n")
-
-    def speed(self, step, loss, rate):
-        """One entry: loss a token, learning rate, tokens a second, and the part of the machine's speed that was used."""
-        per_second = (step - self.since) / (time.perf_counter() - self.clock)
-        tokens, mfu = self.config["batch_size"] * self.config["block_size"], per_second * self.flops / self.peak
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {per_second * tokens:.0f} tokens/s, {mfu:.0%} of peak")
-        entry = {"step": step, "loss": loss, "learning_rate": rate, "tokens": step * tokens, "flops": step * self.flops}
-        self.write(entry | {"tokens_per_second": per_second * tokens, "mfu": mfu})
-        self.clock, self.since = time.perf_counter(), step
 
 
 def agree(loss, signal, world):
@@ -254,7 +228,13 @@ def judge(config, model, judged, bytes_per_token, autocast, world, rank):
     mine = list(range(rank, len(judged), world))
     estimator = "ar" if config["causal"] else "any_order"
     nats = evaluate.sequence_nats(
-        model, [judged[i] for i in mine], estimator, config["eval_draws"], seed=config["seed"], autocast=autocast
+        model,
+        [judged[i] for i in mine],
+        estimator,
+        config["eval_draws"],
+        seed=config["seed"],
+        autocast=autocast,
+        places=mine,
     ).tolist()
     if world > 1:
         parts = [None] * world
@@ -279,11 +259,11 @@ def main(config):
     config, world, rank = settings.processes(config)
     path = Path(config["out_dir"]) / "ckpt.pt"
     state = checkpoint.read(path) if config["resume"] and path.is_file() else None
-    config = merge_resumed(config, state["config"], path) if state else sized(config)
+    config = sized(config)
+    config = merge_resumed(config, state["config"], path) if state else config
     start = state["step"] if state else 0
     check(config, world)
     device, autocast = settings.machine(config)
-    say = tqdm.write if rank == 0 else lambda *_: None
 
     # Data: shuffled blocks to learn from, and held-out ones to be judged on.
     train, val = loader.Tokens(config["data"], "train"), loader.Tokens(config["data"], "val")
@@ -291,6 +271,7 @@ def main(config):
     fits = not state or state["tokenizer"] == text.meta()
     require(fits, f"{path} was trained with another tokenizer than {config['data']} has")
     config |= {"vocab_size": train.vocab_size, "causal": config["objective"] == "ar"}
+    require(config["start_id"] <= train.vocab_size, f"start_id must be at most {train.vocab_size}, the mask")
     blocks = loader.Blocks(train, config["block_size"], config["seed"])
     judged = evaluate.spread(list(loader.in_order(val, config["block_size"])), config["eval_sequences"])
     bytes_per_token = val.meta["splits"]["val"]["bytes"] / len(val)
@@ -302,16 +283,17 @@ def main(config):
         loss_of = torch.compile(loss_of)
     if world > 1:
         loss_of = DistributedDataParallel(loss_of, gradient_as_bucket_view=True)
-    say(f"{model.n_parameters():,} parameters; {len(train):,} training tokens, {blocks.n:,} blocks of {blocks.block_size}")
-    if state:
-        say(f"going on from {path} at step {start} of {config['max_iters']}")
-    del state
 
     # The loop: a step, now and then a line in the log, an evaluation and a checkpoint.
     share = 1.0 if config["causal"] else 0.5  # of the positions are predicted
     flops = 3 * model.flops_per_token(config["block_size"], share) * config["batch_size"] * config["block_size"]
     peak = network.matmul_flops(device, autocast) * world
     journal = Journal(config, path, start, flops, peak, rank == 0)
+    journal.say(f"{model.n_parameters():,} parameters; {len(train):,} training tokens in {blocks.n:,} blocks")
+    kind = "averaged" if average else "raw"
+    journal.say(f"evaluations: {len(judged)} blocks of {config['data']} val, {config['eval_draws']} draws, {kind} weights")
+    if start:
+        journal.say(f"going on from {path} at step {start} of {config['max_iters']}")
     result, stopped = None, False
     with settings.Stop() as stop, journal.bar:
         for step in range(start + 1, config["max_iters"] + 1):
@@ -329,20 +311,21 @@ def main(config):
             if evaluated:
                 best = (average or model).eval()
                 result, line = judge(config, best, judged, bytes_per_token, autocast, world, rank)
-                say(f"step {step}: {line}")
+                require(math.isfinite(result["nats_per_token"]), f"the loss is nan at step {step}; see {path}")
+                journal.say(f"step {step}: {line}")
                 journal.write({"step": step} | result)
                 if config["show_sample"] and rank == 0:
-                    say(f"---- a sample\n{one_sample(config, best, text, device, autocast)}\n----")
+                    journal.say(f"---- a sample\n{one_sample(config, best, text, device, autocast)}\n----")
             if rank == 0 and (evaluated or stopped):
                 state = {"config": config, "tokenizer": text.meta(), "step": step, "model": model.state_dict()}
                 state |= {"ema": average and average.state_dict(), "optimizer": [o.state_dict() for o in optimizers]}
                 checkpoint.save(path, state)
             if stopped:
-                say(f"stopped and saved {path} at step {step}; the same command goes on from there")
+                journal.say(f"stopped and saved {path} at step {step}; the same command goes on from there")
                 raise KeyboardInterrupt
             if evaluated:
                 model.train()
-                journal.clock, journal.since = time.perf_counter(), step  # an evaluation is not training time
+                journal.restart(step)
     return result
 
 

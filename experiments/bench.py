@@ -42,7 +42,7 @@ SMALL |= {"qk_norm": True}
 RADD_SMALL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "unused_rows": 1}
 
 
-# ---- Textbook code, as tutorials and the official repositories write it -----------------------------------------------
+# ---- Textbook code, as tutorials and the official repositories write it ----------------------------------------------
 
 
 def textbook_hidden(model, x):
@@ -116,7 +116,7 @@ def cached_sample(model, x, steps, autocast):
     return x
 
 
-# ---- Measuring -----------------------------------------------------------------------------------------------------------
+# ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
 def wait(device):
@@ -216,7 +216,7 @@ def product_limit(model, B, L, dtype, rounds, device):
     return sum(flops * count for _, flops, count in made.values()) / seconds
 
 
-# ---- What is compared ------------------------------------------------------------------------------------------------------
+# ---- What is compared ------------------------------------------------------------------------------------------------
 
 
 def training(V, B, rounds, device, shape=SMALL, only=()):
@@ -381,7 +381,7 @@ def judging(V, rounds, device, autocast):
     return [{"name": name, "tokens_per_second": 32 * L / middle(taken)} for name, taken in times.items()]
 
 
-# ---- The report ------------------------------------------------------------------------------------------------------------
+# ---- The report ------------------------------------------------------------------------------------------------------
 
 
 def table(title, rows):
