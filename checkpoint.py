@@ -377,13 +377,13 @@ def fill(model, found, config, format, file):
 
 
 def text_of(meta, V, where):
-    """The tokenizer of a meta; None, and a warning, where it cannot be built here; UserError where it does not fit."""
+    """The tokenizer of a meta; None where it cannot be built here; UserError where it does not fit."""
     if meta is None:
         return None
     try:
         text = tokenizer.from_meta(meta)
-    except tokenizer.Unavailable as error:
-        return print(f"warning: text can be neither read nor written: {error}", file=sys.stderr)
+    except tokenizer.Unavailable:
+        return None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     require(text.vocab_size == V, f"{where}: its tokenizer has a vocabulary of {text.vocab_size}, its network one of {V}")

@@ -23,6 +23,7 @@ import checkpoint
 import config as settings
 import diffusion
 from config import choose, require
+from data.tokenizer import from_meta
 from model import Cache
 
 DEFAULTS = {
@@ -299,7 +300,8 @@ def main(config):
     """Loads a checkpoint, fills config["num_samples"] copies of the request, prints and returns them as records."""
     device, autocast = settings.machine(config)
     model, tokenizer, trained = checkpoint.load(config["ckpt"], device)
-    require(tokenizer is not None, f"{config['ckpt']} names no tokenizer, so text cannot be read or written")
+    require(trained["tokenizer"], f"{config['ckpt']} names no tokenizer, so text cannot be read or written")
+    tokenizer = tokenizer or from_meta(trained["tokenizer"])  # says what it lacks, where it could not be built
     check(config, trained["causal"])
 
     wish = {key: config[key] for key in ("prompt", "suffix", "template", "length")}

@@ -149,5 +149,5 @@ def encode_all(batches, tokenizer, workers):
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-        except BrokenProcessPool:
+        except (BrokenProcessPool, OSError):  # an OSError where the pool's pipes were already closed
             raise UserError("a tokenizing process died, perhaps for lack of memory; try --workers=1") from None
