@@ -40,6 +40,7 @@ DEFAULTS = {
     "length": 0,  # tokens in a sample, prompt and suffix included; 0: block_size
     "num_samples": 4,
     "batch_size": 16,  # sequences in one network call
+    "compile": False,  # compile the network: pays for many or long samples
     "out": "",  # also write the samples to this .jsonl file
 }
 
@@ -303,6 +304,8 @@ def main(config):
     require(trained["tokenizer"], f"{config['ckpt']} names no tokenizer, so text cannot be read or written")
     tokenizer = tokenizer or from_meta(trained["tokenizer"])  # says what it lacks, where it could not be built
     check(config, trained["causal"])
+    if config["compile"] and not trained["causal"] and settings.can_compile(device):
+        model.hidden = torch.compile(model.hidden)
 
     wish = {key: config[key] for key in ("prompt", "suffix", "template", "length")}
     ids = request(tokenizer, model.mask_id, model.block_size, **wish, start_id=model.start_id)
