@@ -2,7 +2,7 @@
 # appendix B.2), from scratch with 1e20 FLOPs: the published mdm-170M-100e18.
 #
 #   python -m data.text.prepare --input=FOLDER --out=data/slimpajama --tokenizer=llama
-#   torchrun --nproc-per-node=8 train.py configs/smdm_170m.py
+#   torchrun --nproc-per-node=8 train.py configs/smdm_170m.py              --size=336M for another of SMDM's sizes
 #
 # Steps:  C / (6 N x tokens a step) = 1e20 / (6 x 169.9e6 x 256 x 2,048) = 187,107; 1% of them are the warm-up.
 # Tokens: 187,107 x 256 x 2,048 = 98 billion.
@@ -19,16 +19,9 @@
 {
     "data": "data/slimpajama",
     "out_dir": "out/smdm_170m",
-    "n_layer": 18,
-    "n_head": 12,
-    "n_embd": 768,
-    "mlp_hidden": 3072,
+    "size": "170M",  # with it SMDM's block, and rotary tables in bfloat16 as theirs, so that the result can be exported
     "block_size": 2048,
-    "norm": "rms",
-    "mlp": "swiglu",
-    "bias": False,
     "zero_init": "none",
-    "rotary_bf16": True,  # theirs always are, so that the result can be exported to their code
     "objective": "lambda_dce",
     "random_length": 0.0,  # 0.01 for mdm-170M-100e18-rsl-0.01, with 188,047 steps: they are shorter on average
     "batch_size": 256,

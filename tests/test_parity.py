@@ -465,9 +465,18 @@ def test_smdm_initialisation_has_the_published_deviations(smdm):
     ],
 )
 def test_a_preset_trains_the_published_model_on_so_many_tokens(name, vocab_size, parameters, tokens):
-    config = settings.parse([str(ROOT / f"configs/{name}.py")], settings, diffusion, network, train)
+    config = train.sized(settings.parse([str(ROOT / f"configs/{name}.py")], settings, diffusion, network, train))
     train.check(config, world=8)
     with torch.device("meta"):
         model = Transformer(config | {"vocab_size": vocab_size})
     assert sum(w.numel() for w in model.parameters()) == parameters
     assert config["max_iters"] * config["batch_size"] * config["block_size"] == pytest.approx(tokens, rel=2e-3)
+
+
+def test_another_size_of_the_table_is_one_word_after_the_preset():
+    words = [str(ROOT / "configs/smdm_170m.py"), "--size=336M"]
+    config = train.sized(settings.parse(words, settings, diffusion, network, train))
+    train.check(config, world=8)
+    with torch.device("meta"):
+        model = Transformer(config | {"vocab_size": 32000})
+    assert sum(w.numel() for w in model.parameters()) == 401_123_328

@@ -692,3 +692,23 @@ def test_a_causal_network_refuses_what_it_cannot_do(keys, program):
     with pytest.raises(UserError, match="causal"):
         program(causal=True, **keys)
     program(causal=True, sampler="left_to_right", num_samples=1)
+
+
+class Marked(Char):
+    """A tokenizer whose documents begin with id 0, and which, as Llama's does, begins a text otherwise than it goes on."""
+
+    bos = 0
+
+    def encode(self, text, start=True):
+        return super().encode(text if start else text.upper())
+
+
+def test_a_text_at_the_beginning_follows_bos_unless_the_network_reads_that_by_itself():
+    text = Marked(" abABMN")
+
+    def asked(**keys):
+        return "".join(text.decode([i]) for i in request(text, text.vocab_size, 9, **keys))
+
+    assert asked(prompt="ab", length=5) == " ab██" and asked(prompt="ab", length=5, start_id=0) == "ab███"
+    assert asked(template="a___2b") == " a██B" and asked(template="___2b") == "██B"
+    assert asked(prompt="a", suffix="b", length=4) == " a█B" and asked(length=3) == "███"
