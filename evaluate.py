@@ -24,7 +24,7 @@ from data import loader
 DEFAULTS = {
     "ckpt": "out/pydocs",  # whatever checkpoint.load takes
     "data": "data/pydocs",  # a prepared folder
-    "split": "val",
+    "split": "val",  # the part of the folder that is judged
     "estimator": "any_order",  # any_order | lambda_dce | t_dce | t_dse; a causal network is always judged exactly
     "draws": 16,  # draws of the corruption for each sequence, stratified
     "sequences": 0,  # how many blocks, evenly spaced over the split; 0: all
@@ -161,7 +161,7 @@ def main(config):
         f"documents, {len(blocks)} blocks of {L}; {how}; {str(dtype).removeprefix('torch.')}, "
         f"{'averaged' if config['ema'] and trained.get('ema') else 'raw'} weights, seed {config['seed']}"
     )
-    print(text)
+    print(text + (" (a token is a character)" if tokens.meta["tokenizer"]["kind"] == "char" else ""))
     counted = loader.ngram_nats(config["data"]) if {"train", "val"} <= tokens.meta["splits"].keys() else {}
     if counted:
         rest = ", ".join(f"{name} {value:.4f}" for name, value in counted.items())

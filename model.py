@@ -12,9 +12,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 DEFAULTS = {
-    "n_layer": 6,
-    "n_head": 4,
-    "n_embd": 256,
+    "n_layer": 6,  # blocks
+    "n_head": 4,  # attention heads of a block
+    "n_embd": 256,  # width D; a head has n_embd / n_head of it, an even number
     "block_size": 256,  # the longest sequence
     "vocab_size": 0,  # V, without the mask; train.py takes it from the data
     "causal": False,  # True for the autoregressive baseline (objective ar)
@@ -24,7 +24,7 @@ DEFAULTS = {
     "bias": True,  # in norms, MLP and head (never in attention), as RADD has them
     "qk_norm": False,  # RMS-normalise queries and keys
     "zero_init": "none",  # start at zero: none | head (RADD) | all (head and both output projections of each block)
-    "dropout": 0.0,
+    "dropout": 0.0,  # after attention and after the MLP
     "rotary_bf16": False,  # round the rotary tables to bfloat16, as SMDM's weights expect
     "start_id": -1,  # the token that stands before the first one of a causal network; -1: the mask
     "unused_rows": 0,  # rows of the head past V that a weight format holds and nothing uses (RADD: 1)

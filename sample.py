@@ -38,7 +38,7 @@ DEFAULTS = {
     "suffix": "",  # the end of each sample
     "template": "",  # text with gaps: ___12 is a gap of 12 tokens
     "length": 0,  # tokens in a sample, prompt and suffix included; 0: block_size
-    "num_samples": 4,
+    "num_samples": 4,  # how many times the request is filled
     "batch_size": 16,  # sequences in one network call
     "compile": False,  # compile the network: pays for many or long samples
     "out": "",  # also write the samples to this .jsonl file

@@ -38,7 +38,7 @@ DEFAULTS = {
     "random_length": 0.0,  # chance that a step's sequences are cut to a random length (SMDM: 0.01)
     "batch_size": 32,  # sequences a step, over all processes
     "micro_batch_size": 0,  # sequences a process puts through the network at once; 0: its whole share
-    "max_iters": 3000,
+    "max_iters": 3000,  # optimizer steps in all
     "optimizer": "adamw",  # adamw | muon (Muon for the matrices of the blocks, AdamW for the rest)
     "learning_rate": 1e-3,  # of both: Muon's updates are scaled to the size of AdamW's
     "min_lr": 0.0,  # where the decay ends
@@ -48,11 +48,11 @@ DEFAULTS = {
     "beta1": 0.9,
     "beta2": 0.95,
     "weight_decay": 0.1,  # of matrices; decay_all: of every parameter
-    "decay_all": False,
+    "decay_all": False,  # as SMDM does
     "grad_clip": 1.0,  # largest norm of the gradient; 0: no clipping
     "ema": 0.0,  # decay of the averaged weights that are then judged and sampled; 0: no average
-    "compile": False,
-    "log_interval": 10,
+    "compile": False,  # torch.compile: some seconds at the start, then faster; needs a C++ compiler on the CPU
+    "log_interval": 10,  # steps between two lines in log.jsonl
     "eval_interval": 500,  # also how often the checkpoint is saved
     "eval_sequences": 64,  # held-out blocks judged at each evaluation
     "eval_draws": 4,  # draws of the corruption for each of them
