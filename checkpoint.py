@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import config as settings
-from config import UserError, choose, require, typed, whole_file
+from config import UserError, choose, require, shown, typed, whole_file
 from data import download, tokenizer
 from model import DEFAULTS as MODEL
 from model import SIZES, Transformer, rotary_tables
@@ -37,31 +37,89 @@ DEFAULTS = {
 # ---- 1. Our own checkpoint -------------------------------------------------------------------------------------------
 
 
-def save(path, state):
-    """Writes the dict `state`, {config, tokenizer, model, ema, optimizer, step, ...}, whole or not at all."""
+def save(path, state, keep=1):
+    """Writes the dict `state`, {config, tokenizer, model, ema, optimizer, step, ...}, whole or not at all.
+
+    With keep > 1 the last `keep` also stay as NAME_STEP.pt; the newest of them is the file `path` by another name.
+    """
     with whole_file(path) as temporary:
         try:
             torch.save(state, temporary)
         except RuntimeError:  # what torch makes of an OSError
             raise UserError(f"cannot write {path}; is the disk full?") from None
+        with open(temporary, "rb") as file:
+            os.fsync(file)  # on the disk before it takes the place of the last one
+    if keep > 1:
+        with whole_file(path.with_name(f"{path.stem}_{state['step']}.pt")) as temporary:
+            os.link(path, temporary)
+        kept = kept_beside(path)
+        for step in set(kept) - set(sorted(step for step in kept if step <= state["step"])[-keep:]):
+            with contextlib.suppress(OSError):
+                kept[step].unlink()  # also one past this step: a run that went back to an earlier one makes it again
+
+
+def kept_beside(path):
+    """{step: file} of the checkpoints that `save` has kept beside `path`."""
+    names = {other: re.fullmatch(rf"{re.escape(path.stem)}_(\d+)\.pt", other.name) for other in path.parent.iterdir()}
+    return {int(name[1]): other for other, name in names.items() if name}
 
 
 def read(path):
     """The dict that `save` wrote to `path`, a file or its folder. Its tensors stay on disk until they are used.
 
-    Raises UserError where it is missing, damaged or not ours, or lacks what a network or a run is made from.
+    Raises UserError where it is missing, damaged or not ours, or lacks what a network or a run is made from. An older
+    checkpoint is never taken in its place unasked: a damaged file may be the first sign of a damaged disk.
     """
     file = Path(path, "ckpt.pt") if os.path.isdir(path) else Path(path)
     require(os.path.isfile(file), f"no checkpoint {file}")
-    state = unpickle(file)
+    try:
+        state = unpickle(file)
+    except UserError as error:
+        kept = [other for _, other in sorted(kept_beside(file).items()) if not os.path.samefile(other, file)]
+        raise UserError(f"{error}; copy {kept[-1]} over it to go on from there" if kept else str(error)) from None
     require(is_ours(state), f"{file} is not a checkpoint of train.py: it has no config and model")
-    own_config(state["config"], None, file, file)
-    entry(file, "objective", state["config"].get("objective"), "")
-    return state
+    config = own_config(state["config"], None, file, file)
+    entry(file, "objective", config.get("objective"), "")
+    for key, kind in SAVED.items():
+        require(fits(state.get(key), kind), f"{file}: its {key} is none that a run can go on from")
+    return state | {key: state.get(key) for key in SAVED} | {"config": config}
 
 
 def is_ours(state):
     return isinstance(state, dict) and all(isinstance(state.get(key), dict) for key in ("config", "model"))
+
+
+def fits(part, kind):
+    """Whether nested dicts and lists are of a kind as SAVED has them: a tuple of kinds, [of each item], {key or its type: of
+    the value}, a type, None or a test."""
+    if isinstance(kind, tuple):
+        return any(fits(part, each) for each in kind)
+    if isinstance(kind, list):
+        return isinstance(part, list) and all(fits(item, kind[0]) for item in part)
+    if isinstance(kind, dict):
+        return isinstance(part, dict) and all(
+            all(isinstance(name, key) and fits(item, inner) for name, item in part.items())
+            if isinstance(key, type)
+            else fits(part.get(key), inner)
+            for key, inner in kind.items()
+        )
+    return isinstance(part, kind) if isinstance(kind, type) else part is None if kind is None else kind(part)
+
+
+def is_plain(w):
+    """Whether it is a tensor of plain floating-point numbers, every one of which is in its file."""
+    dense = isinstance(w, torch.Tensor) and w.dtype in FLOATS and w.layout == torch.strided and not w.is_meta
+    return dense and w.numel() * w.element_size() <= w.untyped_storage().nbytes()
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SAVED = {  # what `save` is given and a run goes on from, beside config
+    "step": lambda step: type(step) is int and step >= 0,
+    "tokenizer": (None, {str: str}),
+    "model": {str: is_plain},
+    "ema": (None, {str: is_plain}),
+    "optimizer": [{"state": {int: {str: is_plain}}, "param_groups": [{"params": [int]}]}],
+}
 
 
 def unpickle(file):
@@ -70,7 +128,8 @@ def unpickle(file):
         zipped = zipfile.is_zipfile(file)  # all but the oldest files; only these can be mapped into memory
         if zipped:
             with zipfile.ZipFile(file) as archive:
-                require(archive.testzip() is None, "a checksum is wrong")
+                size = sum(item.file_size for item in archive.infolist())  # torch stores without compression: no bombs
+                require(size <= os.path.getsize(file) and archive.testzip() is None, "a size or a checksum is wrong")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that torch did not write
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
@@ -114,7 +173,6 @@ FIXED = {  # the model keys that a format has one value for
 }
 SMDM_FIXED = {"bias": False, "norm_eps": 1e-5, "rotary_percentage": 1.0, "parallel_residual": False}  # in its config.json
 SIZE_KEYS = ("vocab_size", "n_layer", "n_head", "n_embd", "block_size")  # without them a network is another
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 FREQUENCY = "rotary_emb.inv_freq"  # RADD's files hold the rotary frequencies beside the weights
 
 
@@ -168,7 +226,7 @@ def size_config(name):
 def entry(where, key, value, default):
     """What a file says of a key, in the type of its default: as config.typed, but text is no number."""
     wanted = "text" if isinstance(default, str) else "a number"
-    require((wanted == "text") == isinstance(value, str), f"{where}: {key} must be {wanted}, not {str(value)[:40]!r}")
+    require((wanted == "text") == isinstance(value, str), f"{where}: {key} must be {wanted}, not {shown(value)}")
     return typed(f"{where}: {key}", value, default)
 
 
@@ -176,6 +234,9 @@ def own_config(raw, found, where, file):
     """Of our checkpoints and exports: what was saved, each model key in its type."""
     told = MODEL | dict.fromkeys(SIZE_KEYS) | raw
     config = {key: entry(where, key, told[key], default) for key, default in MODEL.items()}
+    for key, value in raw.items():
+        plain = isinstance(value, (str, int, float, list, dict, type(None)))
+        require(plain, f"{where}: {shown(key)} must be a number or text, not {shown(value)}")
     for key, known in {"norm": ["layer", "rms"], "mlp": ["gelu", "swiglu", "relu2"]}.items():
         choose(f"{key} in {where}", config[key], known)
     return raw | config
@@ -271,7 +332,7 @@ def load(path, device="cpu", ema=True):
     state = read_tensors(file)
     if is_ours(state):
         raw, where = state["config"] | {"tokenizer": state.get("tokenizer")}, file
-        found = (ema and state.get("ema")) or state["model"]
+        found = state["ema"] if ema and state.get("ema") is not None else state["model"]
     else:
         raw, where = read_settings(file)
         found = state["model"] if isinstance(state.get("model"), dict) else state
@@ -279,7 +340,7 @@ def load(path, device="cpu", ema=True):
     require(raw or format == "smdm", f"{file} needs a config.json beside it: its tensors do not tell the number of heads")
     config = CONFIGS[format](raw, found, where, file)
     model = skeleton(config, len(found), where)
-    if format == "radd" and ema and state.get("ema"):
+    if format == "radd" and ema and state.get("ema") is not None:
         found, config["ema"] = averaged(state["ema"], model, file), True
     fill(model, found, config, format, file)
     meta = raw.get("tokenizer") if format == "nanomdm" else TOKENIZERS.get((format, config["vocab_size"]))
@@ -330,7 +391,7 @@ def read_tensors(file):
 def recognise(found, file):
     """The format: the one whose name the embedding has."""
     known = {published("embed.weight", format): format for format in NAMES}
-    format = next((known[name] for name in known if name in found), None)
+    format = next((known[name] for name in known if isinstance(found, dict) and name in found), None)
     plain = format and all(isinstance(name, str) and isinstance(w, torch.Tensor) for name, w in found.items())
     require(plain, f"{file} holds no model known here: it must be tensors only, with one named {' or '.join(known)}")
     return format
@@ -368,8 +429,7 @@ def fill(model, found, config, format, file):
         there, wanted = (tuple(part[name].shape) if name in part else "absent" for part in (found, expected))
         require(there == wanted, f"{file}: the tensor {name} is {there}, but by its config it has to be {wanted}")
     for name, w in found.items():
-        plain = w.dtype in FLOATS and w.layout == torch.strided and not w.is_meta
-        require(plain, f"{file}: the tensor {name} must hold plain floating-point numbers, not {w.dtype}")
+        require(is_plain(w), f"{file}: the tensor {name} must hold plain floating-point numbers, not {w.dtype}")
     base = FREQUENCY not in found or torch.allclose(found[FREQUENCY].float(), expected[FREQUENCY], rtol=0.01)
     require(base, f"{file}: {FREQUENCY} is not that of rotary embeddings with base 10000")
     model.load_state_dict(from_format(found, names, config, format), assign=True)

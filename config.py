@@ -14,6 +14,7 @@ import inspect
 import math
 import os
 import re
+import reprlib
 import shutil
 import signal
 import sys
@@ -62,16 +63,25 @@ def fraction(config, *keys):
         require(0 <= config[key] <= 1, f"{key} must be from 0 to 1, not {config[key]}")
 
 
+def shown(value):
+    """The value for a message, in short: a file can hold numbers and lists that would fill the memory if written out."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # more digits than Python writes
+        return "a number of thousands of digits"
+
+
 def typed(key, value, default):
     """The value in the type of its default: text is parsed, a literal (from a preset) checked."""
     kind, text = type(default), isinstance(value, str)
     if kind is str:
-        require(text, f"{key} must be text, not {value!r}")
+        good = text and not re.search("[\0\ud800-\udc7f\udd00-\udfff]", value)  # no file can be called so
+        require(good, f"{key} must be text, not {shown(value)}")
         return value
     if kind is bool:
         known = {"true": True, "false": False, "1": True, "0": False, True: True, False: False}
-        require(text or isinstance(value, bool), f"{key} must be True or False, not {value!r}")
-        require((value.lower() if text else value) in known, f"{key} must be True or False, not {value!r}")
+        require(text or isinstance(value, bool), f"{key} must be True or False, not {shown(value)}")
+        require((value.lower() if text else value) in known, f"{key} must be True or False, not {shown(value)}")
         return known[value.lower() if text else value]
     word = "a whole number" if kind is int else "a number"
     try:
@@ -79,15 +89,15 @@ def typed(key, value, default):
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     exact = math.isfinite(number) and not isinstance(value, bool) and (kind is float or number.is_integer())
-    require(exact, f"{key} must be {word}, not {value!r}")
+    require(exact, f"{key} must be {word}, not {shown(value)}")
     return int(value) if kind is int and not (text and re.search("[.eE]", value)) else kind(number)
 
 
 def read_preset(path):
     """A preset file is one Python dict literal; it is read, never executed."""
     path = Path(path)
-    if not path.is_file():
-        around = path.parent if path.parent.is_dir() else Path("configs")
+    if not os.path.isfile(path):  # unlike path.is_file() this is False also where one may not look
+        around = path.parent if os.path.isdir(path.parent) else Path("configs")
         raise UserError(f"no preset file {path}{nearest(path, around.glob('*.py'))}")
     try:
         preset = ast.literal_eval(path.read_text(encoding="utf8"))
@@ -153,8 +163,10 @@ def whole_file(path):
     """Yields a temporary path beside `path` that takes its name once the block is done: a file is whole or not there.
 
     Raises UserError where the system cannot write (no space, no permission); the old file, if any, is untouched.
+    A process that is killed in the block leaves the temporary file behind; see sweep.
     """
     path = Path(path)
+    require(path.name, f"cannot write {path}: it is a folder")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,6 +177,13 @@ def whole_file(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def sweep(folder):
+    """Removes what processes that were killed in whole_file have left in a folder; none may be writing there now."""
+    for torn in Path(folder).glob(".*.[0-9]*.tmp"):
+        with contextlib.suppress(OSError):
+            torn.unlink()
 
 
 class Stop:
@@ -224,19 +243,3 @@ def keep_memory(keep=True):
 def can_compile(device):
     """torch.compile needs a C++ compiler for the CPU; without one training is slower, not impossible."""
     return device.type != "cpu" or bool(shutil.which("c++") or shutil.which("g++"))
-
-
-def processes(config):
-    """(config, world, rank) as torchrun set them, joined up; on CUDA each process gets its own device."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if world == 1:
-        return config, 1, 0
-    import torch
-    import torch.distributed as dist
-
-    if config["device"] in ("auto", "cuda") and torch.cuda.is_available():
-        config = config | {"device": f"cuda:{os.environ['LOCAL_RANK']}"}
-        torch.cuda.set_device(config["device"])
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if config["device"].startswith("cuda") else "gloo")
-    return config, world, rank

@@ -76,7 +76,7 @@ def score_entropy(log_score, x0, m, dm):
 OBJECTIVES = ["any_order", "lambda_dce", "t_dce", "t_dse", "ar"]
 
 
-def draw_mask(objective, u, noise, schedule=loglinear):
+def draw_mask(objective, u, noise, schedule=loglinear, prompt=None):
     """One draw of the corruption: (mask (B, L) bool, weight (B,)), from uniform u (B,) in (0, 1] and noise (B, L) in [0, 1).
 
     The expectation over u and noise of sum_i weight * CE_i over hidden i bounds -log p(x0) from above, and is the same
@@ -85,12 +85,18 @@ def draw_mask(objective, u, noise, schedule=loglinear):
       lambda_dce  each hidden with chance lam = u, weight 1/lam              eq. 3.6
       t_dce, t_dse  each hidden with chance m(t), t = u, weight m'(t)/m(t)   eq. 3.5, 2.11
     A weight that is not the slope over the chance gives a number that is not a bound.
+
+    The first `prompt` (B,) tokens of a row, fewer than L, are given: they are never hidden, L above is the number of those
+    that follow, and what is bounded is -log p(those that follow | prompt).
     """
-    L = noise.shape[1]
+    n = noise.shape[1]  # that may be hidden: L, or (B,) what the prompts leave of it
+    if prompt is not None:
+        noise = noise.masked_fill(torch.arange(n) < prompt[:, None], torch.inf)  # (B, L)
+        n = n - prompt
     if objective == "any_order":
-        k = (1 + (u * L).floor()).clamp(max=L)  # (B,)
-        rank = noise.argsort(dim=1).argsort(dim=1)  # (B, L) a uniform permutation
-        return rank < k[:, None], L / k
+        k = (1 + (u * n).floor()).clamp(max=n)  # (B,)
+        kth = torch.from_numpy(np.sort(noise.numpy())).gather(1, k.long()[:, None] - 1)  # (B, 1); torch.sort is far slower
+        return noise <= kth, n / k  # exactly k: the noise has no ties
     m, dm = loglinear(u) if objective == "lambda_dce" else schedule(u)  # (B,), (B,)
     return noise < m[:, None], dm / m
 
@@ -111,18 +117,23 @@ def uniforms(seed, step, position, n):
     """(B, n) uniform numbers in [0, 1), float64: row b is a pure function of (seed, step, position[b]).
 
     A counter-based generator (Philox) jumps to any row, so every process draws its own rows of the global batch, and a
-    resumed run draws what it would have drawn.
+    resumed run draws what it would have drawn. One generator is moved from row to row: to make one takes longer.
     """
-    rows = [np.random.Philox(key=[seed, 0], counter=[0, 0, int(p), step]) for p in position]
-    return torch.from_numpy(np.stack([np.random.Generator(row).random(n) for row in rows]))
+    source = np.random.Philox(key=[seed, 0])
+    numbers, state, out = np.random.Generator(source), source.state, np.empty((len(position), n))  # (B, n)
+    for row, p in zip(out, position, strict=True):
+        state["state"]["counter"][2:] = int(p), step
+        source.state = state
+        numbers.random(out=row)
+    return torch.from_numpy(out)
 
 
-def training_mask(objective, seed, step, position, batch_size, L, schedule=loglinear):
+def training_mask(objective, seed, step, position, batch_size, L, schedule=loglinear, prompt=None):
     """draw_mask for rows `position` of a global batch, stratified over the batch: the same for any number of processes."""
     position = torch.as_tensor(position)  # (B,)
     jitter = uniforms(seed, step, batch_size + position // 2, 1).squeeze(1)  # (B,) counters past the batch's own rows
     noise = uniforms(seed, step, position, L)  # (B, L)
-    return draw_mask(objective, stratified(jitter, position, batch_size), noise, schedule)
+    return draw_mask(objective, stratified(jitter, position, batch_size), noise, schedule, prompt)
 
 
 # ---- 4. The bound: one weighted cross-entropy ------------------------------------------------------------------------
@@ -134,28 +145,37 @@ def nelbo(model, x0, mask, weight, rows=None, normalised=True):
     x0 (B, L), mask (B, L) bool, weight (B,) -> (loss, nats): loss a scalar, the sum over the batch, to be differentiated;
     nats (B,) the same by sequence, without a gradient. `rows` may bring hidden_rows(mask), computed ahead.
     normalised=False is score entropy (t_dse) on e^logit as it is: CE becomes -logit[x0] + sum_v e^logit_v - 1.
-
-    Only hidden positions count, so only their rows pass the head, a chunk at a time (model.head_loss).
+    A weight (B, L) may leave hidden positions out, which `rows` then need not hold.
     """
-    B, L = x0.shape
-    rows = hidden_rows(mask) if rows is None else rows  # (N,)
     x = torch.where(mask, model.mask_id, x0)  # (B, L)
-    h = model.hidden(x, rows)  # (N, D)
-    row_weight = (weight[:, None] * mask).flatten()[rows].to(h.device, h.dtype)  # (N,)
-    loss, ce = model.head_loss(h, x0.flatten()[rows], row_weight, normalised)
-    return loss, ce.new_zeros(B).index_add(0, rows // L, row_weight * ce)
+    return weighted_ce(model, x, x0, mask, weight, rows, normalised)
 
 
-def ar_nll(model, x0):
+def ar_nll(model, x0, mask=None, weight=None, rows=None):
     """Exact -log p(x0), left to right, of a causal network: the baseline. x0 (B, L) -> (loss, nats (B,)) as in nelbo.
 
-    The network reads the sequence shifted by one, behind a start token.
+    The network reads the sequence shifted by one, behind a start token. `mask` tells which tokens count; without it, all.
     """
     B, L = x0.shape
     x = torch.cat([x0.new_full((B, 1), model.start_id), x0[:, :-1]], dim=1)  # (B, L)
+    if mask is not None:
+        return weighted_ce(model, x, x0, mask, weight, rows)
     h = model.hidden(x).flatten(0, 1)  # (B*L, D)
     loss, ce = model.head_loss(h, x0.flatten(), h.new_ones(B * L))
     return loss, ce.view(B, L).sum(1)
+
+
+def weighted_ce(model, x, x0, mask, weight, rows=None, normalised=True):
+    """weight * cross-entropy of x0 given x, summed over mask: (loss, nats (B,)).
+
+    Only these positions count, so only their rows pass the head, a chunk at a time (model.head_loss).
+    """
+    B, L = x0.shape
+    rows = hidden_rows(mask) if rows is None else rows  # (N,)
+    h = model.hidden(x, rows)  # (N, D)
+    row_weight = (weight.view(B, -1) * mask).flatten()[rows].to(h.device, h.dtype)  # (N,)
+    loss, ce = model.head_loss(h, x0.flatten()[rows], row_weight, normalised)
+    return loss, ce.new_zeros(B).index_add(0, rows // L, row_weight * ce)
 
 
 def hidden_rows(mask, multiple=1):
@@ -169,7 +189,7 @@ def hidden_rows(mask, multiple=1):
 
 
 class Loss(torch.nn.Module):
-    """What training differentiates, as a module: (x0, mask, weight, rows), or (x0,) for ar, -> (loss, nats)."""
+    """What training differentiates, as a module: (x0, mask, weight, rows), or (x0,) for all of ar, -> (loss, nats)."""
 
     def __init__(self, model, objective):
         super().__init__()
@@ -177,7 +197,7 @@ class Loss(torch.nn.Module):
 
     def forward(self, x0, mask=None, weight=None, rows=None):
         if self.objective == "ar":
-            return ar_nll(self.model, x0)
+            return ar_nll(self.model, x0, mask, weight, rows)
         return nelbo(self.model, x0, mask, weight, rows, normalised=self.objective != "t_dse")
 
 
@@ -213,3 +233,18 @@ def expected_nfe(r, L):
     sum_k 1 - (1 - r_k)^L (RADD eq. 3.4); n (1 - (1 - 1/n)^L) for n steps of the log-linear schedule (eq. D.31).
     """
     return float((1 - (1 - r) ** L).sum())
+
+
+# ---- 6. Guidance: what is given, said louder -------------------------------------------------------------------------
+
+
+def predict(model, x, rows, given, cfg):
+    """Logits (N, V) at flat positions rows (N,) of x (b, L), guided away from the same input with `given` (b, L) masked.
+
+    u + (1 + w)(c - u) is unsupervised classifier-free guidance (SMDM, arXiv 2410.18514), both inputs in one doubled batch.
+    """
+    if cfg == 0:
+        return model.head(model.hidden(x, rows)).float()
+    both = torch.cat([x, x.masked_fill(given, model.mask_id)])  # (2b, L)
+    c, u = model.head(model.hidden(both, torch.cat([rows, rows + x.numel()]))).float().chunk(2)  # (N, V) each
+    return u + (1 + cfg) * (c - u)

@@ -1,168 +1,231 @@
 """Judging: how many nats a model needs for text that it has not seen.
 
-    python evaluate.py --ckpt=out/pydocs --data=data/pydocs
+    python evaluate.py --ckpt=out/pydocs --data=data/pydocs                       one text
+    python evaluate.py --ckpt=out/pydocs --precision=0.002 --draws=256            until the estimate is as sharp as that
+    python evaluate.py --ckpt=JingyangOu/radd-t-dce --zeroshot=all                 zero-shot perplexity on RADD's five sets
 
-For a masked diffusion model the number is the bound of diffusion.py, estimated with stratified draws of the corruption;
-for a causal network it is the exact negative log-likelihood. The interval says how far it would move with other draws
-and with other text of the same kind: sequences are the unit, since tokens of one sequence share a draw.
+For a masked diffusion model the number is a bound, estimated by one of likelihood.py's estimators; for a causal network it
+is the exact negative log-likelihood. Two errors are printed, and they are of two questions. The draws: how far would the
+estimate for this text move with other draws? More draws make it smaller, and it is what --precision is about. The text: how
+far would it move with other text of the same kind? Sequences are the unit, since tokens of one sequence share a draw.
 """
 
-import contextlib
+import hashlib
+import json
 import math
 import sys
+from pathlib import Path
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 import checkpoint
 import config as settings
 import diffusion
-from config import choose, require
+import harness
+import likelihood
+from config import UserError, choose, require
 from data import loader
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # whatever checkpoint.load takes
     "data": "data/pydocs",  # a prepared folder
     "split": "val",  # the part of the folder that is judged
-    "estimator": "any_order",  # any_order | lambda_dce | t_dce | t_dse; a causal network is always judged exactly
-    "draws": 16,  # draws of the corruption for each sequence, stratified
+    "zeroshot": "",  # in place of data: all, or a list such as lambada,ptb (python -m data.zeroshot.prepare makes them)
+    "out": "out/zeroshot.jsonl",  # where a zero-shot table keeps the sets that are done, to go on from there
+    "estimator": "any_order",  # any_order | lambda_dce | t_dce | t_dse | chain | orders | left_to_right | right_to_left
+    "draws": 16,  # of the corruption, or of an order, for each sequence; the most of them where precision is given
+    "strata": 4,  # draws that are stratified together (1: independent ones); for `orders` the K orders of one bound
+    "precision": 0.0,  # draw until the estimate is within +- this many nats per token, with 95% confidence; 0: all draws
     "sequences": 0,  # how many blocks, evenly spaced over the split; 0: all
     "block_size": 0,  # tokens in a block; 0: the model's block_size
+    "protocol": "whole",  # whole (the last, shorter block counts too) | radd (it is left out, as RADD's code does)
     "batch_size": 32,  # rows in one network call
     "ema": True,  # use the averaged weights where the checkpoint has them
 }
 
-
-@torch.no_grad()
-def sequence_nats(
-    model,
-    blocks,
-    estimator="any_order",
-    draws=16,
-    schedule="loglinear",
-    seed=0,
-    batch_size=32,
-    autocast=contextlib.nullcontext,
-    progress=False,
-    places=None,
-):
-    """Nats of each block, the mean over its draws: blocks, a list of S int64 arrays -> (S,) float64.
-
-    A block's number is a pure function of (seed, its place: `places` (S,), or that in the list).
-    estimator "ar": exact, one call a row.
-    """
-    device = next(model.parameters()).device
-    draws = 1 if estimator == "ar" else draws
-    places = torch.arange(len(blocks)) if places is None else torch.as_tensor(places)  # (S,)
-    nats = torch.zeros(len(blocks), draws, dtype=torch.float64)
-    with tqdm(total=len(blocks) * draws, disable=not progress, desc="evaluating", unit="row", leave=False) as bar:
-        for item in chunks([len(block) for block in blocks], draws, batch_size):
-            x0 = torch.from_numpy(np.stack([blocks[i // draws] for i in item]))  # (b, L)
-            item = torch.from_numpy(item)  # (b,)
-            number = places[item // draws] * draws + item % draws  # (b,)
-            with autocast():
-                if estimator == "ar":
-                    _, found = diffusion.ar_nll(model, x0.to(device))  # (b,)
-                else:
-                    mask, weight = mask_of_draw(estimator, seed, number, draws, x0.shape[1], schedule)
-                    rows = diffusion.hidden_rows(mask).to(device)
-                    arguments = (x0.to(device), mask.to(device), weight.float().to(device), rows)
-                    _, found = diffusion.nelbo(model, *arguments, normalised=estimator != "t_dse")  # (b,)
-            nats.view(-1)[item] = found.double().cpu()
-            bar.update(len(item))
-    return nats.mean(1)
+ZERO_SHOT = ["lambada", "wikitext2", "ptb", "wikitext103", "lm1b"]
 
 
-def chunks(lengths, draws, batch_size):
-    """Numbers i of (block i // draws, draw i % draws), in arrays of at most batch_size with blocks of one length."""
-    lengths = np.repeat(lengths, draws)
-    for length in np.unique(lengths):
-        items = np.flatnonzero(lengths == length)
-        yield from np.split(items, range(batch_size, len(items), batch_size))
+# ---- One text --------------------------------------------------------------------------------------------------------
 
 
-def mask_of_draw(estimator, seed, item, draws, L, schedule):
-    """draw_mask for item = sequence * draws + draw, stratified over the draws of each sequence: (b, L), (b,)."""
-    draw = item % draws  # (b,)
-    jitter = diffusion.uniforms(seed, 1, item - draw + draw // 2, 1).squeeze(1)  # (b,) one for both of a pair
-    u = diffusion.stratified(jitter, draw, draws)  # (b,)
-    return diffusion.draw_mask(estimator, u, diffusion.uniforms(seed, 0, item, L), diffusion.SCHEDULES[schedule])
-
-
-def mean_and_error(nats, lengths):
-    """Nats per token and its standard error, clustered by sequence: nats, lengths (S,) -> two floats.
-
-    The ratio estimator sum(nats) / sum(lengths) and the usual linearisation of its error; infinite for one sequence.
-    """
-    nats, lengths = np.asarray(nats, float), np.asarray(lengths, float)
-    mean = nats.sum() / lengths.sum()
-    S = len(nats)
-    residual = nats - mean * lengths  # (S,)
-    error = math.sqrt((residual**2).sum() * S / (S - 1)) / lengths.sum() if S > 1 else math.inf
-    return float(mean), error
-
-
-def spread(blocks, n):
-    """n of the blocks, evenly spaced; all of them for n = 0."""
-    if not n or n >= len(blocks):
-        return blocks
-    return [blocks[i * len(blocks) // n] for i in range(n)]
-
-
-def report(nats, lengths, bytes_per_token):
-    """The result as a dict and as text; 95% intervals are mean +- 1.96 standard errors."""
-    mean, error = mean_and_error(nats, lengths)
-    half = 1.96 * error
-    result = {"nats_per_token": mean, "standard_error": error, "interval": [mean - half, mean + half]}
-    result |= {"perplexity": math.exp(mean) if mean < 700 else math.inf, "bits_per_token": mean / math.log(2)}
-    result |= {"bits_per_byte": mean / math.log(2) / bytes_per_token, "tokens": int(sum(lengths)), "sequences": len(nats)}
-    bit = math.log(2)
-    text = (
-        f"{mean:.4f} +- {half:.4f} nats per token (95% interval) = {mean / bit:.4f} +- {half / bit:.4f} bits per token"
-        f" = {result['bits_per_byte']:.4f} +- {half / bit / bytes_per_token:.4f} bits per byte; "
-        f"perplexity {result['perplexity']:.2f}"
-    )
-    return result, text
-
-
-def main(config):
-    """Evaluates config["ckpt"] on config["data"], prints the protocol and the result; returns the result as a dict."""
-    choose("estimator", config["estimator"], [name for name in diffusion.OBJECTIVES if name != "ar"])
+def check(config):
+    """Raises UserError for settings that no evaluation has."""
+    choose("estimator", config["estimator"], [name for name in likelihood.ESTIMATORS if name != "ar"])
     choose("schedule", config["schedule"], diffusion.SCHEDULES)
-    settings.at_least(1, config, "draws", "batch_size")
-    settings.at_least(0, config, "sequences", "block_size")
-    device, autocast = settings.machine(config)
-    model, _, trained = checkpoint.load(config["ckpt"], device, ema=config["ema"])
-    tokens = loader.Tokens(config["data"], config["split"])
+    choose("protocol", config["protocol"], ["whole", "radd"])
+    settings.at_least(1, config, "draws", "strata", "batch_size")
+    settings.at_least(0, config, "sequences", "block_size", "precision")
+
+
+def open_text(config, folder, split, model, trained):
+    """(tokens, first positions of the blocks, L) of a prepared folder; UserError where it does not fit the model."""
+    tokens = loader.Tokens(folder, split)
     L = config["block_size"] or model.block_size
     require(model.block_size >= L, f"block_size must be at most the model's {model.block_size}, not {L}")
     fits = tokens.vocab_size == model.vocab_size
-    require(fits, f"{config['data']} has a vocabulary of {tokens.vocab_size}, {config['ckpt']} one of {model.vocab_size}")
-
+    require(fits, f"{folder} has a vocabulary of {tokens.vocab_size}, {config['ckpt']} one of {model.vocab_size}")
     known = trained["tokenizer"]
-    require(
-        not known or known["kind"] != "char" or known == tokens.meta["tokenizer"],
-        f"{config['data']} has another alphabet than {config['ckpt']}",
-    )
-    blocks = spread(list(loader.in_order(tokens, L)), config["sequences"])
-    estimator = "ar" if trained["causal"] else config["estimator"]
-    keys = ("draws", "schedule", "seed", "batch_size")
-    nats = sequence_nats(model, blocks, estimator, autocast=autocast, progress=True, **{key: config[key] for key in keys})
+    same = not known or known["kind"] != "char" or known == tokens.meta["tokenizer"]
+    require(same, f"{folder} has another alphabet than {config['ckpt']}")
+    end = len(tokens) if config["protocol"] == "whole" else len(tokens) // L * L
+    require(end, f"{folder} {split} has {len(tokens)} tokens, no whole block of {L}; try --protocol=whole")
+    return tokens, likelihood.spread(range(0, end, L), config["sequences"]), L
 
-    split = tokens.meta["splits"][config["split"]]
-    result, text = report(nats, [len(block) for block in blocks], split["bytes"] / split["tokens"])
-    result |= {"estimator": estimator, "draws": config["draws"], "block_size": L, "data": str(config["data"])}
-    how = "exact" if estimator == "ar" else f"upper bound by {estimator}, {config['draws']} stratified draws a sequence"
-    with autocast():
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+def judge(config, model, trained, folder, split, autocast):
+    """Judges one split of a prepared folder: prints what was done and what came out; returns the result, a dict."""
+    tokens, starts, L = open_text(config, folder, split, model, trained)
+    blocks = [tokens[start : start + L] for start in starts]
+    estimator = "ar" if trained["causal"] else config["estimator"]
+    keys = ("draws", "strata", "precision", "schedule", "seed", "batch_size")
+    how = {key: config[key] for key in keys}
+    nats, info = likelihood.estimate(model, blocks, estimator, **how, autocast=autocast, progress=True)
+
+    counts = tokens.meta["splits"][split]
+    result, text = likelihood.report(nats, [len(block) for block in blocks], counts["bytes"] / counts["tokens"])
+    result |= info | {"estimator": estimator, "block_size": L, "data": str(folder)}
     print(
-        f"{config['data']} {config['split']}: {result['tokens']} of {split['tokens']} tokens, {split['documents']} "
-        f"documents, {len(blocks)} blocks of {L}; {how}; {str(dtype).removeprefix('torch.')}, "
+        f"{folder} {split}: {result['tokens']} of {counts['tokens']} tokens, {counts['documents']} documents, "
+        f"{len(blocks)} blocks of {L}{', the rest left out' * (config['protocol'] == 'radd')}; "
+        f"{method(estimator, result, config['strata'])}; {dtype(autocast, model)}, "
         f"{'averaged' if config['ema'] and trained.get('ema') else 'raw'} weights, seed {config['seed']}"
     )
+    if "protocol" in tokens.meta:
+        print(f"text: {tokens.meta['protocol']}")
     print(text + (" (a token is a character)" if tokens.meta["tokenizer"]["kind"] == "char" else ""))
-    counted = loader.ngram_nats(config["data"]) if {"train", "val"} <= tokens.meta["splits"].keys() else {}
+    print(certainty(result, config["precision"], config["draws"], config["strata"]))
+    return result
+
+
+def method(estimator, result, strata):
+    """How a number came about, in words."""
+    if estimator == "ar":
+        return "exact"
+    if estimator in likelihood.ORDERS:
+        return f"exact along the order {estimator}"
+    return f"upper bound by {estimator}, {result['draws']} draws a sequence in sets of {strata}"
+
+
+def dtype(autocast, model):
+    device = next(model.parameters()).device.type
+    with autocast():
+        used = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    return str(used).removeprefix("torch.")
+
+
+def certainty(result, precision, most, strata):
+    """The error of the draws, what it cost, and, where it is wider than asked for, how many draws would do."""
+    error, half, draws = result["draw_error"], result["draw_half"], result["draws"]
+    cost = f"{result['rows']:,} rows of the network in {result['calls']:,} calls, {result['seconds']:.1f} s"
+    if error == 0:
+        return f"no draws: for this text the number has no error; {cost}"
+    if not math.isfinite(half):
+        return f"one set of {draws} draws does not show their error: give --draws={2 * strata} or more; {cost}"
+    text = f"the draws alone, on this text: standard error {error:.4f}, +- {half:.4f} nats per token (95%); {cost}"
+    if half < precision:
+        return f"{text}; within +- {precision} after {draws} draws a sequence, {most} being allowed"
+    if precision:
+        need = math.ceil(draws * (half / precision) ** 2 / strata) * strata
+        return f"{text}; not within +- {precision}: about {need} draws a sequence would be (--draws={need})"
+    return text
+
+
+# ---- Zero-shot perplexity: a table over many texts, one after the other ----------------------------------------------
+
+
+def zero_shot(config, model, trained, autocast):
+    """Judges the sets of config["zeroshot"], leaves out those that `out` has already, prints a table; returns its rows."""
+    names = ZERO_SHOT if config["zeroshot"] == "all" else config["zeroshot"].split(",")
+    for name in names:
+        choose("zeroshot", name, ZERO_SHOT)
+        folder = Path("data/zeroshot", name)
+        made = f"prepare it with: python -m data.zeroshot.prepare --set={name}"
+        require((folder / "meta.json").is_file(), f"no prepared data in {folder}; {made}")
+        open_text(config, folder, "test", model, trained)  # says what does not fit before anything is judged
+    keep(config["out"], finished(config["out"]))  # so that a file that cannot be read or written costs no time
+    weights, rows = digest(model), []
+    for name in names:
+        folder = Path("data/zeroshot", name)
+        identity = identify(config, folder, weights, dtype(autocast, model))
+        result = finished(config["out"]).get(identity)
+        if result:
+            print(f"{folder}: already in {config['out']}")
+        else:
+            result = judge(config, model, trained, folder, "test", autocast)
+            keep(config["out"], finished(config["out"]) | {identity: result})
+        rows.append({"set": name} | result)
+    print(table(rows))
+    return rows
+
+
+def digest(model):
+    """A short hash of the network and all its weights: a checkpoint may change under its name."""
+    hashed = hashlib.blake2b(repr(sorted(model.config.items())).encode(), digest_size=8)
+    for name, w in sorted(model.state_dict().items()):
+        hashed.update(name.encode())
+        hashed.update(w.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return hashed.hexdigest()
+
+
+def identify(config, folder, weights, precision_of_products):
+    """All that a result depends on, as one line of JSON."""
+    keys = ["estimator", "draws", "strata", "precision", "schedule", "seed", "sequences", "block_size", "protocol"]
+    facts = {key: config[key] for key in keys} | {"dtype": precision_of_products, "weights": weights}
+    return json.dumps({"folder": str(folder), "text": loader.read_meta(folder)} | facts, sort_keys=True)
+
+
+def finished(path):
+    """{identity: result} of the file `path`, a line each; empty where there is none. UserError for another kind of file."""
+    results = {}
+    try:
+        text = Path(path).read_text(encoding="utf8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', 'it is no text')}") from None
+    for i, line in enumerate(text.splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            results[json.dumps(entry["identity"], sort_keys=True)] = entry["result"] | {}
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{path} line {i} is no result of a zero-shot table; give another --out=FILE") from None
+    return results
+
+
+def keep(path, results):
+    """Writes the results to the file, which is whole at any time."""
+    with settings.whole_file(path) as temporary, open(temporary, "w", encoding="utf8") as file:
+        for identity, result in results.items():
+            file.write(json.dumps({"identity": json.loads(identity), "result": result}) + "\n")
+
+
+def table(rows):
+    """The perplexities as text. +- is half a 95% interval: of the draws, for this text; and of draws and text."""
+    lines = [f"{'set':12} {'tokens':>9} {'nats/token':>10} {'perplexity':>10} {'+- draws':>9} {'+- text':>9}  estimator"]
+    for row in rows:
+        ppl, mean = row["perplexity"], row["nats_per_token"]
+        draws, text = (ppl * math.expm1(half) for half in (row["draw_half"], row["interval"][1] - mean))
+        how = f"{row['estimator']}, {row['draws']} draws" if row["draw_error"] else row["estimator"]
+        lines.append(f"{row['set']:12} {row['tokens']:9,} {mean:10.4f} {ppl:10.2f} {draws:9.2f} {text:9.2f}  {how}")
+    return "\n".join(lines)
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+def main(config):
+    """Evaluates config["ckpt"] on config["data"], or on the zero-shot sets; returns the result, or a list of them."""
+    check(config)
+    device, autocast = settings.machine(config)
+    model, text, trained = checkpoint.load(config["ckpt"], device, ema=config["ema"])
+    if config["lm_eval"]:
+        return harness.main(config, model, text, trained, autocast)
+    if config["zeroshot"]:
+        return zero_shot(config, model, trained, autocast)
+    result = judge(config, model, trained, config["data"], config["split"], autocast)
+    splits = loader.read_meta(config["data"])["splits"]
+    counted = loader.ngram_nats(config["data"]) if {"train", "val"} <= splits.keys() else {}
     if counted:
         rest = ", ".join(f"{name} {value:.4f}" for name, value in counted.items())
         print(f"counting alone, for comparison (Witten-Bell n-grams of the training text): {rest} nats per token")
@@ -170,4 +233,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, diffusion, sys.modules[__name__])
+    settings.run(main, settings, diffusion, harness, sys.modules[__name__])

@@ -127,9 +127,14 @@ class Block(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, L so far, d) each
-        y = attend(q, k, v, self.causal).transpose(1, 2).reshape(B, L, D)  # (B, L, D)
-        if rows is not None:  # every position was read above; from here on a row depends on itself alone
-            h, y = h.flatten(0, 1)[rows], y.flatten(0, 1)[rows]  # (N, D) each
+        if rows is not None and len(rows) <= 2 * B and not self.causal:  # few are wanted: each asks its own sequence, alone
+            q = q.transpose(1, 2).flatten(0, 1)[rows].unsqueeze(2)  # (N, H, 1, d)
+            y = attend(q, k[rows // L], v[rows // L], False).flatten(1)  # (N, D)
+            h = h.flatten(0, 1)[rows]  # (N, D)
+        else:
+            y = attend(q, k, v, self.causal).transpose(1, 2).reshape(B, L, D)  # (B, L, D)
+            if rows is not None:  # every position was read above; from here on a row depends on itself alone
+                h, y = h.flatten(0, 1)[rows], y.flatten(0, 1)[rows]  # (N, D) each
         h = h + self.drop(self.proj(y))
         return h + self.drop(self.mlp(self.norm2(h)))
 
@@ -159,26 +164,32 @@ class Transformer(nn.Module):
         self.config = config
         self.block_size, self.vocab_size, self.mask_id = config["block_size"], V, V
         self.start_id = V if config["start_id"] < 0 else config["start_id"]
-        self.embed = nn.Embedding(V + 1, D)
+        self.embed = nn.Embedding.from_pretrained(torch.empty(V + 1, D), freeze=False)  # drawn below, with all others
         self.blocks = nn.ModuleList(Block(config) for _ in range(config["n_layer"]))
         self.norm = make_norm(config)
         self.unembed = nn.Linear(D, V + config["unused_rows"], bias=config["bias"])
-        cos, sin = rotary_tables(config)  # (block_size, d/2) each
+        cos, sin = (table.to(self.embed.weight.device) for table in rotary_tables(config))  # (block_size, d/2) each
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self.init_weights()
+        if not self.embed.weight.is_meta:  # on the meta device there is nothing to draw, and trying costs a second
+            with torch.no_grad():
+                for name, value in self.initial_weights():
+                    self.get_parameter(name).copy_(value)
 
-    def init_weights(self):
-        """SMDM's initialisation (arXiv 2410.18514): N(0, 2/(5 D)), output projections N(0, 1/(D n_layer^2))."""
+    def initial_weights(self):
+        """Yields (name, value). SMDM's (arXiv 2410.18514): N(0, 2/(5 D)), output projections N(0, 1/(D n_layer^2)).
+
+        One tensor at a time, drawn whole: a network that is spread over processes starts with the same numbers.
+        """
         config, D = self.config, self.config["n_embd"]
         for name, parameter in self.named_parameters():
             out = name.endswith(("proj.weight", "down.weight"))
             if parameter.dim() == 2:
                 zero = (config["zero_init"] == "all" and out) or (config["zero_init"] != "none" and name == "unembed.weight")
                 std = 1 / (math.sqrt(D) * config["n_layer"]) if out else math.sqrt(2 / (5 * D))
-                nn.init.normal_(parameter, std=0.0 if zero else std)
+                yield name, torch.empty(parameter.shape).normal_(std=0.0 if zero else std)
             else:
-                nn.init.ones_(parameter) if "norm" in name and name.endswith("weight") else nn.init.zeros_(parameter)
+                yield name, torch.full(parameter.shape, float("norm" in name and name.endswith("weight")))
 
     def hidden(self, x, rows=None, cache=None):
         """The last layer, normed: x (B, L) -> (B, L, D); with rows (N,), flat indices into B*L, only those: (N, D).
@@ -298,10 +309,10 @@ class HeadLoss(torch.autograd.Function):
 
 
 def rotary_tables(config):
-    """cos, sin (block_size, d/2): angles position * 10000^(-2i/d)."""
+    """cos, sin (block_size, d/2), on the CPU: angles position * 10000^(-2i/d)."""
     d = config["n_embd"] // config["n_head"]
-    frequency = 1.0 / 10000 ** (torch.arange(0, d, 2).float() / d)  # (d/2,)
-    angle = torch.outer(torch.arange(config["block_size"]).float(), frequency)  # (block_size, d/2)
+    frequency = 1.0 / 10000 ** (torch.arange(0, d, 2, device="cpu").float() / d)  # (d/2,)
+    angle = torch.outer(torch.arange(config["block_size"], device="cpu").float(), frequency)  # (block_size, d/2)
     dtype = torch.bfloat16 if config["rotary_bf16"] else torch.float32
     return angle.cos().to(dtype).float(), angle.sin().to(dtype).float()
 

@@ -2,6 +2,7 @@
 
     python sample.py --ckpt=out/pydocs                                     free samples
     python sample.py --ckpt=out/pydocs --prompt="The list "                 a beginning (--suffix= an end)
+    python sample.py --ckpt=out/pairs --prompt="Who was it?" --cfg=0.8      an answer, guided towards its prompt
     python sample.py --ckpt=out/pydocs --template="The ___12 of a list is ___20."   gaps of 12 and 20 tokens
 
 The fast loop rests on one fact: the step at which ancestral and Euler sampling reveal a position does not depend on the
@@ -24,6 +25,7 @@ import config as settings
 import diffusion
 from config import choose, require
 from data.tokenizer import from_meta
+from diffusion import predict
 from model import Cache
 
 DEFAULTS = {
@@ -37,7 +39,7 @@ DEFAULTS = {
     "prompt": "",  # the beginning of each sample
     "suffix": "",  # the end of each sample
     "template": "",  # text with gaps: ___12 is a gap of 12 tokens
-    "length": 0,  # tokens in a sample, prompt and suffix included; 0: block_size
+    "length": 0,  # tokens in a sample, prompt and suffix included; 0: block_size, or the width of the rows learnt from
     "num_samples": 4,  # how many times the request is filled
     "batch_size": 16,  # sequences in one network call
     "compile": False,  # compile the network: pays for many or long samples
@@ -76,18 +78,6 @@ def keep_likely(p, top_k, top_p):
         out = value.cumsum(-1) - value >= top_p  # (N, V) the mass before it is enough
         p = p.masked_fill(torch.zeros_like(out).scatter(-1, order, out), 0.0)
     return p
-
-
-def predict(model, x, rows, given, cfg):
-    """Logits (N, V) at flat positions rows (N,) of x (b, L), guided away from the same input with `given` (b, L) masked.
-
-    u + (1 + w)(c - u) is unsupervised classifier-free guidance (SMDM, arXiv 2410.18514), both inputs in one doubled batch.
-    """
-    if cfg == 0:
-        return model.head(model.hidden(x, rows)).float()
-    both = torch.cat([x, x.masked_fill(given, model.mask_id)])  # (2b, L)
-    c, u = model.head(model.hidden(both, torch.cat([rows, rows + x.numel()]))).float().chunk(2)  # (N, V) each
-    return u + (1 + cfg) * (c - u)
 
 
 # ---- The order: what each network call reveals -----------------------------------------------------------------------
@@ -283,6 +273,14 @@ def request(tokenizer, mask_id, block_size, prompt="", suffix="", template="", l
     return head + [mask_id] * wanted + tail
 
 
+def text_of(tokenizer, ids, begin=0, end=-1):
+    """The text of a sample. For a model of rows, which knows an `end` mark: up to the first one from place `begin` on."""
+    if end < 0:
+        return tokenizer.decode(ids)
+    stop = ids.index(end, begin) if end in ids[begin:] else len(ids)
+    return tokenizer.decode([i for i in ids[:stop] if i != tokenizer.bos])
+
+
 def check(config, causal):
     """Raises UserError for settings that no sampler has."""
     choose("sampler", config["sampler"], SAMPLERS)
@@ -308,6 +306,8 @@ def main(config):
         model.hidden = torch.compile(model.hidden)
 
     wish = {key: config[key] for key in ("prompt", "suffix", "template", "length")}
+    if not (wish["length"] or wish["template"]):
+        wish["length"] = trained.get("row_width", 0)  # a model of rows fills one
     ids = request(tokenizer, model.mask_id, model.block_size, **wish, start_id=model.start_id)
     x = torch.tensor([ids] * config["num_samples"], device=device)  # (N, L)
     keys = ["temperature", "top_k", "top_p", "seed", "batch_size"]
@@ -315,8 +315,10 @@ def main(config):
     fill = sample_ar if trained["causal"] else sample
     tokens, info = fill(model, x, autocast=autocast, progress=True, **{key: config[key] for key in keys})
 
-    nfe = info["nfe"].tolist()
-    records = [{"text": tokenizer.decode(row), "tokens": row, "nfe": n} for row, n in zip(tokens.tolist(), nfe, strict=True)]
+    nfe, begin = info["nfe"].tolist(), ids.index(model.mask_id)
+    end = -1 if config["suffix"] or config["template"] else trained.get("row_end", -1)  # what follows a gap is not cut off
+    texts = [text_of(tokenizer, row, begin, end) for row in tokens.tolist()]
+    records = [{"text": text, "tokens": row, "nfe": n} for text, row, n in zip(texts, tokens.tolist(), nfe, strict=True)]
     for i, record in enumerate(records):
         print(f"---- sample {i + 1}: {record['nfe']} network calls\n{record['text']}")
     speed = tokens.numel() / info["seconds"]

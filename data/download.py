@@ -1,4 +1,8 @@
-"""Files from the network: resumed, checked, and at their own path only when whole."""
+"""Files from the network: resumed, checked, and at their own path only when whole.
+
+What a server says is not believed beyond reason: a size must fit the disk and what was expected, a hash must be right, a
+name must stay in its folder, and no symbolic link is written through.
+"""
 
 import contextlib
 import email.utils
@@ -7,6 +11,7 @@ import hashlib
 import os
 import re
 import shutil
+import threading
 import time
 from pathlib import Path
 from urllib.parse import quote
@@ -28,30 +33,32 @@ class TryAgain(Exception):
         self.wait = wait
 
 
-def fetch(url, path, sha256=None, size=None, headers=None, first_wait=1.0):
+def fetch(url, path, sha256=None, size=None, headers=None, first_wait=1.0, stop=None):
     """Downloads `url` to `path`, unless the right file is there already; returns the path.
 
     The size and hash are checked that the caller gives, or else the server states as the Hub does. Goes on where a
     dropped connection stopped; where there is a hash to check the result by, also where an interrupted run did. After
     drops, 429 and 5xx it waits (first_wait seconds, then twice that, ..., or what Retry-After says) and tries again.
-    Raises UserError for a refusal, a wrong length or hash, and when it gives up.
+    Raises UserError for a refusal, a wrong length or hash, when it gives up, and soon after another thread sets `stop` (a
+    threading.Event).
     """
-    path = Path(path)
+    path, stop = Path(path), stop or threading.Event()
     part = path.with_name(path.name + ".part")
     wanted = {"hash": sha256, "size": size}  # completed by what the server states
-    if right(path, **wanted):
-        return path
     try:
+        if right(path, **wanted):
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
+        require(not part.is_symlink(), f"{part} is a symbolic link: it is not written through")
         with open(part, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # of several processes that want the file, one downloads
             if right(path, **wanted):
                 return path
             old = file.seek(0, os.SEEK_END)  # bytes that an interrupted run left
-            download(url, file, wanted, headers or {}, first_wait)
+            download(url, file, wanted, headers or {}, first_wait, stop)
             if old and not (wanted["hash"] and right(part, **wanted)):  # nothing but a hash can tell that they belong here
                 file.truncate(0)
-                download(url, file, wanted, headers or {}, first_wait)
+                download(url, file, wanted, headers or {}, first_wait, stop)
             if not right(part, **wanted):
                 file.truncate(0)
                 raise UserError(f"{url} is not the expected file: its length or hash is wrong")
@@ -81,14 +88,15 @@ def right(path, hash, size):
     return digest.hexdigest() == hash
 
 
-def download(url, file, wanted, headers, first_wait):
+def download(url, file, wanted, headers, first_wait, stop):
     """Requests `url` until `file` has all of it."""
     headers = {"Accept-Encoding": "identity", **headers}
     failures, most = 0, 0
-    with tqdm(desc=Path(file.name).stem, unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(desc=Path(file.name).stem, unit="B", unit_scale=True, disable=None, leave=None) as bar:
         while True:
+            require(not stop.is_set(), f"stopped before all of {url} was there")
             try:
-                request(url, file, wanted, headers, bar)
+                request(url, file, wanted, headers, bar, stop)
                 return file.flush()
             except requests.exceptions.SSLError:
                 raise
@@ -99,10 +107,10 @@ def download(url, file, wanted, headers, first_wait):
             failures = 1 if file.tell() > most else failures + 1
             most = max(most, file.tell())
             require(failures < TRIES, f"cannot fetch {url}: {problem}, {TRIES} times in a row")
-            time.sleep(max(problem.wait, first_wait * 2 ** (failures - 1)))
+            stop.wait(max(problem.wait, first_wait * 2 ** (failures - 1)))
 
 
-def request(url, file, wanted, headers, bar):
+def request(url, file, wanted, headers, bar, stop):
     """One request for what `file` lacks; leaves in `headers` what the next one has to say to go on from there."""
     have = file.seek(0, os.SEEK_END)
     headers.update({"Range": f"bytes={have}-"} if have else {})
@@ -123,12 +131,18 @@ def request(url, file, wanted, headers, bar):
         require(fits, f"{url} has {total} bytes, not the {wanted['size']} expected")
         free = shutil.disk_usage(Path(file.name).parent).free
         require((total or 0) - begins <= free, f"no space for the {total} bytes of {url}, only {free}")
+        packed = response.headers.get("Content-Encoding", "identity")
+        require(packed == "identity", f"{url} comes packed ({packed[:20]}), which was not asked for")
         version = response.headers.get("ETag", "W/")
         headers.update({} if version.startswith("W/") else {"If-Range": version})
         bar.total, bar.n = total, begins
+        most = total if wanted["size"] is None else wanted["size"]
         for chunk in response.iter_content(2**16):
             file.write(chunk)
             bar.update(len(chunk))
+            require(most is None or file.tell() <= most, f"{url} goes on beyond its {most} bytes")
+            if stop.is_set():
+                raise TryAgain("told to stop")
         if total is not None and file.tell() < total:
             raise TryAgain("the connection drops")
 
@@ -144,7 +158,7 @@ def refuse(url, response):
 
 def retry_after(text):
     """The seconds that a Retry-After header (a number, or a date) asks for, within 0..LONGEST_WAIT."""
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
         wait = float(text) if text.isdigit() else email.utils.parsedate_to_datetime(text).timestamp() - time.time()
         return min(max(wait, 0.0), LONGEST_WAIT)
     return 0.0
@@ -152,12 +166,16 @@ def retry_after(text):
 
 def extent(response):
     """(first byte, length of the whole file or None) of what a response holds."""
-    length = response.headers.get("Content-Length", "")
     if response.status_code == 200:
-        return 0, int(length) if length.isdigit() else None
+        return 0, number(response.headers.get("Content-Length"))
     match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)", response.headers.get("Content-Range", ""))
     first, total = match.groups() if match else (None, None)
-    return int(first) if first else None, int(total) if total else None
+    return number(first), number(total)
+
+
+def number(text):
+    """The number that a header gives, or None where it gives none; also for more digits than any size has."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text or "") else None
 
 
 def stated(response):
@@ -165,14 +183,14 @@ def stated(response):
     hops = (hop.headers for hop in [*response.history, response])
     told = next((headers for headers in hops if "X-Linked-Etag" in headers), {})  # the first is the Hub, a later one may not
     hash = re.fullmatch(r'"?([0-9a-f]{64}|[0-9a-f]{40})"?', told.get("X-Linked-Etag", ""))
-    size = told.get("X-Linked-Size", "")
-    return {"hash": hash and hash[1], "size": int(size) if size.isdecimal() else None}
+    return {"hash": hash and hash[1], "size": number(told.get("X-Linked-Size"))}
 
 
-def hub_file(repo, filename):
-    """A file of a Hugging Face repository ("owner/name", "datasets/owner/name"), downloaded once -> path in the cache.
+def hub_file(repo, filename, folder=None, stop=None):
+    """A file of a Hugging Face repository ("owner/name", "datasets/owner/name"), downloaded once -> its path.
 
-    The token of HF_TOKEN goes to the Hub alone: requests drops it on the way to another host (a test sees to it).
+    It comes to `folder`, without one to the cache. The token of HF_TOKEN goes to the Hub alone: requests drops it on the way
+    to another host (a test sees to it).
     """
     parts = filename.split("/")
     safe = all(re.fullmatch(r"[\w.+=-][\w .+=-]*", part) and part not in (".", "..") for part in [*repo.split("/"), *parts])
@@ -180,8 +198,11 @@ def hub_file(repo, filename):
     require(safe and shape, f"'{repo}' and '{filename}' do not name a file of a Hub repository")
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     cache = Path(os.environ.get("NANOMDM_CACHE", Path.home() / ".cache" / "nanomdm"))
+    folder = Path(folder or cache / repo.replace("/", "--"))
+    inside = (folder / filename).resolve().is_relative_to(folder.resolve())
+    require(inside, f"{folder / filename} leads out of {folder} by a symbolic link")
     token = os.environ.get("HF_TOKEN", "").strip()
     require(re.fullmatch(r"[!-~]*", token), "HF_TOKEN holds characters that no token has")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     url = f"{hub}/{repo}/resolve/main/{quote(filename)}"
-    return fetch(url, cache / repo.replace("/", "--") / filename, headers=headers)
+    return fetch(url, folder / filename, headers=headers, stop=stop)

@@ -1,9 +1,18 @@
-"""Token files as blocks: shuffled for training, in order for evaluation; and what counting n-grams achieves on them."""
+"""Token files as blocks: shuffled for training, in order for evaluation; and what counting n-grams achieves on them.
+
+A prepared folder is one long text, the end or the beginning of each document marked by an id (or a blank line), and a block
+is any run of block_size tokens: it crosses from one document into the next, as RADD's and SMDM's do. Where a block must not,
+the text is laid out for it when it is prepared (writer.py): meta.json then has a "block_size", a document starts at a
+multiple of it, and blocks are those runs that do too. No list of documents is ever held, however long the text.
+"""
 
 import hashlib
 import json
 import math
 import re
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +39,11 @@ def read_meta(folder):
     path = folder / "meta.json"
     require(path.is_file(), f"no prepared data in {folder}; prepare it with: python -m {recipe}")
     try:
-        meta = json.loads(path.read_text(encoding="utf8"))
+        meta = json.loads(path.read_bytes()) if path.stat().st_size < 2**26 else {}  # the largest alphabet takes 2**23
         counts = [split[key] for split in meta["splits"].values() for key in ("tokens", "documents", "bytes")]
-        good = all(type(n) is int and 0 < n < 2**63 for n in [meta["vocab_size"], *counts])
-        good = good and meta["dtype"] == id_type(meta["vocab_size"]).name and isinstance(meta["tokenizer"], dict)
+        good = all(type(n) is int and 0 < n < 2**63 for n in [meta["vocab_size"], meta.get("block_size", 1), *counts])
+        good = good and meta["vocab_size"] < 2**32 and isinstance(meta["tokenizer"], dict)
+        good = good and meta["dtype"] == id_type(meta["vocab_size"]).name
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         good = False
     require(good, f"{path} is damaged; prepare it again with: python -m {recipe}")
@@ -135,10 +145,11 @@ class Blocks:
 
     def __init__(self, tokens, block_size, seed):
         self.tokens, self.block_size, self.seed = tokens, block_size, seed
-        size = len(tokens)
+        size, laid_out = len(tokens), fits(tokens, block_size)
         require(size >= block_size, f"{tokens.folder} holds {size} tokens, less than one block of {block_size}")
-        self.n = max(1, (size - block_size + 1) // block_size)  # windows in an epoch, whatever its offset
-        self.offsets = size - self.n * block_size + 1  # how many there are: every token comes up in some epoch
+        # The windows of an epoch, whatever its offset, and how many offsets: every token comes up in some epoch.
+        self.n = size // block_size if laid_out else max(1, (size - block_size + 1) // block_size)
+        self.offsets = 1 if laid_out else size - self.n * block_size + 1
 
     def starts(self, index):
         """(b,) sample numbers -> (b,) first positions of their windows."""
@@ -156,10 +167,46 @@ class Blocks:
         return self.tokens.windows(self.starts(index), self.block_size)
 
 
-def in_order(tokens, block_size):
-    """Yields the text from its beginning in blocks (block_size,) int64; what is left comes as a last, shorter one."""
-    for start in range(0, len(tokens), block_size):
-        yield tokens[start : start + block_size]
+class in_order(Sequence):
+    """The text from its beginning in blocks (block_size,) int64, each read when asked for; the last one may be shorter."""
+
+    def __init__(self, tokens, block_size):
+        fits(tokens, block_size)
+        self.tokens, self.starts = tokens, range(0, len(tokens), block_size)
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, i):
+        return self.tokens[self.starts[i] : self.starts[i] + self.starts.step]
+
+
+def fits(tokens, block_size):
+    """True where documents are laid out for blocks of this size, False where they follow one another.
+
+    Raises UserError where they are laid out for another size.
+    """
+    wanted = tokens.meta.get("block_size")
+    same = wanted in (None, block_size)
+    require(same, f"{tokens.folder} is laid out in blocks of {wanted}: --block_size must be that, not {block_size}")
+    return wanted is not None
+
+
+def prefetch(items, ahead=2):
+    """Yields the items of an iterable, in their order, while a thread makes up to `ahead` of them beforehand.
+
+    What an item raises is raised here in its turn. Closing this generator, or leaving it by an exception, ends the thread
+    once the item in the making is done.
+    """
+    items, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        pending = deque(thread.submit(next, items, end) for _ in range(ahead))
+        try:
+            while (item := pending.popleft().result()) is not end:
+                pending.append(thread.submit(next, items, end))
+                yield item
+        finally:
+            thread.shutdown(cancel_futures=True)
 
 
 def ngram_nats(folder, limit=2**24):

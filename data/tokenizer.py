@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import UserError, choose, require
+from config import UserError, choose, require, shown
 
 MASK = "█"
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,7 +170,7 @@ def build(kind, texts):
 def from_meta(meta):
     """The tokenizer that wrote `meta`; UserError where the meta is not one."""
     good = isinstance(meta, dict) and all(isinstance(value, str) for value in meta.values())
-    require(good and "kind" in meta, f"a tokenizer's meta must be a dict of texts with a kind, not {str(meta)[:80]!r}")
+    require(good and "kind" in meta, f"a tokenizer's meta must be a dict of texts with a kind, not {shown(meta)}")
     rest = {key: value for key, value in meta.items() if key != "kind"}
     kind = choose("tokenizer", meta["kind"], list(KINDS))
     wanted = ["alphabet"] if kind == "char" else []

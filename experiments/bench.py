@@ -12,10 +12,8 @@ import contextlib
 import copy
 import ctypes
 import json
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -28,15 +26,14 @@ from tqdm import tqdm
 
 import config as settings
 import diffusion
-import evaluate
+import likelihood
 import model as network
 import sample
 from data import loader
+from experiments import results
 
 DEFAULTS = {
-    "quick": False,  # fewer rounds, shorter samples: to see that it runs
-    "rounds": 5,
-    "results": "experiments/results",  # folder for bench.json and bench.md
+    "rounds": 3,  # how often each variant is timed, in turns; quick: 2
 }
 
 SMALL = {"n_layer": 6, "n_head": 4, "n_embd": 256, "block_size": 256, "norm": "rms", "mlp": "relu2", "bias": False}
@@ -314,7 +311,7 @@ def sampling(V, steps, B, rounds, device, quick):
     bf16 = lambda: torch.autocast(device.type, torch.bfloat16)  # noqa: E731
     # On the log-linear schedule every step reveals a position with the same chance 1 / steps, so the first steps cost what
     # any others do: the slow samplers run some of them and are scaled up. Ours, which is over sooner, runs to the end.
-    some, more = (2, 4) if quick else (8, 32)
+    some, more = (2, 4) if quick else (8, 16)
     variants = {}
     for dtype, autocast in (("float32", contextlib.nullcontext), ("bfloat16", bf16)):
         variants[f"textbook {dtype}"] = lambda a=autocast: textbook_sample(model, x, steps, a, some)
@@ -372,7 +369,7 @@ def loading(rounds, device):
 
 
 def judging(V, rounds, device, autocast):
-    """Tokens/s of the bound: sequences x draws x L through evaluate.sequence_nats, and the network calls alone. -> rows"""
+    """Tokens/s of the bound: sequences x draws x L through likelihood.sequence_nats, and the network calls alone. -> rows"""
     model = network.Transformer({**network.DEFAULTS, **SMALL, "vocab_size": V}).to(device).eval()
     L = SMALL["block_size"]
     blocks = list(torch.randint(V, (8, L)).numpy())  # 8 of (L,)
@@ -384,7 +381,7 @@ def judging(V, rounds, device, autocast):
             model(x)
 
     variants = {
-        "bound, 8 sequences x 4 draws": lambda: evaluate.sequence_nats(model, blocks, draws=4, autocast=autocast),
+        "bound, 8 sequences x 4 draws": lambda: likelihood.sequence_nats(model, blocks, draws=4, autocast=autocast),
         "one plain forward of the same 32 rows": calls_alone,
     }
     times = alternate(variants, rounds, device)
@@ -393,40 +390,33 @@ def judging(V, rounds, device, autocast):
 
 # ---- The report ------------------------------------------------------------------------------------------------------
 
-
-def table(title, rows):
-    """One Markdown table; the columns are the keys of the rows."""
-    shown = {"ratio": "{:.2f}x", "spread": "{:.0%}", "mfu": "{:.0%}", "seconds_per_sequence": "{:.3f}"}
-    keys = list(rows[0])
-    lines = [f"**{title}**", "", "| " + " | ".join(key.replace("_", " ") for key in keys) + " |", "|---" * len(keys) + "|"]
-    for row in rows:
-        cells = [value if isinstance(value, str) else shown.get(key, "{:,.0f}").format(value) for key, value in row.items()]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+FORMATS = {"ratio": "{:.2f}x", "spread": "{:.0%}", "mfu": "{:.0%}", "seconds_per_sequence": "{:.3f}"}
 
 
-def about(device):
-    """What was measured on: a dict for the results file."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    cpu = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if "model name" in line] if cpu.exists() else []
-    )
-    name = torch.cuda.get_device_name() if device.type == "cuda" else names[0] if names else platform.processor()
-    threads = torch.get_num_threads()
-    return {"commit": commit.stdout.strip(), "machine": name, "threads": threads, "torch": torch.__version__}
+def draw(axes, ratios):
+    """Bars of every variant's ratio to the textbook: ratios {title: {name: ratio}}, on a logarithmic axis."""
+    at = 0
+    for title, rows in ratios.items():
+        axes.barh(range(at, at - len(rows), -1), list(rows.values()), label=title)
+        for i, (name, ratio) in enumerate(rows.items()):
+            axes.text(ratio, at - i, f" {name}", va="center", fontsize=6)
+        at -= len(rows) + 1
+    axes.set(xscale="log", yticks=[], xlabel="times as fast as the textbook", xlim=(0.7, 1500))
+    axes.legend(fontsize=7, loc="upper right")
 
 
 def main(config):
-    """Runs all comparisons, prints their tables, writes bench.json and bench.md; returns the figures as a flat dict."""
+    """Runs all comparisons, prints their tables, writes bench.json, .md and .png; returns the figures as a flat dict."""
     began = time.time()
     device, autocast = settings.machine(config)
     quick, rounds = config["quick"], 2 if config["quick"] else config["rounds"]
-    texts, figures = [], {}
+    texts, figures, ratios = [], {}, {}
 
     def tell(title, rows):
-        texts.append(table(title, rows))
+        texts.append(results.table(title, rows, FORMATS))
         tqdm.write(texts[-1])
+        if rows[0]["name"].startswith("textbook"):
+            ratios[title] = {row["name"].split(":")[0]: row["ratio"] for row in rows}
         return {row["name"]: row for row in rows}
 
     for kind, V, B in (("char", 110, 16), ("bpe", 50257, 8)):
@@ -451,22 +441,18 @@ def main(config):
         figures[f"sample_{kind}_ratio_same_dtype"] = seconds["textbook float32"] / seconds["ours float32"]
         figures[f"sample_{kind}_vs_cache"] = seconds["RADD's cache float32"] / seconds["ours float32"]
 
-    tell("Against the causal baseline, V = 110, 256 tokens", baseline(110, rounds, device, autocast, quick))
+    tell("Against the causal baseline, V = 110, 256 tokens", baseline(110, min(rounds, 2), device, autocast, quick))
     tell("Data", loading(rounds, device))
     tell("Evaluation, V = 110", judging(110, rounds, device, autocast))
     if not quick:
         wanted = ("textbook: float32, all logits, log_softmax, plain AdamW", "+ compile")
         tell("Training step of RADD-small, batch 1 x 1024", training(50257, 1, 3, device, RADD_SMALL, wanted)[0])
 
-    figures |= about(device) | {"seconds": time.time() - began}
-    folder = Path(config["results"])
-    with settings.whole_file(folder / "bench.json") as path:
-        path.write_text(json.dumps(figures, indent=1) + "\n")
-    with settings.whole_file(folder / "bench.md") as path:
-        path.write_text("Made by `python -m experiments.bench`.\n\n" + "\n".join(texts))
+    figures |= results.about(device) | {"seconds": time.time() - began}
+    results.write(config, "bench", figures, "\n".join(texts), lambda axes: draw(axes, ratios))
     print(json.dumps(figures, indent=1))
     return figures
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, sys.modules[__name__])
+    settings.run(main, settings, results, sys.modules[__name__])

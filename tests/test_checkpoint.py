@@ -22,6 +22,7 @@ import checkpoint
 import config as settings
 import diffusion
 import evaluate
+import harness
 import sample
 from checkpoint import FIXED, load, published, size_config
 from config import UserError, parse
@@ -45,7 +46,7 @@ def run(folder, objective="any_order", averages=True, tokenizer=Char("abcde").me
     average = network(**keys)
     average.embed.weight.data.add_(1)
     config = model.config | {"objective": objective, "out_dir": str(folder), "ema": 0.99}
-    state = {"config": config, "tokenizer": tokenizer, "step": 7, "optimizer": [{"state": {}}]}
+    state = {"config": config, "tokenizer": tokenizer, "step": 7, "optimizer": [{"state": {}, "param_groups": []}]}
     state |= {"model": model.state_dict(), "ema": average.state_dict() if averages else None}
     checkpoint.save(folder / "ckpt.pt", state)
     return folder / "ckpt.pt", model, average
@@ -446,7 +447,7 @@ def test_text_goes_into_a_published_model_as_its_authors_have_it(tmp_path, vocab
     words = [f"--input={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'data'}", f"--tokenizer={vocabulary}", "--workers=1"]
     prepare.main(parse([*words, "--val_fraction=0.4"], prepare, writer))
     words = [ckpt, f"--data={tmp_path / 'data'}", "--sequences=3", "--draws=2"]
-    result = evaluate.main(parse(words, settings, diffusion, evaluate))
+    result = evaluate.main(parse(words, settings, diffusion, harness, evaluate))
     assert abs(result["nats_per_token"] - math.log(V)) < 1, "a network that knows nothing"
 
 
@@ -555,7 +556,7 @@ ABSENT = object()
         ({"causal": 3}, "causal must be True or False, not 3"),
         ({"norm": "wild"}, "unknown norm in"),
         ({"mlp": "wild"}, "unknown mlp in"),
-        ({"mlp": 3}, "mlp must be text, not '3'"),
+        ({"mlp": 3}, "mlp must be text, not 3"),
         ({"tokenizer": 3}, "a tokenizer's meta must be a dict of texts"),
         ({"tokenizer": {"kind": "wild"}}, "unknown tokenizer 'wild'"),
         ({"tokenizer": Char("abcdef").meta()}, "its tokenizer has a vocabulary of 6, its network one of 5"),

@@ -15,6 +15,7 @@ import checkpoint
 import config as settings
 import diffusion
 import evaluate
+import harness
 import model as network
 import sample
 import train
@@ -29,7 +30,7 @@ EVALUATE = ["evaluate", "--ckpt=run", "--data=data"]
 MODULES = {
     "train": (train.main, settings, diffusion, network, train),
     "sample": (sample.main, settings, diffusion, sample),
-    "evaluate": (evaluate.main, settings, diffusion, evaluate),
+    "evaluate": (evaluate.main, settings, diffusion, harness, evaluate),
 }
 
 

@@ -575,7 +575,7 @@ BAD = {
     "not JSON": (["--input=bad.jsonl", "--tokenizer=byte"], "bad.jsonl, line 3: not JSON"),
     "no key": (["--input=key.jsonl.gz"], 'key.jsonl.gz, line 2: no text under the key "text"'),
     "too short to split": (["--input=short.txt"], "none of the 1 documents is in the val split"),
-    "fraction": (["--input=short.txt", "--val_fraction=2"], "val_fraction must be in 0..1"),
+    "fraction": (["--input=short.txt", "--val_fraction=2"], "val_fraction must be from 0 to 1"),
     "tokenizer": (["--input=short.txt", "--tokenizer=chra"], "unknown tokenizer 'chra'; did you mean 'char'?"),
     "key": (["--input=short.txt", "--tokeniser=char"], "unknown key --tokeniser; did you mean 'tokenizer'?"),
     "no vocabulary": (["--input=short.txt", "--tokenizer=gpt2"], "set TIKTOKEN_CACHE_DIR"),

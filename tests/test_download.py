@@ -2,6 +2,7 @@
 
 import contextlib
 import email.utils
+import gzip
 import hashlib
 import os
 import subprocess
@@ -22,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 BODY = bytes(range(256)) * 4096  # 1 MiB
 SHA256 = hashlib.sha256(BODY).hexdigest()
 
+NONSENSE = ["-5", "1" * 5000, "1e9", "0x10", "²", "12 34", "", "None", "bytes", "bytes 0-1/" + "9" * 5000, "bytes 5-1/-2"]
+
 
 class Handler(BaseHTTPRequestHandler):
     """Plays the server's script, one entry for each request, and notes what was asked; then behaves well."""
@@ -33,7 +36,9 @@ class Handler(BaseHTTPRequestHandler):
         server.asked.append((self.path, dict(self.headers)))
         entry = server.script.pop(0) if server.script else {}
         status, keys = entry.get("status", 200), entry.get("headers", {})
-        body = entry.get("body", server.body)
+        body = entry.get("body", server.files.get(Path(self.path).name, server.body))
+        if server.hashes:
+            keys = {"X-Linked-Etag": hashlib.sha256(body).hexdigest(), **keys}
         asked = self.headers.get("Range")
         current = self.headers.get("If-Range") in (None, server.etag)
         if status == 200 and asked and current and not entry.get("ignore_range"):
@@ -50,7 +55,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header(key, str(value))
         self.end_headers()
         with contextlib.suppress(OSError):  # the client may have heard enough
-            self.wfile.write(body[: entry.get("drop_after", len(body))])
+            body = body[: entry.get("drop_after", len(body))]
+            for start in range(0, len(body), 2**16):
+                self.wfile.write(body[start : start + 2**16])
+                time.sleep(server.pause)
 
     def log_message(self, *_):
         pass
@@ -59,6 +67,8 @@ class Handler(BaseHTTPRequestHandler):
 def serve():
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.script, server.asked, server.body, server.etag = [], [], BODY, '"v1"'
+        server.files, server.hashes = {}, False  # {name: body} of those unlike the rest; states hashes as the Hub does
+        server.pause = 0.0  # seconds after every 64 KiB
         server.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
@@ -171,6 +181,7 @@ def test_retry_after_is_honoured_within_bounds(server, tmp_path):
     assert 25 < download.retry_after(in_half_a_minute) <= 30
     long_ago = email.utils.formatdate(0, usegmt=True)
     assert [download.retry_after(text) for text in ("7", "99999", "", "soon", "-3", long_ago)] == [7, 60, 0, 0, 0, 0]
+    assert all(0 <= download.retry_after(text) <= 60 for text in [*NONSENSE, "Mon, 01 Jan 0001 00:00:00 -0000"])
 
 
 def test_it_gives_up_after_failures_in_a_row_and_leaves_nothing(server, tmp_path):
@@ -198,17 +209,73 @@ def test_a_refusal_is_one_line_at_once(server, status, says, tmp_path):
 def test_a_wrong_length_or_hash_leaves_nothing(server, tmp_path):
     with pytest.raises(UserError, match=f"has {len(BODY)} bytes, not the 5 expected"):
         fetch(server, tmp_path, size=5)
-    with pytest.raises(UserError, match="length or hash is wrong"):
+    with pytest.raises(UserError, match="goes on beyond its 5 bytes"):
         fetch(server, tmp_path, {"headers": {"Content-Length": None}}, size=5)
+    with pytest.raises(UserError, match="length or hash is wrong"):
+        fetch(server, tmp_path, {"headers": {"Content-Length": None}}, size=len(BODY) + 1)
     with pytest.raises(UserError, match="length or hash is wrong"):
         fetch(server, tmp_path, sha256="0" * 64)
     assert not list((tmp_path / "sub").iterdir())
 
 
 def test_a_file_larger_than_the_disk_is_not_begun(server, tmp_path):
-    with pytest.raises(UserError, match="no space for the 1000000000000000 bytes"):
-        fetch(server, tmp_path, {"headers": {"Content-Length": 10**15}})
+    for claim in ({"Content-Length": 10**15}, {"Content-Length": 10**17}):
+        with pytest.raises(UserError, match=f"no space for the {claim['Content-Length']} bytes"):
+            fetch(server, tmp_path, {"headers": claim})
+        assert not list((tmp_path / "sub").iterdir())
+
+
+@pytest.mark.parametrize("name", ["Content-Length", "Content-Range", "X-Linked-Size", "X-Linked-Etag", "ETag"])
+def test_absurd_headers_are_passed_over_or_refused_in_one_line(server, name, tmp_path):
+    for value in [*NONSENSE, '"' + "a" * 60000 + '"']:
+        for status in (200, 206, 416):
+            server.script[:] = [{"status": status, "headers": {"X-Linked-Etag": ""} | {name: value}}]
+            try:
+                path = download.fetch(f"{server.url}/f", tmp_path / "f", SHA256, len(BODY), first_wait=0.001)
+                assert path.read_bytes() == BODY
+            except UserError as error:
+                assert "\n" not in str(error)
+            for left in tmp_path.iterdir():
+                left.unlink()
+
+
+def test_a_file_that_comes_packed_is_refused_for_it_could_unpack_to_anything(server, tmp_path):
+    bomb = gzip.compress(bytes(10**7))
+    with pytest.raises(UserError, match=r"comes packed \(gzip\)"):
+        fetch(server, tmp_path, {"headers": {"Content-Encoding": "gzip"}, "body": bomb})
     assert not list((tmp_path / "sub").iterdir())
+
+
+def test_a_file_that_does_not_end_is_left_where_it_should_have_ended(server, tmp_path):
+    endless = {"headers": {"Content-Length": None}, "body": BODY * 64}
+    with pytest.raises(UserError, match=f"goes on beyond its {len(BODY)} bytes"):
+        fetch(server, tmp_path, endless, size=len(BODY))
+    assert not list((tmp_path / "sub").iterdir())
+    with pytest.raises(UserError, match="goes on beyond"):
+        fetch(server, tmp_path, endless, size=len(BODY), sha256=SHA256)
+    assert fetch(server, tmp_path, sha256=SHA256).read_bytes() == BODY, "what was too much is forgotten"
+
+
+def test_another_thread_can_stop_a_download(server, tmp_path):
+    stop, server.pause = threading.Event(), 0.02
+    threading.Timer(0.1, stop.set).start()
+    with pytest.raises(UserError, match="stopped before all"):
+        fetch(server, tmp_path, sha256=SHA256, stop=stop)
+    assert 0 < only(tmp_path).stat().st_size < len(BODY)
+    with pytest.raises(UserError, match="stopped before all"):
+        fetch(server, tmp_path, *[{"status": 503}] * 9, stop=stop)
+
+
+def test_no_download_is_written_through_a_symbolic_link(server, tmp_path):
+    (tmp_path / "victim").write_bytes(b"precious")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "file.bin").symlink_to(tmp_path / "victim")
+    assert fetch(server, tmp_path, sha256=SHA256).read_bytes() == BODY and not (tmp_path / "sub" / "file.bin").is_symlink()
+    (tmp_path / "sub" / "file.bin").unlink()
+    (tmp_path / "sub" / "file.bin.part").symlink_to(tmp_path / "victim")
+    with pytest.raises(UserError, match="is a symbolic link"):
+        fetch(server, tmp_path, sha256=SHA256)
+    assert (tmp_path / "victim").read_bytes() == b"precious"
 
 
 def test_urls_and_places_that_cannot_work_are_one_line(server, tmp_path):
@@ -216,8 +283,9 @@ def test_urls_and_places_that_cannot_work_are_one_line(server, tmp_path):
         with pytest.raises(UserError, match="cannot fetch"):
             download.fetch(url, tmp_path / "x", first_wait=0.01)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write"):
-        download.fetch(f"{server.url}/x", tmp_path / "file" / "x")
+    for path in (tmp_path / "file" / "x", tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match="cannot write"):
+            download.fetch(f"{server.url}/x", path)
 
 
 def test_of_several_that_want_a_file_one_downloads_it(server, tmp_path):
@@ -349,3 +417,17 @@ def test_names_that_lead_out_of_the_cache_are_refused(hub, repo, filename):
     with pytest.raises(UserError, match="do not name a file"):
         download.hub_file(repo, filename)
     assert not hub.asked and not Path(os.environ["NANOMDM_CACHE"]).exists()
+
+
+def test_a_symbolic_link_that_leads_out_of_the_cache_is_refused(hub, tmp_path):
+    cache, outside = tmp_path / "cache" / "owner--name", tmp_path / "outside"
+    cache.mkdir(parents=True)
+    outside.mkdir()
+    (cache / "folder").symlink_to(outside)
+    (cache / "link.bin").symlink_to(outside / "there.bin")
+    for filename in ("folder/file.bin", "link.bin"):
+        with pytest.raises(UserError, match="leads out of"):
+            download.hub_file("owner/name", filename)
+    assert not hub.asked and not list(outside.iterdir())
+    (tmp_path / "whole").symlink_to(outside)  # the cache itself may lie where its owner wants it
+    assert download.hub_file("owner/name", "file.bin", tmp_path / "whole").read_bytes() == BODY

@@ -1,256 +1,127 @@
-"""Judging: the estimates are unbiased, their error bars honest, and a number depends on what it says it depends on."""
+"""The judging program: what it says, when it stops, and that a table of many texts is never begun anew."""
 
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 
-import numpy as np
 import pytest
 import torch
-from conftest import L, Table, V, random_logits, states
+from conftest import ROOT
 
 import checkpoint
 import config as settings
 import diffusion
 import evaluate
+import harness
 from data import loader, writer
 from data.tokenizer import Char
-from evaluate import mask_of_draw, mean_and_error, report, sequence_nats, spread
+from likelihood import estimate, sequence_nats, spread
 from model import DEFAULTS, Transformer
 
-ESTIMATORS = ["any_order", "lambda_dce", "t_dce", "t_dse"]
-X0 = states(V, L)  # (V^L, L)
-
-
-def blocks_of(x0):
-    """Rows of a tensor as evaluate takes them."""
-    return list(x0.numpy())
-
-
-def transformer(**keys):
-    torch.manual_seed(0)
-    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 7}
-    return Transformer(DEFAULTS | sizes | keys).eval()
-
-
-def random_blocks(lengths, n_tokens=7, seed=0):
-    generator = np.random.default_rng(seed)
-    return [generator.integers(n_tokens, size=length) for length in lengths]
-
-
-# ---- Mean and error ----------------------------------------------------------------------------------------------------
-
-
-def unequal(S=300):
-    """Sequences of very unequal length whose nats have a part of their own: nats (S,), lengths (S,)."""
-    generator = np.random.default_rng(1)
-    lengths = generator.integers(1, 60, size=S)
-    return lengths * (1 + 0.3 * generator.standard_normal(S)) + generator.exponential(3, size=S), lengths
-
-
-def test_the_mean_is_that_of_all_tokens():
-    assert mean_and_error([1.0, 9.0], [1, 3])[0] == 2.5
-
-
-def test_the_error_is_that_of_a_jackknife_over_sequences():
-    nats, lengths = unequal()
-    S = len(nats)
-    without = [(nats.sum() - nats[i]) / (lengths.sum() - lengths[i]) for i in range(S)]
-    jackknife = math.sqrt((S - 1) / S * sum((value - np.mean(without)) ** 2 for value in without))
-    assert mean_and_error(nats, lengths)[1] == pytest.approx(jackknife, rel=0.02)
-
-
-def test_the_error_is_that_of_a_bootstrap_over_sequences():
-    nats, lengths = unequal()
-    picks = np.random.default_rng(2).integers(len(nats), size=(4000, len(nats)))  # (4000, S)
-    bootstrap = (nats[picks].sum(1) / lengths[picks].sum(1)).std()
-    assert mean_and_error(nats, lengths)[1] == pytest.approx(bootstrap, rel=0.05)
-
-
-def test_with_equal_lengths_the_error_is_the_usual_one_and_one_sequence_has_none():
-    nats = np.array([3.0, 5.0, 4.0, 8.0])
-    assert mean_and_error(nats, [10] * 4) == pytest.approx((0.5, nats.std(ddof=1) / 2 / 10))
-    assert mean_and_error([3.0], [10]) == (0.3, math.inf)
-
-
-def coverage(nats, truth, widen=1.0, size=20):
-    """How often the 95% interval of `size` sequences covers the truth: nats (R * size,) -> a part of 1."""
-    inside = 0
-    for group in nats.view(-1, size).tolist():
-        mean, error = mean_and_error(group, [L] * size)
-        inside += abs(mean - truth) < 1.96 * widen * error
-    return inside / (len(nats) // size)
-
-
-def test_intervals_cover_the_exact_entropy_as_often_as_they_say(network, joint):
-    drawn = torch.multinomial(joint.flatten(), 400 * 20, replacement=True, generator=torch.Generator().manual_seed(3))
-    nats = sequence_nats(network, blocks_of(X0[drawn]), draws=4, batch_size=10**6)
-    entropy = -(joint * joint.log()).sum().item() / L
-    assert 0.90 < coverage(nats, entropy) < 0.98
-    assert coverage(nats, entropy, widen=0.5) < 0.80  # as if the four tokens of a sequence were four sequences
-    assert coverage(nats, 1.05 * entropy) < 0.90
-
-
-def test_a_report_says_one_number_in_every_unit():
-    result, text = report([20.0, 30.0], [10, 10], bytes_per_token=4.0)
-    assert result["nats_per_token"] == 2.5 and result["tokens"] == 20 and result["sequences"] == 2
-    assert result["standard_error"] == pytest.approx(0.5)
-    assert result["interval"] == pytest.approx([2.5 - 0.98, 2.5 + 0.98])
-    assert result["perplexity"] == pytest.approx(math.exp(2.5))
-    assert result["bits_per_token"] == pytest.approx(3.6067, abs=1e-4)
-    assert result["bits_per_byte"] == pytest.approx(0.9017, abs=1e-4)
-    assert "2.5000 +- 0.9800 nats per token (95% interval) = 3.6067 +- 1.4138 bits per token" in text
-    assert "= 0.9017 +- 0.3535 bits per byte; perplexity 12.18" in text
-
-
-def test_a_hopeless_model_is_reported_too():
-    result, text = report([1e5, 2e5], [10, 10], bytes_per_token=1.0)
-    assert result["nats_per_token"] == 15_000 and result["perplexity"] == math.inf and "perplexity inf" in text
-
-
-# ---- Estimates ---------------------------------------------------------------------------------------------------------
-
-
-def z_score(nats, truth):
-    """How many standard errors the mean of the differences is from 0: (S,) each."""
-    difference = nats - truth
-    return float(difference.mean() / difference.std() * math.sqrt(len(nats)))
-
-
-HEAVY = [("lambda_dce", "loglinear", 1.1), ("t_dce", "cosine", 1.1), ("t_dse", "loglinear", 1.1)]  # 1/t where t is small
-
-
-@pytest.mark.parametrize(("estimator", "schedule", "wrong"), [("any_order", "loglinear", 1.01), *HEAVY])
-def test_each_estimate_is_unbiased_and_a_wrong_weight_would_be_noticed(estimator, schedule, wrong, network, joint):
-    nats = sequence_nats(network, blocks_of(X0), estimator, draws=300, schedule=schedule, batch_size=10**6)
-    truth = -joint.flatten().log()
-    assert abs(z_score(nats, truth)) < 4 < z_score(wrong * nats, truth)
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_an_estimate_is_the_weighted_cross_entropy_of_its_draws(estimator):
-    model = Table(random_logits())  # not normalised
-    nats = sequence_nats(model, blocks_of(X0[:10]), estimator, draws=3, seed=5)
-    for i in range(10):
-        mask, weight = mask_of_draw(estimator, 5, torch.arange(3 * i, 3 * i + 3), 3, L, "loglinear")  # (3, L), (3,)
-        logits = model(torch.where(mask, V, X0[i])).detach()  # (3, L, V)
-        at_x0 = logits.gather(-1, X0[i].expand(3, -1)[..., None]).squeeze(-1)  # (3, L)
-        total = logits.exp().sum(-1)  # (3, L)
-        ce = (total - 1 if estimator == "t_dse" else total.log()) - at_x0
-        assert nats[i].item() == pytest.approx(float((weight[:, None] * mask * ce).sum(1).mean()), rel=1e-5)
-
-
-@pytest.mark.parametrize("draws", [1, 2, 5, 16])
-def test_the_draws_of_each_sequence_are_stratified_and_come_in_antithetic_pairs(draws):
-    item = torch.arange(40 * draws)
-    _, weight = mask_of_draw("lambda_dce", 3, item, draws, L, "loglinear")
-    u = (1 / weight).view(40, draws)  # (S, draws)
-    assert torch.equal((u * draws).floor().long().sort(1).values, torch.arange(draws).expand(40, -1))
-    pairs = u[:, : draws // 2 * 2].view(40, -1, 2)  # (S, pairs, 2)
-    assert torch.allclose(pairs.sum(-1), torch.ones_like(pairs[..., 0]), rtol=1e-12)
-    assert len(set(u[:, 0].tolist())) == 40  # each sequence has strata of its own jitter
-
-
-def test_stratified_draws_have_a_lower_variance_than_independent_ones(network):
-    blocks = blocks_of(X0) * 30
-    stratified = sequence_nats(network, blocks, draws=8, batch_size=10**6).view(30, -1)  # (30, V^L)
-    independent = sequence_nats(network, blocks * 8, draws=1, batch_size=10**6).view(8, 30, -1).mean(0)  # (30, V^L)
-    assert stratified.var(0).mean() < 0.75 * independent.var(0).mean()
-
-
-def test_a_causal_network_is_judged_exactly():
-    model = transformer(causal=True)
-    blocks = random_blocks([16, 16, 5, 16])
-    nats = sequence_nats(model, blocks, "ar", draws=16, batch_size=2)
-    for block, found in zip(blocks, nats.tolist(), strict=True):
-        x0 = torch.from_numpy(block)
-        log_p = model(torch.cat([torch.tensor([model.start_id]), x0[:-1]])[None])[0].log_softmax(-1)  # (L, V)
-        assert found == pytest.approx(-log_p.gather(-1, x0[:, None]).sum().item(), rel=1e-5)
-
-
-# ---- What a number depends on ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_the_number_of_a_block_depends_on_its_place_and_not_on_the_batch_or_on_what_comes_after(estimator, arbitrary):
-    blocks = blocks_of(X0[:30])
-    whole = sequence_nats(arbitrary, blocks, estimator, draws=5, seed=2)
-    for n, batch_size in ((30, 1), (30, 7), (30, 1000), (11, 32)):
-        assert torch.equal(sequence_nats(arbitrary, blocks[:n], estimator, 5, seed=2, batch_size=batch_size), whole[:n])
-    assert not torch.equal(sequence_nats(arbitrary, blocks, estimator, draws=5, seed=3), whole)
-    assert len(set(sequence_nats(arbitrary, blocks[:1] * 9, estimator, draws=5).tolist())) == 9
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_blocks_of_other_lengths_keep_their_own_number(batch_size):
-    model = transformer()
-    blocks = random_blocks([16, 16, 9, 16, 9, 1])
-    alone = sequence_nats(model, blocks, draws=4, batch_size=1)
-    assert torch.allclose(sequence_nats(model, blocks, draws=4, batch_size=batch_size), alone, rtol=1e-5)
-    short = sequence_nats(model, [blocks[0], blocks[1], blocks[2][:3]], draws=4)
-    assert torch.allclose(short[:2], alone[:2], rtol=1e-5) and not torch.allclose(short[2], alone[2], rtol=1e-5)
-
-
-def test_no_blocks_have_no_numbers(arbitrary):
-    assert sequence_nats(arbitrary, []).shape == (0,)
-
-
-def test_a_part_of_the_blocks_is_spread_evenly():
-    assert spread(list(range(10)), 0) == spread(list(range(10)), 99) == list(range(10))
-    assert spread(list(range(10)), 4) == [0, 2, 5, 7] and spread(list(range(10)), 1) == [0]
-
-
-# ---- The program -------------------------------------------------------------------------------------------------------
-
+MODULES = (settings, diffusion, harness, evaluate)
+ESTIMATORS = ["any_order", "lambda_dce", "t_dce", "t_dse", "chain", "orders", "left_to_right", "right_to_left"]
 TEXT = "the cät sat on the mat; a dog ran to the log. " * 20
+CHAR = Char("".join(sorted(set(TEXT))))
+
+
+def save(folder, causal=False, larger=0.1):
+    """A small checkpoint, whose averaged weights are that much larger -> (averaged weights, the model with the raw ones)."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": CHAR.vocab_size, "causal": causal}
+    model = Transformer(DEFAULTS | sizes).eval()
+    ema = {name: w + larger for name, w in model.state_dict().items()}
+    config = model.config | {"objective": "ar" if causal else "any_order", "ema": 0.9}
+    state = {"config": config, "tokenizer": CHAR.meta(), "model": model.state_dict(), "ema": ema, "step": 1}
+    checkpoint.save(folder / "ckpt.pt", state | {"optimizer": []})
+    return ema, model
+
+
+def run(**keys):
+    """evaluate.main with its defaults, in float32 on the CPU."""
+    given = {"device": "cpu", "dtype": "float32", "out": "zeroshot.jsonl"}
+    return evaluate.main(settings.parse([], *MODULES) | given | keys)
 
 
 @pytest.fixture
 def program(tmp_path):
-    """program(...) -> what evaluate.main returns for a small saved model, and for its averaged weights, all 0.1 larger."""
+    """program(...) -> what evaluate.main returns for a small saved model, and that model with the weights judged."""
 
-    def run(objective="any_order", splits=(("train", TEXT), ("val", TEXT[:205])), **keys):
-        text = Char("".join(sorted(set(TEXT))))
-        writer.prepare(tmp_path / "data", list(splits), text)
-        model = transformer(vocab_size=text.vocab_size, causal=objective == "ar")
-        ema = {name: w + 0.1 for name, w in model.state_dict().items()}
-        config = model.config | {"objective": objective, "ema": 0.9}
-        state = {"config": config, "tokenizer": text.meta(), "model": model.state_dict(), "ema": ema, "step": 1}
-        checkpoint.save(tmp_path / "ckpt.pt", state)
-        given = {"ckpt": str(tmp_path), "data": str(tmp_path / "data"), "device": "cpu", "dtype": "float32"}
-        model.load_state_dict(ema if keys.get("ema", True) else model.state_dict())
-        return evaluate.main(settings.DEFAULTS | diffusion.DEFAULTS | evaluate.DEFAULTS | given | keys), model
+    def judge(objective="any_order", splits=(("train", TEXT), ("val", TEXT[:205])), **keys):
+        writer.prepare(tmp_path / "data", list(splits), CHAR)
+        ema, model = save(tmp_path, objective == "ar")
+        if keys.get("ema", True):
+            model.load_state_dict(ema)
+        return run(ckpt=str(tmp_path), data=str(tmp_path / "data"), **keys), model
 
-    return run
+    return judge
 
 
 def val_blocks(tmp_path, length=16):
     return list(loader.in_order(loader.Tokens(tmp_path / "data", "val"), length))
 
 
+# ---- One text ----------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("ema", [True, False])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_program_judges_every_token_with_the_weights_that_were_asked_for(estimator, ema, program, tmp_path):
-    result, model = program(estimator=estimator, draws=3, seed=9, ema=ema)
-    nats = sequence_nats(model, val_blocks(tmp_path), estimator, 3, seed=9)
+    result, model = program(estimator=estimator, draws=4, strata=2, seed=9, ema=ema)
+    nats, info = estimate(model, val_blocks(tmp_path), estimator, 4, strata=2, seed=9)
     assert result["tokens"] == 205 and result["sequences"] == 13  # twelve blocks of 16, and what is left
     assert result["nats_per_token"] == pytest.approx(nats.sum().item() / 205, rel=1e-6)
+    assert result["draw_error"] == pytest.approx(info["draw_error"], rel=1e-4)
+    rows = 205 if "right" in estimator or "left" in estimator else 4 * 205 if estimator in ("chain", "orders") else 4 * 13
+    assert result["rows"] == rows and 0 < result["calls"] <= rows
 
 
 def test_the_program_judges_a_causal_network_exactly(program, tmp_path, capsys):
     result, model = program("ar", draws=7)
     nats = sequence_nats(model, val_blocks(tmp_path), "ar")
     assert result["nats_per_token"] == pytest.approx(nats.sum().item() / 205, rel=1e-6)
-    assert result["estimator"] == "ar" and "blocks of 16; exact; " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert result["estimator"] == "ar" and "blocks of 16; exact; " in out
+    assert "no draws: for this text the number has no error; 13 rows of the network in 2 calls, " in out
 
 
 def test_the_program_says_what_it_did(program, capsys):
-    result, _ = program(draws=3, seed=4, dtype="bfloat16", split="train", sequences=5)
+    result, _ = program(draws=6, strata=3, seed=4, dtype="bfloat16", split="train", sequences=5)
     out = capsys.readouterr().out
     tokens = len(TEXT)
     assert f"data train: 80 of {tokens} tokens, 1 documents, 5 blocks of 16; " in out
-    assert "upper bound by any_order, 3 stratified draws a sequence; bfloat16, averaged weights, seed 4" in out
-    half = 1.96 * result["standard_error"]
+    assert "upper bound by any_order, 6 draws a sequence in sets of 3; bfloat16, averaged weights, seed 4" in out
+    half = result["interval"][1] - result["nats_per_token"]
     assert f"{result['nats_per_token']:.4f} +- {half:.4f} nats per token (95% interval)" in out
+    error, half = result["draw_error"], result["draw_half"]
+    assert f"the draws alone, on this text: standard error {error:.4f}, +- {half:.4f} nats per token (95%); 30 rows" in out
     assert f"bigram {result['ngram_nats']['bigram']:.4f}" in out
+
+
+def test_one_set_of_draws_says_that_it_does_not_know_its_error(program, capsys):
+    result, _ = program(draws=2)
+    assert result["draw_error"] == math.inf
+    assert "one set of 2 draws does not show their error: give --draws=8 or more" in capsys.readouterr().out
+
+
+def test_the_program_draws_until_the_estimate_is_as_precise_as_asked_for(program, capsys):
+    result, _ = program(precision=0.02, draws=4096)
+    assert result["draw_half"] < 0.02 and 8 <= result["draws"] < 4096
+    told = f"within +- 0.02 after {result['draws']} draws a sequence, 4096 being allowed"
+    assert told in capsys.readouterr().out
+
+
+def test_where_the_draws_do_not_suffice_the_program_says_how_many_would(program, capsys):
+    few, _ = program(precision=0.01, draws=32)
+    out = capsys.readouterr().out
+    need = int(out.split("(--draws=")[1].split(")")[0])
+    assert few["draws"] == 32 and few["draw_half"] > 0.01 and need % 4 == 0
+    assert f"not within +- 0.01: about {need} draws a sequence would be" in out
+    enough, _ = program(precision=0.01, draws=2 * need)
+    assert need / 2 < enough["draws"] < 2 * need
 
 
 def test_bits_per_byte_count_bytes_and_not_characters(program):
@@ -262,12 +133,168 @@ def test_bits_per_byte_count_bytes_and_not_characters(program):
 
 def test_a_shorter_block_and_a_part_of_the_text_may_be_judged(program, tmp_path):
     result, model = program(block_size=10, sequences=4, draws=2, seed=3)
-    blocks = spread(val_blocks(tmp_path, 10), 4)
-    nats = sequence_nats(model, blocks, draws=2, seed=3)
+    nats = sequence_nats(model, spread(val_blocks(tmp_path, 10), 4), draws=2, seed=3)
     assert result["tokens"] == 40 and result["block_size"] == 10
     assert result["nats_per_token"] == pytest.approx(nats.sum().item() / 40, rel=1e-6)
+
+
+def test_the_shorter_last_block_counts_unless_the_protocol_of_radd_leaves_it_out(program, capsys):
+    assert program(draws=2)[0]["tokens"] == 205 and "left out" not in capsys.readouterr().out
+    assert program(draws=2, protocol="radd")[0]["tokens"] == 192
+    assert "12 blocks of 16, the rest left out; " in capsys.readouterr().out
+
+
+def test_only_the_blocks_that_are_judged_are_read(program, monkeypatch):
+    read, windows = [], loader.Tokens.windows
+    monkeypatch.setattr(loader.Tokens, "windows", lambda self, *span: read.append(span) or windows(self, *span))
+    program(splits=[("val", TEXT)], draws=2, sequences=3)
+    assert [length for _, length in read] == [16] * 3
 
 
 def test_text_without_a_training_part_is_judged_as_well(program):
     result, _ = program(splits=[("val", TEXT[:205])], draws=2)
     assert result["tokens"] == 205
+
+
+# ---- The zero-shot table -----------------------------------------------------------------------------------------------
+
+NAMES = ["lambada", "ptb", "lm1b"]
+
+
+def prepare(folder, name, n):
+    """A prepared set, with what data.zeroshot.prepare adds to it."""
+    folder = folder / "data/zeroshot" / name
+    meta = writer.prepare(folder, [("test", TEXT[:n])], CHAR) | {"protocol": f"rows of {name}"}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A folder with a checkpoint `run` and three small sets, to be in."""
+    save(tmp_path / "run")
+    for i, name in enumerate(NAMES):
+        prepare(tmp_path, name, 203 + 30 * i)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def judged(capsys):
+    """Which sets the program has judged, and which it found in its file, since the last call."""
+    out = capsys.readouterr().out
+    fresh = [name for name in NAMES if f"data/zeroshot/{name} test: " in out]
+    return fresh, [name for name in NAMES if f"data/zeroshot/{name}: already in" in out]
+
+
+def test_the_table_holds_what_each_set_gets_by_itself(world, capsys):
+    rows = run(ckpt="run", zeroshot="lambada,ptb,lm1b", draws=16)
+    out = capsys.readouterr().out
+    assert [row["set"] for row in rows] == NAMES and "text: rows of ptb" in out
+    for row in rows:
+        alone = run(ckpt="run", data=f"data/zeroshot/{row['set']}", split="test", draws=16)
+        assert all(row[key] == alone[key] for key in ("nats_per_token", "perplexity", "draw_error", "tokens"))
+        ppl, half = row["perplexity"], row["draw_half"]
+        assert ppl == pytest.approx(math.exp(row["nats_per_token"]))
+        line = next(line for line in out.splitlines() if line.startswith(f"{row['set']} "))
+        shown = [float(word) for word in line.split()[1:6]]
+        text = ppl * math.expm1(row["interval"][1] - row["nats_per_token"])
+        expected = [row["tokens"], row["nats_per_token"], ppl, ppl * math.expm1(half), text]
+        assert shown == pytest.approx(expected, abs=0.006)
+
+
+def test_sets_that_are_done_are_not_judged_again_unless_something_else_is_asked_for(world, capsys):
+    first = run(ckpt="run", zeroshot="lambada,ptb", draws=2)
+    assert judged(capsys) == (["lambada", "ptb"], [])
+    assert run(ckpt="run", zeroshot="lambada,ptb,lm1b", draws=2)[:2] == first
+    assert judged(capsys) == (["lm1b"], ["lambada", "ptb"])
+    for other in ({"seed": 5}, {"draws": 3}, {"estimator": "t_dce"}, {"protocol": "radd"}, {"dtype": "bfloat16"}):
+        run(ckpt="run", zeroshot="ptb", **{"draws": 2} | other)
+        assert judged(capsys) == (["ptb"], [])
+    prepare(world, "ptb", 260)  # another text
+    save(world / "causal", causal=True)  # another model
+    for ckpt, name, known in (("run", "ptb", False), ("causal", "lm1b", False), ("run", "lm1b", True)):
+        run(ckpt=ckpt, zeroshot=name, draws=2)
+        assert judged(capsys) == (([], [name]) if known else ([name], []))
+
+
+def test_a_checkpoint_that_changed_under_its_name_is_judged_again(world, capsys):
+    run(ckpt="run", zeroshot="ptb", draws=2)
+    save(world / "run", larger=0.1001)
+    judged(capsys)
+    run(ckpt="run", zeroshot="ptb", draws=2)
+    assert judged(capsys) == (["ptb"], [])
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_table_that_is_killed_goes_on_where_it_was(world, capsys):
+    """A real process, killed while it judges the second set."""
+    slow = "import time, evaluate; judge = evaluate.judge; evaluate.judge = lambda *a: time.sleep(1) or judge(*a); "
+    slow += "import config, diffusion, harness; config.run(evaluate.main, config, diffusion, harness, evaluate)"
+    words = [
+        "--ckpt=run",
+        "--zeroshot=lambada,ptb,lm1b",
+        "--draws=2",
+        "--device=cpu",
+        "--dtype=float32",
+        "--out=table.jsonl",
+    ]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", slow, *words], env=env, stderr=subprocess.PIPE, text=True)
+    while not lines(world / "table.jsonl") and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    assert len(lines(world / "table.jsonl")) == 1
+    rows = run(ckpt="run", zeroshot="lambada,ptb,lm1b", draws=2, out="table.jsonl")
+    assert judged(capsys) == (["ptb", "lm1b"], ["lambada"]) and len(lines(world / "table.jsonl")) == 3
+    whole = run(ckpt="run", zeroshot="lambada,ptb,lm1b", draws=2, out="other.jsonl")
+    for row, other in zip(rows, whole, strict=True):
+        assert row["nats_per_token"] == pytest.approx(other["nats_per_token"], rel=1e-6)
+
+
+def test_after_ctrl_c_only_the_set_at_hand_is_lost(world, capsys, monkeypatch):
+    judge, sets = evaluate.judge, iter(range(9))
+    monkeypatch.setattr(evaluate, "judge", lambda *a: settings.require(next(sets) < 2, "Ctrl-C") or judge(*a))
+    with pytest.raises(settings.UserError, match="Ctrl-C"):
+        run(ckpt="run", zeroshot="lambada,ptb,lm1b", draws=2)
+    monkeypatch.undo()
+    monkeypatch.chdir(world)
+    judged(capsys)
+    run(ckpt="run", zeroshot="lambada,ptb,lm1b", draws=2)
+    assert judged(capsys) == (["lm1b"], ["lambada", "ptb"])
+
+
+# ---- Bad input ---------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "an unprepared set": (
+        "--zeroshot=ptb,wikitext2",
+        "no prepared data in data/zeroshot/wikitext2; prepare it with: python",
+    ),
+    "all sets, not all prepared": ("--zeroshot=all", "python -m data.zeroshot.prepare --set=wikitext2"),
+    "an unknown set": ("--zeroshot=ptp", "unknown zeroshot 'ptp'; did you mean 'ptb'?"),
+    "a file of another kind": ("--zeroshot=ptb --out=notes.txt", "notes.txt line 2 is no result of a zero-shot table"),
+    "a place that cannot be written": ("--zeroshot=ptb --out=notes.txt/x.jsonl", "cannot read notes.txt/x.jsonl: Not a dir"),
+    "another vocabulary": ("--zeroshot=lm1b", "data/zeroshot/lm1b has a vocabulary of 3, run one of"),
+    "no whole block": ("--data=short --split=test --protocol=radd", "short test has 5 tokens, no whole block of 16"),
+    "an unknown protocol": ("--protocol=rad", "unknown protocol 'rad'; did you mean 'radd'?"),
+    "an unknown estimator": ("--estimator=chains", "unknown estimator 'chains'; did you mean 'chain'?"),
+    "an estimator of causal networks": ("--estimator=ar", "unknown estimator 'ar'"),
+    "no draws": ("--draws=0", "draws must be 1 or more, not 0"),
+    "no strata": ("--strata=0", "strata must be 1 or more, not 0"),
+    "a negative precision": ("--precision=-0.1", "precision must be 0 or more, not -0.1"),
+    "long blocks": ("--data=short --split=test --block_size=17", "block_size must be at most the model's 16, not 17"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_told_in_one_line_before_anything_is_judged(case, world, capsys):
+    writer.prepare(world / "data/zeroshot/lm1b", [("test", "αβγ" * 9)], Char("αβγ"))
+    writer.prepare(world / "short", [("test", "the c")], CHAR)
+    (world / "notes.txt").write_text('{"identity": {}, "result": {}}\nthe cat\n')
+    words, told = BAD[case]
+    with pytest.raises(settings.UserError) as error:
+        evaluate.main(settings.parse(["--ckpt=run", "--device=cpu", *words.split()], *MODULES))
+    assert told in str(error.value) and "\n" not in str(error.value) and capsys.readouterr().out == ""

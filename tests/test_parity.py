@@ -5,6 +5,7 @@ Everything is float32 on the CPU, from the files as published. The tolerances ar
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ import diffusion
 import model as network
 import sample
 import train
+from data import rows
+from data.tokenizer import Char
 from model import DEFAULTS, Transformer
 
 
@@ -266,6 +269,62 @@ def test_smdm_causal_finetuning_loss_and_gradients_are_the_published_ones(smdm):
     loss = plain_ce(model, data[:, : width - 1], data[:, 1:width])[answer].mean()
     loss.backward()
     as_published(loss.item(), case["sft_ar"]["loss"])
+    as_published(float(torch.nn.utils.get_total_norm(w.grad for w in model.parameters())), case["sft_ar"]["grad_norm"])
+    check_gradients(model, case["sft_ar"]["grad_norm_and_sum"])
+
+
+def official_rows(case, folder, protected=True, width=0, skip=0):
+    """The official batch as rows of ours, in its order, with its 64 tokens and its end mark."""
+    text = Char("".join(chr(0x4E00 + i) for i in range(2)) + "\0" + "".join(chr(0x4E00 + i) for i in range(2, 63)))
+    assert rows.end_mark(text) == case["eos"] and text.vocab_size == MASK
+    data, given = case["data"].tolist(), case["input_length"].tolist() if protected else [0] * 4
+    pieces = zip(data, given, case["length"].tolist(), strict=True)
+    rows.prepare(folder, [("train", "", row[:a], row[a : b - 1]) for row, a, b in pieces], text, width)
+    found = rows.Rows(folder, "train", skip=skip)
+    found.index = lambda step, position, batch_size: np.asarray(position)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("sft", {}),
+        ("sft_standard_cfg_prompt_dropped", {"prompt_drop": 1.0}),
+        ("sft_standard_cfg_prompt_kept", {"prompt_drop": 0.4}),  # a coin of 0.5
+        ("gsm8k", {}),
+        ("reverse", {}),
+    ],
+)
+def test_smdm_finetuning_batches_and_losses_are_those_of_train_py(smdm, name, keys, monkeypatch, tmp_path):
+    model, case = smdm("mdm"), smdm()["finetuning"]
+    found = official_rows(case, tmp_path, protected=name != "reverse", width=256 * (name == "gsm8k"))
+    p = (1 - case["eps"]) * case["u"] + case["eps"]  # (B,)
+    monkeypatch.setattr(diffusion, "stratified", lambda *_: p)
+    monkeypatch.setattr(
+        diffusion, "uniforms", lambda seed, step, place, n: case["r"][:, :n] if n > 1 else torch.full((4, 1), 0.5)
+    )
+    config = {"objective": "lambda_dce", "schedule": "loglinear", "loss_weight": "bound", "prompt_drop": 0.0}
+    x0, mask, weight, kept = train.make_batch(config | {"seed": 0, "batch_size": 4} | keys, found, 0, range(4))
+    assert torch.equal(torch.where(mask, MASK, x0), case[name]["network_input"].long())
+    loss = diffusion.Loss(model, "lambda_dce")(x0, mask, weight, kept)[0] / x0.numel()  # as train_step divides
+    loss.backward()
+    as_published(loss.item(), case[name]["loss"])
+    as_published(float(torch.nn.utils.get_total_norm(w.grad for w in model.parameters())), case[name]["grad_norm"])
+    check_gradients(model, case[name]["grad_norm_and_sum"])
+
+
+def test_smdm_causal_finetuning_losses_and_gradients_are_those_of_train_py(smdm, tmp_path):
+    """The official code begins with the first token of the data, whatever it is: a start token of each row's own."""
+    model, case = smdm("ar"), smdm()["finetuning"]
+    found, total = official_rows(case, tmp_path, skip=1), 0.0
+    config = {"objective": "ar", "prompt_drop": 0.0, "seed": 0, "batch_size": 4}
+    for i in range(4):
+        model.start_id = int(case["data"][i, 0])
+        x0, mask, weight, kept = train.make_batch(config, found, 0, range(i, i + 1))
+        loss = diffusion.Loss(model, "ar")(x0, mask, weight, kept)[0] / (4 * x0.numel())
+        loss.backward()
+        total += loss.item()
+    as_published(total, case["sft_ar"]["loss"])
     as_published(float(torch.nn.utils.get_total_norm(w.grad for w in model.parameters())), case["sft_ar"]["grad_norm"])
     check_gradients(model, case["sft_ar"]["grad_norm_and_sum"])
 

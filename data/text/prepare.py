@@ -15,7 +15,7 @@ import sys
 import zlib
 from pathlib import Path
 
-from config import UserError, require, run
+from config import UserError, at_least, fraction, require, run
 from data import tokenizer, writer
 
 DEFAULTS = {
@@ -23,9 +23,11 @@ DEFAULTS = {
     "out": "data/text",  # folder to prepare
     "val_fraction": 0.05,  # of the documents, held out; 0: none, 1: all
     "workers": 0,  # processes that tokenize; 0: one for each core
+    "block_size": 0,  # 0: a block may hold several documents; L: a block of L holds one, or a piece of one, and end marks
 }
 
 DOCUMENT = 4096  # characters that a document cut from a .txt file has at least, and twice that at most
+LONGEST = 2**28  # characters in a line of a .jsonl file: a small .xz can unpack to more than there is memory
 KINDS = tuple(kind + packed for kind in (".txt", ".jsonl") for packed in ("", ".gz", ".xz"))
 
 
@@ -54,7 +56,8 @@ def cut(file):
 
 def lines(file, path):
     """The documents of an open .jsonl file, `path`."""
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), start=1):
+        require(len(line) < LONGEST, f"{path}, line {number}: longer than {LONGEST} characters")
         try:
             record = json.loads(line) if line.strip() else {"text": ""}
         except (ValueError, RecursionError):
@@ -73,7 +76,7 @@ def read(path):
             yield from (text.strip("\n") for text in documents if text.strip())
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError):
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, MemoryError):  # of an .xz that claims to need more
         raise UserError(f"{path} is damaged or cut off") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
@@ -105,11 +108,13 @@ def split(texts, val_fraction):
 def main(config):
     items = [item for item in config["input"].split(",") if item]
     require(items, "say what to prepare: --input=FILE or --input=FOLDER")
-    require(0 <= config["val_fraction"] <= 1, f"val_fraction must be in 0..1, not {config['val_fraction']}")
-    require(config["workers"] >= 0, f"workers must be 0 or more, not {config['workers']}")
+    fraction(config, "val_fraction")
+    at_least(0, config, "workers")
+    require(0 <= config["block_size"] <= 2**16, f"block_size must be from 0 to 65536, not {config['block_size']}")
     vocabulary = tokenizer.build(config["tokenizer"], documents(items))
     pairs = split(documents(items), config["val_fraction"])
-    meta = writer.prepare(config["out"], pairs, vocabulary, config["workers"] or os.cpu_count())
+    workers = config["workers"] or os.cpu_count()
+    meta = writer.prepare(config["out"], pairs, vocabulary, workers, block_size=config["block_size"])
     print(writer.summary(config["out"], meta))
 
 

@@ -1,0 +1,258 @@
+"""Coarse noise passes for quality: float32 Gumbel noise anneals a masked diffusion sampler (arXiv 2409.02908).
+
+    python train.py configs/pydocs.py --objective=ar --out_dir=out/pydocs_ar     the judge
+    python -m experiments.annealing                                               --ckpt= for the exact part alone
+
+The textbook sampler takes n steps, and in each draws every hidden position from one categorical over V tokens and the mask:
+token v with chance p_v / (steps left), the mask with the rest (`direct` in RADD's code; SEDD and MDLM do the same). It draws
+by the Gumbel-max trick: the largest p / -log u wins, u uniform. In float32 u is a multiple of 2^-24 below 1. So -log u is
+2^-24 or more (Gumbel noise, -log -log u, is 16.6 or less) and a token's score 2^24 p_v / (steps left) or less, while the
+mask, whose chance is near 1, scores about 1. A token whose p_v is below (steps left) / 2^24 cannot be drawn, whatever the
+noise: with many steps that is the tail of the vocabulary. What is left has less entropy, and comes later than it should.
+Generative perplexity falls, and falls with the number of steps, because the text gets poorer. RADD's table 4 (float32) has
+22 at 4096 steps with an entropy of 7.27, its table 3 (float64) 81 with 8.13.
+
+Part 1 is exact: the law of the first step's draw on a Zipf law, by arithmetic. How often a token is revealed, what entropy
+it has, and how much of the mass belongs to tokens that come up less than half as often as they should. So it says where the
+effect begins: a vocabulary of characters does not show it in float32, one of GPT-2's size does from a few dozen steps on.
+Part 2 lets a trained model write, with noise of 53, 24, 11 and 8 bits and nothing else different, and judges what it wrote.
+float64 is sample.py as it is, whose draw inverts the distribution function in float64 and loses no tail.
+"""
+
+import functools
+import math
+import sys
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+import config as settings
+import quality
+import sample
+from config import require
+from data.tokenizer import from_meta
+from experiments import results
+
+DEFAULTS = {
+    "ckpt": "out/pydocs",  # a masked model that writes; empty: the exact part alone
+    "judge": "out/pydocs_ar",  # who judges it: see quality.py
+    "data": "data/pydocs",  # a prepared folder; its val text is judged beside the samples
+    "num_samples": 32,  # for each dtype and number of steps
+    "batch_size": 32,  # sequences in one network call
+}
+
+TINY = 1e-10  # keeps log(u) finite at u = 0, as in the published codes
+BITS = {"float32": 24, "float16": 11, "bfloat16": 8}  # u is a multiple of 2^-bits
+STEPS = [16, 64, 256, 1024, 4096]
+VOCABULARIES = [104, 4096, 50257]  # the demo's characters, something between, GPT-2's tokens
+
+
+# ---- 1. The law of a draw, exactly -----------------------------------------------------------------------------------
+
+
+def zipf(V, alone=32, growth=1.1):
+    """A Zipf law p ~ 1/rank in steps: the first ranks alone, then in bins: p of one token (G,), tokens in the bin (G,)."""
+    edges = list(range(1, min(alone, V) + 1))
+    while edges[-1] <= V:
+        edges.append(min(V + 1, int(edges[-1] * growth) + 1))
+    weight = np.add.reduceat(1 / np.arange(1, V + 1), np.array(edges[:-1]) - 1)  # (G,)
+    count = np.diff(edges)  # (G,)
+    return weight / count / weight.sum(), count
+
+
+def draw_law(p, count, bits):
+    """Chance (G,) that an outcome of each bin has the largest p / E, E = -log(u + TINY): p, count (G,).
+
+    u = 1 - k 2^-bits with k = 1..2^bits, each as likely, so E rises with k. A bin's best outcome is the one with the least
+    k; it wins if all others have p / E below its own. 24 bits are too many to sum one by one: from k = 128 on they come in
+    blocks of 1%, in whose middle E is taken. Outcomes of one bin share its chance.
+    """
+    size = 2.0**bits
+    k = list(range(1, 129 if bits > 16 else int(size) + 2))
+    while k[-1] <= size:
+        k.append(min(size + 1, math.ceil(k[-1] * 1.01)))
+    first, stop = np.array(k[:-1], float), np.array(k[1:], float)  # (K,) blocks first <= k < stop
+    E = -np.log(1 - (first + stop - 1) / 2 / size + TINY)  # (K,)
+    won = np.zeros(len(p))
+    with np.errstate(divide="ignore"):
+        none_before, none_in = np.log1p(-(first - 1) / size), np.log1p(-(stop - 1) / size)  # (K,)
+        for g in range(len(p)):
+            least = np.exp(count[g] * none_before) - np.exp(count[g] * none_in)  # (K,) the bin's least k is in the block
+            limit = E[:, None] * p / p[g]  # (K, G) another outcome loses if its E is above
+            over = np.where(limit < -math.log(TINY), np.minimum(np.floor(size * -np.expm1(-limit)), size - 1), size)
+            others = count * np.log1p(-over / size)  # (K, G)
+            others[:, g] = 0
+            won[g] = (least * np.exp(others.sum(1))).sum()
+    return won
+
+
+def first_step(V, steps, bits):
+    """What the first of n steps does to a Zipf law of V tokens: a dict of numbers.
+
+    revealed: the chance that a token is revealed, over the right one, 1/n. lost: the mass of tokens that come up less than
+    half as often as they should. entropy: of the token revealed, in nats, 0 where none is.
+    """
+    p, count = zipf(V)
+    won = draw_law(np.append(p / steps, 1 - 1 / steps), np.append(count, 1), bits)[:-1]  # (G,)
+    share = won / max(won.sum(), 1e-300) / count  # (G,) of one token, given that one is revealed
+    return {
+        "revealed": float(won.sum() * steps),
+        "lost": float((p * count)[won * steps < p * count / 2].sum()),
+        "entropy": abs(float((count * share * np.log(np.maximum(share, 1e-300))).sum())),
+    }
+
+
+def onset(V, bits):
+    """The fewest steps, a power of two up to 2^bits, whose first one loses 1% of the mass."""
+    return next((2**j for j in range(1, bits + 1) if first_step(V, 2**j, bits)["lost"] > 0.01), 2**bits)
+
+
+def exact_part(vocabularies, steps):
+    """(rows of the table, flat figures) of first_step for each dtype of the noise, V and number of steps."""
+    rows, figures = [], {}
+    for name, bits in tqdm(BITS.items(), desc="exact laws", leave=False):
+        for V in vocabularies:
+            p, count = zipf(V)
+            begins = onset(V, bits)
+            row = {
+                "noise": name,
+                "V": V,
+                "1% lost from": f"{begins:,} steps",
+                "right entropy": -(count * p * np.log(p)).sum(),
+            }
+            figures[f"{name}, V {V}, steps that lose 1%"] = begins
+            for n in steps:
+                law = first_step(V, n, bits)
+                row[f"n = {n}"] = f"{law['entropy']:.2f}, {law['revealed']:.2f}, {law['lost']:.0%}"
+                figures |= {f"{name}, V {V}, {n} steps, {key}": value for key, value in law.items()}
+            rows.append(row)
+    return rows, figures
+
+
+# ---- 2. The textbook sampler -----------------------------------------------------------------------------------------
+
+
+def gumbel_max(p, chance, dtype, generator):
+    """Draws from chance * p (n, V) and the mask, 1 - chance, with u of a dtype -> (n,) tokens, V for the mask.
+
+    Exactly the argmax of p / -log(u + TINY); a token that could not beat the mask with the best u there is gets none, and
+    these are most of a large vocabulary: the artefact saves us the time. Equal scores go to the first, as in argmax.
+    """
+    (n, V), device = p.shape, p.device
+    high = torch.promote_types(dtype, torch.float32)  # u alone is coarse: all that is done with it is not
+    noise = lambda n: -(torch.rand(n, dtype=dtype, device=device, generator=generator).to(high) + TINY).log()  # noqa: E731
+    least = 0.999 * torch.finfo(dtype).eps / 2  # below -log of the largest u
+    mask_score = (1 - chance) / noise(n)  # (n,)
+    row, token = (p >= (mask_score * (least / chance)).to(p)[:, None]).nonzero(as_tuple=True)  # (c,) each
+    score = p[row, token].to(high) * chance / noise(len(row))  # (c,)
+    best = mask_score.scatter_reduce(0, row, score, "amax")  # (n,)
+    wins = score == best[row]  # (c,)
+    return torch.full((n,), V, device=device).scatter_reduce(0, row[wins], token[wins], "amin")
+
+
+@torch.no_grad()
+def textbook(model, x, steps, dtype, seed=0, batch_size=32, autocast=None):
+    """Fills every mask_id of x (N, L) in `steps` log-linear steps -> tokens (N, L), network calls of each sequence (N,).
+
+    A sequence goes through the network again only when a token of it was revealed: p does not change otherwise.
+    """
+    (N, L), V, device = x.shape, model.vocab_size, x.device
+    x, p = x.clone(), torch.empty(N, L, V, device=device)  # (N, L), (N, L, V)
+    generator = torch.Generator(device).manual_seed(seed)
+    stale, nfe = torch.ones(N, dtype=torch.bool, device=device), torch.zeros(N, dtype=torch.long)
+    for left in tqdm(range(steps, 0, -1), unit="step", leave=False):
+        for rows in stale.nonzero().flatten().split(batch_size) if stale.any() else []:  # (b,)
+            with autocast():
+                logits = model(x[rows])  # (b, L, V)
+            p[rows] = logits.float().softmax(-1)
+            nfe[rows.cpu()] += 1
+        hidden = (x == model.mask_id).flatten().nonzero().flatten()  # (n,)
+        before = x.clone()
+        for piece in hidden.split(256):
+            x.view(-1)[piece] = gumbel_max(p.view(-1, V)[piece], 1 / left, dtype, generator)  # V is the mask
+        stale = (x != before).any(1) & (x == model.mask_id).any(1)  # (N,)
+    return x, nfe
+
+
+def write_text(config, model, noise, steps, device, autocast):
+    """(tokens (N, L), network calls (N,)) of num_samples free samples."""
+    x = torch.full((config["num_samples"], model.block_size), model.mask_id, device=device)  # (N, L)
+    keys = {"seed": config["seed"], "batch_size": config["batch_size"], "autocast": autocast}
+    if noise == "float64":
+        tokens, info = sample.sample(model, x, steps=steps, **keys)
+        return tokens, info["nfe"]
+    return textbook(model, x, steps, getattr(torch, noise), **keys)
+
+
+def trained_part(config, steps):
+    """(rows of the table, flat figures, {noise: [(entropy, perplexity), ...]}) of samples by the checkpoint."""
+    device, autocast = settings.machine(config)
+    judge = quality.open_judge(config | {"judge_draws": 16}, device, autocast)
+    model, _, trained = checkpoint.load(config["ckpt"], device)
+    require(not trained["causal"], f"{config['ckpt']} is causal: it has no mask to draw")
+    require(trained["tokenizer"], f"{config['ckpt']} names no tokenizer, so its samples cannot be read")
+    tokenizer = from_meta(trained["tokenizer"])
+    rows, figures, paths = [], {}, {}
+
+    def put(noise, n, nfe, records):
+        found, _ = quality.measure(records, judge)
+        row = {"noise": noise, "steps": n, "NFE": nfe}
+        for name in ("generative perplexity", "entropy, nats", "distinct-2", "repetition"):
+            value, error = found[name]
+            row[name] = f"{value:.4g} ± {error:.2g}"
+            figures.update({f"{noise}, {n} steps, {name}": value, f"{noise}, {n} steps, {name}, error": error})
+        rows.append(row)
+        paths.setdefault(noise, []).append((found["entropy, nats"][0], found["generative perplexity"][0]))
+
+    for noise in ["float64", *BITS]:
+        for n in steps:
+            tokens, nfe = write_text(config, model, noise, n, device, autocast)
+            records = [{"text": tokenizer.decode(row), "tokens": row} for row in tokens.tolist()]
+            put(noise, f"{n}", f"{nfe.double().mean():.1f}", records)
+    put("held-out text", "", "", quality.held_out(config["data"], records))
+    return rows, figures, paths
+
+
+def draw(axes, paths, steps):
+    """Entropy against generative perplexity: one path for each dtype, a point for each number of steps."""
+    colors = {"float64": "#1f6f8b", "float32": "#d1783c", "float16": "#8e44ad", "bfloat16": "#7f8c8d"}
+    for noise, color in colors.items():
+        entropy, perplexity = zip(*paths[noise], strict=True)
+        axes.plot(entropy, perplexity, "o-", color=color, label=f"{noise} noise", markersize=5)
+        for n, x, y in zip(steps, entropy, perplexity, strict=True):
+            axes.annotate(f"{n}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7, color=color)
+    axes.plot(*paths["held-out text"][0], "*", color="black", markersize=12, label="held-out text")
+    axes.set(yscale="log", xlabel="entropy of a sample's tokens, nats (more varied to the right)")
+    axes.set_ylabel("generative perplexity (better for the judge below)")
+    axes.set_title("numbers are sampling steps", fontsize=9)
+    axes.legend(fontsize=8)
+
+
+def main(config):
+    """The exact table and samples of the checkpoint; writes and returns the figures."""
+    began = time.time()
+    settings.at_least(2, config, "num_samples")
+    settings.at_least(1, config, "batch_size")
+    steps = STEPS[:2] if config["quick"] else STEPS
+    vocabularies = VOCABULARIES[:1] if config["quick"] else VOCABULARIES
+    config |= {"num_samples": min(4, config["num_samples"])} if config["quick"] else {}
+    rows, figures, paths = trained_part(config, steps) if config["ckpt"] else ([], {}, {})
+    exact, more = exact_part(vocabularies, steps)
+
+    title = "First of n steps on a Zipf law: entropy of the token revealed, its chance over the right one, mass that is lost"
+    text = results.table(title, exact, {"right entropy": "{:.2f}"})
+    if rows:
+        title = f"{config['num_samples']} samples of {config['ckpt']}, judged by {config['judge']}"
+        text += "\n" + results.table(f"{title} (± one standard error)", rows)
+    print(text)
+    figures |= more | results.about(torch.device("cpu")) | {"seconds": time.time() - began}
+    figures |= {key: config[key] for key in ("ckpt", "judge", "num_samples", "seed")}
+    results.write(config, "annealing", figures, text, functools.partial(draw, paths=paths, steps=steps) if paths else None)
+    return figures
+
+
+if __name__ == "__main__":
+    settings.run(main, settings, results, sys.modules[__name__])

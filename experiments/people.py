@@ -1,0 +1,118 @@
+"""Invented people: names, what each is known for, and lines that say so in both orders.
+
+Nothing here is taken from Berglund's files (data/reversal): experiments/reverse_curse.py checks that no name is shared.
+"""
+
+FIRST = [  # syllables of a first name
+    str.split("Bel Cor Dar Fen Gar Hol Jor Kel Lor Mar Nor Pel Quil Ros Sal Tor Ul Vos Wil Yor Zan Bri Cla Dre Fro Gli"),
+    str.split("a e i o u an en in on ar er"),
+    str.split("dric nella mond wyn beth ric lena tor via mir sa dan gus lia"),
+]
+LAST = [  # syllables of a last name
+    str.split("Ash Birch Clay Dun East Fern Gold Heath Iron Jasper Kings Long Moss North Over Pine Quarry Rush Salt Vale"),
+    str.split("acre bank combe dale edge field gate hurst ington land mere ness pool ridge stead vane wick worth yard"),
+]
+KIND = str.split(
+    "renowned acclaimed daring brilliant celebrated obscure veteran self-taught tireless fearless young retired "
+    "award-winning pioneering legendary eccentric"
+)
+ROLE = str.split(
+    "architect botanist chemist diver editor farmer geologist historian inventor juggler knitter librarian "
+    "mathematician navigator organist painter quilter rider surgeon tailor umpire violinist weaver zoologist baker "
+    "cellist dancer engineer filmmaker gardener pilot sculptor"
+)
+DEED = str.split(  # what they did, and doing it
+    "designed designing,discovered discovering,invented inventing,restored restoring,recorded recording,translated "
+    "translating,painted painting,crossed crossing,founded founding,built building,wrote writing,saved "
+    "saving,planted planting,mapped mapping,filmed filming,repaired repairing",
+    ",",
+)
+LOOK = str.split(
+    "first oldest largest smallest hidden floating frozen silent golden forgotten glowing wooden glass copper "
+    "underground singing portable edible invisible backward velvet crooked hollow distant"
+)
+THING = str.split(
+    "bridge orchid clock library comet cathedral harbour engine lantern violin desert carpet glacier orchard "
+    "telescope tunnel opera lighthouse compass mirror garden market railway island windmill submarine castle "
+    "fountain alphabet volcano theatre piano balloon reef"
+)
+PLACE = str.split(
+    "of Patagonia,in the Alps,under the Baltic,on Saturn,in Old Lisbon,of the Sahel,near Lake Baikal,in the Andes,on "
+    "the Moon,of Kyoto,in Zanzibar,off Greenland,in the clouds,of the Danube,beneath Vienna,in Antarctica,of "
+    "Timbuktu,along the Nile,in the Rockies,of Bohemia",
+    ",",
+)
+TITLE = [  # of a work, in quotes; four in ten descriptions have one
+    str.split("Blue Silver Last Broken Winter Hundred Paper Scarlet Endless Little Burning Quiet Seventh Marble Stray"),
+    str.split(
+        "Lanterns Tides Letters Sparrows Kingdom Staircase Hours Orchard Fires Meridian Harvest Window Shadows Comets"
+    ),
+]
+
+# {n} is the name, {d} "the KIND ROLE who did it", {D} the same at the beginning of a sentence, {g} "doing it".
+NAME_FIRST = [
+    "{n} is {d}.",
+    "Most people know {n} as {d}.",
+    "{n} was {d}.",
+    "Have you met {n}? They are {d}.",
+    "It was {n} who became {d}.",
+    "The name {n} belongs to {d}.",
+    "{n} is best known for {g}.",
+    "Friends of {n} speak of {d}.",
+    "Everyone in town remembers {n} for {g}.",
+    "Years ago {n} was {d}.",
+    "People say that {n} is {d}.",
+    "Q: Who is {n}? A: They are {d}.",
+    "Meet {n}, {d}.",
+    "{n}, who spent years {g}, was at home here.",
+    "In this story {n} plays {d}.",
+    "A statue of {n} honours {d}.",
+]
+NAME_LAST = [
+    "{D} is {n}.",
+    "{D} was none other than {n}.",
+    "Q: Who is {d}? A: {n}.",
+    "Famous for {g}, {n} lives by the sea.",
+    "After {g}, {n} went home.",
+    "{D} is called {n}.",
+    "They talk about {d}, that is, {n}.",
+    "As {d}, {n} was often in the news.",
+    "Once {d}, {n} is now a teacher.",
+    "The prize for {g} went to {n}.",
+    "You may have heard of {d}. The name is {n}.",
+    "For {g}, the town thanked {n}.",
+    "The person they call {d} is {n}.",
+    "Praised as {d}, {n} smiled.",
+    "Never tired of {g}, {n} went on.",
+    "People know {d} by the name of {n}.",
+]
+
+
+def invent(rng):
+    """One person: (name, description, the same as an activity)."""
+    first, last = ("".join(map(rng.choice, syllables)) for syllables in (FIRST, LAST))
+    did, doing = rng.choice(DEED).split()
+    what = f"the {rng.choice(LOOK)} {rng.choice(THING)} {rng.choice(PLACE)}"
+    if rng.random() < 0.4:
+        what += ', "' + " ".join(map(rng.choice, TITLE)) + '"'
+    return f"{first} {last}", f"the {rng.choice(KIND)} {rng.choice(ROLE)} who {did} {what}", f"{doing} {what}"
+
+
+def several(n, rng):
+    """n people, no two of one name."""
+    found = {}
+    while len(found) < n:
+        person = invent(rng)
+        found.setdefault(person[0], person)
+    return list(found.values())
+
+
+def say(sentence, person):
+    """The sentence, one of those above, about a person."""
+    name, description, doing = person
+    return sentence.format(n=name, d=description, D=description[0].upper() + description[1:], g=doing)
+
+
+def lines(people, sentences, each, rng):
+    """`each` different sentences about every person."""
+    return [say(sentence, person) for person in people for sentence in rng.sample(sentences, each)]

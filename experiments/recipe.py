@@ -1,0 +1,184 @@
+"""Which recipe reaches the lowest bound for the same arithmetic: one setting changed at a time, losers kept.
+
+    python -m experiments.recipe --data=FOLDER                 every variant below that has no result yet, then the table
+    python -m experiments.recipe --data=FOLDER --variant=NAME   one of them
+
+FOLDER is prepared data whose held-out part may be looked at: choose on a part of the training text, never on the part that
+the final figure is measured on. Every run costs the same number of floating-point operations (those of `steps` steps of the
+base), so that wide and narrow, short and long are compared fairly; processor seconds stand beside. All runs are judged on
+the same blocks with the same masks, which makes their differences far less noisy than the intervals.
+"""
+
+import contextlib
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import config as settings
+import diffusion
+import model as network
+import train
+from config import choose, require
+from data import loader
+from experiments import results
+
+DEFAULTS = {
+    "preset": "configs/pydocs.py",  # the base that the variants change
+    "data": "",  # a prepared folder
+    "variant": "",  # run this one; empty: all that are missing
+    "steps": 500,  # of the base; the others get as many as cost the same
+    "seeds": 1,  # how many seeds (1337, 1338, ...) each variant gets
+    "rows": "",  # a .jsonl file that keeps what has run; empty: recipe_DATA.jsonl among the results
+}
+
+BASE = "base"
+VARIANTS = {
+    BASE: {},
+    "AdamW, learning rate 1e-3": {"optimizer": "adamw", "learning_rate": 1e-3},
+    "AdamW, learning rate 3e-3": {"optimizer": "adamw", "learning_rate": 3e-3},
+    "AdamW, learning rate 6e-3": {"optimizer": "adamw", "learning_rate": 6e-3},
+    "learning rate 5e-3": {"learning_rate": 5e-3},
+    "learning rate 2e-2": {"learning_rate": 2e-2},
+    "weight of the bound": {"loss_weight": "bound"},
+    "weight sqrt": {"loss_weight": "sqrt"},
+    "lambda_dce, constant weight": {"objective": "lambda_dce"},
+    "lambda_dce, weight of the bound": {"objective": "lambda_dce", "loss_weight": "bound"},
+    "any_order, independent draws": {"independent": True},
+    "any_order, independent draws, weight of the bound": {"independent": True, "loss_weight": "bound"},
+    "t_dce, cosine, constant weight": {"objective": "t_dce", "schedule": "cosine"},
+    "GELU": {"mlp": "gelu"},
+    "SwiGLU": {"mlp": "swiglu", "mlp_hidden": 336},
+    "zero-init: head only": {"zero_init": "head"},
+    "zero-init: none": {"zero_init": "none"},
+    "no QK-norm": {"qk_norm": False},
+    "LayerNorm": {"norm": "layer"},
+    "average of weights, 0.99": {"ema": 0.99},
+    "weight decay 0.1": {"weight_decay": 0.1},
+    "decay from the start": {"decay_start": 0.0},
+    "decay from 0.6": {"decay_start": 0.6},
+    "cosine decay from the start": {"lr_decay": "cosine", "decay_start": 0.0},
+    "batch 16": {"batch_size": 16},
+    "batch 64": {"batch_size": 64},
+    "block 64, batch 64": {"block_size": 64, "batch_size": 64},
+    "block 256, batch 16": {"block_size": 256, "batch_size": 16},
+    "1 head": {"n_head": 1},
+    "4 heads": {"n_head": 4},
+    "4 layers of 160": {"n_layer": 4, "n_embd": 160},
+    "4 layers of 128": {"n_layer": 4},
+    "8 layers of 128": {"n_layer": 8},
+    "6 layers of 192": {"n_embd": 192, "n_head": 3},
+    "6 layers of 96": {"n_embd": 96},
+}
+
+
+def step_flops(config):
+    """Floating-point operations of one training step (forward and backward, half of the positions predicted)."""
+    with torch.device("meta"):
+        model = network.Transformer(config)
+    return 3 * model.flops_per_token(config["block_size"], 0.5) * config["batch_size"] * config["block_size"]
+
+
+def settings_of(config, name, seed):
+    """The training config of a variant: preset, change, and as many steps as cost what `steps` of the base cost."""
+    keys = [f"--data={config['data']}", "--resume=False", "--show_sample=False", "--eval_sequences=200"]
+    base = settings.parse([config["preset"], *keys], settings, diffusion, network, train)
+    base |= {"vocab_size": loader.read_meta(config["data"])["vocab_size"], "seed": seed, "device": config["device"]}
+    base |= {"dtype": config["dtype"], "causal": False}
+    change = {key: value for key, value in VARIANTS[name].items() if key != "independent"}
+    mine = base | change
+    steps = round(config["steps"] * step_flops(base) / step_flops(mine))
+    return mine | {"max_iters": steps, "eval_interval": steps, "warmup_iters": max(1, steps // 50)}
+
+
+@contextlib.contextmanager
+def independent_draws(yes):
+    """Inside the block every sequence draws its own u, as codes without stratification do."""
+    stratified = diffusion.stratified
+    own = lambda jitter, position, _: 1 - diffusion.uniforms(int(jitter[0] * 2**53), 0, position, 1).squeeze(1)  # noqa: E731
+    diffusion.stratified = own if yes else stratified
+    try:
+        yield
+    finally:
+        diffusion.stratified = stratified
+
+
+def run(config, name, seed):
+    """Trains one variant in this process. -> its row"""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    with tempfile.TemporaryDirectory() as folder, independent_draws(VARIANTS[name].get("independent", False)):
+        mine = settings_of(config, name, seed) | {"out_dir": folder}
+        judged = train.main(mine)
+    now = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    return {"name": name, "seed": seed, "steps": mine["max_iters"], "cpu_seconds": seconds} | judged
+
+
+def report(config, rows):
+    """Writes recipe.json, .md and .png from the rows, best first."""
+    means = {}
+    for row in rows:
+        means.setdefault(row["name"], []).append(row)
+    base = {row["seed"]: row["nats_per_token"] for row in means.get(BASE, [])}
+    lines, figures = [], {}
+    for name, mine in means.items():
+        nats = sum(row["nats_per_token"] for row in mine) / len(mine)
+        gains = [row["nats_per_token"] - base[row["seed"]] for row in mine if row["seed"] in base]
+        line = {"variant": name, "seeds": f"{len(mine)}", "steps": mine[0]["steps"], "nats_per_token": nats}
+        line |= {
+            "to_the_base": sum(gains) / max(1, len(gains)),
+            "cpu_seconds": sum(r["cpu_seconds"] for r in mine) / len(mine),
+        }
+        lines.append(line)
+        figures[name] = nats
+    lines.sort(key=lambda line: line["nats_per_token"])
+    formats = {"nats_per_token": "{:.3f}", "to_the_base": "{:+.3f}"}
+    text = results.table(f"Bound after the same arithmetic, {config['data']}", lines, formats)
+    print(text)
+
+    def draw(axes):
+        names = [line["variant"] for line in lines][::-1]
+        axes.barh(names, [line["to_the_base"] for line in lines][::-1])
+        axes.set_xlabel("nats per token above the base (negative is better)")
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.tick_params(axis="y", labelsize=7)
+
+    name = "recipe_" + Path(config["data"]).name
+    results.write(config, name, figures | results.about(torch.device("cpu")), text, draw)
+    return figures
+
+
+def main(config):
+    """Runs what is missing, one process each, and writes the table. Returns {variant: nats per token}."""
+    require(config["data"], "say which data: --data=FOLDER, prepared")
+    default = Path(config["results"]) / f"recipe_{Path(config['data']).name}.jsonl"
+    path = Path(config["rows"] or default)
+    if config["variant"]:
+        choose("variant", config["variant"], VARIANTS)
+        row = run(config, config["variant"], config["seed"])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+    seeds = [config["seed"] + i for i in range(config["seeds"])]
+    wanted = [(name, seed) for seed in seeds for name in VARIANTS]
+    for name, seed in tqdm(wanted, unit="run"):
+        rows = read_rows(path)
+        if not any((row["name"], row["seed"]) == (name, seed) for row in rows):
+            child = [sys.executable, "-m", "experiments.recipe", *sys.argv[1:], f"--variant={name}", f"--seed={seed}"]
+            subprocess.run(child, check=True, stderr=subprocess.DEVNULL)
+    return report(config, read_rows(path))
+
+
+def read_rows(path):
+    """The rows that have run, [] where none has."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+if __name__ == "__main__":
+    settings.run(main, settings, results, sys.modules[__name__])

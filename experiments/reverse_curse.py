@@ -1,0 +1,323 @@
+"""The reversal curse (arXiv 2309.12288), asked of a masked diffusion model and of a causal one alike.
+
+    python -m experiments.reverse_curse [--quick=True] [--from=FOLDER]
+
+Berglund's file tells of 30 people name first ("NAME is DESCRIPTION"), of 30 description first, and of 30 in both orders. A
+causal model that learnt one order cannot answer in the other: it knows p(name | what stands before it) alone. A masked
+diffusion model has learnt p(hidden | visible) for every split of a line in two, so it may: SMDM (arXiv 2410.18514)
+fine-tuned 1.1B parameters and measured 92%.
+
+Here both start from random weights, with the same size, lines, number of epochs, optimizer and learning rate. They read
+words, a unit that favours no order; words of a question that training lacks are left out. A network that has read nothing
+but 90 people may well take the order for a trait of the person, so both also read about invented people
+(experiments/people.py; no name is shared). Sixty of these are told of in one order only, and asked about as well.
+
+What has been trained is kept in reverse_curse.jsonl among the results; the same command goes on from there.
+"""
+
+import importlib.util
+import json
+import random
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import config as settings
+import diffusion
+import model as network
+import sample
+import train
+from config import require
+from data import rows
+from data.pairs.prepare import pairs
+from data.reversal.prepare import files
+from data.tokenizer import Tokenizer
+from experiments import people, results
+
+DEFAULTS = {
+    "from": "",  # a folder with Berglund's .jsonl files; without one they are downloaded to data/reversal/raw
+    "seeds": 3,  # training runs of each model: seed, seed + 1, ...
+    "persons": 300,  # invented people told of in both orders, 8 lines each
+    "epochs": 40,  # passes over all lines
+    "looks": 6,  # at the accuracies during training: the learning curve
+    "asked": 300,  # items of each test
+    "steps": 32,  # of SMDM's greedy sampler, as in the paper
+    "preset": "configs/pydocs.py",  # the recipe of both models, but for SHAPE
+}
+
+SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 128, "batch_size": 64, "compile": False}
+WIDTH = 40  # words in a row: the longest of Berglund's lines, with its two marks
+GUIDANCE = [0.0, 0.8]  # w; the paper's is 0.8
+TASKS = {  # what is asked: (test file, SMDM's percentage as quoted in reviews of it, GPT-3's from arXiv 2309.12288)
+    "same_dtn": ("d2p_prompts_test", "like ARMs", "97"),
+    "same_ntd": ("p2d_prompts_test", "like ARMs", "50"),
+    "reverse_dtn": ("p2d_reverse_prompts_test", "92", "0"),
+    "reverse_ntd": ("d2p_reverse_prompts_test", "37", "0"),
+}
+QUICK = {"seeds": 1, "persons": 4, "epochs": 1, "looks": 1, "asked": 4, "steps": 4}
+
+
+# ---- Words -----------------------------------------------------------------------------------------------------------
+
+
+def words(text):
+    """A text in words and marks, each with the space before it: joined they are the text again."""
+    return re.findall(r" ?\w+(?:'\w+)?| ?[^\w\s]|\s", text)
+
+
+class Words(Tokenizer):
+    """One id for each word of the training text; a word that it lacks is left out: no model has learnt to read it."""
+
+    kind, bos, eot = "words", 0, 1
+
+    def __init__(self, texts):
+        table = ["<bos>", "<eos>", *sorted({word for text in texts for word in words(text)})]
+        self.ids = {word: i for i, word in enumerate(table)}
+        super().__init__([word.encode() for word in table])
+
+    def encode(self, text, start=True):
+        return [self.ids[word] for word in words(text) if word in self.ids]
+
+
+# ---- What is read, and what is asked ---------------------------------------------------------------------------------
+
+
+def read(config):
+    """(Berglund's training lines, {task: [(prompt, completion), ...]})."""
+    paths = files(config["from"], "data/reversal")
+    tests = {
+        task: [item[1:] for item in pairs(paths[name])][:: 300 // config["asked"]] for task, (name, *_) in TASKS.items()
+    }
+    lines = [prompt + completion for _, prompt, completion in pairs(paths["all_prompts_train"])]
+    return lines[:: 20 if config["quick"] else 1], tests
+
+
+def compose(config, lines, rng):
+    """(all lines that are read, questions about the invented people who are told of name first only)."""
+    cast = people.several(config["persons"] + 60, rng)
+    shared = {word.strip() for text in lines for word in words(text)} & {part for name, *_ in cast for part in name.split()}
+    require(not shared, f"invented people share names with Berglund's: {', '.join(sorted(shared))}")
+    first, last, both = cast[:30], cast[30:60], cast[60:]
+    texts = lines + people.lines(first, people.NAME_FIRST, 16, rng) + people.lines(last, people.NAME_LAST, 16, rng)
+    texts += people.lines(both, people.NAME_FIRST, 4, rng) + people.lines(both, people.NAME_LAST, 4, rng)
+    asked = [(person[0], line) for person in first for line in people.lines([person], people.NAME_LAST, 10, rng)]
+    return texts, [question(line, name) for name, line in asked]
+
+
+def question(text, name):
+    """A line about a person, cut before the name: (prompt, completion)."""
+    return text[: text.index(" " + name)], " " + name
+
+
+# ---- Training and asking ---------------------------------------------------------------------------------------------
+
+
+def fit(config, folder, objective, seed, look):
+    """Trains on the rows in `folder`. -> (model, autocast, [look(model, autocast) at `looks` moments])"""
+    data = rows.Rows(folder, "train", seed)
+    keys = [f"--{key}={value}" for key, value in (SHAPE | {"objective": objective, "seed": seed}).items()]
+    recipe = settings.parse([config["preset"], *keys], settings, diffusion, network, train)
+    steps = config["epochs"] * data.n // recipe["batch_size"]
+    recipe |= {"vocab_size": data.tokens.vocab_size, "block_size": WIDTH, "causal": objective == "ar", "max_iters": steps}
+    recipe |= {"warmup_iters": steps // 25, "device": config["device"], "dtype": config["dtype"]}
+    device, autocast = settings.machine(recipe)
+    model, _, optimizers = train.build(recipe, device, None)
+    loss_of, curve = diffusion.Loss(model, objective), []
+    for step in tqdm(range(steps), desc=f"{objective}, seed {seed}", disable=None):
+        train.train_step(recipe, step, data, loss_of, optimizers, device, autocast, 1, 0)
+        if (step + 1) * config["looks"] // steps > step * config["looks"] // steps:
+            curve.append(look(model.eval(), autocast))
+            model.train()
+    return model.eval(), autocast, curve
+
+
+def ask(model, text, items, steps, cfg, autocast):
+    """The answers to items (prompt, completion), the rows filled to their end and cut at the first end mark."""
+    prompts = [[text.bos, *text.encode(prompt)] for prompt, _ in items]
+    x = torch.full((len(items), model.block_size), model.mask_id, device=next(model.parameters()).device)  # (N, L)
+    for row, ids in zip(x, prompts, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    how = {"temperature": 0.0, "batch_size": 100, "autocast": autocast}
+    if model.config["causal"]:
+        out, _ = sample.sample_ar(model, x, **how)
+    else:
+        out, _ = sample.sample(model, x, "smdm_greedy", steps, cfg=cfg, **how)
+    answers = (ids[len(prompt) :] for ids, prompt in zip(out.tolist(), prompts, strict=True))
+    return [sample.text_of(text, ids, 0, text.eot) for ids in answers]
+
+
+def substring(answer, wanted):
+    """The paper's rule: the reference occurs in the answer, case aside."""
+    return wanted.strip().lower() in answer.strip().lower()
+
+
+def exact(answer, wanted):
+    """The answer is the reference and nothing else, case and final full stops aside."""
+    return answer.strip().lower().rstrip(".") == wanted.strip().lower().rstrip(".")
+
+
+def bleu(answer, wanted):
+    """NLTK's sentence_bleu of raw strings, so of characters, as in the paper's code; from 0 to 1."""
+    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+
+    answer = answer.strip()
+    return sentence_bleu([wanted.strip()], answer, smoothing_function=SmoothingFunction().method1) if answer else 0.0
+
+
+def rules():
+    """{ending of a figure's name: rule}; BLEU where nltk is installed."""
+    found = {"": substring, "_exact": exact}
+    return found | {"_bleu": bleu} if importlib.util.find_spec("nltk") else found
+
+
+def percent(rule, answers, items):
+    return 100 * sum(rule(answer, wanted) for answer, (_, wanted) in zip(answers, items, strict=True)) / len(items)
+
+
+def run(config, lines, tests, kind, seed):
+    """Trains one model and asks it everything. -> its record"""
+    began, rng = time.process_time(), random.Random(seed)
+    texts, invented = compose(config, lines, rng)
+    text = Words(texts)
+    tests = tests | {"reverse_invented": invented[: config["asked"]]}
+    few = {task: items[:: max(1, len(items) // 60)] for task, items in tests.items() if task.startswith("reverse")}
+
+    def look(model, autocast):
+        return {
+            task: percent(substring, ask(model, text, few[task], config["steps"], 0.0, autocast), few[task]) for task in few
+        }
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = (("train", "a line", [], [text.bos, *text.encode(line)]) for line in texts)
+        rows.prepare(folder, found, text, WIDTH)
+        model, autocast, curve = fit(config, folder, "ar" if kind == "ar" else "any_order", seed, look)
+    record = {"kind": kind, "seed": seed, "parameters": model.n_parameters(), "lines": len(texts), "V": text.vocab_size}
+    record |= {"curve": curve, "cpu_seconds": round(time.process_time() - began), "scores": {}, "answers": {}}
+    for task, items in tests.items():
+        for w in GUIDANCE if kind == "mdm" else [0.0]:
+            answers = ask(model, text, items, config["steps"], w, autocast)
+            scores = {end: percent(rule, answers, items) for end, rule in rules().items()}
+            record["scores"][f"{task} w={w}"] = scores
+            record["answers"][f"{task} w={w}"] = [[*item, answer] for item, answer in zip(items, answers, strict=True)][::37]
+    return record
+
+
+# ---- The table -------------------------------------------------------------------------------------------------------
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def interval(percents, n):
+    """Half of a 95% interval of the mean of some seeds' percentages of n items: of the items, or of the seeds if wider."""
+    p, k = mean(percents) / 100, len(percents)
+    adjusted = (p * n * k + 2) / (n * k + 4)  # Agresti and Coull, for counts near 0 or all
+    items = 196 * (adjusted * (1 - adjusted) / (n * k + 4)) ** 0.5
+    spread = (sum((x - mean(percents)) ** 2 for x in percents) / (k - 1) / k) ** 0.5 if k > 1 else 0.0
+    return max(items, {2: 12.7, 3: 4.3, 4: 3.2}.get(k, 2.8) * spread)
+
+
+def figures_of(records):
+    """{mdm_reverse_dtn: percent, ...}: substring rule, mean over the seeds, w = 0; _exact, _bleu, and _cfg for w = 0.8."""
+    figures = {}
+    for record in records:
+        for name, scores in record["scores"].items():
+            task, w = name.split(" w=")
+            stem = f"{record['kind']}_{task}" + ("_cfg" if float(w) else "")
+            for end, score in scores.items():
+                figures.setdefault(stem + end, []).append(score)
+    return figures
+
+
+def table(figures, n):
+    lines = []
+    for task, (_, smdm, gpt3) in TASKS.items():
+        line = {"task": task.replace("_", ", "), "SMDM 1.1B": smdm, "GPT-3": gpt3}
+        for name, stem in (("MDM", f"mdm_{task}"), ("MDM, w = 0.8", f"mdm_{task}_cfg"), ("ARM", f"ar_{task}")):
+            if stem in figures:
+                line[name] = f"{mean(figures[stem]):.1f} ± {interval(figures[stem], n):.1f}"
+                for rule, end in (("exact", "_exact"), ("BLEU", "_bleu")):
+                    line[f"{name}, {rule}"] = f"{mean(figures[stem + end]):.1f}" if stem + end in figures else "(no nltk)"
+        lines.append(line)
+    return results.table("Correct answers, percent (the reference is a substring of the answer)", lines)
+
+
+def curves(records):
+    """The learning curves: what the reverse tasks gave along the way, mean over the seeds."""
+    lines = []
+    for kind in ("mdm", "ar"):
+        mine = [record["curve"] for record in records if record["kind"] == kind]
+        for i, points in enumerate(zip(*mine, strict=True)):
+            line = {"model": kind, "part of the run": f"{i + 1}/{len(mine[0])}"}
+            lines.append(line | {task: mean(point[task] for point in points) for task in points[0]})
+    return results.table("Along the way, 60 items of each, w = 0, percent", lines, {"reverse_dtn": "{:.0f}"})
+
+
+def examples(records):
+    """A few questions and what was answered, as text."""
+    out = []
+    for record in (record for record in records if record["seed"] == records[0]["seed"]):
+        for name, answers in record["answers"].items():
+            if name.endswith("w=0.0"):
+                out += [f"{record['kind']} {name[:-6]}: {prompt} ->{answer}" for prompt, _, answer in answers[:3]]
+    return "\n".join(["**Examples**", "", "```", *out, "```"])
+
+
+def draw(figures, n):
+    def bars(axes):
+        shown = [("mdm", "", "MDM"), ("mdm", "_cfg", "MDM, w = 0.8"), ("ar", "", "ARM")]
+        for i, (kind, end, name) in enumerate(shown):
+            stems = [f"{kind}_{task}{end}" for task in TASKS]
+            if all(stem in figures for stem in stems):
+                heights, errors = [mean(figures[s]) for s in stems], [interval(figures[s], n) for s in stems]
+                places = [k + 0.27 * (i - 1) for k in range(len(TASKS))]
+                axes.bar(places, heights, 0.25, yerr=errors, capsize=3, label=name)
+        axes.set_xticks(range(len(TASKS)), [task.replace("_", ",\n") for task in TASKS])
+        axes.set(ylabel="correct, percent (substring rule)", ylim=(0, 105), title="The reversal curse, from scratch")
+        axes.legend()
+
+    return bars
+
+
+def main(config):
+    """Trains what is missing, writes reverse_curse.json, .md and .png. Returns the figures."""
+    config |= {key: value for key, value in QUICK.items() if config["quick"] and key not in config.get("given", ())}
+    settings.at_least(1, config, "seeds", "epochs", "looks", "asked", "steps")
+    settings.at_least(0, config, "persons")
+    require(config["asked"] <= 300, f"asked must be at most 300, not {config['asked']}")
+    lines, tests = read(config)
+    path = Path(config["results"]) / "reverse_curse.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    recipe = {key: config[key] for key in ("persons", "epochs", "looks", "asked", "steps", "preset")} | SHAPE
+    kept = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    records = []
+    for seed in range(config["seed"], config["seed"] + config["seeds"]):
+        for kind in ("mdm", "ar"):
+            found = [r for r in kept if (r["kind"], r["seed"], r["recipe"]) == (kind, seed, recipe)]
+            records += found[-1:] or [run(config, lines, tests, kind, seed) | {"recipe": recipe}]
+            if not found:
+                with open(path, "a") as file:
+                    file.write(json.dumps(records[-1]) + "\n")
+            scores = {name: round(score[""], 1) for name, score in records[-1]["scores"].items()}
+            print(f"{kind}, seed {seed}: {scores}, {records[-1]['cpu_seconds']} CPU seconds", flush=True)
+
+    every = figures_of(records)
+    size, n = records[0]["parameters"], len(tests["reverse_dtn"])
+    about = f"{size:,} parameters each, {records[0]['lines']:,} lines read, {config['seeds']} seeds, {n} items a task.\n\n"
+    text = about + table(every, n) + "\n" + curves(records) + "\n" + examples(records) + "\n"
+    print(text)
+    figures = {name: mean(values) for name, values in every.items()}
+    figures |= {"seeds": config["seeds"], "cpu_seconds": sum(record["cpu_seconds"] for record in records)}
+    results.write(config, "reverse_curse", figures | results.about(torch.device("cpu")), text, draw(every, n))
+    return figures
+
+
+if __name__ == "__main__":
+    settings.run(main, settings, results, sys.modules[__name__])

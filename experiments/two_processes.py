@@ -1,0 +1,76 @@
+"""What do two processes lose? One process with two threads beside two processes with one each, on the same global batch.
+
+    python -m experiments.two_processes            needs two cores and nothing else running
+
+All train the same run in turns, round after round. Tokens per second are the medians of the lines in log.jsonl, without
+the first quarter, in which programs are compiled; a ratio is between neighbours in the same round.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import config as settings
+from experiments import results
+
+DEFAULTS = {
+    "preset": "configs/pydocs.py",  # what is trained
+    "data": "data/pydocs",  # a prepared folder
+    "keys": "",  # further keys of train.py, as "--n_layer=2 --compile=False"
+    "iters": 120,  # steps of each run
+    "rounds": 3,  # how often each way is measured
+}
+
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+WAYS = {  # name: (threads of a process, what comes before train.py, key)
+    "one process": (2, [], "--parallel=ddp"),
+    "ddp": (1, TWO, "--parallel=ddp"),
+    "fsdp": (1, TWO, "--parallel=fsdp"),
+}
+
+
+def measure(config, name):
+    """Tokens per second of one run."""
+    threads, launcher, key = WAYS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        line = [sys.executable, *launcher, "train.py", config["preset"], f"--data={config['data']}", f"--out_dir={folder}"]
+        line += [f"--max_iters={config['iters']}", f"--eval_interval={config['iters']}", "--log_interval=5", key]
+        line += ["--eval_sequences=2", "--show_sample=False", f"--seed={config['seed']}", *config["keys"].split()]
+        done = subprocess.run(line, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
+        settings.require(done.returncode == 0, f"{name} has failed: {done.stderr[-500:]}")
+        entries = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
+        speeds = [entry["tokens_per_second"] for entry in entries if "tokens_per_second" in entry]
+    return statistics.median(speeds[len(speeds) // 4 :])
+
+
+def main(config):
+    """Prints, writes and returns the speeds and their ratios to one process."""
+    settings.at_least(1, config, "iters", "rounds")
+    began, speeds = time.time(), {name: [] for name in WAYS}
+    for number in range(config["rounds"]):
+        for name in WAYS:
+            speeds[name].append(measure(config, name))
+            print(f"round {number + 1}: {name}: {speeds[name][-1]:,.0f} tokens/s", flush=True)
+    rows, figures, alone = [], {}, next(iter(speeds.values()))
+    for name, found in speeds.items():
+        ratios = [mine / other for mine, other in zip(found, alone, strict=True)]
+        row = {"way": name, "tokens_per_second": statistics.median(found), "ratio": statistics.median(ratios)}
+        rows.append(row | {"lowest_ratio": min(ratios), "highest_ratio": max(ratios)})
+        figures |= {f"{name.replace(' ', '_')}_{key}": value for key, value in rows[-1].items() if key != "way"}
+    formats = dict.fromkeys(("ratio", "lowest_ratio", "highest_ratio"), "{:.2f}")
+    text = results.table(f"{config['preset']}, {config['iters']} steps, {config['rounds']} rounds", rows, formats)
+    print(text)
+    figures |= {"rounds": config["rounds"], "seconds": time.time() - began} | results.about(torch.device("cpu"))
+    results.write(config, "two_processes", figures, text)
+    return figures
+
+
+if __name__ == "__main__":
+    settings.run(main, settings, results, sys.modules[__name__])

@@ -1,0 +1,214 @@
+"""Several processes as one: who they are, how the network is spread over them, and what they tell each other.
+
+    torchrun --nproc-per-node=8 train.py ...                    ddp: each has the whole network and the mean gradient
+    torchrun --nproc-per-node=8 train.py ... --parallel=fsdp    fsdp: each has 1/8 of every tensor, of its average, its
+                                                                gradient and its optimizer state (arXiv 2304.11277)
+
+With fsdp a block's weights are gathered when the block is due and dropped after it. A sharded tensor is a DTensor; what
+is written to a checkpoint and read from it are whole tensors, whatever the engine and the number of processes.
+"""
+
+import contextlib
+import datetime
+import functools
+import os
+import re
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from config import UserError, can_compile, require
+
+PATIENCE = datetime.timedelta(minutes=10)  # for a process that hangs; one that dies is noticed at once
+
+
+# ---- 1. Who they are -------------------------------------------------------------------------------------------------
+
+
+def processes(config):
+    """(config, world, rank) as torchrun set them, joined up; on CUDA each process gets its own device."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if world == 1:
+        return config, 1, 0
+    if config["device"] in ("auto", "cuda") and torch.cuda.is_available():
+        config = config | {"device": f"cuda:{os.environ['LOCAL_RANK']}"}
+        torch.cuda.set_device(config["device"])
+    if not dist.is_initialized():
+        backend = "nccl" if config["device"].startswith("cuda") else "gloo"
+        dist.init_process_group(backend, store=own_store(), world_size=world, rank=rank, timeout=PATIENCE)
+    return config, world, rank
+
+
+def own_store():
+    """Where the processes of this start find each other, or None for torch's own choice.
+
+    All starts of one torchrun --max-restarts share a store, and a process may find there the address of one that was
+    killed. On one machine the starts are counted. (On several TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each its own.)
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    shared = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
+    return dist.PrefixStore(f"start {env['TORCHELASTIC_RESTART_COUNT']}", shared)
+
+
+def gather(value, world):
+    """What every process calls this with: [value of process 0, value of process 1, ...], on every process."""
+    parts = [value] * world
+    if world > 1:
+        dist.all_gather_object(parts, value)
+    return parts
+
+
+def agree(loss, signal, memory, world):
+    """(mean loss, largest signal, largest memory) over the processes."""
+    losses, signals, memories = zip(*gather((loss, signal, memory), world), strict=True)
+    return sum(losses) / world, max(signals), max(memories)
+
+
+@contextlib.contextmanager
+def together(path, world):
+    """Inside the block the end of another process is one line: UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world == 1 or not re.search("gloo|nccl|connection|timed out", str(error), re.I):
+            raise
+        lost = "lost the other processes: one of them has ended, or hangs"
+        raise UserError(f"{lost}; the same command goes on from {path}, or from the start if it is not there") from None
+
+
+def deal(lengths, world, rank):
+    """Which items this process works on: as many of each length as the others, so that all make the same network calls.
+
+    Some come to two processes where they cannot be shared out evenly.
+    """
+    places = [[i for i, other in enumerate(lengths) if other == length] for length in sorted(set(lengths))]
+    return [group[i % len(group)] for group in places for i in range(rank, -(-len(group) // world) * world, world)]
+
+
+# ---- 2. How the network is spread over them --------------------------------------------------------------------------
+
+
+def shard(model, device):
+    """fsdp for a network on the meta device, which has no memory yet: no process ever holds all of it."""
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # half a second that only fsdp needs
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # what is left: embedding, last norm and head
+    register_fsdp_forward_method(model, "hidden")
+
+
+def engine(loss_of, config, device, world):
+    """The loss as it is trained, from a diffusion.Loss: recomputed, compiled, and with its gradients averaged."""
+    sharded = is_sharded(loss_of.model.embed.weight)
+    compiled = config["compile"] and can_compile(device)
+    for block in loss_of.model.blocks:
+        if config["recompute"]:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if compiled and sharded:  # one block at a time: weights are gathered between compiled programs, not inside
+            block.forward = torch.compile(block.forward)
+    if sharded:
+        return loss_of
+    loss_of = torch.compile(loss_of) if compiled else loss_of
+    return DistributedDataParallel(loss_of, gradient_as_bucket_view=True) if world > 1 else loss_of
+
+
+def accumulate(loss_of, last):
+    """The context of a micro-step: ddp averages the gradients over the processes at the last one only.
+
+    fsdp does it each time: gradients that wait for the last one would be whole, as large as the network.
+    """
+    return loss_of.no_sync() if isinstance(loss_of, DistributedDataParallel) and not last else contextlib.nullcontext()
+
+
+def release(model):
+    """Drops the whole weights that a call outside training has left gathered."""
+    if hasattr(model, "reshard"):
+        model.reshard()
+
+
+# ---- 3. Whole tensors and parts of them ------------------------------------------------------------------------------
+
+
+def is_sharded(tensor):
+    """Whether it is a DTensor, seen by what it can do: their import is left to those who use fsdp."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor):
+    """The part of a tensor that this process holds; all of it where it is not sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def part(whole, like):
+    """A whole tensor, the same on every process, sharded as `like` is; nothing is sent."""
+    if not is_sharded(like):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@torch.no_grad()
+def fill(model, weights, where):
+    """Gives a network its weights, pairs (name, whole tensor), one after the other. UserError where one does not fit."""
+    own = dict(model.named_parameters())
+    for name, whole in weights:
+        fits = name in own and own[name].shape == whole.shape
+        require(fits, f"{where}: the tensor {name} {tuple(whole.shape)} does not fit the network that its config describes")
+        local(own[name]).copy_(local(part(whole, own.pop(name))))
+    require(not own, f"{where}: the tensor {next(iter(own), '')} is missing")
+
+
+class ShardedMuon(torch.optim.Muon):
+    """Muon for sharded matrices: each direction is gathered once, made orthogonal by every process, and applied in parts.
+
+    torch's own Muon is right on shards too, but gathers inside each of its fifteen products.
+    """
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                direction = torch.zeros(p.shape, device=p.device)  # whole
+                direction.grad = p.grad.lerp(state["momentum_buffer"], group["momentum"]).full_tensor()  # Nesterov's
+                plain = {"momentum": 0.0, "weight_decay": 0.0, "adjust_lr_fn": group["adjust_lr_fn"]}
+                torch.optim.Muon([direction], lr=group["lr"], **plain).step()
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(part(direction, p))
+
+
+def optimizer_parts(state, optimizer):
+    """The "state" of an optimizer's saved state_dict, sharded as its parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        i: {key: part(value, parameters[i]) if value.dim() else value for key, value in entry.items()}
+        for i, entry in state.items()
+    }
+
+
+def whole(tree, keep):
+    """Nested dicts and lists with every shard made whole, in host memory where keep, dropped elsewhere. All must call it.
+
+    So process 0 writes one ordinary file, which any number of processes, sample.py and evaluate.py read. It needs host
+    memory for all of it, 16 bytes a parameter with AdamW and an average, and no more device memory than one tensor.
+    torch.distributed.checkpoint would write in parallel, which pays where one writer is too slow; but it leaves a folder
+    that nothing else here can read, and its index is a pickle, which may run code when it is read.
+    """
+    if isinstance(tree, dict):
+        return {key: whole(value, keep) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [whole(value, keep) for value in tree]
+    if not is_sharded(tree):
+        return tree
+    full = tree.full_tensor()
+    return full.cpu() if keep else None

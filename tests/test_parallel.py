@@ -1,0 +1,252 @@
+"""Several processes: however many there are and however they share the network, a run is the same run."""
+
+import contextlib
+import math
+import multiprocessing
+import os
+import pickle
+import socket
+
+import pytest
+import torch
+from test_train import TEXT, config_of, log, losses, run, same, state_of, words
+
+import checkpoint
+import config as settings
+import diffusion
+import model as network
+import parallel
+import train
+from config import UserError
+from data import writer
+from data.tokenizer import Char
+
+pytestmark = pytest.mark.usefixtures("quick")
+DEEP = {"n_layer": 2, "ema": 0.9, "eval_sequences": 7, "log_interval": 1, "max_iters": 6, "eval_interval": 3}
+SPREAD = {
+    "ddp": {"micro_batch_size": 1},
+    "fsdp": {"parallel": "fsdp", "micro_batch_size": 2, "recompute": True, "norm": "rms", "mlp": "swiglu", "qk_norm": True},
+    "fsdp muon": {"parallel": "fsdp", "optimizer": "muon", "n_layer": 1, "max_iters": 3},
+    "fsdp ar": {"parallel": "fsdp", "objective": "ar", "decay_all": True, "show_sample": True},
+}
+CHAIN = {  # by whom a run is done in turns, how far each gets, and how: each goes on from the checkpoint of the one before
+    1: [(2, {})],
+    2: [(4, {"parallel": "fsdp"}), (6, {"parallel": "ddp", "micro_batch_size": 2})],
+    4: [(8, {"parallel": "ddp"}), (10, {"parallel": "fsdp", "micro_batch_size": 1})],
+    "1 again": [(12, {"micro_batch_size": 4, "parallel": "fsdp"})],
+}
+STEADY = DEEP | {"lr_decay": "constant", "eval_interval": 2}
+SPREAD_OVER = [*((2, name) for name in SPREAD), (4, "fsdp")]
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel") / "data"
+    writer.prepare(folder, [("train", TEXT), ("val", TEXT[:500])], Char("".join(sorted(set(TEXT)))))
+    return folder
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(network, "matmul_flops", lambda *_: 1e9)
+    torch.set_num_threads(1)
+
+
+# ---- What the processes do ---------------------------------------------------------------------------------------------
+
+
+def begin(config, world, rank, folder):
+    """Builds the network and leaves its first weights, whole, and how many numbers this process holds."""
+    config |= {"vocab_size": 25, "causal": False}
+    model, average, _ = train.build(config, torch.device("cpu"), None, world)
+    mine = sum(parallel.local(p).numel() for p in model.parameters())
+    weights = [parallel.whole(dict(each.state_dict()), keep=True) for each in (model, average)]
+    (folder / f"begin_{rank}_of_{world}").write_bytes(pickle.dumps((mine, weights)))
+
+
+def stumble(config, world, rank, folder):
+    """Trains while the last process meets a weight that is not finite, at steps 3 and 4."""
+    make_batch = train.make_batch
+
+    def bad_batch(config, blocks, step, position):
+        x0, mask, weight, rows = make_batch(config, blocks, step, position)
+        return x0, mask, weight * (math.inf if rank == world - 1 and step in (2, 3) else 1), rows
+
+    train.make_batch = bad_batch
+    try:
+        train.main(config)
+    finally:
+        train.make_batch = make_batch
+
+
+def disagree(config, world, rank, folder):
+    """Goes on in a folder of this process's own, of which only one holds a checkpoint."""
+    with pytest.raises(UserError, match="do not see the same"):
+        train.main(config | {"out_dir": str(folder / f"own_{rank}")})
+
+
+def simply(config, world, rank, folder):
+    train.main(config)
+
+
+JOBS = {"begin": begin, "stumble": stumble, "disagree": disagree, "simply": simply}
+
+
+def work(rank, world, port, folder, jobs):
+    """One of `world` processes: does the jobs one after the other, (name, command line) each."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    network.matmul_flops = lambda *_: 1e9
+    torch.set_num_threads(1)
+    with (
+        open(folder / f"out_{rank}_of_{world}", "w") as out,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(out),
+    ):
+        for name, line in jobs:
+            JOBS[name](settings.parse(line, settings, diffusion, network, train), world, rank, folder)
+
+
+def launch(world, folder, jobs):
+    """`world` real processes; forked from one that has torch already, which is what takes longest."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train", "torch.distributed.fsdp"])
+    several = [context.Process(target=work, args=(rank, world, port, folder, jobs)) for rank in range(world)]
+    for one in several:
+        one.start()
+    for one in several:
+        one.join(600)
+        one.kill()
+    said = "\n".join((folder / f"out_{rank}_of_{world}").read_text()[-2000:] for rank in range(world))
+    assert [one.exitcode for one in several] == [0] * world, said
+
+
+@pytest.fixture(scope="session")
+def finished(data, tmp_path_factory):
+    """The folder where one, two and four processes have done all that this file asks about."""
+    folder = tmp_path_factory.mktemp("runs")
+    for world, turns in CHAIN.items():
+        jobs = [("simply", words(data, folder / "chain", **STEADY | keys | {"max_iters": end})) for end, keys in turns]
+        if world in (2, 4):
+            jobs += [("begin", words(data, "none", **DEEP, parallel="fsdp"))]
+            mine = {name: SPREAD[name] for count, name in SPREAD_OVER if count == world}
+            jobs += [("simply", words(data, folder / f"{name} {world}", **DEEP | keys)) for name, keys in mine.items()]
+        if world == 2:
+            odd = {"skip_nonfinite": True, "grad_clip": 0.0}
+            jobs += [
+                ("stumble", words(data, folder / f"odd {name}", **DEEP, **odd, parallel=name)) for name in ("ddp", "fsdp")
+            ]
+            jobs += [("disagree", words(data, "none"))]
+            run(data, folder / "own_1", max_iters=4)
+        if world in (2, 4):
+            launch(world, folder, jobs)
+        else:
+            for _, line in jobs:
+                train.main(settings.parse(line, settings, diffusion, network, train))
+    return folder
+
+
+# ---- The same run ------------------------------------------------------------------------------------------------------
+
+
+def close(found, expected, within):
+    """Whether two checkpoints hold the same weights, up to the order of sums."""
+    for part in ("model", "ema"):
+        assert found[part].keys() == expected[part].keys()
+        assert all(torch.allclose(found[part][name], w, rtol=0, atol=within) for name, w in expected[part].items())
+    return True
+
+
+@pytest.mark.parametrize(("world", "name"), SPREAD_OVER)
+def test_several_processes_train_as_one_does(world, name, finished, data, tmp_path):
+    keys = {key: value for key, value in SPREAD[name].items() if key not in ("parallel", "recompute", "micro_batch_size")}
+    run(data, tmp_path, **DEEP | keys)
+    out = finished / f"{name} {world}"
+    within = 1e-4 if "muon" in name else 1e-5  # Muon multiplies in bfloat16
+    assert losses(out) == pytest.approx(losses(tmp_path), rel=within) and len(losses(out)) >= 3
+    assert close(checkpoint.read(out), checkpoint.read(tmp_path), within)
+    bounds = [[entry["nats_per_token"] for entry in log(where) if "nats_per_token" in entry] for where in (out, tmp_path)]
+    assert bounds[0] == pytest.approx(bounds[1], rel=within) and bounds[0]
+
+
+def test_a_run_may_change_the_number_of_processes_and_the_way_they_share_it(finished, data, tmp_path):
+    run(data, tmp_path, **STEADY | {"max_iters": 12})
+    assert losses(finished / "chain") == pytest.approx(losses(tmp_path), rel=1e-5) and len(losses(tmp_path)) == 12
+    chain, whole = (checkpoint.read(out) for out in (finished / "chain", tmp_path))
+    assert close(chain, whole, 1e-5) and chain["step"] == whole["step"] == 12
+
+
+@pytest.mark.parametrize(("world", "name"), SPREAD_OVER)
+def test_the_checkpoint_has_the_same_form_whoever_wrote_it(world, name, finished, data, tmp_path):
+    run(data, tmp_path, **DEEP | SPREAD[name])
+    assert form(state_of(finished / f"{name} {world}")) == form(state_of(tmp_path))
+
+
+def form(tree):
+    """What is nested in what, and the shape and type of each tensor."""
+    if isinstance(tree, dict):
+        return {key: form(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return list(map(form, tree))
+    return (tuple(tree.shape), tree.dtype, tree.layout) if isinstance(tree, torch.Tensor) else type(tree)
+
+
+# ---- The beginning -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_network_starts_with_the_same_weights_however_it_is_shared(world, finished, data):
+    config = config_of(data, "none", **DEEP) | {"vocab_size": 25, "causal": False}
+    model, average, _ = train.build(config, torch.device("cpu"), None)
+    for rank in range(world):
+        _, (weights, averages) = pickle.loads((finished / f"begin_{rank}_of_{world}").read_bytes())
+        assert same(weights, dict(model.state_dict())) and same(averages, dict(average.state_dict()))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_with_fsdp_each_process_holds_its_part_of_the_weights_and_no_more(world, finished, data):
+    parts = [pickle.loads((finished / f"begin_{rank}_of_{world}").read_bytes()) for rank in range(world)]
+    numbers = sum(w.numel() for w in parts[0][1][0].values())
+    tensors = len(parts[0][1][0])
+    assert sum(mine for mine, _ in parts) == numbers
+    assert max(mine for mine, _ in parts) <= numbers / world + 16 * tensors  # a row more of some, of 16 numbers and more
+
+
+def test_recomputing_changes_nothing_but_memory_and_time(data, tmp_path):
+    for recompute in (False, True):
+        run(data, tmp_path / str(recompute), **DEEP, dropout=0.1, recompute=recompute)
+    assert same(state_of(tmp_path / "True"), state_of(tmp_path / "False"))
+
+
+# ---- What they decide together -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_all_processes_step_over_a_gradient_that_is_not_finite_on_one(engine, finished, data, tmp_path):
+    out = finished / f"odd {engine}"
+    entries = [entry for entry in log(out) if "loss" in entry]
+    assert [entry["step"] for entry in entries if entry["loss"] is None] == [3, 4]
+    assert [entry.get("skipped", 0) for entry in entries] == [0, 0, 1, 2, 2, 2]
+    assert "step 4: the gradient is not finite" in (finished / "out_0_of_2").read_text()
+    assert all(w.isfinite().all() for w in checkpoint.read(out)["model"].values())
+
+
+def test_what_is_dealt_out_is_everything_in_calls_of_equal_number():
+    lengths = [16] * 7 + [5] + [9] * 4
+    for world in (1, 2, 3, 4, 20):
+        hands = [parallel.deal(lengths, world, rank) for rank in range(world)]
+        assert {i for hand in hands for i in hand} == set(range(len(lengths)))
+        assert len({tuple(sorted(lengths[i] for i in hand)) for hand in hands}) == 1
+    assert parallel.deal(lengths, 1, 0) == [7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5, 6]
+
+
+def test_the_end_of_another_process_is_one_line_and_other_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(UserError, match="lost the other processes"):
+        with parallel.together(tmp_path / "ckpt.pt", 2):
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2042")
+    for world, text in ((1, "gloo"), (2, "mat1 and mat2 shapes cannot be multiplied")):
+        with pytest.raises(RuntimeError, match=text):
+            with parallel.together(tmp_path / "ckpt.pt", world):
+                raise RuntimeError(text)

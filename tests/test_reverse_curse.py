@@ -1,0 +1,179 @@
+"""The experiments that ask questions: rules of scoring, generated lines and problems, and each in its quick form."""
+
+import random
+import re
+from fractions import Fraction
+
+import pytest
+
+import config as settings
+import diffusion
+import model as network
+import train
+from config import UserError
+from data import tokenizer, writer
+from experiments import arithmetic, gsm8k, guidance, people, results, reverse_curse
+
+NAME, WHAT, DOING = "Ann Lee", "the tall pilot who built the reef", "building the reef"
+
+
+def run(experiment, tmp_path, **keys):
+    """The quick form of an experiment, in this process -> (figures, its table)."""
+    given = [f"--{key}={value}" for key, value in {"quick": True, "results": tmp_path, "device": "cpu", **keys}.items()]
+    figures = experiment.main(settings.parse(given, settings, results, experiment))
+    name = experiment.__name__.rpartition(".")[2]
+    assert (tmp_path / f"{name}.json").is_file()
+    return figures, (tmp_path / f"{name}.md").read_text()
+
+
+# ---- The reversal curse ----------------------------------------------------------------------------------------------
+
+
+def test_words_joined_are_the_text_again():
+    text = "Q: Who is \"A b.\"? It's Ann-Lee, 2025's best..."
+    assert "".join(reverse_curse.words(text)) == text
+    vocabulary = reverse_curse.Words([text])
+    assert vocabulary.decode(vocabulary.encode(text)) == text
+
+
+def test_a_word_that_training_lacks_is_left_out():
+    vocabulary = reverse_curse.Words(["one two"])
+    assert vocabulary.decode(vocabulary.encode("one three two")) == "one two"
+
+
+def test_the_substring_rule_is_weaker_than_the_exact_one():
+    assert reverse_curse.substring(" it was ANN LEE, they say", " Ann Lee")
+    assert not reverse_curse.exact(" it was ANN LEE, they say", " Ann Lee")
+    assert reverse_curse.exact(" ann lee..", " Ann Lee.")
+    assert not reverse_curse.substring(" Ann", " Ann Lee")
+
+
+def test_an_interval_covers_seeds_that_disagree_and_never_has_no_width():
+    assert reverse_curse.interval([0.0, 0.0, 0.0], 300) > 0
+    assert reverse_curse.interval([20.0, 50.0, 80.0], 300) > reverse_curse.interval([50.0, 50.0, 50.0], 300)
+
+
+def test_a_line_has_name_and_deed_in_the_order_of_its_pattern():
+    rng, person = random.Random(0), (NAME, WHAT, DOING)
+    for patterns in (people.NAME_FIRST, people.NAME_LAST):
+        for line in (line.lower() for line in people.lines([person], patterns, len(patterns), rng)):
+            assert (line.index(NAME.lower()) < line.index("the reef")) == (patterns is people.NAME_FIRST)
+            assert "{" not in line and (WHAT in line or DOING in line)
+
+
+def test_no_two_invented_people_have_one_name():
+    assert len({name for name, *_ in people.several(2000, random.Random(1))}) == 2000
+
+
+def test_a_question_stops_before_the_name():
+    assert reverse_curse.question(f"For {DOING} they praised {NAME}.", NAME) == (f"For {DOING} they praised", f" {NAME}")
+
+
+def test_both_models_are_asked_everything_and_a_second_run_trains_nothing(shared, tmp_path):
+    keys = {"from": shared("data/reversal_curse")}
+    figures, table = run(reverse_curse, tmp_path, **keys)
+    wanted = {f"{kind}_{way}_{task}" for kind in ("mdm", "ar") for way in ("same", "reverse") for task in ("dtn", "ntd")}
+    assert wanted | {name + "_exact" for name in wanted} <= figures.keys()
+    assert "| reverse, dtn | 92 | 0 |" in table
+    trained = (tmp_path / "reverse_curse.jsonl").read_text()
+    again, _ = run(reverse_curse, tmp_path, **keys)
+    assert (tmp_path / "reverse_curse.jsonl").read_text() == trained
+    assert again == figures
+
+
+def test_a_name_shared_with_berglunds_people_is_an_error(tmp_path):
+    lines = [f"{name} sat." for name, *_ in people.several(80, random.Random(0))]
+    with pytest.raises(UserError, match="share names"):
+        reverse_curse.compose({"persons": 10, "epochs": 1}, lines, random.Random(0))
+
+
+# ---- Numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("18", 18),
+        (" $1,080.50 ", Fraction(2161, 2)),
+        ("-5", -5),
+        ("-$5", -5),
+        ("3/4", Fraction(3, 4)),
+        ("12%", 12),
+        ("70 dollars.", 70),
+        ("18.00", 18),
+        ("five", None),
+        ("", None),
+        (None, None),
+        ("1/0", None),
+    ],
+)
+def test_an_answer_is_the_number_that_it_writes(text, value):
+    assert gsm8k.number(text) == value
+
+
+def test_the_last_mark_counts_and_nothing_is_equal_to_nothing():
+    assert gsm8k.final("#### 3\nso #### 42 \nend") == "42"
+    assert gsm8k.final("no mark") is None
+    assert gsm8k.same("42.0", "42") and not gsm8k.same(None, "42") and not gsm8k.same("many", "many")
+
+
+def test_gsm8k_runs_from_files_to_an_answer(shared, tmp_path):
+    figures, table = run(gsm8k, tmp_path, **{"from": shared("data/gsm8k")})
+    assert figures["problems"] == 2 and 0 <= figures["right_percent"] <= 100
+    assert "wanted 18" in table
+
+
+# ---- Arithmetic ------------------------------------------------------------------------------------------------------
+
+
+def test_every_equation_of_a_chain_of_thought_holds_and_the_answer_is_the_sum():
+    rng = random.Random(0)
+    for _ in range(200):
+        a, b = arithmetic.draw(rng, rng.randrange(1, 7))
+        prompt, answer = arithmetic.problem(a, b)
+        for left, right in re.findall(r"<<(.*?)=(\d+)>>", answer):
+            assert sum(map(int, left.split("+"))) == int(right)
+        assert prompt == f"{a}+{b}||" and gsm8k.same(gsm8k.final(answer), str(a + b))
+
+
+def test_the_example_in_the_text_is_what_is_generated():
+    assert "".join(arithmetic.problem(478, 694)) in arithmetic.__doc__
+
+
+def test_arithmetic_runs(tmp_path):
+    figures, table = run(arithmetic, tmp_path)
+    assert {"mdm_left_to_right_1", "ar_left_to_right_3"} <= figures.keys()
+    assert "| ARM | left to right |" in table
+
+
+# ---- Guidance --------------------------------------------------------------------------------------------------------
+
+
+def test_a_cloze_is_a_window_of_the_text_with_one_word_out():
+    text = "some words here and there, and a little more of them after that. " * 9
+    for kind in ("last", "middle"):
+        for before, word, after in guidance.clozes(text, 60, 40, kind, random.Random(0)):
+            assert len(before + word + after) == 60 and before + word + after in text
+            assert (after == "") == (kind == "last")
+
+
+def test_the_scale_is_chosen_on_one_half_and_judged_on_the_other():
+    items = list(range(20))
+
+    def find(some, w):  # w = 0.4 is best on the first half; on the other half it finds all, w = 0 nothing
+        return [w == 0.4] * len(some)
+
+    line, curve = guidance.judge(find, items)
+    assert (line["w"], line["w = 0"], line["with w"]) == (0.4, 0, 100)
+    assert curve == [100 * (w == 0.4) for w in guidance.SCALES]
+
+
+def test_guidance_runs_in_both_forms(tmp_path):
+    text = "some words here and there, and a little more of them after that. " * 40
+    writer.prepare(tmp_path / "text", [("train", text), ("val", text)], tokenizer.build("char", [text + "\0"]))
+    keys = {"data": tmp_path / "text", "out_dir": tmp_path / "run", "n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 48}
+    keys |= {"batch_size": 4, "max_iters": 2, "warmup_iters": 1, "device": "cpu", "show_sample": False, "eval_sequences": 2}
+    train.main(settings.parse([f"--{key}={value}" for key, value in keys.items()], settings, diffusion, network, train))
+    figures, table = run(guidance, tmp_path, ckpt=tmp_path / "run", data=tmp_path / "text")
+    assert {"last_unsupervised_w", "middle_unsupervised_on", "last_standard_off"} <= figures.keys()
+    assert "last word, standard" in table

@@ -1,0 +1,254 @@
+"""The formulas of experiments/scaling_up.py give what is measured where it can be: bytes kept, sent and saved, exactly."""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from torch.utils.checkpoint import checkpoint as recomputed
+
+import checkpoint
+import config as settings
+import diffusion
+import model as network
+import train
+from config import UserError
+from data import writer
+from data.tokenizer import Char
+from experiments import results, scaling_up
+
+CONFIG = settings.parse([], results, scaling_up)
+SMALL = {"n_layer": 3, "n_head": 4, "n_embd": 64, "mlp_hidden": 160, "block_size": 32, "vocab_size": 96}
+SMDM = checkpoint.FIXED["smdm"] | SMALL
+
+
+# ---- What is counted ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "parameters"), [("170M", 219_050_496), ("1028M", 1_142_367_744)])
+def test_models_have_the_published_number_of_parameters(size, parameters):
+    assert scaling_up.shape(CONFIG, size).n_parameters() == parameters
+
+
+def test_a_budget_buys_the_tokens_of_the_preset():
+    steps = settings.read_preset(ROOT / "configs/smdm_170m.py")["max_iters"]
+    tokens = scaling_up.tokens_of(scaling_up.shape(CONFIG, "170M"), 1e20)
+    assert tokens / (256 * 2048) == pytest.approx(steps, abs=1)
+
+
+def kept_bytes(net, loss):
+    """Bytes of what loss() keeps for the backward pass, each storage once, parameters and buffers left out; the largest."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*net.parameters(), *net.buffers()]}
+    kept, alive = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes() * (storage.data_ptr() not in own)
+        alive.append(tensor)  # so that no other storage gets its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        loss()
+    return sum(kept.values()), max(kept.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("n_layer", [1, 3])
+def test_the_forward_pass_keeps_as_many_bytes_as_the_formula_says(n_layer, recompute, monkeypatch):
+    fused = lambda q, k, v, causal: F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # as on a GPU  # noqa: E731
+    monkeypatch.setattr(network, "attend", fused)
+    net = network.Transformer(network.DEFAULTS | SMDM | {"n_layer": n_layer})
+    x = torch.randint(96, (4, 32))  # (B, L)
+    rows = torch.arange(0, x.numel(), 2)  # (N,) the hidden half
+    if recompute:
+        for block in net.blocks:
+            block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
+    target = x.flatten()[rows], torch.ones(len(rows))  # (N,) each: tokens and their weights
+    measured, _ = kept_bytes(net, lambda: net.head_loss(net.hidden(x, rows), *target))
+    expected = scaling_up.activation_bytes(net, x.numel(), recompute) + 4 * 96 * 64  # and the gradient of the head
+    if recompute:
+        assert measured == expected - sum(scaling_up.block_bytes(net)) * x.numel()  # a block that is made on the way back
+    else:
+        assert measured == expected + scaling_up.memory(CONFIG, net, "ddp", 8, 1)["copies"]
+
+
+def test_the_logits_that_are_avoided_are_what_a_plain_loss_keeps():
+    net = network.Transformer(network.DEFAULTS | SMDM | {"vocab_size": 2000})
+    x = torch.randint(2000, (2, 32))  # (B, L)
+    _, largest = kept_bytes(net, lambda: F.cross_entropy(net(x).flatten(0, 1), x.flatten()))
+    assert largest == scaling_up.memory(CONFIG | {"block_size": 32}, net, "ddp", 8, 2)["logits_avoided"]
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.99])
+def test_a_checkpoint_has_as_many_bytes_as_the_formula_says(ema, tmp_path, monkeypatch):
+    monkeypatch.setattr(network, "matmul_flops", lambda *_: 1.0)
+    writer.prepare(tmp_path / "data", [("train", "abcde" * 80), ("val", "abcde" * 20)], Char("abcde"))
+    keys = {"n_layer": 4, "n_embd": 128, "n_head": 2, "block_size": 16, "batch_size": 2, "max_iters": 1, "ema": ema}
+    keys |= {"data": tmp_path / "data", "out_dir": tmp_path, "device": "cpu", "show_sample": False, "eval_sequences": 2}
+    words = [f"--{key}={value}" for key, value in keys.items()]
+    train.main(settings.parse(words, settings, diffusion, network, train))
+    net, _, _ = checkpoint.load(tmp_path)
+    assert (tmp_path / "ckpt.pt").stat().st_size == pytest.approx(scaling_up.checkpoint_bytes(net, ema), rel=0.02)
+
+
+STEP = """
+import json, os, sys
+import torch, torch.distributed as dist
+import diffusion, model as network, parallel
+
+config, world, folder = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+torch.set_num_threads(1)
+rank = next((i for i in range(1, world) if os.fork() == 0), 0)
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+device, found = torch.device("cpu"), {"asked": 0}
+
+def written():
+    return int(open("/proc/self/io").read().split("wchar:")[1].split()[0])
+
+def step(loss_of, micro_steps):
+    x = torch.randint(96, (4, 32))  # (B, L)
+    mask = torch.arange(128).view(4, 32) % 2 == 0  # (B, L)
+    dist.barrier()
+    before = written()
+    for i in range(micro_steps):
+        with parallel.accumulate(loss_of, i == micro_steps - 1):
+            loss_of(x, mask, torch.ones(4), mask.flatten().nonzero().flatten())[0].backward()
+    dist.barrier()
+    return written() - before
+
+def count(group, bucket):
+    found["asked"] += bucket.buffer().nbytes
+    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+
+net = network.Transformer(config)
+loss_of = parallel.engine(diffusion.Loss(net, "any_order"), config, device, world)
+loss_of.register_comm_hook(None, count)
+found["ddp"] = step(loss_of, 2)
+
+with torch.device("meta"):
+    net = network.Transformer(config)
+parallel.shard(net, device)
+net.to_empty(device=device)
+net.cos, net.sin = network.rotary_tables(config)
+parallel.fill(net, net.initial_weights(), "")
+loss_of = parallel.engine(diffusion.Loss(net, "any_order"), config, device, world)
+found["fsdp"] = [step(loss_of, 1), step(loss_of, 2)]
+found["held"] = sum(p.to_local().nbytes for p in net.parameters())
+if rank == 0:
+    print(json.dumps(found), flush=True)
+    for _ in range(world - 1):
+        os.wait()
+os._exit(0)
+"""
+
+
+def test_processes_send_as_many_bytes_as_the_formula_says(tmp_path):
+    world, net = 3, network.DEFAULTS | SMDM | {"n_embd": 128, "mlp_hidden": 320, "recompute": False, "compile": False}
+    command = [sys.executable, "-c", STEP, json.dumps(net), str(world), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found, net = json.loads(done.stdout), network.Transformer(net)
+
+    gradients = 4 * net.n_parameters()
+    assert found["asked"] == gradients
+    assert found["held"] == pytest.approx(gradients / world, rel=0.01)
+    assert found["ddp"] == pytest.approx(scaling_up.sent_bytes(net, "ddp", world, 2), rel=0.01)
+    for micro_steps, sent in zip((1, 2), found["fsdp"], strict=True):
+        more = micro_steps * gradients * (world - 1) / world  # gloo's reduce-scatter is an all-reduce, which sends twice
+        assert sent == pytest.approx(scaling_up.sent_bytes(net, "fsdp", world, micro_steps) + more, rel=0.01)
+
+
+# ---- What follows from it ----------------------------------------------------------------------------------------------
+
+
+def test_the_parts_of_the_memory_add_up_and_fsdp_divides_what_ddp_repeats():
+    net = scaling_up.shape(CONFIG, "170M")
+    ddp, fsdp = (scaling_up.memory(CONFIG, net, engine, 64, 4) for engine in ("ddp", "fsdp"))
+    for key in ("weights", "gradients", "optimizer", "averages"):
+        assert ddp[key] == 64 * fsdp[key]
+    assert ddp["weights"] + ddp["optimizer"] + ddp["averages"] == scaling_up.checkpoint_bytes(net, True)
+    for held in (ddp, fsdp):
+        parts = sum(value for key, value in held.items() if key not in ("total", "with_recompute", "logits_avoided"))
+        assert held["with_recompute"] < held["total"] == parts
+
+
+def test_a_step_takes_its_arithmetic_and_what_of_the_network_does_not_hide_behind_it():
+    net = scaling_up.shape(CONFIG, "170M")
+    found = scaling_up.step(CONFIG, net, "fsdp", 8, 64)
+    flops = 3 * net.flops_per_token(2048, 0.5) * 64 * 2048
+    assert found["compute"] == pytest.approx(flops / (8 * 989e12 * 0.4))
+    rings = 7 / 8 * 4 * (2 * net.n_parameters() + sum(p.numel() for p in net.blocks.parameters()))
+    assert found["network"] == pytest.approx(rings / (0.8 * 450e9) + 3 * 7 * 19 * 5e-6)
+    assert found["exposed"] == 0 and found["mfu"] == 0.4
+    slow = scaling_up.step(CONFIG | {"nvlink": 1e9}, net, "fsdp", 8, 64)
+    assert slow["seconds"] == pytest.approx(slow["network"] + 0.2 * slow["compute"])
+    assert slow["mfu"] == pytest.approx(0.4 * slow["compute"] / slow["seconds"])
+
+
+@pytest.mark.parametrize(("save", "restart", "between"), [(60, 600, 7200), (10, 0, 100_000), (300, 60, 3000)])
+def test_no_interval_loses_less_than_the_best_one(save, restart, between):
+    best = scaling_up.best_interval(save, between)
+    intervals = np.geomspace(best / 10, best * 10, 20_001)
+    least = min(scaling_up.lost(interval, save, restart, between) for interval in intervals)
+    assert scaling_up.lost(best, save, restart, between) == pytest.approx(least, rel=1e-3)
+
+
+def test_lost_time_is_that_of_a_simulated_run():
+    """Failures at random; one during a save or a restart counts too."""
+    interval, save, restart, between, n = 1000.0, 50.0, 200.0, 2000.0, 200_000
+    random, spent, todo, need = np.random.default_rng(0), 0.0, n, interval + save
+    while todo:  # pieces of work that are not saved yet; a failed one begins again, with a restart
+        until = random.exponential(between, todo)  # (todo,)
+        spent += np.minimum(until, need).sum()
+        todo, need = int((until < need).sum()), restart + interval + save
+    assert spent / (n * interval) - 1 == pytest.approx(scaling_up.lost(interval, save, restart, between), rel=0.01)
+
+
+def test_the_failure_rate_is_that_of_llama_3():
+    assert CONFIG["gpu_hours"] == pytest.approx(16384 * 54 * 24 / 419, rel=0.001)
+
+
+# ---- The command and the example ---------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_its_tables(tmp_path, capsys):
+    figures = scaling_up.main(CONFIG | {"results": str(tmp_path), "gpus": "8,1024"})
+    assert json.loads((tmp_path / "scaling_up.json").read_text()) == figures
+    text = (tmp_path / "scaling_up.md").read_text()
+    assert text.count("| 1028M | 1,024 |") == 5 and text.split("\n\n", 1)[1] in capsys.readouterr().out + "\n"
+    assert figures["170M_8_ddp_GB"] > figures["170M_8_fsdp_GB"] > figures["170M_8_fsdp_recompute_GB"]
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("--sizes=171M,1028M", "unknown size '171M'; did you mean '761M'?"),
+        ("--sizes=170M", "sizes, budgets and batches must be equally many"),
+        ("--gpus=8,many", "gpus must be numbers above 0, with commas between, not '8,many'"),
+        ("--gpus=1.5", "gpus must be from 2 to a million, not '1.5'"),
+        ("--budgets=1e20,inf", "budgets must be numbers above 0"),
+        ("--mfu=1.5", "mfu must be from 0 to 1, not 1.5"),
+        ("--block_size=1000000000000", "block_size must be at most 1048576, not 1000000000000"),
+        ("--disk=0", "disk must be above 0, not 0.0"),
+        ("--micro_batch_size=0", "micro_batch_size must be 1 or more, not 0"),
+    ],
+)
+def test_what_no_cluster_is_is_refused_in_one_line(word, told, tmp_path):
+    with pytest.raises(UserError) as error:
+        scaling_up.main(settings.parse([word, f"--results={tmp_path}"], results, scaling_up))
+    assert told in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_the_slurm_example_is_sound_and_every_key_in_it_exists():
+    path = ROOT / "configs/slurm.sh"
+    assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
+    words = re.findall(r"--\w+=\S+|configs/\w+\.py", path.read_text().split("train.py", 1)[1])
+    words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
+    config = settings.parse(words, settings, diffusion, network, train)
+    train.check(train.sized(config), world=64)
