@@ -172,6 +172,8 @@ FIXED = {  # the model keys that a format has one value for
     "smdm": {"norm": "rms", "mlp": "swiglu", "bias": False, "qk_norm": False, "rotary_bf16": True, "unused_rows": 0},
 }
 SMDM_FIXED = {"bias": False, "norm_eps": 1e-5, "rotary_percentage": 1.0, "parallel_residual": False}  # in its config.json
+ROWS = {"row_width": 0, "row_end": -1}  # of a model of prompts and answers: tokens in a row, and the id of its end mark
+TOLD = ("objective", "schedule", "tokenizer")  # what else an export says
 SIZE_KEYS = ("vocab_size", "n_layer", "n_head", "n_embd", "block_size")  # without them a network is another
 FREQUENCY = "rotary_emb.inv_freq"  # RADD's files hold the rotary frequencies beside the weights
 
@@ -234,6 +236,7 @@ def own_config(raw, found, where, file):
     """Of our checkpoints and exports: what was saved, each model key in its type."""
     told = MODEL | dict.fromkeys(SIZE_KEYS) | raw
     config = {key: entry(where, key, told[key], default) for key, default in MODEL.items()}
+    config |= {key: entry(where, key, raw[key], default) for key, default in ROWS.items() if key in raw}
     for key, value in raw.items():
         plain = isinstance(value, (str, int, float, list, dict, type(None)))
         require(plain, f"{where}: {shown(key)} must be a number or text, not {shown(value)}")
@@ -494,7 +497,7 @@ def format_config(config, format):
         size = {key: config[key] for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
         size |= {"padded_vocab_size": V, "n_query_groups": H, "intermediate_size": config["mlp_hidden"] or 4 * D}
         return size | SMDM_FIXED | {"name": "nanomdm", "_norm_class": "FusedRMSNorm", "_mlp_class": "LLaMAMLP"}
-    return {"format": format} | {key: config[key] for key in [*MODEL, "objective", "schedule", "tokenizer"] if key in config}
+    return {"format": format} | {key: config[key] for key in [*MODEL, *ROWS, *TOLD] if key in config}
 
 
 def main(config):

@@ -143,7 +143,7 @@ def help_text(*modules):
 
 
 def run(main, *modules):
-    """Runs main(config) as a command: --help, one line and exit code 2 for a UserError, 130 after Ctrl-C."""
+    """Runs main(config) as a command: --help, one line and exit code 2 for a UserError or full memory, 130 after Ctrl-C."""
     script = Path(sys.argv[0]).name
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{sys.modules['__main__'].__doc__ or ''}\nusage: {script} [PRESET.py] [--key=value ...]\n")
@@ -152,6 +152,13 @@ def run(main, *modules):
         main(parse(sys.argv[1:], *modules))
     except UserError as error:
         print(f"{script}: {error}".replace("\n", "\\n"), file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:  # torch says it by either
+        wanted = re.search(r"(?:allocate|size calculation) [^.,(]*\w", str(error))
+        if not (wanted or isinstance(error, MemoryError)):
+            raise
+        advice = "a smaller batch, micro-batch, block or network needs less"
+        print(f"{script}: not enough memory{f' (cannot {wanted[0]})' if wanted else ''}; {advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)

@@ -146,23 +146,23 @@ def local(tensor):
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def part(whole, like):
+def part(tensor, like):
     """A whole tensor, the same on every process, sharded as `like` is; nothing is sent."""
     if not is_sharded(like):
-        return whole
+        return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
 
 
 @torch.no_grad()
 def fill(model, weights, where):
     """Gives a network its weights, pairs (name, whole tensor), one after the other. UserError where one does not fit."""
     own = dict(model.named_parameters())
-    for name, whole in weights:
-        fits = name in own and own[name].shape == whole.shape
-        require(fits, f"{where}: the tensor {name} {tuple(whole.shape)} does not fit the network that its config describes")
-        local(own[name]).copy_(local(part(whole, own.pop(name))))
+    for name, value in weights:
+        fits = name in own and own[name].shape == value.shape
+        require(fits, f"{where}: the tensor {name} {tuple(value.shape)} does not fit the network that its config describes")
+        local(own[name]).copy_(local(part(value, own.pop(name))))
     require(not own, f"{where}: the tensor {next(iter(own), '')} is missing")
 
 
@@ -188,8 +188,11 @@ class ShardedMuon(torch.optim.Muon):
 
 
 def optimizer_parts(state, optimizer):
-    """The "state" of an optimizer's saved state_dict, sharded as its parameters are."""
+    """The "state" of an optimizer's saved state_dict, sharded as its parameters are. UserError where it does not fit them."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, entry in state.items():
+        good = 0 <= i < len(parameters) and all(value.shape in ((), parameters[i].shape) for value in entry.values())
+        require(good, f"the optimizer's state {i} does not fit its parameters; start again with --resume=False")
     return {
         i: {key: part(value, parameters[i]) if value.dim() else value for key, value in entry.items()}
         for i, entry in state.items()

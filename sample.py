@@ -256,13 +256,14 @@ def request(tokenizer, mask_id, block_size, prompt="", suffix="", template="", l
         require(not length, "a template has its own length; leave --length out")
         pieces = re.split(r"___(\d+)", template)
         require(len(pieces) > 1, f"the template has no gap: write ___12 for a gap of 12 tokens in '{template}'")
-        ids = []
-        for i, piece in enumerate(pieces):  # text, gap, text, gap, ..., text
+        parts = []  # text, gap, text, gap, ..., text: the ids of a text, a range as long as a gap
+        for i, piece in enumerate(pieces):
             require(i % 2 == 0 or len(piece) < 8, f"a gap of ___{piece} tokens is longer than the block ({block_size})")
-            ids += [mask_id] * int(piece) if i % 2 else encode(piece, start=i == 0)
-        require(mask_id in ids, f"the template has no gap of one token or more: '{template}'")
-        require(len(ids) <= block_size, f"the template is {len(ids)} tokens, the block {block_size}")
-        return ids
+            parts.append(range(int(piece)) if i % 2 else encode(piece, start=i == 0))
+        require(any(parts[1::2]), f"the template has no gap of one token or more: '{template}'")
+        total = sum(map(len, parts))
+        require(total <= block_size, f"the template is {total} tokens, the block {block_size}")
+        return [token for part in parts for token in ([mask_id] * len(part) if isinstance(part, range) else part)]
     length = length or block_size
     require(length <= block_size, f"length must be at most block_size {block_size}, not {length}")
     head, tail = encode(prompt, start=True), encode(suffix, start=False)

@@ -83,6 +83,8 @@ def check(config, world):
     settings.at_least(1, config, "log_interval", "eval_interval", "eval_sequences", "eval_draws", "keep")
     settings.at_least(0, config, "micro_batch_size", "warmup_iters", "learning_rate", "weight_decay", "grad_clip")
     settings.at_least(0, config, "mlp_hidden", "unused_rows", "min_lr", "save_interval", "profile")
+    for key in ("n_layer", "n_embd", "block_size", "mlp_hidden"):
+        require(config[key] <= 2**20, f"{key} must be at most {2**20}, not {config[key]}")
     require(max(config["beta1"], config["beta2"]) < 1, "beta1 and beta2 must be less than 1")
     settings.fraction(config, "dropout", "ema", "decay_start", "random_length", "prompt_drop", "beta1", "beta2")
     D, H = config["n_embd"], config["n_head"]

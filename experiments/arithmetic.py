@@ -28,13 +28,13 @@ from experiments.gsm8k import final, same
 
 DEFAULTS = {
     "digits": 3,  # of a number, at most, in training; asked are up to two more
-    "problems": 20000,  # training rows
+    "problems": 40000,  # training rows
     "asked": 50,  # new problems of each number of digits
-    "max_iters": 1500,  # training steps of each model
+    "max_iters": 4000,  # training steps of each model
     "preset": "configs/pydocs.py",  # the recipe of both models, but for SHAPE
 }
 
-SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "batch_size": 32, "compile": False, "show_sample": False}
+SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "batch_size": 64, "compile": False, "show_sample": False}
 WRITERS = {  # how the masked diffusion model writes: (sampler, steps)
     "left to right": ("left_to_right", 1),
     "right to left": ("right_to_left", 1),

@@ -12,6 +12,7 @@ is which tokens are hidden when few are.
 """
 
 import math
+import re
 import sys
 import time
 
@@ -103,7 +104,6 @@ def draw(rows):
     def fill(axes):
         shown = [row for row in rows if row["variance_of_a_row"]][::-1]
         axes.barh([row["estimator"] for row in shown], [row["rows_for_0.01"] for row in shown])
-        axes.set_xscale("log")
         axes.set_xlabel("rows through the network for a 95% interval of +- 0.01 nats per token")
 
     return fill
@@ -130,9 +130,9 @@ def main(config):
     title = f"{config['ckpt']}, {len(x0)} blocks of {L} of {config['data']} {config['split']}"
     text = results.table(title, rows, formats | {"seconds": "{:.0f}"})
     print(text)
-    share = {row["estimator"]: row["share_of_iid"] for row in rows}
-    figures = {f"share of i.i.d.: {name}": value for name, value in share.items()}
-    figures |= {f"rows for +- 0.01: {row['estimator']}": row["rows_for_0.01"] for row in rows}
+    drawn = {re.sub(r"\W+", "_", row["estimator"]).strip("_"): row for row in rows if row["variance_of_a_row"]}
+    figures = {f"share_of_iid_{name}": row["share_of_iid"] for name, row in drawn.items()}
+    figures |= {f"rows_for_0.01_{name}": row["rows_for_0.01"] for name, row in drawn.items()}
     figures |= {"seed": config["seed"], "seconds": sum(row["seconds"] for row in rows)} | results.about(device)
     results.write(config, "variance", figures, text, draw(rows))
     return figures

@@ -19,6 +19,7 @@ import evaluate
 import harness
 from data import loader, writer
 from data.tokenizer import Char
+from experiments import results, variance
 from likelihood import estimate, sequence_nats, spread
 from model import DEFAULTS, Transformer
 
@@ -264,6 +265,23 @@ def test_after_ctrl_c_only_the_set_at_hand_is_lost(world, capsys, monkeypatch):
     judged(capsys)
     run(ckpt="run", zeroshot="lambada,ptb,lm1b", draws=2)
     assert judged(capsys) == (["lm1b"], ["lambada", "ptb"])
+
+
+# ---- What draws cost ---------------------------------------------------------------------------------------------------
+
+
+def test_the_experiment_on_variance_measures_what_estimate_finds(program, tmp_path):
+    _, model = program(splits=[("val", TEXT)], draws=1)
+    keys = {"ckpt": str(tmp_path), "data": str(tmp_path / "data"), "device": "cpu", "dtype": "float32", "sequences": 24}
+    config = settings.parse([], settings, results, variance) | keys | {"draws": 32, "results": str(tmp_path / "results")}
+    figures = variance.main(config)
+    assert json.loads((tmp_path / "results/variance.json").read_text()) == figures
+    assert "| any_order, stratified in pairs (4) | " in (tmp_path / "results/variance.md").read_text()
+    blocks = spread(list(loader.in_order(loader.Tokens(tmp_path / "data", "val"), 16))[:-1], 24)
+    for name, strata in (("i_i_d", 1), ("stratified_in_pairs_4", 4)):
+        error = estimate(model, blocks, draws=128, strata=strata)[1]["draw_error"]
+        rows = 24 * 128 * (1.96 * error / 0.01) ** 2
+        assert figures[f"rows_for_0.01_any_order_{name}"] == pytest.approx(rows, rel=0.3)
 
 
 # ---- Bad input ---------------------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def command_lines(draw):
 
 
 def command(name, argv):
-    """Runs a program as its command does: exit code 2 comes with one line."""
+    """Runs a program as its command does: exit code 2 comes with one line, which is returned."""
     main, modules = PROGRAMS[name]
     with pytest.MonkeyPatch.context() as patch:
         said = io.StringIO()
@@ -189,6 +189,7 @@ def command(name, argv):
             config.run(main, *modules)
         except SystemExit as stop:
             assert stop.code == 2 and said.getvalue().count("\n") == 1 and said.getvalue().startswith(f"{name}.py: ")
+            return said.getvalue()
 
 
 @cases(600, line=command_lines())
@@ -493,6 +494,12 @@ def test_a_template_of_many_vast_gaps_is_refused_before_it_is_built():
     assert attempt(sample.request, VOCABULARIES[0], 256, 1024, template=template) is None
     assert tracemalloc.get_traced_memory()[1] < 2**25
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("word", ["n_embd=200000", "n_embd=1000000000000", "block_size=10000000", "n_layer=1000000000"])
+def test_a_network_that_fits_no_memory_is_one_line(place, prepared, word):
+    given = [f"--{key}={value}" for key, value in (RUN | {"block_size": 6, "n_head": 2}).items()]
+    assert command("train", [*given, f"--data={prepared}", "--out_dir=vast", f"--{word}"])
 
 
 ODD_FILES = {"a loop": lambda path: path.symlink_to(path), "a dangling link": lambda path: path.symlink_to("nowhere")}

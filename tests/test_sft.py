@@ -393,3 +393,10 @@ def test_the_command_answers_a_prompt_up_to_the_end_mark_and_keeps_all_tokens_in
     if objective != "ar":  # with something behind the gap nothing is cut off
         (record, *_) = sample.main(settings.DEFAULTS | diffusion.DEFAULTS | sample.DEFAULTS | given | {"suffix": "\0z"})
         assert record["text"].endswith("\0z")
+
+
+def test_an_export_still_knows_its_row_and_its_end_mark(data, tmp_path):
+    run(data, tmp_path / "run", max_iters=1)
+    checkpoint.export(str(tmp_path / "run"), str(tmp_path / "export"), "nanomdm")
+    kept = checkpoint.load(str(tmp_path / "export"))[2]
+    assert (kept["row_width"], kept["row_end"]) == (14, rows.end_mark(TEXT))

@@ -5,10 +5,12 @@ import copy
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -283,6 +285,70 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(interval, dat
     assert "the loss is nan at step" in refusal(data, tmp_path, **keys)
     if (tmp_path / "ckpt.pt").exists():
         assert all(w.isfinite().all() for w in checkpoint.read(tmp_path)["model"].values())
+
+
+# ---- Seeing a run ------------------------------------------------------------------------------------------------------
+
+
+def test_each_line_of_the_log_has_speed_memory_and_the_time_that_is_left(data, tmp_path):
+    run(data, tmp_path)
+    entries = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    entries = [entry for entry in entries if "loss" in entry]
+    assert all(entry["tokens_per_second"] > 0 and entry["mfu"] > 0 for entry in entries)
+    assert all(100 < entry["memory_mib"] < 10000 for entry in entries)
+    assert entries[0]["seconds_left"] > 0 == entries[-1]["seconds_left"]
+
+
+def test_a_trace_of_some_steps_is_written_on_demand(data, tmp_path):
+    run(data, tmp_path, profile=2, max_iters=4)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    steps = {event["name"] for event in events if event["name"].startswith("ProfilerStep#")}
+    assert steps == {"ProfilerStep#2", "ProfilerStep#3"} and any(event["name"] == "aten::mm" for event in events)
+
+
+@pytest.mark.parametrize("key", [{"wandb": "project"}, {"tensorboard": True}])
+def test_a_logger_that_is_not_installed_is_one_line_with_the_command_that_installs_it(key, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert re.fullmatch(r"--(\w+) needs a package: pip install \1", refusal(data, tmp_path, **key))
+
+
+def test_wandb_and_tensorboard_get_the_numbers_of_the_log(data, tmp_path, monkeypatch):
+    told = {"wandb": [], "tensorboard": []}
+
+    class Writer(contextlib.nullcontext):
+        def __init__(self, folder, purge_step):
+            assert folder == tmp_path / "tensorboard" and purge_step == 1
+            super().__init__(self)
+
+        def add_scalar(self, key, value, step):
+            told["tensorboard"].append((step, key, value))
+
+    def init(project, group, **_):
+        assert (project, group) == ("mine", tmp_path.name)
+        log = lambda numbers, step: told["wandb"].extend((step, *item) for item in numbers.items())  # noqa: E731
+        return SimpleNamespace(log=log, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    run(data, tmp_path, wandb="mine", tensorboard=True)
+    assert told["wandb"] == told["tensorboard"]
+    assert [value for _, key, value in told["wandb"] if key == "train/loss"] == losses(tmp_path)
+    assert [step for step, key, _ in told["wandb"] if key == "val/nats_per_token"] == [4, 8, 12]
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"parallel": "dp"}, "unknown parallel 'dp'; did you mean 'ddp'?"),
+        ({"keep": 0}, "keep must be 1 or more, not 0"),
+        ({"save_interval": -1}, "save_interval must be 0 or more, not -1"),
+        ({"profile": -2}, "profile must be 0 or more, not -2"),
+        ({"min_lr": -1.0}, "min_lr must be 0 or more, not -1.0"),
+    ],
+)
+def test_a_key_that_makes_no_sense_is_one_line(keys, told, data, tmp_path):
+    assert refusal(data, tmp_path / "out", **keys) == told and not (tmp_path / "out").exists()
 
 
 # ---- Stopped and resumed -----------------------------------------------------------------------------------------------

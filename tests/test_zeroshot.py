@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 def command(*args, **env):
     """Runs the program as the user would."""
     line = [sys.executable, "-m", "data.zeroshot.prepare", *args]
-    return subprocess.run(line, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(line, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture
