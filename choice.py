@@ -177,17 +177,11 @@ def main(config):
     result["seconds"] = time.time() - began
 
     used = "averaged" if config["ema"] and trained.get("ema") else "raw"
-    print(protocol(config, result, path, model.block_size, f"{dtype(autocast, device)}, {used} weights"))
+    print(protocol(config, result, path, model.block_size, f"{settings.dtype_name(autocast, device)}, {used} weights"))
     print(summary(result))
     if config["out"]:
         keep(config["out"], questions, nats, picks, right)
     return result
-
-
-def dtype(autocast, device):
-    with autocast():
-        used = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
-    return str(used).removeprefix("torch.")
 
 
 def protocol(config, result, path, block_size, used):

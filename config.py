@@ -236,6 +236,15 @@ def machine(config):
     return torch.device(name), lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)
 
 
+def dtype_name(autocast, device):
+    """The dtype of matrix products inside `with autocast():`, as text."""
+    import torch
+
+    with autocast():
+        used = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+    return str(used).removeprefix("torch.")
+
+
 def keep_memory(keep=True):
     """Freed memory stays with the process (glibc only), so that large tensors need no fresh pages at every step.
 

@@ -88,7 +88,7 @@ def judge(config, model, trained, folder, split, autocast):
     print(
         f"{folder} {split}: {result['tokens']} of {counts['tokens']} tokens, {counts['documents']} documents, "
         f"{len(blocks)} blocks of {L}{', the rest left out' * (config['protocol'] == 'radd')}; "
-        f"{method(estimator, result, config['strata'])}; {dtype(autocast, model)}, "
+        f"{method(estimator, result, config['strata'])}; {settings.dtype_name(autocast, next(model.parameters()).device)}, "
         f"{'averaged' if config['ema'] and trained.get('ema') else 'raw'} weights, seed {config['seed']}"
     )
     if "protocol" in tokens.meta:
@@ -105,13 +105,6 @@ def method(estimator, result, strata):
     if estimator in likelihood.ORDERS:
         return f"exact along the order {estimator}"
     return f"upper bound by {estimator}, {result['draws']} draws a sequence in sets of {strata}"
-
-
-def dtype(autocast, model):
-    device = next(model.parameters()).device.type
-    with autocast():
-        used = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    return str(used).removeprefix("torch.")
 
 
 def certainty(result, precision, most, strata):
@@ -147,7 +140,7 @@ def zero_shot(config, model, trained, autocast):
     weights, rows = digest(model), []
     for name in names:
         folder = Path("data/zeroshot", name)
-        identity = identify(config, folder, weights, dtype(autocast, model))
+        identity = identify(config, folder, weights, settings.dtype_name(autocast, next(model.parameters()).device))
         result = finished(config["out"]).get(identity)
         if result:
             print(f"{folder}: already in {config['out']}")

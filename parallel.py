@@ -188,7 +188,7 @@ class ShardedMuon(torch.optim.Muon):
 
 
 def optimizer_parts(state, optimizer):
-    """The "state" of an optimizer's saved state_dict, sharded as its parameters are. UserError where it does not fit them."""
+    """The "state" of an optimizer's saved state_dict, sharded as its parameters are. UserError where it does not fit."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, entry in state.items():
         good = 0 <= i < len(parameters) and all(value.shape in ((), parameters[i].shape) for value in entry.values())

@@ -8,6 +8,7 @@ processes, how they share the network (parallel.py) and the micro-batch change t
 which each process draws for itself), and a stopped run goes on as if it had never stopped. The same command resumes it.
 """
 
+import contextlib
 import copy
 import math
 import sys
@@ -200,10 +201,22 @@ def build(config, device, state, world=1):
     return model, average, optimizers
 
 
-def train_step(config, step, blocks, loss_of, optimizers, device, autocast, world, rank):
-    """One optimizer step on this process's rows of the global batch -> the loss a token, a tensor on the device.
+def make_batches(config, blocks, start, world, rank, pin=False):
+    """Yields this process's micro-batches from step `start` on (make_batch). pin: for a copy to CUDA beside its work.
 
     Each process has consecutive rows, in micro-batches of consecutive rows: both halves of an antithetic pair stay together.
+    """
+    share = config["batch_size"] // world
+    micro = config["micro_batch_size"] or share
+    for step in range(start, config["max_iters"]):
+        for first in range(rank * share, (rank + 1) * share, micro):
+            batch = make_batch(config, blocks, step, range(first, first + micro))
+            yield [z.pin_memory() for z in batch] if pin else batch
+
+
+def train_step(config, step, batches, loss_of, optimizers, device, autocast, world, rank):
+    """One optimizer step on this process's next micro-batches -> the loss a token, a tensor on the device.
+
     With skip_nonfinite it is nan, on every process, where the gradient was not finite and so nothing was done.
     """
     for optimizer in optimizers:
@@ -214,10 +227,9 @@ def train_step(config, step, blocks, loss_of, optimizers, device, autocast, worl
     share = config["batch_size"] // world
     micro = config["micro_batch_size"] or share
     total = 0.0
-    for first in range(rank * share, (rank + 1) * share, micro):
-        batch = make_batch(config, blocks, step, range(first, first + micro))
-        batch = [z.to(device, non_blocking=True) for z in batch]
-        last = first + micro == (rank + 1) * share
+    for first in range(0, share, micro):
+        batch = [z.to(device, non_blocking=True) for z in next(batches)]
+        last = first + micro == share
         with parallel.accumulate(loss_of, last):
             with autocast():
                 loss, _ = loss_of(*batch)
@@ -327,9 +339,10 @@ def main(config):
     if start:
         journal.say(f"going on from {path} at step {start} of {config['max_iters']}")
     result, stopped = None, False
-    with settings.Stop() as stop, journal, parallel.together(path, world):
+    batches = loader.prefetch(make_batches(config, blocks, start, world, rank, device.type == "cuda"))
+    with settings.Stop() as stop, journal, parallel.together(path, world), contextlib.closing(batches):
         for step in range(start + 1, config["max_iters"] + 1):
-            loss = train_step(config, step - 1, blocks, loss_of, optimizers, device, autocast, world, rank)
+            loss = train_step(config, step - 1, batches, loss_of, optimizers, device, autocast, world, rank)
             if config["skip_nonfinite"] and loss.isnan():
                 journal.skip(step)
             elif average:

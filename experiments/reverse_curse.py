@@ -128,8 +128,9 @@ def fit(config, folder, objective, seed, look):
     device, autocast = settings.machine(recipe)
     model, _, optimizers = train.build(recipe, device, None)
     loss_of, curve = diffusion.Loss(model, objective), []
+    batches = train.make_batches(recipe, data, 0, 1, 0)
     for step in tqdm(range(steps), desc=f"{objective}, seed {seed}", disable=None):
-        train.train_step(recipe, step, data, loss_of, optimizers, device, autocast, 1, 0)
+        train.train_step(recipe, step, batches, loss_of, optimizers, device, autocast, 1, 0)
         if (step + 1) * config["looks"] // steps > step * config["looks"] // steps:
             curve.append(look(model.eval(), autocast))
             model.train()

@@ -199,7 +199,7 @@ def check(config):
 
 
 def plan(config, net, budget, batch, gpus):
-    """What a model needs on so many GPUs: {engine: (memory of a GPU, a step, hours)}, and a row about the faster engine."""
+    """What a model needs on so many GPUs: {engine: (memory of a GPU, a step, hours)}, and a row with the faster engine."""
     found = {}
     for engine in ("ddp", "fsdp"):
         time = step(config, net, engine, gpus, math.ceil(batch / gpus) * gpus)
@@ -209,22 +209,26 @@ def plan(config, net, budget, batch, gpus):
     engine = min(fits, key=lambda engine: found[engine][2])
     _, time, hours = found[engine]
 
+    totals = {f"{engine}_GB": held["total"] / 1e9 for engine, (held, _, _) in found.items()}
     speed, width = time["tokens"] / time["seconds"], id_type(net.vocab_size).itemsize
     size, between = checkpoint_bytes(net, config["ema"]), config["gpu_hours"] * 3600 / gpus
     save, interval = size / config["disk"], 60 * config["save_minutes"]
     best = best_interval(save, between)
     share, least = (lost(length, save, config["restart"], between) for length in (interval, best))
-    row = {"engine": engine, "tokens_per_second": speed, "hours": hours}
+    row = totals | {"faster": engine, "tokens_per_second": speed, "mfu": time["mfu"], "hours": hours}
     row |= {"data_MB_per_s": speed * width / 1e6, "of_the_loader": speed / gpus / config["loader"]}
     row |= {"checkpoint_GB": size / 1e9, "save_s": save, "failures": gpus * hours * (1 + share) / config["gpu_hours"]}
-    return found, row | {"lost": share, "best_interval_min": best / 60, "lost_at_best": least}
+    return found, row | {"lost": share, "best_interval_min": best / 60, "lost_at_it": least}
 
 
 MEMORY = ["weights", "gradients", "optimizer", "averages", "gathered", "copies", "head", "activations", "total"]
 MEMORY += ["with_recompute", "logits_avoided"]
-FORMATS = dict.fromkeys([*MEMORY, "sent_GB", "compute_ms", "network_ms", "exposed_ms", "hours"], "{:,.1f}")
+KEPT = ["checkpoint_GB", "failures", "lost", "lost_at_it", "best_interval_min"]
+FORMATS = dict.fromkeys(
+    [*MEMORY, "ddp_GB", "fsdp_GB", "sent_GB", "compute_ms", "network_ms", "exposed_ms", "hours"], "{:,.1f}"
+)
 FORMATS |= dict.fromkeys(["data_MB_per_s", "checkpoint_GB", "save_s"], "{:,.1f}") | {"failures": "{:.2f}"}
-FORMATS |= dict.fromkeys(["mfu", "lost", "lost_at_best", "of_the_loader"], "{:.1%}")
+FORMATS |= dict.fromkeys(["mfu", "lost", "lost_at_it", "of_the_loader"], "{:.1%}")
 
 
 def main(config):
@@ -246,10 +250,9 @@ def main(config):
                 name = f"{size}_{gpus}_{engine}"
                 figures |= {f"{name}_GB": held["total"] / 1e9, f"{name}_recompute_GB": held["with_recompute"] / 1e9}
                 figures |= {f"{name}_{key}": value for key, value in speed.items()}
-            kept = ("checkpoint_GB", "failures", "lost", "lost_at_best", "best_interval_min")
-            figures |= {f"{size}_{gpus}_{key}": row[key] for key in kept}
-    tables = {"Memory of a GPU at the peak of a step, GB": memories, "One step, and the whole budget": speeds}
-    tables["The faster engine that fits: data, checkpoints, failures"] = runs
+            figures |= {f"{size}_{gpus}_{key}": row[key] for key in KEPT}
+    tables = {"The whole run, by the faster engine": runs, "Memory of a GPU at the peak of a step, GB": memories}
+    tables["One step, and the whole budget"] = speeds
     text = "\n".join(results.table(title, rows, FORMATS) for title, rows in tables.items())
     print(text)
     results.write(config, "scaling_up", figures, text, lambda axes: draw(axes, speeds))

@@ -127,11 +127,11 @@ def test_the_mean_over_draws_weighs_every_mask_as_the_bound_does(estimator, sche
     mask, weight = network_row(estimator, u, noise, None, torch.full((n,), 2), schedule)
     assert not mask[:, :2].any() and torch.equal(mask, weight > 0) and mask.any(1).all()
     assert weight.max() < 1.6 * l  # l, and for cosine pi / 2 of it
-    assert torch.allclose(weight[:, 2:].mean(0), torch.ones(l).double(), rtol=0.01)  # every token counts once
+    assert torch.allclose(weight[:, 2:].mean(0), torch.ones(l).double(), rtol=0.007)  # every token counts once
     for k in range(1, l + 1):  # with every number of hidden ones beside it
         value = weight.sum(1) * (mask.sum(1) == k)  # (n,)
         error = value.std() / math.sqrt(n)
-        assert abs(value.mean() - 1) < 4 * error + 1e-6 < 0.0125
+        assert abs(value.mean() - 1) < 3.5 * error + 1e-6 < 0.0115
 
 
 @torch.no_grad()

@@ -192,7 +192,8 @@ def step_of(data, world=1, rank=0, **keys):
     optimizer.register_step_pre_hook(lambda *_: gradients.update({n: p.grad.clone() for n, p in model.named_parameters()}))
     loss_of, found = diffusion.Loss(model, config["objective"]), rows.Rows(data, "train", config["seed"])
     arguments = (loss_of, [optimizer], torch.device("cpu"), torch.enable_grad, world, rank)
-    return train.train_step(config, 0, found, *arguments), gradients, before, config
+    batches = train.make_batches(config, found, 0, world, rank)
+    return train.train_step(config, 0, batches, *arguments), gradients, before, config
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,17 @@ def gradient_of_step(data, **keys):
     config, model, blocks, loss_of = build(data, grad_clip=0.0, warmup_iters=0, learning_rate=1.0, **keys)
     before = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    loss = train.train_step(config, 0, blocks, loss_of, [optimizer], torch.device("cpu"), torch.enable_grad, 1, 0)
+    loss = train.train_step(
+        config,
+        0,
+        train.make_batches(config, blocks, 0, 1, 0),
+        loss_of,
+        [optimizer],
+        torch.device("cpu"),
+        torch.enable_grad,
+        1,
+        0,
+    )
     return loss, [a.detach() - b.detach() for a, b in zip(before.parameters(), model.parameters(), strict=True)]
 
 
