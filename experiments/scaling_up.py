@@ -122,13 +122,11 @@ def memory(config, net, engine, gpus, micro):
 # ---- 3. Time -----------------------------------------------------------------------------------------------------------
 
 
-def step(config, net, engine, gpus, batch):
-    """One step: the micro-batch, tokens, bytes sent by each GPU, seconds, and the utilisation that is left."""
-    share = batch // gpus
-    micro = min(config["micro_batch_size"], share)
-    micro_steps = math.ceil(share / micro)
-    tokens = batch * config["block_size"]
-    compute = 3 * net.flops_per_token(config["block_size"], 0.5) * tokens / gpus / (config["peak"] * config["mfu"])
+def step(config, net, engine, gpus, share, micro, recompute=False):
+    """One step on `share` sequences a GPU: tokens, bytes sent by each GPU, seconds, and the utilisation that is left."""
+    micro_steps, tokens = math.ceil(share / micro), share * config["block_size"]  # of one GPU
+    useful = 3 * net.flops_per_token(config["block_size"], 0.5) * tokens / (config["peak"] * config["mfu"])
+    compute = useful * (4 / 3 if recompute else 1)
     sent = sent_bytes(net, engine, gpus, micro_steps)
     across = config["links"] * config["link"]  # a ring leaves a node once, and shares its cards with no other
     speed = config["reached"] * (config["nvlink"] if gpus <= config["node"] else min(config["nvlink"], across))
@@ -139,8 +137,8 @@ def step(config, net, engine, gpus, batch):
         hops, window = 3 * (gpus - 1) * (len(net.blocks) + 1) * micro_steps, compute
     wire = sent / speed + hops * config["hop"]
     exposed = max(0.0, wire - config["overlap"] * window)
-    found = {"micro_batch": micro, "tokens": tokens, "sent": sent, "compute": compute, "network": wire, "exposed": exposed}
-    return found | {"seconds": compute + exposed, "mfu": config["mfu"] * compute / (compute + exposed)}
+    found = {"tokens": tokens * gpus, "sent": sent, "compute": compute, "network": wire, "exposed": exposed}
+    return found | {"seconds": compute + exposed, "mfu": config["mfu"] * useful / (compute + exposed)}
 
 
 def tokens_of(net, budget):
@@ -199,15 +197,20 @@ def check(config):
 
 
 def plan(config, net, budget, batch, gpus):
-    """What a model needs on so many GPUs: {engine: (memory of a GPU, a step, hours)}, and a row with the faster engine."""
-    found = {}
+    """What a model needs on so many GPUs: {engine: (memory of a GPU, a step, hours)}, and a row with the faster engine.
+
+    Blocks are recomputed where a GPU would otherwise not hold them.
+    """
+    found, share = {}, math.ceil(batch / gpus)
+    micro = min(config["micro_batch_size"], share)
     for engine in ("ddp", "fsdp"):
-        time = step(config, net, engine, gpus, math.ceil(batch / gpus) * gpus)
-        held = memory(config, net, engine, gpus, time["micro_batch"])
+        held = memory(config, net, engine, gpus, micro) | {"sequences": micro}
+        time = step(config, net, engine, gpus, share, micro, recompute=held["total"] > config["memory"])
         found[engine] = held, time, tokens_of(net, budget) / time["tokens"] * time["seconds"] / 3600
-    fits = [engine for engine in found if found[engine][0]["with_recompute"] <= config["memory"]] or ["fsdp"]
-    engine = min(fits, key=lambda engine: found[engine][2])
-    _, time, hours = found[engine]
+    fits = [engine for engine, (held, _, _) in found.items() if held["with_recompute"] <= config["memory"]]
+    engine = min(fits or found, key=lambda engine: found[engine][2])
+    held, time, hours = found[engine]
+    name = engine + " + recompute" * (held["total"] > config["memory"]) if fits else "neither fits"
 
     totals = {f"{engine}_GB": held["total"] / 1e9 for engine, (held, _, _) in found.items()}
     speed, width = time["tokens"] / time["seconds"], id_type(net.vocab_size).itemsize
@@ -215,7 +218,7 @@ def plan(config, net, budget, batch, gpus):
     save, interval = size / config["disk"], 60 * config["save_minutes"]
     best = best_interval(save, between)
     share, least = (lost(length, save, config["restart"], between) for length in (interval, best))
-    row = totals | {"faster": engine, "tokens_per_second": speed, "mfu": time["mfu"], "hours": hours}
+    row = totals | {"faster": name, "tokens_per_second": speed, "mfu": time["mfu"], "hours": hours}
     row |= {"data_MB_per_s": speed * width / 1e6, "of_the_loader": speed / gpus / config["loader"]}
     row |= {"checkpoint_GB": size / 1e9, "save_s": save, "failures": gpus * hours * (1 + share) / config["gpu_hours"]}
     return found, row | {"lost": share, "best_interval_min": best / 60, "lost_at_it": least}
@@ -242,7 +245,7 @@ def main(config):
             runs.append({"model": size, "GPUs": gpus} | row)
             for engine, (held, time, hours) in engines.items():
                 where = {"model": size, "GPUs": gpus, "engine": engine}
-                memories.append(where | {"sequences": time["micro_batch"]} | {key: held[key] / 1e9 for key in MEMORY})
+                memories.append(where | {"sequences": held["sequences"]} | {key: held[key] / 1e9 for key in MEMORY})
                 times = {f"{key}_ms": 1e3 * time[key] for key in ("compute", "network", "exposed")}
                 speed = {"tokens_per_second": time["tokens"] / time["seconds"], "mfu": time["mfu"], "hours": hours}
                 sequences = time["tokens"] // config["block_size"]
