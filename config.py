@@ -145,11 +145,16 @@ def help_text(*modules):
 def run(main, *modules):
     """Runs main(config) as a command: --help, one line and exit code 2 for a UserError or full memory, 130 after Ctrl-C."""
     script = Path(sys.argv[0]).name
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(f"{sys.modules['__main__'].__doc__ or ''}\nusage: {script} [PRESET.py] [--key=value ...]\n")
-        return print(help_text(*modules))
     try:
-        main(parse(sys.argv[1:], *modules))
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(f"{sys.modules['__main__'].__doc__ or ''}\nusage: {script} [PRESET.py] [--key=value ...]\n")
+            print(help_text(*modules))
+        else:
+            main(parse(sys.argv[1:], *modules))
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads the output has seen enough, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UserError as error:
         print(f"{script}: {error}".replace("\n", "\\n"), file=sys.stderr)
         sys.exit(2)
