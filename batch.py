@@ -39,17 +39,26 @@ def read_data(config, meta, text):
 
     A request is (prompt ids, answer ids) for likelihood.answer_nats. A block is an answer to nothing.
     """
-    data, L, n = config["data"], config["block_size"], config["eval_sequences"]
+    data, L = config["data"], config["block_size"]
+    skip = int(config["causal"] and text.bos == config["start_id"])  # the network brings the bos that a row begins with
     if config["row_width"]:
-        skip = int(config["causal"] and text.bos == config["start_id"])  # the network brings the bos that a row begins with
-        blocks, val = (rows.Rows(data, split, config["seed"], skip) for split in ("train", "val"))
-        judged, counts = val.requests(n, padding=not config["causal"])
-        size = val.counted(range(val.n), padding=False).sum()
+        blocks = rows.Rows(data, "train", config["seed"], skip)
     else:
-        val, blocks = loader.Tokens(data, "val"), loader.Blocks(loader.Tokens(data, "train"), L, config["seed"])
-        judged = [(block[:0], block) for block in likelihood.spread(loader.in_order(val, L), n)]
-        counts, size = [len(block) for _, block in judged], len(val)
-    return blocks, judged, counts, meta["splits"]["val"]["bytes"] / size
+        blocks = loader.Blocks(loader.Tokens(data, "train"), L, config["seed"])
+    return blocks, *held_out(data, meta, "val", L, config["eval_sequences"], config["causal"], skip)
+
+
+def held_out(data, meta, split, L, n, causal, skip=0):
+    """(requests, how many tokens of each count, bytes of text for each of these): n of a split, evenly spread, 0 for all."""
+    if rows.layout(data, meta)[0]:
+        found = rows.Rows(data, split, skip=skip)
+        requests, counts = found.requests(n, padding=not causal)
+        size = found.counted(range(found.n), padding=False).sum()
+    else:
+        tokens = loader.Tokens(data, split)
+        requests = [(block[:0], block) for block in likelihood.spread(loader.in_order(tokens, L), n)]
+        counts, size = [len(block) for _, block in requests], len(tokens)
+    return requests, counts, meta["splits"][split]["bytes"] / size
 
 
 def make_batch(config, blocks, step, position):

@@ -18,13 +18,15 @@ from pathlib import Path
 
 import torch
 
+import batch
 import checkpoint
 import config as settings
 import diffusion
 import harness
 import likelihood
 from config import UserError, choose, require
-from data import loader
+from data import loader, rows
+from data.tokenizer import from_meta
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # whatever checkpoint.load takes
@@ -68,6 +70,9 @@ def open_text(config, folder, split, model, trained):
     known = trained["tokenizer"]
     same = not known or known["kind"] != "char" or known == tokens.meta["tokenizer"]
     require(same, f"{folder} has another alphabet than {config['ckpt']}")
+    width = rows.layout(folder, tokens.meta)[0]
+    require(width <= model.block_size, f"{folder} has rows of {width} tokens, {config['ckpt']} reads {model.block_size}")
+    loader.fits(tokens, width or L)
     end = len(tokens) if config["protocol"] == "whole" else len(tokens) // L * L
     require(end, f"{folder} {split} has {len(tokens)} tokens, no whole block of {L}; try --protocol=whole")
     return tokens, likelihood.spread(range(0, end, L), config["sequences"]), L
@@ -76,18 +81,24 @@ def open_text(config, folder, split, model, trained):
 def judge(config, model, trained, folder, split, autocast):
     """Judges one split of a prepared folder: prints what was done and what came out; returns the result, a dict."""
     tokens, starts, L = open_text(config, folder, split, model, trained)
-    blocks = [tokens[start : start + L] for start in starts]
-    estimator = "ar" if trained["causal"] else config["estimator"]
+    width, causal, counts = rows.layout(folder, tokens.meta)[0], trained["causal"], tokens.meta["splits"][split]
+    if width:  # prompts and answers: the bound of each answer, given its prompt
+        skip = int(causal and from_meta(tokens.meta["tokenizer"]).bos == model.start_id)
+        blocks, lengths, size = batch.held_out(folder, tokens.meta, split, L, config["sequences"], causal, skip)
+    else:
+        blocks = [tokens[start : start + L] for start in starts]
+        lengths, size = [len(block) for block in blocks], counts["bytes"] / counts["tokens"]
+    estimator = "ar" if causal else config["estimator"]
     keys = ("draws", "strata", "precision", "schedule", "seed", "batch_size")
-    how = {key: config[key] for key in keys}
-    nats, info = likelihood.estimate(model, blocks, estimator, **how, autocast=autocast, progress=True)
+    how = {key: config[key] for key in keys} | {"autocast": autocast, "progress": True}
+    nats, info = likelihood.estimate(model, blocks, estimator, lengths=lengths, **how)
 
-    counts = tokens.meta["splits"][split]
-    result, text = likelihood.report(nats, [len(block) for block in blocks], counts["bytes"] / counts["tokens"])
+    result, text = likelihood.report(nats, lengths, size)
     result |= info | {"estimator": estimator, "block_size": L, "data": str(folder)}
     print(
         f"{folder} {split}: {result['tokens']} of {counts['tokens']} tokens, {counts['documents']} documents, "
-        f"{len(blocks)} blocks of {L}{', the rest left out' * (config['protocol'] == 'radd')}; "
+        f"{len(blocks)} {f'answers in rows of {width}, given their prompts' if width else f'blocks of {L}'}"
+        f"{', the rest left out' * (config['protocol'] == 'radd')}; "
         f"{method(estimator, result, config['strata'])}; {settings.dtype_name(autocast, next(model.parameters()).device)}, "
         f"{'averaged' if config['ema'] and trained.get('ema') else 'raw'} weights, seed {config['seed']}"
     )
@@ -217,8 +228,11 @@ def main(config):
     if config["zeroshot"]:
         return zero_shot(config, model, trained, autocast)
     result = judge(config, model, trained, config["data"], config["split"], autocast)
-    splits = loader.read_meta(config["data"])["splits"]
-    counted = loader.ngram_nats(config["data"]) if {"train", "val"} <= splits.keys() else {}
+    meta = loader.read_meta(config["data"])
+    text = (
+        config["split"] == "val" and {"train", "val"} <= meta["splits"].keys() and not rows.layout(config["data"], meta)[0]
+    )
+    counted = loader.ngram_nats(config["data"]) if text else {}
     if counted:
         rest = ", ".join(f"{name} {value:.4f}" for name, value in counted.items())
         print(f"counting alone, for comparison (Witten-Bell n-grams of the training text): {rest} nats per token")

@@ -204,16 +204,18 @@ def answer_nats(
     )
 
 
-def estimate(model, blocks, estimator="any_order", draws=16, strata=4, precision=0.0, **how):
+def estimate(model, blocks, estimator="any_order", draws=16, strata=4, precision=0.0, lengths=None, **how):
     """Nats of each block (L,) of a text by sets of `strata` draws, `draws` in all -> (nats (S,), info).
 
-    Stops once the 95% interval of this text's nats per token is within +- precision, where that is not 0.
+    A block may also be a pair (prompt ids, answer ids); lengths (S,): how many of its tokens count, without it all. Stops
+    once the 95% interval of this text's nats per token is within +- precision, where that is not 0.
     info: draws, draw_error and draw_half (of the interval) in nats per token, rows and calls of the network, seconds.
     **how: the keys of set_nats.
     """
-    began, n_tokens = time.time(), sum(map(len, blocks))
+    began = time.time()
     draws = draws if estimator in DRAWN else 1
-    requests = [(block[:0], block) for block in blocks]
+    requests = [block if isinstance(block, tuple) else (block[:0], block) for block in blocks]
+    n_tokens = sum(len(answer) for _, answer in requests) if lengths is None else sum(lengths)
     sizes = [min(strata, draws - first) for first in range(0, draws, strata)]
     sets, info = [], {"rows": 0, "calls": 0}
     for number, size in enumerate(sizes):

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError, can_compile, require
+from config import UserError, can_compile, keep_memory, require
 
 PATIENCE = datetime.timedelta(minutes=10)  # for a process that hangs; one that dies is noticed at once
 
@@ -97,6 +97,7 @@ def shard(model, device):
     """fsdp for a network on the meta device, which has no memory yet: no process ever holds all of it."""
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # half a second that only fsdp needs
 
+    keep_memory(False)  # on the CPU: weights that are dropped have to leave the process
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)

@@ -40,13 +40,13 @@ DEFAULTS = {
     "ckpt": "out/pydocs",  # a masked model that writes; empty: the exact part alone
     "judge": "out/pydocs_ar",  # who judges it: see quality.py
     "data": "data/pydocs",  # a prepared folder; its val text is judged beside the samples
+    "steps": 4096,  # the largest number of sampling steps; the others are a quarter of it, and so on down to 16
     "num_samples": 32,  # for each dtype and number of steps
     "batch_size": 32,  # sequences in one network call
 }
 
 TINY = 1e-10  # keeps log(u) finite at u = 0, as in the published codes
 BITS = {"float32": 24, "float16": 11, "bfloat16": 8}  # u is a multiple of 2^-bits
-STEPS = [16, 64, 256, 1024, 4096]
 VOCABULARIES = [104, 4096, 50257]  # the demo's characters, something between, GPT-2's tokens
 
 
@@ -218,17 +218,27 @@ def trained_part(config, steps):
 
 def draw(axes, paths, steps):
     """Entropy against generative perplexity: one path for each dtype, a point for each number of steps."""
+    from matplotlib import ticker
+
     colors = {"float64": "#1f6f8b", "float32": "#d1783c", "float16": "#8e44ad", "bfloat16": "#7f8c8d"}
     for noise, color in colors.items():
         entropy, perplexity = zip(*paths[noise], strict=True)
         axes.plot(entropy, perplexity, "o-", color=color, label=f"{noise} noise", markersize=5)
-        for n, x, y in zip(steps, entropy, perplexity, strict=True):
-            axes.annotate(f"{n}", (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7, color=color)
     axes.plot(*paths["held-out text"][0], "*", color="black", markersize=12, label="held-out text")
     axes.set(yscale="log", xlabel="entropy of a sample's tokens, nats (more varied to the right)")
-    axes.set_ylabel("generative perplexity (better for the judge below)")
-    axes.set_title("numbers are sampling steps", fontsize=9)
+    axes.set_ylabel("generative perplexity (the lower, the more the judge likes it)")
+    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+    axes.set_title("one point for each number of sampling steps", fontsize=9)
     axes.legend(fontsize=8)
+    room = []  # where a number stands already
+    for noise, color in colors.items():
+        for n, point in zip(steps, paths[noise], strict=True):
+            x, y = axes.transAxes.inverted().transform(axes.transData.transform(point))
+            if all(abs(x - a) > 0.04 or abs(y - b) > 0.03 for a, b in room):
+                axes.annotate(f"{n}", point, xytext=(5, 4), textcoords="offset points", fontsize=7, color=color)
+                room.append((x, y))
 
 
 def main(config):
@@ -236,7 +246,9 @@ def main(config):
     began = time.time()
     settings.at_least(2, config, "num_samples")
     settings.at_least(1, config, "batch_size")
-    steps = STEPS[:2] if config["quick"] else STEPS
+    settings.at_least(16, config, "steps")
+    most = min(64, config["steps"]) if config["quick"] else config["steps"]
+    steps = [most // 4**i for i in range(10) if most >= 16 * 4**i][::-1]
     vocabularies = VOCABULARIES[:1] if config["quick"] else VOCABULARIES
     config |= {"num_samples": min(4, config["num_samples"])} if config["quick"] else {}
     rows, figures, paths = trained_part(config, steps) if config["ckpt"] else ([], {}, {})

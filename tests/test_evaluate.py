@@ -90,10 +90,9 @@ def test_the_program_judges_a_causal_network_exactly(program, tmp_path, capsys):
 
 
 def test_the_program_says_what_it_did(program, capsys):
-    result, _ = program(draws=6, strata=3, seed=4, dtype="bfloat16", split="train", sequences=5)
+    result, _ = program(draws=6, strata=3, seed=4, dtype="bfloat16", sequences=5)
     out = capsys.readouterr().out
-    tokens = len(TEXT)
-    assert f"data train: 80 of {tokens} tokens, 1 documents, 5 blocks of 16; " in out
+    assert "data val: 80 of 205 tokens, 1 documents, 5 blocks of 16; " in out
     assert "upper bound by any_order, 6 draws a sequence in sets of 3; bfloat16, averaged weights, seed 4" in out
     half = result["interval"][1] - result["nats_per_token"]
     assert f"{result['nats_per_token']:.4f} +- {half:.4f} nats per token (95% interval)" in out

@@ -19,6 +19,8 @@ import batch
 import checkpoint
 import config as settings
 import diffusion
+import evaluate
+import harness
 import model as network
 import sample
 import train
@@ -401,3 +403,13 @@ def test_an_export_still_knows_its_row_and_its_end_mark(data, tmp_path):
     checkpoint.export(str(tmp_path / "run"), str(tmp_path / "export"), "nanomdm")
     kept = checkpoint.load(str(tmp_path / "export"))[2]
     assert (kept["row_width"], kept["row_end"]) == (14, rows.end_mark(TEXT))
+
+
+@pytest.mark.parametrize("objective", ["any_order", "ar"])
+def test_evaluate_finds_the_bound_of_the_run_on_the_held_out_answers(objective, data, tmp_path, capsys):
+    result = run(data, tmp_path, objective=objective, eval_sequences=10, max_iters=3)
+    keys = [f"--ckpt={tmp_path}", f"--data={data}", "--draws=2", "--device=cpu", "--dtype=float32"]
+    found = evaluate.main(settings.parse(keys, settings, diffusion, harness, evaluate))
+    for key in ("nats_per_token", "bits_per_byte", "tokens"):
+        assert found[key] == pytest.approx(result[key], rel=1e-12)
+    assert "10 answers in rows of 14, given their prompts" in capsys.readouterr().out
