@@ -1,7 +1,16 @@
-"""Coarse noise passes for quality: float32 Gumbel noise anneals a masked diffusion sampler (arXiv 2409.02908).
+r"""Coarse noise passes for quality: float32 Gumbel noise anneals a masked diffusion sampler (arXiv 2409.02908).
 
     python train.py configs/pydocs.py --objective=ar --out_dir=out/pydocs_ar     the judge
     python -m experiments.annealing                                               --ckpt= for the exact part alone
+
+With GPT-2's vocabulary, where float32 shows it too:
+
+    python -m data.pydocs.prepare --out=data/bpe --tokenizer=gpt2
+    python train.py configs/pydocs.py --data=data/bpe --out_dir=out/bpe --block_size=64 --n_layer=3 --max_iters=250
+    python train.py configs/pydocs.py --data=data/bpe --out_dir=out/bpe_ar --block_size=64 --n_layer=3 --max_iters=200 \
+        --objective=ar
+    python -m experiments.annealing --ckpt=out/bpe --judge=out/bpe_ar --data=data/bpe --steps=1024 --num_samples=16 \
+        --results=experiments/results/bpe
 
 The textbook sampler takes n steps, and in each draws every hidden position from one categorical over V tokens and the mask:
 token v with chance p_v / (steps left), the mask with the rest (`direct` in RADD's code; SEDD and MDLM do the same). It draws
@@ -237,7 +246,7 @@ def draw(axes, paths, steps):
         for n, point in zip(steps, paths[noise], strict=True):
             x, y = axes.transAxes.inverted().transform(axes.transData.transform(point))
             if all(abs(x - a) > 0.04 or abs(y - b) > 0.03 for a, b in room):
-                axes.annotate(f"{n}", point, xytext=(5, 4), textcoords="offset points", fontsize=7, color=color)
+                axes.annotate(f"{n}", point, xytext=(6, -8), textcoords="offset points", fontsize=7, color=color)
                 room.append((x, y))
 
 
