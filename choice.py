@@ -13,7 +13,7 @@ lm-evaluation-harness's acc and acc_bytes; its acc_norm divides by characters, w
 
 Context and option are tokenized as one text, which is then cut where the context's own tokens end; spaces at the end of a
 context go to the option (both as the harness does). Text that a block does not hold loses the beginning of its context and,
-if the option alone is too long, the end of the option.
+if the option alone is too long, the end of the option, which then costs too little: the number of these is printed.
 
 LAMBADA asks for a passage's last word: it counts as right if greedy decoding, one token a call and the surest first (left
 to right for a causal network), gives exactly its tokens (SMDM, arXiv 2410.18514). Its nats are also given as a perplexity.

@@ -57,6 +57,8 @@ def check(config):
     choose("schedule", config["schedule"], diffusion.SCHEDULES)
     choose("protocol", config["protocol"], ["whole", "radd"])
     settings.at_least(1, config, "draws", "strata", "batch_size")
+    whole = config["estimator"] != "orders" or config["draws"] % config["strata"] == 0
+    require(whole, f"orders takes whole sets: draws {config['draws']} must be a multiple of strata {config['strata']}")
     settings.at_least(0, config, "sequences", "block_size", "precision")
 
 
@@ -140,7 +142,7 @@ def certainty(result, precision, most, strata):
 
 def zero_shot(config, model, trained, autocast):
     """Judges the sets of config["zeroshot"], leaves out those that `out` has already, prints a table; returns its rows."""
-    names = ZERO_SHOT if config["zeroshot"] == "all" else config["zeroshot"].split(",")
+    names = ZERO_SHOT if config["zeroshot"] == "all" else [name.strip() for name in config["zeroshot"].split(",")]
     for name in names:
         choose("zeroshot", name, ZERO_SHOT)
         folder = Path("data/zeroshot", name)
@@ -209,7 +211,8 @@ def table(rows):
     lines = [f"{'set':12} {'tokens':>9} {'nats/token':>10} {'perplexity':>10} {'+- draws':>9} {'+- text':>9}  estimator"]
     for row in rows:
         ppl, mean = row["perplexity"], row["nats_per_token"]
-        draws, text = (ppl * math.expm1(half) for half in (row["draw_half"], row["interval"][1] - mean))
+        halves = (row["draw_half"], row["interval"][1] - mean)
+        draws, text = (ppl * math.expm1(half) if mean + half < 700 else math.inf for half in halves)
         how = f"{row['estimator']}, {row['draws']} draws" if row["draw_error"] else row["estimator"]
         lines.append(f"{row['set']:12} {row['tokens']:9,} {mean:10.4f} {ppl:10.2f} {draws:9.2f} {text:9.2f}  {how}")
     return "\n".join(lines)
@@ -223,6 +226,8 @@ def main(config):
     check(config)
     device, autocast = settings.machine(config)
     model, text, trained = checkpoint.load(config["ckpt"], device, ema=config["ema"])
+    fits = config["estimator"] != "t_dse" or trained.get("objective") == "t_dse"
+    require(fits, f"{config['ckpt']} was not trained with t_dse, so its scores have no scale; use --estimator=t_dce")
     if config["lm_eval"]:
         return harness.main(config, model, text, trained, autocast)
     if config["zeroshot"]:

@@ -35,6 +35,9 @@ ORDERS = {  # the turn at which an answer of l tokens reveals that at `place`
     "right_to_left": lambda place, l: l - 1 - place,
 }
 ESTIMATORS = [*DRAWN, *ORDERS, "ar"]
+SURE = (
+    100  # degrees of freedom of an error before it may end the draws: one that happens to be small would end them too soon
+)
 
 
 # ---- 1. A draw: random numbers, and what a row of the network hides, counts and weighs -------------------------------
@@ -208,7 +211,7 @@ def estimate(model, blocks, estimator="any_order", draws=16, strata=4, precision
     """Nats of each block (L,) of a text by sets of `strata` draws, `draws` in all -> (nats (S,), info).
 
     A block may also be a pair (prompt ids, answer ids); lengths (S,): how many of its tokens count, without it all. Stops
-    once the 95% interval of this text's nats per token is within +- precision, where that is not 0.
+    once the 95% interval of this text's nats per token is within +- precision, where that is not 0, and known well enough.
     info: draws, draw_error and draw_half (of the interval) in nats per token, rows and calls of the network, seconds.
     **how: the keys of set_nats.
     """
@@ -225,7 +228,7 @@ def estimate(model, blocks, estimator="any_order", draws=16, strata=4, precision
         nats, error = mean_over_sets(torch.stack(sets, 1), sizes[: number + 1])  # (S,), a float
         error = error / max(1, n_tokens) if estimator in DRAWN else 0.0
         half = 0.0 if error == 0 else error * t95(len(blocks) * number)
-        if half < precision:
+        if half < precision and (error == 0 or len(blocks) * number >= SURE):
             break
     info |= {"draws": sum(sizes[: number + 1]), "draw_error": error, "draw_half": half}
     return nats, info | {"seconds": time.time() - began}

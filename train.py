@@ -57,7 +57,7 @@ DEFAULTS = {
     "compile": False,  # torch.compile: some seconds at the start, then faster; needs a C++ compiler on the CPU
     "recompute": False,  # compute each block again for its gradient: slower, and less memory
     "parallel": "ddp",  # under torchrun: ddp (each process has the network) | fsdp (a part of it: for large ones)
-    "log_interval": 10,  # steps between two lines in log.jsonl; with several processes, also how soon a stop is seen
+    "log_interval": 10,  # steps between two lines in log.jsonl, and until several processes see a stop (torchrun waits 30 s)
     "save_interval": 0,  # steps between two checkpoints; 0: one at each evaluation
     "keep": 1,  # how many checkpoints are kept: ckpt.pt, and where more than one, the last ones as ckpt_STEP.pt
     "eval_interval": 500,  # steps between two evaluations
@@ -112,6 +112,9 @@ def beginning(config, path):
     """What a run begins with, as a state of checkpoint.save, and its name: the checkpoint `path`, init_from, or nothing."""
     if config["resume"] and path.is_file():
         return checkpoint.read(path), path
+    kept = checkpoint.kept_beside(path) if config["resume"] and path.parent.is_dir() else {}
+    advice = f"copy {kept[max(kept)]} to {path} to go on, or start again with --resume=False" if kept else ""
+    require(not kept, f"no {path}, but checkpoints of the run are beside it; {advice}")
     if not config["init_from"]:
         return None, ""
     model, _, saved = checkpoint.load(config["init_from"])

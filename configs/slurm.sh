@@ -23,6 +23,8 @@
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
 
+# Without it a process that is started again may look for the others where a dead one was.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 launch=(
   .venv/bin/torchrun
@@ -31,4 +33,5 @@ launch=(
   --max-restarts=3
 )
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 "${launch[@]}" train.py configs/smdm_170m.py \
-  --out_dir=out/smdm_170m --micro_batch_size=4 --save_interval=1000 --keep=2
+  --out_dir=out/smdm_170m --micro_batch_size=4 --save_interval=1000 --keep=2 \
+  --log_interval=10  # a stop is seen at such a step, and torchrun waits for 30 seconds only

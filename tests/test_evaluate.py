@@ -29,13 +29,14 @@ TEXT = "the cät sat on the mat; a dog ran to the log. " * 20
 CHAR = Char("".join(sorted(set(TEXT))))
 
 
-def save(folder, causal=False, larger=0.1):
+def save(folder, objective="any_order", larger=0.1):
     """A small checkpoint, whose averaged weights are that much larger -> (averaged weights, the model with the raw ones)."""
     torch.manual_seed(0)
-    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": CHAR.vocab_size, "causal": causal}
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": CHAR.vocab_size}
+    sizes["causal"] = objective == "ar"
     model = Transformer(DEFAULTS | sizes).eval()
     ema = {name: w + larger for name, w in model.state_dict().items()}
-    config = model.config | {"objective": "ar" if causal else "any_order", "ema": 0.9}
+    config = model.config | {"objective": objective, "ema": 0.9}
     state = {"config": config, "tokenizer": CHAR.meta(), "model": model.state_dict(), "ema": ema, "step": 1}
     checkpoint.save(folder / "ckpt.pt", state | {"optimizer": []})
     return ema, model
@@ -53,7 +54,7 @@ def program(tmp_path):
 
     def judge(objective="any_order", splits=(("train", TEXT), ("val", TEXT[:205])), **keys):
         writer.prepare(tmp_path / "data", list(splits), CHAR)
-        ema, model = save(tmp_path, objective == "ar")
+        ema, model = save(tmp_path, objective)
         if keys.get("ema", True):
             model.load_state_dict(ema)
         return run(ckpt=str(tmp_path), data=str(tmp_path / "data"), **keys), model
@@ -71,7 +72,8 @@ def val_blocks(tmp_path, length=16):
 @pytest.mark.parametrize("ema", [True, False])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_the_program_judges_every_token_with_the_weights_that_were_asked_for(estimator, ema, program, tmp_path):
-    result, model = program(estimator=estimator, draws=4, strata=2, seed=9, ema=ema)
+    objective = "t_dse" if estimator == "t_dse" else "any_order"
+    result, model = program(objective, estimator=estimator, draws=4, strata=2, seed=9, ema=ema)
     nats, info = estimate(model, val_blocks(tmp_path), estimator, 4, strata=2, seed=9)
     assert result["tokens"] == 205 and result["sequences"] == 13  # twelve blocks of 16, and what is left
     assert result["nats_per_token"] == pytest.approx(nats.sum().item() / 205, rel=1e-6)
@@ -210,7 +212,7 @@ def test_sets_that_are_done_are_not_judged_again_unless_something_else_is_asked_
         run(ckpt="run", zeroshot="ptb", **{"draws": 2} | other)
         assert judged(capsys) == (["ptb"], [])
     prepare(world, "ptb", 260)  # another text
-    save(world / "causal", causal=True)  # another model
+    save(world / "causal", "ar")  # another model
     for ckpt, name, known in (("run", "ptb", False), ("causal", "lm1b", False), ("run", "lm1b", True)):
         run(ckpt=ckpt, zeroshot=name, draws=2)
         assert judged(capsys) == (([], [name]) if known else ([name], []))
@@ -299,6 +301,8 @@ BAD = {
     "an unknown protocol": ("--protocol=rad", "unknown protocol 'rad'; did you mean 'radd'?"),
     "an unknown estimator": ("--estimator=chains", "unknown estimator 'chains'; did you mean 'chain'?"),
     "an estimator of causal networks": ("--estimator=ar", "unknown estimator 'ar'"),
+    "scores without a scale": ("--estimator=t_dse", "run was not trained with t_dse, so its scores have no scale; use"),
+    "half a set of orders": ("--estimator=orders --draws=5", "draws 5 must be a multiple of strata 4"),
     "no draws": ("--draws=0", "draws must be 1 or more, not 0"),
     "no strata": ("--strata=0", "strata must be 1 or more, not 0"),
     "a negative precision": ("--precision=-0.1", "precision must be 0 or more, not -0.1"),
@@ -315,3 +319,9 @@ def test_bad_input_is_told_in_one_line_before_anything_is_judged(case, world, ca
     with pytest.raises(settings.UserError) as error:
         evaluate.main(settings.parse(["--ckpt=run", "--device=cpu", *words.split()], *MODULES))
     assert told in str(error.value) and "\n" not in str(error.value) and capsys.readouterr().out == ""
+
+
+def test_the_table_shows_an_interval_that_no_number_holds():
+    row = {"set": "ptb", "tokens": 9, "nats_per_token": 2.0, "perplexity": math.exp(2), "estimator": "any_order", "draws": 8}
+    shown = evaluate.table([row | {"draw_error": 1.0, "draw_half": 1e4, "interval": [1.0, 3.0]}])
+    assert "   inf" in shown and f"{math.exp(3) - math.exp(2):.1f}" in shown

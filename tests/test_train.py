@@ -593,3 +593,11 @@ def test_two_processes_judge_as_one_does(kind, two_processes, data, tmp_path):
             assert two["nats_per_token"] == pytest.approx(one["nats_per_token"], rel=1e-4)
             assert two["standard_error"] == pytest.approx(one["standard_error"], rel=1e-3)
             assert two["tokens"] == one["tokens"]
+
+
+def test_kept_checkpoints_without_the_last_one_are_not_overwritten_unasked(data, tmp_path):
+    run(data, tmp_path, keep=2, max_iters=4, save_interval=2, eval_interval=4)
+    (tmp_path / "ckpt.pt").unlink()
+    told = refusal(data, tmp_path, keep=2, max_iters=4)
+    assert "ckpt_4.pt to" in told and "to go on, or start again with --resume=False" in told
+    assert {path.name for path in tmp_path.glob("*.pt")} == {"ckpt_2.pt", "ckpt_4.pt"}
