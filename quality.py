@@ -242,7 +242,7 @@ def read_samples(path):
 def samples_of(config):
     """(records, how they were made): read from the file, or drawn by sample.py with this config."""
     if config["samples"]:
-        clash = {"ckpt", "steps", "sampler"} & set(config.get("given", ()))
+        clash = {"ckpt", "steps", "sampler", "num_samples"} & set(config.get("given", ()))
         require(not clash, f"--samples are there already: leave --{min(clash, default='')} out, or leave --samples out")
         records = read_samples(config["samples"])
         noise = {str(record.get("noise", "not recorded (float64 in sample.py)")) for record in records}

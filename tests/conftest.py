@@ -6,6 +6,7 @@ are tabulated, so that expectations are sums, and with the true conditionals of 
 
 import itertools
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import model as network_code
 
 ROOT = Path(__file__).resolve().parent.parent
 V, L = 3, 4
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell ignores, and its children
 
 
 class Table(torch.nn.Module):
