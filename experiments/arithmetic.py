@@ -34,7 +34,7 @@ DEFAULTS = {
     "preset": "configs/pydocs.py",  # the recipe of both models, but for SHAPE
 }
 
-SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "batch_size": 64, "compile": False, "show_sample": False}
+SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "batch_size": 64, "show_sample": False}
 WRITERS = {  # how the masked diffusion model writes: (sampler, steps)
     "left to right": ("left_to_right", 1),
     "right to left": ("right_to_left", 1),
@@ -111,7 +111,7 @@ def fit(config, folder, objective, width):
         "eval_interval": config["max_iters"],
         "warmup_iters": config["max_iters"] // 25,
     }
-    keys |= {key: config[key] for key in ("device", "dtype")}
+    keys |= {key: config[key] for key in ("device", "dtype")} | {"compile": not config["quick"]}
     given = [f"--{key}={value}" for key, value in keys.items()]
     recipe = settings.parse([config["preset"], *given], settings, diffusion, network, train)
     train.main(recipe)

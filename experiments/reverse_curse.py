@@ -30,6 +30,7 @@ from tqdm import tqdm
 import config as settings
 import diffusion
 import model as network
+import parallel
 import sample
 import train
 from config import require
@@ -43,14 +44,14 @@ DEFAULTS = {
     "from": "",  # a folder with Berglund's .jsonl files; without one they are downloaded to data/reversal/raw
     "seeds": 3,  # training runs of each model: seed, seed + 1, ...
     "persons": 300,  # invented people told of in both orders, 8 lines each
-    "epochs": 40,  # passes over all lines
+    "epochs": 100,  # passes over all lines
     "looks": 6,  # at the accuracies during training: the learning curve
     "asked": 300,  # items of each test
     "steps": 32,  # of SMDM's greedy sampler, as in the paper
     "preset": "configs/pydocs.py",  # the recipe of both models, but for SHAPE
 }
 
-SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 128, "batch_size": 64, "compile": False}
+SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 128, "batch_size": 64}
 WIDTH = 40  # words in a row: the longest of Berglund's lines, with its two marks
 GUIDANCE = [0.0, 0.8]  # w; the paper's is 0.8
 TASKS = {  # what is asked: (test file, SMDM's percentage as quoted in reviews of it, GPT-3's from arXiv 2309.12288)
@@ -120,14 +121,15 @@ def question(text, name):
 def fit(config, folder, objective, seed, look):
     """Trains on the rows in `folder`. -> (model, autocast, [look(model, autocast) at `looks` moments])"""
     data = rows.Rows(folder, "train", seed)
-    keys = [f"--{key}={value}" for key, value in (SHAPE | {"objective": objective, "seed": seed}).items()]
+    given = SHAPE | {"objective": objective, "seed": seed, "compile": not config["quick"]}
+    keys = [f"--{key}={value}" for key, value in given.items()]
     recipe = settings.parse([config["preset"], *keys], settings, diffusion, network, train)
     steps = config["epochs"] * data.n // recipe["batch_size"]
     recipe |= {"vocab_size": data.tokens.vocab_size, "block_size": WIDTH, "causal": objective == "ar", "max_iters": steps}
     recipe |= {"warmup_iters": steps // 25, "device": config["device"], "dtype": config["dtype"]}
     device, autocast = settings.machine(recipe)
     model, _, optimizers = train.build(recipe, device, None)
-    loss_of, curve = diffusion.Loss(model, objective), []
+    loss_of, curve = parallel.engine(diffusion.Loss(model, objective), recipe, device, 1), []
     batches = train.make_batches(recipe, data, 0, 1, 0)
     for step in tqdm(range(steps), desc=f"{objective}, seed {seed}", disable=None):
         train.train_step(recipe, step, batches, loss_of, optimizers, device, autocast, 1, 0)
