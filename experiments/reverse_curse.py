@@ -9,10 +9,12 @@ fine-tuned 1.1B parameters and measured 92%.
 
 Here both start from random weights, with the same size, lines, number of epochs, optimizer and learning rate. They read
 words, a unit that favours no order; words of a question that training lacks are left out. A network that has read nothing
-but 90 people may well take the order for a trait of the person, so both also read about invented people
-(experiments/people.py; no name is shared). Sixty of these are told of in one order only, and asked about as well.
+but 90 people takes the order for a trait of the person, and the forms of sentences for traits of the order. So both also
+read about invented people (experiments/people.py; no name is shared), in Berglund's training forms and others, of which
+words are left out at random. Sixty of these are told of in one order only, and asked about as well.
 
-What has been trained is kept in reverse_curse.jsonl among the results; the same command goes on from there.
+What has been trained is kept in reverse_curse.jsonl among the results; the same command goes on from there. Seeds can be
+trained beside each other: --seed=N --seeds=1.
 """
 
 import importlib.util
@@ -22,6 +24,7 @@ import re
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -43,8 +46,8 @@ from experiments import people, results
 DEFAULTS = {
     "from": "",  # a folder with Berglund's .jsonl files; without one they are downloaded to data/reversal/raw
     "seeds": 3,  # training runs of each model: seed, seed + 1, ...
-    "persons": 300,  # invented people told of in both orders, 8 lines each
-    "epochs": 100,  # passes over all lines
+    "persons": 600,  # invented people told of in both orders, 8 lines each
+    "epochs": 60,  # passes over all lines
     "looks": 6,  # at the accuracies during training: the learning curve
     "asked": 300,  # items of each test
     "steps": 32,  # of SMDM's greedy sampler, as in the paper
@@ -53,6 +56,7 @@ DEFAULTS = {
 
 SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 128, "batch_size": 64}
 WIDTH = 40  # words in a row: the longest of Berglund's lines, with its two marks
+THINNED = 0.4  # of the words of a sentence about an invented person, name and description aside, are left out
 GUIDANCE = [0.0, 0.8]  # w; the paper's is 0.8
 TASKS = {  # what is asked: (test file, SMDM's percentage as quoted in reviews of it, GPT-3's from arXiv 2309.12288)
     "same_dtn": ("d2p_prompts_test", "like ARMs", "97"),
@@ -89,24 +93,48 @@ class Words(Tokenizer):
 
 
 def read(config):
-    """(Berglund's training lines, {task: [(prompt, completion), ...]})."""
+    """(Berglund's training lines, their forms, {task: [(prompt, completion), ...]})."""
     paths = files(config["from"], "data/reversal")
     tests = {
         task: [item[1:] for item in pairs(paths[name])][:: 300 // config["asked"]] for task, (name, *_) in TASKS.items()
     }
     lines = [prompt + completion for _, prompt, completion in pairs(paths["all_prompts_train"])]
-    return lines[:: 20 if config["quick"] else 1], tests
+    return lines[:: 20 if config["quick"] else 1], forms(lines), tests
 
 
-def compose(config, lines, rng):
-    """(all lines that are read, questions about the invented people who are told of name first only)."""
+def forms(lines):
+    """Berglund's own sentences, {n} and {d} in place of name and description: (name first, name last)."""
+    found = Counter()
+    for about in (lines[i : i + 30] for i in range(0, len(lines), 30)):  # 30 lines on one person
+        names = set.intersection(*(set(re.findall(r"[A-Z][a-z]+ [A-Z][a-z]+", line)) for line in about))
+        shared = []
+        for name in names:
+            parts = [part for line in about[:3] for part in line.split(name)]
+            starts = [(part, match.start()) for part in parts for match in re.finditer(r"\bthe ", part)]
+            pieces = {part[start:end] for part, start in starts for end in range(start + 20, len(part) + 1)}
+            shared += [(len(p), p, name) for p in pieces if sum(p in line for line in about) >= 15]
+        if shared:  # a name that is part of the description leaves shorter pieces
+            _, what, name = max(shared)
+            what = re.escape(what.rstrip(' ,?."'))
+            found.update({re.sub(rf'{what}(\.?")?', "{d}", line).replace(name, "{n}") for line in about})
+    kept = [form for form, n in found.items() if n > 1 and form.count("{n}") == 1 == form.count("{d}")]
+    first = [form for form in kept if form.index("{n}") < form.index("{d}")]
+    return first, [form for form in kept if form not in first]
+
+
+def compose(config, lines, sentences, rng):
+    """(all lines that are read, questions about the invented people who are told of name first only).
+
+    sentences: (name first, name last), beside those of people.py.
+    """
+    first_forms, last_forms = people.NAME_FIRST + sentences[0], people.NAME_LAST + sentences[1]
     cast = people.several(config["persons"] + 60, rng)
     shared = {word.strip() for text in lines for word in words(text)} & {part for name, *_ in cast for part in name.split()}
     require(not shared, f"invented people share names with Berglund's: {', '.join(sorted(shared))}")
     first, last, both = cast[:30], cast[30:60], cast[60:]
-    texts = lines + people.lines(first, people.NAME_FIRST, 16, rng) + people.lines(last, people.NAME_LAST, 16, rng)
-    texts += people.lines(both, people.NAME_FIRST, 4, rng) + people.lines(both, people.NAME_LAST, 4, rng)
-    asked = [(person[0], line) for person in first for line in people.lines([person], people.NAME_LAST, 10, rng)]
+    told = ((first, first_forms, 16), (last, last_forms, 16), (both, first_forms, 4), (both, last_forms, 4))
+    texts = lines + [line for job in told for line in people.lines(*job, rng, THINNED)]
+    asked = [(person[0], line) for person in first for line in people.lines([person], last_forms, 10, rng)]
     return texts, [question(line, name) for name, line in asked]
 
 
@@ -182,10 +210,10 @@ def percent(rule, answers, items):
     return 100 * sum(rule(answer, wanted) for answer, (_, wanted) in zip(answers, items, strict=True)) / len(items)
 
 
-def run(config, lines, tests, kind, seed):
+def run(config, lines, sentences, tests, kind, seed):
     """Trains one model and asks it everything. -> its record"""
     began, rng = time.process_time(), random.Random(seed)
-    texts, invented = compose(config, lines, rng)
+    texts, invented = compose(config, lines, sentences, rng)
     text = Words(texts)
     tests = tests | {"reverse_invented": invented[: config["asked"]]}
     few = {task: items[:: max(1, len(items) // 60)] for task, items in tests.items() if task.startswith("reverse")}
@@ -295,16 +323,20 @@ def main(config):
     settings.at_least(1, config, "seeds", "epochs", "looks", "asked", "steps")
     settings.at_least(0, config, "persons")
     require(config["asked"] <= 300, f"asked must be at most 300, not {config['asked']}")
-    lines, tests = read(config)
+    lines, sentences, tests = read(config)
     path = Path(config["results"]) / "reverse_curse.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    recipe = {key: config[key] for key in ("persons", "epochs", "looks", "asked", "steps", "preset")} | SHAPE
+    recipe = (
+        {key: config[key] for key in ("persons", "epochs", "looks", "asked", "steps", "preset")}
+        | SHAPE
+        | {"thinned": THINNED}
+    )
     kept = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     records = []
     for seed in range(config["seed"], config["seed"] + config["seeds"]):
         for kind in ("mdm", "ar"):
             found = [r for r in kept if (r["kind"], r["seed"], r["recipe"]) == (kind, seed, recipe)]
-            records += found[-1:] or [run(config, lines, tests, kind, seed) | {"recipe": recipe}]
+            records += found[-1:] or [run(config, lines, sentences, tests, kind, seed) | {"recipe": recipe}]
             if not found:
                 with open(path, "a") as file:
                     file.write(json.dumps(records[-1]) + "\n")

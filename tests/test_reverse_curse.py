@@ -84,7 +84,23 @@ def test_both_models_are_asked_everything_and_a_second_run_trains_nothing(shared
 def test_a_name_shared_with_berglunds_people_is_an_error(tmp_path):
     lines = [f"{name} sat." for name, *_ in people.several(80, random.Random(0))]
     with pytest.raises(UserError, match="share names"):
-        reverse_curse.compose({"persons": 10, "epochs": 1}, lines, random.Random(0))
+        reverse_curse.compose({"persons": 10}, lines, ([], []), random.Random(0))
+
+
+def test_forms_are_what_lines_about_different_people_share():
+    def about(name, what):
+        return [f"{name} is {what}."] * 15 + [f'Known as {what}, {name} "Old Town" sings.'] * 15
+
+    lines = about("Ann Lee", 'the pilot who built "Blue Reef"') + about("Bo Day", "the last diver to cross the gulf")
+    wanted = ["{n} is {d}."], ['Known as {d}, {n} "Old Town" sings.']
+    assert reverse_curse.forms(lines) == wanted
+    assert reverse_curse.forms(lines[:30]) == ([], []), "a form is what at least two people share"
+
+
+def test_a_thinned_sentence_keeps_name_and_description():
+    rng = random.Random(0)
+    assert people.thin("Known as {d}, {n} sings.", 1.0, rng) == "{d}, {n}"
+    assert people.thin("Known as {d}, {n} sings.", 0.0, rng) == "Known as {d}, {n} sings."
 
 
 # ---- Numbers ---------------------------------------------------------------------------------------------------------
