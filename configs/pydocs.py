@@ -12,7 +12,7 @@
     "qk_norm": True,
     "zero_init": "all",
     "objective": "any_order",
-    "loss_weight": "constant",
+    "loss_weight": "sqrt",
     "batch_size": 32,
     "max_iters": 2000,
     "optimizer": "muon",

@@ -46,7 +46,7 @@ from experiments import people, results
 DEFAULTS = {
     "from": "",  # a folder with Berglund's .jsonl files; without one they are downloaded to data/reversal/raw
     "seeds": 3,  # training runs of each model: seed, seed + 1, ...
-    "persons": 600,  # invented people told of in both orders, 8 lines each
+    "persons": 400,  # invented people told of in both orders, 8 lines each
     "epochs": 60,  # passes over all lines
     "looks": 6,  # at the accuracies during training: the learning curve
     "asked": 300,  # items of each test
@@ -54,7 +54,7 @@ DEFAULTS = {
     "preset": "configs/pydocs.py",  # the recipe of both models, but for SHAPE
 }
 
-SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 128, "batch_size": 64}
+SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 128, "batch_size": 64, "loss_weight": "constant"}
 WIDTH = 40  # words in a row: the longest of Berglund's lines, with its two marks
 THINNED = 0.4  # of the words of a sentence about an invented person, name and description aside, are left out
 GUIDANCE = [0.0, 0.8]  # w; the paper's is 0.8
