@@ -40,6 +40,7 @@ DEFAULTS = {
     "suffix": "",  # the end of each sample
     "template": "",  # text with gaps: ___12 is a gap of 12 tokens
     "length": 0,  # tokens in a sample, prompt and suffix included; 0: block_size, or the width of the rows learnt from
+    "min_tokens": 0,  # an answer by a model of rows has at least so many tokens before its end mark
     "num_samples": 4,  # how many times the request is filled
     "batch_size": 16,  # sequences in one network call
     "compile": False,  # compile the network: pays for many or long samples
@@ -78,6 +79,12 @@ def keep_likely(p, top_k, top_p):
         out = value.cumsum(-1) - value >= top_p  # (N, V) the mass before it is enough
         p = p.masked_fill(torch.zeros_like(out).scatter(-1, order, out), 0.0)
     return p
+
+
+def forbid(logits, tokens):
+    """Takes one token away from each row, in place: logits (N, V), tokens (N,), -1 for none."""
+    rows = (tokens >= 0).nonzero().flatten()
+    logits[rows.to(logits.device), tokens[rows].to(logits.device)] = -torch.inf
 
 
 # ---- The order: what each network call reveals -----------------------------------------------------------------------
@@ -149,8 +156,11 @@ def sample(
     batch_size=16,
     autocast=contextlib.nullcontext,
     progress=False,
+    ban=None,
 ):
     """Fills every mask_id of x (N, L) and changes nothing else. -> (tokens (N, L), info)
+
+    ban: (N, L), the token that a place must not get, -1 for none: an end mark at the first place of an answer, say.
 
     info: nfe (N,) network calls of each sequence, expected_nfe their mean expectation, seconds. A sequence is a pure
     function of (seed, its place in x): the batch size changes how long it takes, not what comes out.
@@ -174,6 +184,8 @@ def sample(
             rows = wanted.flatten().nonzero().flatten()  # (n,)
             with autocast():
                 logits = predict(model, x[live], rows.to(device), given[live.to(device)], cfg)  # (n, V)
+            if ban is not None:
+                forbid(logits, ban[live].flatten()[rows])
             if adaptive:  # positions are asked again at every call, each time with fresh noise
                 noise_now = torch.cat([diffusion.uniforms(seed, 2 + int(done[i]), [i], L) for i in live])  # (b, L)
             else:
@@ -206,6 +218,7 @@ def sample_ar(
     batch_size=16,
     autocast=contextlib.nullcontext,
     progress=False,
+    ban=None,
 ):
     """The baseline: fills x (N, L) left to right with a causal network that caches keys and values. As `sample`.
 
@@ -229,6 +242,8 @@ def sample_ar(
             for i in range(first, last + 1):
                 with autocast():
                     logits = model.head(model.hidden(new, cache=cache)[:, -1])  # (b, V)
+                if ban is not None:
+                    forbid(logits, ban[now][:, i])
                 token, _ = categorical(logits.float(), noise[now][:, i], temperature, top_k, top_p)  # (b,)
                 y[:, i] = torch.where(want[:, i], token.to(y), y[:, i])
                 new = y[:, i : i + 1]  # (b, 1)
@@ -274,6 +289,14 @@ def request(tokenizer, mask_id, block_size, prompt="", suffix="", template="", l
     return head + [mask_id] * wanted + tail
 
 
+def no_end(x, begins, least, end):
+    """`ban` of sample: the end mark at none of the `least` places from begins[i] on. x (N, L) -> (N, L)"""
+    ban = torch.full(x.shape, -1)  # (N, L)
+    for row, begin in zip(ban, begins, strict=True):
+        row[begin : begin + least] = end
+    return ban
+
+
 def text_of(tokenizer, ids, begin=0, end=-1):
     """The text of a sample. For a model of rows, which knows an `end` mark: up to the first one from place `begin` on."""
     if end < 0:
@@ -287,7 +310,7 @@ def check(config, causal):
     choose("sampler", config["sampler"], SAMPLERS)
     choose("schedule", config["schedule"], diffusion.SCHEDULES)
     settings.at_least(1, config, "steps", "num_samples", "batch_size")
-    settings.at_least(0, config, "temperature", "top_k", "length")
+    settings.at_least(0, config, "temperature", "top_k", "length", "min_tokens")
     require(0 < config["top_p"] <= 1, f"top_p must be in (0, 1], not {config['top_p']}")
     if causal:
         fits = "sampler" not in config.get("given", ()) or config["sampler"] == "left_to_right"
@@ -314,10 +337,13 @@ def main(config):
     keys = ["temperature", "top_k", "top_p", "seed", "batch_size"]
     keys += [] if trained["causal"] else ["sampler", "steps", "schedule", "cfg"]
     fill = sample_ar if trained["causal"] else sample
-    tokens, info = fill(model, x, autocast=autocast, progress=True, **{key: config[key] for key in keys})
-
-    nfe, begin = info["nfe"].tolist(), ids.index(model.mask_id)
+    begin = ids.index(model.mask_id)
     end = -1 if config["suffix"] or config["template"] else trained.get("row_end", -1)  # what follows a gap is not cut off
+    require(end >= 0 or not config["min_tokens"], "min_tokens is for answers by models of rows, which know an end mark")
+    ban = no_end(x, [begin] * len(x), config["min_tokens"], end) if config["min_tokens"] else None
+    tokens, info = fill(model, x, autocast=autocast, progress=True, ban=ban, **{key: config[key] for key in keys})
+
+    nfe = info["nfe"].tolist()
     texts = [text_of(tokenizer, row, begin, end) for row in tokens.tolist()]
     records = [{"text": text, "tokens": row, "nfe": n} for text, row, n in zip(texts, tokens.tolist(), nfe, strict=True)]
     for i, record in enumerate(records):

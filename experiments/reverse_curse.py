@@ -46,8 +46,8 @@ from experiments import people, results
 DEFAULTS = {
     "from": "",  # a folder with Berglund's .jsonl files; without one they are downloaded to data/reversal/raw
     "seeds": 3,  # training runs of each model: seed, seed + 1, ...
-    "persons": 400,  # invented people told of in both orders, 8 lines each
-    "epochs": 60,  # passes over all lines
+    "persons": 300,  # invented people told of in both orders, 8 lines each
+    "epochs": 80,  # passes over all lines
     "looks": 6,  # at the accuracies during training: the learning curve
     "asked": 300,  # items of each test
     "steps": 32,  # of SMDM's greedy sampler, as in the paper
@@ -57,7 +57,11 @@ DEFAULTS = {
 SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 128, "batch_size": 64, "loss_weight": "constant"}
 WIDTH = 40  # words in a row: the longest of Berglund's lines, with its two marks
 THINNED = 0.4  # of the words of a sentence about an invented person, name and description aside, are left out
-GUIDANCE = [0.0, 0.8]  # w; the paper's is 0.8
+WAYS = {  # how both models answer: {ending of a figure's name: (w, fewest words)}; no reference has less than two words
+    "": (0.0, 2),
+    "_cfg": (0.8, 2),  # the paper's w; for the masked model alone
+    "_free": (0.0, 0),  # an answer may be empty: that the line ends behind a description is what training says
+}
 TASKS = {  # what is asked: (test file, SMDM's percentage as quoted in reviews of it, GPT-3's from arXiv 2309.12288)
     "same_dtn": ("d2p_prompts_test", "like ARMs", "97"),
     "same_ntd": ("p2d_prompts_test", "like ARMs", "50"),
@@ -167,13 +171,15 @@ def fit(config, folder, objective, seed, look):
     return model.eval(), autocast, curve
 
 
-def ask(model, text, items, steps, cfg, autocast):
+def ask(model, text, items, steps, way, autocast):
     """The answers to items (prompt, completion), the rows filled to their end and cut at the first end mark."""
+    cfg, least = WAYS[way]
     prompts = [[text.bos, *text.encode(prompt)] for prompt, _ in items]
     x = torch.full((len(items), model.block_size), model.mask_id, device=next(model.parameters()).device)  # (N, L)
     for row, ids in zip(x, prompts, strict=True):
         row[: len(ids)] = torch.tensor(ids)
-    how = {"temperature": 0.0, "batch_size": 100, "autocast": autocast}
+    ban = sample.no_end(x, map(len, prompts), least, text.eot)  # (N, L)
+    how = {"temperature": 0.0, "batch_size": 100, "autocast": autocast, "ban": ban}
     if model.config["causal"]:
         out, _ = sample.sample_ar(model, x, **how)
     else:
@@ -220,7 +226,7 @@ def run(config, lines, sentences, tests, kind, seed):
 
     def look(model, autocast):
         return {
-            task: percent(substring, ask(model, text, few[task], config["steps"], 0.0, autocast), few[task]) for task in few
+            task: percent(substring, ask(model, text, few[task], config["steps"], "", autocast), few[task]) for task in few
         }
 
     with tempfile.TemporaryDirectory() as folder:
@@ -230,15 +236,23 @@ def run(config, lines, sentences, tests, kind, seed):
     record = {"kind": kind, "seed": seed, "parameters": model.n_parameters(), "lines": len(texts), "V": text.vocab_size}
     record |= {"curve": curve, "cpu_seconds": round(time.process_time() - began), "scores": {}, "answers": {}}
     for task, items in tests.items():
-        for w in GUIDANCE if kind == "mdm" else [0.0]:
-            answers = ask(model, text, items, config["steps"], w, autocast)
-            scores = {end: percent(rule, answers, items) for end, rule in rules().items()}
-            record["scores"][f"{task} w={w}"] = scores
-            record["answers"][f"{task} w={w}"] = [[*item, answer] for item, answer in zip(items, answers, strict=True)][::37]
+        for way in WAYS if kind == "mdm" else ("", "_free"):
+            answers = ask(model, text, items, config["steps"], way, autocast)
+            record["scores"][task + way] = {end: percent(rule, answers, items) for end, rule in rules().items()}
+            record["answers"][task + way] = [[*item, answer] for item, answer in zip(items, answers, strict=True)][::37]
     return record
 
 
 # ---- The table -------------------------------------------------------------------------------------------------------
+
+
+COLUMNS = [  # of the table and the plot
+    ("mdm", "", "MDM"),
+    ("mdm", "_cfg", "MDM, w = 0.8"),
+    ("mdm", "_free", "MDM, may be empty"),
+    ("ar", "", "ARM"),
+    ("ar", "_free", "ARM, may be empty"),
+]
 
 
 def mean(values):
@@ -256,14 +270,12 @@ def interval(percents, n):
 
 
 def figures_of(records):
-    """{mdm_reverse_dtn: percent, ...}: substring rule, mean over the seeds, w = 0; _exact, _bleu, and _cfg for w = 0.8."""
+    """{mdm_reverse_dtn: [percent of each seed], ...}; the endings are those of WAYS and then of rules()."""
     figures = {}
     for record in records:
         for name, scores in record["scores"].items():
-            task, w = name.split(" w=")
-            stem = f"{record['kind']}_{task}" + ("_cfg" if float(w) else "")
             for end, score in scores.items():
-                figures.setdefault(stem + end, []).append(score)
+                figures.setdefault(f"{record['kind']}_{name}{end}", []).append(score)
     return figures
 
 
@@ -271,13 +283,22 @@ def table(figures, n):
     lines = []
     for task, (_, smdm, gpt3) in TASKS.items():
         line = {"task": task.replace("_", ", "), "SMDM 1.1B": smdm, "GPT-3": gpt3}
-        for name, stem in (("MDM", f"mdm_{task}"), ("MDM, w = 0.8", f"mdm_{task}_cfg"), ("ARM", f"ar_{task}")):
-            if stem in figures:
-                line[name] = f"{mean(figures[stem]):.1f} ± {interval(figures[stem], n):.1f}"
-                for rule, end in (("exact", "_exact"), ("BLEU", "_bleu")):
-                    line[f"{name}, {rule}"] = f"{mean(figures[stem + end]):.1f}" if stem + end in figures else "(no nltk)"
+        for kind, way, name in COLUMNS:
+            stem = f"{kind}_{task}{way}"
+            line[name] = f"{mean(figures[stem]):.1f} ± {interval(figures[stem], n):.1f}"
         lines.append(line)
-    return results.table("Correct answers, percent (the reference is a substring of the answer)", lines)
+    stricter = [{"task": task.replace("_", ", ")} for task in TASKS]
+    for line, task in zip(stricter, TASKS, strict=True):
+        for kind, name in (("mdm", "MDM"), ("ar", "ARM")):
+            for rule, end in (("exact", "_exact"), ("BLEU", "_bleu")):
+                found = figures.get(f"{kind}_{task}{end}")
+                line[f"{name}, {rule}"] = f"{mean(found):.1f}" if found else "(no nltk)"
+    return "\n".join(
+        [
+            results.table("Correct answers, percent (the reference is a substring of the answer)", lines),
+            results.table("The same by stricter rules, w = 0", stricter),
+        ]
+    )
 
 
 def curves(records):
@@ -296,20 +317,18 @@ def examples(records):
     out = []
     for record in (record for record in records if record["seed"] == records[0]["seed"]):
         for name, answers in record["answers"].items():
-            if name.endswith("w=0.0"):
-                out += [f"{record['kind']} {name[:-6]}: {prompt} ->{answer}" for prompt, _, answer in answers[:3]]
+            if not name.endswith(("_cfg", "_free")):
+                out += [f"{record['kind']} {name}: {prompt} ->{answer}" for prompt, _, answer in answers[:3]]
     return "\n".join(["**Examples**", "", "```", *out, "```"])
 
 
 def draw(figures, n):
     def bars(axes):
-        shown = [("mdm", "", "MDM"), ("mdm", "_cfg", "MDM, w = 0.8"), ("ar", "", "ARM")]
-        for i, (kind, end, name) in enumerate(shown):
-            stems = [f"{kind}_{task}{end}" for task in TASKS]
-            if all(stem in figures for stem in stems):
-                heights, errors = [mean(figures[s]) for s in stems], [interval(figures[s], n) for s in stems]
-                places = [k + 0.27 * (i - 1) for k in range(len(TASKS))]
-                axes.bar(places, heights, 0.25, yerr=errors, capsize=3, label=name)
+        for i, (kind, way, name) in enumerate(COLUMNS):
+            stems = [f"{kind}_{task}{way}" for task in TASKS]
+            heights, errors = [mean(figures[s]) for s in stems], [interval(figures[s], n) for s in stems]
+            places = [k + 0.17 * (i - 2) for k in range(len(TASKS))]
+            axes.bar(places, heights, 0.16, yerr=errors, capsize=2, label=name)
         axes.set_xticks(range(len(TASKS)), [task.replace("_", ",\n") for task in TASKS])
         axes.set(ylabel="correct, percent (substring rule)", ylim=(0, 105), title="The reversal curse, from scratch")
         axes.legend()

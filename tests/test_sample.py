@@ -514,6 +514,28 @@ def test_a_sample_depends_on_its_seed_and_its_place_and_not_on_the_batch(sampler
     assert len({tuple(row) for row in twins.tolist()}) == 6
 
 
+@pytest.mark.parametrize("sampler", [*ALL, "ar"])
+def test_a_banned_token_is_not_taken_at_its_place_and_the_law_of_the_rest_is_renormalised(sampler):
+    model = network_of(causal=sampler == "ar")
+    fill = (
+        (lambda x, **keys: sample_ar(model, x, **keys))
+        if sampler == "ar"
+        else lambda x, **keys: sample(model, x, sampler, 4, **keys)
+    )
+    x = requests_for(model, 20)
+    plain, _ = fill(x, seed=1)
+    ban = torch.where(torch.rand(x.shape) < 0.3, plain, -1)  # what would come at some places
+    tokens, _ = fill(x, seed=1, ban=ban)
+    hidden = x == model.mask_id
+    assert (tokens != ban)[hidden].all() and (ban >= 0)[hidden].any()
+    assert torch.equal(fill(x, seed=1, ban=torch.full_like(x, -1))[0], plain)
+    logits = torch.randn(2, 5)
+    kept = logits.clone()
+    decoding.forbid(logits, torch.tensor([3, -1]))
+    law, whole = logits.softmax(1), kept.softmax(1)
+    assert law[0, 3] == 0 and torch.allclose(law[0, :3], whole[0, :3] / (1 - whole[0, 3])) and torch.equal(law[1], whole[1])
+
+
 @pytest.mark.parametrize("sampler", ALL)
 def test_with_no_gap_the_network_is_not_asked(sampler):
     x = torch.tensor([[0, 1, 2, 0]])

@@ -393,9 +393,13 @@ def test_the_command_answers_a_prompt_up_to_the_end_mark_and_keeps_all_tokens_in
         assert len(record["tokens"]) == 14  # a row
         answer = bytes(record["tokens"][4:]).split(b"\0")[0].decode(errors="replace")
         assert record["text"] == "b1: " + answer
+    for record in sample.main(settings.DEFAULTS | diffusion.DEFAULTS | sample.DEFAULTS | given | {"min_tokens": 7}):
+        assert 0 not in record["tokens"][4:11]
     if objective != "ar":  # with something behind the gap nothing is cut off
         (record, *_) = sample.main(settings.DEFAULTS | diffusion.DEFAULTS | sample.DEFAULTS | given | {"suffix": "\0z"})
         assert record["text"].endswith("\0z")
+        with pytest.raises(UserError, match="min_tokens is for answers"):
+            sample.main(settings.DEFAULTS | diffusion.DEFAULTS | sample.DEFAULTS | given | {"suffix": "z", "min_tokens": 7})
 
 
 def test_an_export_still_knows_its_row_and_its_end_mark(data, tmp_path):
