@@ -27,9 +27,9 @@ from experiments import results
 from experiments.gsm8k import final, same
 
 DEFAULTS = {
-    "digits": 3,  # of a number, at most, in training; asked are up to two more
+    "digits": 4,  # of a number, at most, in training; asked are up to two more
     "problems": 40000,  # training rows
-    "asked": 50,  # new problems of each number of digits
+    "asked": 100,  # new problems of each number of digits
     "max_iters": 4000,  # training steps of each model
     "preset": "configs/pydocs.py",  # the recipe of both models, but for SHAPE
 }
@@ -40,10 +40,11 @@ WRITERS = {  # how the masked diffusion model writes: (sampler, steps)
     "right to left": ("right_to_left", 1),
     "random order": ("any_order", 1),
     "surest first, 1 a call": ("confidence", 10**6),
-    "surest first, 32 calls": ("confidence", 32),
     "surest first, 16 calls": ("confidence", 16),
     "surest first, 8 calls": ("confidence", 8),
     "surest first, 4 calls": ("confidence", 4),
+    "surest first, 2 calls": ("confidence", 2),
+    "surest first, 1 call": ("confidence", 1),
     "ancestral, 64 steps": ("ancestral", 64),
     "ancestral, 16 steps": ("ancestral", 16),
 }
