@@ -1,7 +1,7 @@
 """Which recipe reaches the lowest bound for the same arithmetic: one setting changed at a time, losers kept.
 
     python -m experiments.recipe --data=FOLDER                 every variant below that has no result yet, then the table
-    python -m experiments.recipe --data=FOLDER --variant=NAME   one of them
+    python -m experiments.recipe --data=FOLDER --only="A;B"      these
 
 FOLDER is prepared data whose held-out part may be looked at: choose on a part of the training text, never on the part that
 the final figure is measured on. Every run costs the same number of floating-point operations (those of `steps` steps of the
@@ -31,7 +31,8 @@ from experiments import results
 DEFAULTS = {
     "preset": "configs/pydocs.py",  # the base that the variants change
     "data": "",  # a prepared folder
-    "variant": "",  # run this one; empty: all that are missing
+    "variant": "",  # run this one, in this process
+    "only": "",  # otherwise: the variants that are wanted, separated by ; (empty: all), each in a process of its own
     "steps": 500,  # of the base; the others get as many as cost the same
     "seeds": 1,  # how many seeds (1337, 1338, ...) each variant gets
     "rows": "",  # a .jsonl file that keeps what has run; empty: recipe_DATA.jsonl among the results
@@ -166,7 +167,10 @@ def main(config):
             file.write(json.dumps(row) + "\n")
         return row
     seeds = [config["seed"] + i for i in range(config["seeds"])]
-    wanted = [(name, seed) for seed in seeds for name in VARIANTS]
+    names = config["only"].split(";") if config["only"] else VARIANTS
+    for name in names:
+        choose("only", name, VARIANTS)
+    wanted = [(name, seed) for seed in seeds for name in names]
     for name, seed in tqdm(wanted, unit="run"):
         rows = read_rows(path)
         if not any((row["name"], row["seed"]) == (name, seed) for row in rows):
