@@ -311,6 +311,7 @@ def check(config, causal):
     choose("schedule", config["schedule"], diffusion.SCHEDULES)
     settings.at_least(1, config, "steps", "num_samples", "batch_size")
     settings.at_least(0, config, "temperature", "top_k", "length", "min_tokens")
+    require(-1 <= config["cfg"] <= 1000, f"cfg must be in -1..1000, not {config['cfg']}")
     require(0 < config["top_p"] <= 1, f"top_p must be in (0, 1], not {config['top_p']}")
     if causal:
         fits = "sampler" not in config.get("given", ()) or config["sampler"] == "left_to_right"
@@ -340,6 +341,10 @@ def main(config):
     begin = ids.index(model.mask_id)
     end = -1 if config["suffix"] or config["template"] else trained.get("row_end", -1)  # what follows a gap is not cut off
     require(end >= 0 or not config["min_tokens"], "min_tokens is for answers by models of rows, which know an end mark")
+    require(
+        config["min_tokens"] <= ids.count(model.mask_id),
+        f"min_tokens must be at most the {ids.count(model.mask_id)} to fill",
+    )
     ban = no_end(x, [begin] * len(x), config["min_tokens"], end) if config["min_tokens"] else None
     tokens, info = fill(model, x, autocast=autocast, progress=True, ban=ban, **{key: config[key] for key in keys})
 

@@ -4,8 +4,9 @@
 
 A row is `478+694||<<8+4=12>><<7+9+1=17>><<4+6+1=11>> #### 1172`, in characters. The prompt ends with ||; the chain of
 thought has an equation for each column, lowest first and with the carry last; the answer follows. Two models of one size
-learn from the same rows of up to `digits` digits and are asked about new numbers, also about longer ones. The masked
-diffusion model writes in several orders and with more or fewer network calls; the causal one only left to right.
+learn from the same rows of up to `digits` digits and are asked about new numbers, also about longer ones (there are so few
+numbers of one and two digits that most of their sums have been seen). The masked diffusion model writes in several orders
+and with more or fewer network calls; the causal one only left to right.
 """
 
 import random
@@ -29,7 +30,7 @@ from experiments.gsm8k import final, same
 DEFAULTS = {
     "digits": 4,  # of a number, at most, in training; asked are up to two more
     "problems": 40000,  # training rows
-    "asked": 100,  # new problems of each number of digits
+    "asked": 100,  # problems of each number of digits, of three or more digits new ones
     "max_iters": 4000,  # training steps of each model
     "preset": "configs/pydocs.py",  # the recipe of both models, but for SHAPE
 }
@@ -71,7 +72,7 @@ def draw(rng, digits):
 
 
 def examples(config, text, rng, asked):
-    """Yields what rows.prepare takes: `problems` rows, as many of each number of digits; none that is asked later."""
+    """Yields what rows.prepare takes: `problems` rows, as many of each number of digits; no long one that is asked later."""
     for i in range(config["problems"] + 64):
         a, b = draw(rng, 1 + i % config["digits"])
         if (a, b) not in asked or a < 100:  # there are few small numbers: those of one and two digits have been seen
@@ -151,7 +152,8 @@ def main(config):
     table = results.table(f"Right sums, percent; {longer}", lines)
     about = f"{model.n_parameters():,} parameters each, {config['problems']:,} rows, {config['max_iters']:,} steps of "
     about += (
-        f"{SHAPE['batch_size']} rows, {config['asked']} problems of each length; greedy tokens; {cpu:.0f} CPU seconds.\n\n"
+        f"{SHAPE['batch_size']} rows, {config['asked']} problems of each length; greedy tokens; {cpu:.0f} CPU seconds. "
+        "Sums of one and two digits have mostly been seen in training, longer ones never.\n\n"
     )
     print(table)
 

@@ -60,7 +60,11 @@ def final(text):
 
 def number(text):
     """The Fraction that a text writes, currency, unit and thousands aside: "$1,080.50 ", "3/4", "12%". Else None."""
-    found = re.fullmatch(r"[^\d\-.]*(-?)\$?(\d[\d,]*(?:\.\d+)?|\.\d+)(?:/(\d+))?[^\d]*", text.strip()) if text else None
+    found = (
+        re.fullmatch(r"[^\d\-.]*(-?)\$?(\d[\d,]*(?:\.\d+)?|\.\d+)(?:/(\d+))?[^\d]*", text.strip().replace("\u2212", "-"))
+        if text
+        else None
+    )
     if not found or (found[3] and not int(found[3])):
         return None
     value = Fraction(found[2].replace(",", "")) / int(found[3] or 1)
@@ -95,7 +99,11 @@ def solve(model, text, questions, width, end, config, autocast):
     As in training, "Question: ...", "Answer: ..." and "#### ..." are tokenized each on its own.
     """
 
+    alphabet = set(text.meta().get("alphabet", ""))
+
     def ids_of(head, piece):
+        if alphabet:  # a model of characters reads what it knows
+            piece = "".join(c for c in piece if c in alphabet)
         return rows.encode(text, "a problem", head + piece)
 
     def texts(answers):
@@ -143,6 +151,8 @@ def main(config):
         source = config["ckpt"] or small_model(config, folder)
         model, text, trained = checkpoint.load(source, device)
     require(text and trained.get("row_width"), f"{source} was not trained on rows of data/gsm8k")
+    sampled = ("sampler" in config.get("given", ()) and config["sampler"] != "left_to_right") or config["cfg"]
+    require(not (model.config["causal"] and sampled), f"{source} is causal: it has neither samplers nor guidance (cfg)")
     questions, wanted = [problem[1] for problem in problems], [problem[3].strip() for problem in problems]
     solved = solve(model.eval(), text, questions, trained["row_width"], trained["row_end"], config, autocast)
     right = [same(final(answer), reference) for (_, answer), reference in zip(solved, wanted, strict=True)]

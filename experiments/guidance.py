@@ -57,7 +57,7 @@ def clozes(text, length, n, kind, rng):
         start = match.end() - length if kind == "last" else (match.start() + match.end() - length) // 2
         if 0 <= start <= len(text) - length:
             found.append((text[start : match.start()], match[0], text[match.end() : start + length]))
-    require(found, f"the held-out text has no {kind} word with {length} characters around it")
+    require(len(found) > 1, f"the text has fewer than two words ({kind}) with {length} characters around them")
     rng.shuffle(found)
     return found[:n]
 
@@ -137,7 +137,7 @@ def main(config):
         f"{config['ckpt']} is a causal network: guidance masks the context, so it needs the other kind",
     )
     val = loader.Tokens(config["data"], "val")
-    same = text is not None and text.meta() == val.meta["tokenizer"] and text.meta()["kind"] in ("char", "byte")
+    same = text is not None and text.meta() == val.meta["tokenizer"] and text.meta()["kind"] == "char"
     require(same, f"{config['ckpt']} must be a model of the characters of {config['data']}")
     source, L, rng = text.decode(val[: len(val)].tolist()), model.block_size, random.Random(config["seed"])
     items = {kind: clozes(source, L, config["words"], kind, rng) for kind in ("last", "middle")}

@@ -10,7 +10,6 @@ the same blocks with the same masks, which makes their differences far less nois
 """
 
 import contextlib
-import json
 import resource
 import subprocess
 import sys
@@ -162,9 +161,7 @@ def main(config):
     if config["variant"]:
         choose("variant", config["variant"], VARIANTS)
         row = run(config, config["variant"], config["seed"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        results.keep(path, row)
         return row
     seeds = [config["seed"] + i for i in range(config["seeds"])]
     names = config["only"].split(";") if config["only"] else VARIANTS
@@ -172,16 +169,10 @@ def main(config):
         choose("only", name, VARIANTS)
     wanted = [(name, seed) for seed in seeds for name in names]
     for name, seed in tqdm(wanted, unit="run"):
-        rows = read_rows(path)
-        if not any((row["name"], row["seed"]) == (name, seed) for row in rows):
+        if not any((row["name"], row["seed"]) == (name, seed) for row in results.kept(path)):
             child = [sys.executable, "-m", "experiments.recipe", *sys.argv[1:], f"--variant={name}", f"--seed={seed}"]
             subprocess.run(child, check=True, stderr=subprocess.DEVNULL)
-    return report(config, read_rows(path))
-
-
-def read_rows(path):
-    """The rows that have run, [] where none has."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return report(config, results.kept(path))
 
 
 if __name__ == "__main__":

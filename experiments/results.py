@@ -1,5 +1,6 @@
 """What every experiment leaves behind: NAME.json (the figures claimed), NAME.md (the table) and NAME.png (the plot)."""
 
+import contextlib
 import json
 import platform
 import subprocess
@@ -38,6 +39,24 @@ def about(device):
     )
     name = torch.cuda.get_device_name() if device.type == "cuda" else names[0] if names else platform.processor()
     return {"commit": commit.stdout.strip(), "machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def kept(path):
+    """The records of a .jsonl file, [] where there is none. A line that a killed program left unfinished is passed over."""
+    records = []
+    for line in Path(path).read_text().splitlines() if Path(path).is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def keep(path, record):
+    """Appends a record to a .jsonl file, on a line of its own."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
+    with open(path, "a") as file:
+        file.write("\n" * torn + json.dumps(record) + "\n")
 
 
 def write(config, name, figures, text, draw=None):

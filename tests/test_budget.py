@@ -1,4 +1,4 @@
-"""A race against the clock, for a few seconds: both models train, stay inside the time and are judged."""
+"""A race against the clock, for a few seconds: both models train and are judged."""
 
 import json
 
@@ -7,7 +7,7 @@ from data import tokenizer, writer
 from experiments import budget, results
 
 
-def test_both_models_train_inside_the_time_and_are_judged(tmp_path):
+def test_both_models_train_for_a_time_and_are_judged(tmp_path):
     text = "to be or not to be, that is the question. " * 200
     writer.prepare(tmp_path / "data", [("train", text), ("val", text[:420])], tokenizer.build("char", [text]))
     preset = tmp_path / "preset.py"
@@ -17,5 +17,5 @@ def test_both_models_train_inside_the_time_and_are_judged(tmp_path):
     figures = budget.main(settings.parse(given, settings, results, budget))
     assert json.loads((tmp_path / "budget.json").read_text()) == figures
     for objective in ("any_order", "ar"):
-        assert figures[f"{objective}_steps"] > 20
+        assert figures[f"{objective}_steps"] > 20 and figures[f"{objective}_seconds"] < 60
         assert figures[f"{objective}_nats_per_token"] < 2.5, "a line that repeats is learnt in seconds"

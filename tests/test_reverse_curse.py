@@ -174,13 +174,11 @@ def test_a_cloze_is_a_window_of_the_text_with_one_word_out():
 
 
 def test_the_scale_is_chosen_on_one_half_and_judged_on_the_other():
-    items = list(range(20))
+    def find(some, w):  # w = 0.4 is best on the first half; on the other half it finds none, and w = 0 all
+        return [(w == 0.4) if item < 10 else (w == 0) for item in some]
 
-    def find(some, w):  # w = 0.4 is best on the first half; on the other half it finds all, w = 0 nothing
-        return [w == 0.4] * len(some)
-
-    line, curve = guidance.judge(find, items)
-    assert (line["w"], line["w = 0"], line["with w"]) == (0.4, 0, 100)
+    line, curve = guidance.judge(find, list(range(20)))
+    assert (line["w"], line["w = 0"], line["with w"]) == (0.4, 100, 0)
     assert curve == [100 * (w == 0.4) for w in guidance.SCALES]
 
 
