@@ -4,8 +4,9 @@
 
 Variants take turns (A B C, A B C, ...) and the median over the rounds is reported with its spread, so that a machine whose
 speed drifts slows all of them. What they are measured against is this machine's own matrix product at the shapes of the
-model. Utilisation counts the products that a step needs (Transformer.flops_per_token, forward and backward), not those
-that it happens to do.
+model, with freed memory kept by the process for all variants alike (config.keep_memory), so nobody pays for fresh pages.
+Utilisation is 3 * Transformer.flops_per_token * tokens / seconds / limit: forward and backward products of a step with half
+of the positions predicted. The few queries of the last layer that are not needed count as if they were.
 """
 
 import contextlib
@@ -33,9 +34,11 @@ from data import loader
 from experiments import results
 
 DEFAULTS = {
-    "rounds": 3,  # how often each variant is timed, in turns; quick: 2
+    "rounds": 5,  # how often each variant is timed, in turns; quick: 2
 }
 
+TEXTBOOK = "textbook: float32, all logits, log_softmax, plain AdamW"
+FLOAT32 = "+ fused AdamW"  # the last variant without bfloat16
 SMALL = {"n_layer": 6, "n_head": 4, "n_embd": 256, "block_size": 256, "norm": "rms", "mlp": "relu2", "bias": False}
 SMALL |= {"qk_norm": True}
 RADD_SMALL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "unused_rows": 1}
@@ -95,23 +98,20 @@ def textbook_sample(model, x, steps, autocast, last):
 
 
 @torch.no_grad()
-def cached_sample(model, x, steps, autocast, last):
-    """RADD's published cache: probabilities at all positions, made again for the sequences that changed in the last step.
+def cache_call(model, x, autocast):
+    """What RADD's published cache makes again for the sequences x (B, L) that changed: (B, L, V) probabilities."""
+    with autocast():
+        return model.head(textbook_hidden(model, x)).float().softmax(-1)
 
-    As in the official code one categorical over V tokens and the mask is drawn at every position in every step.
-    """
-    t = torch.linspace(1, 0, steps + 1)
-    x, p = x.clone(), torch.empty(*x.shape, model.vocab_size, device=x.device)  # (B, L), (B, L, V)
-    changed = torch.ones(len(x), dtype=torch.bool, device=x.device)  # (B,)
-    for i in range(last):
-        if changed.any():
-            with autocast():
-                p[changed] = model.head(textbook_hidden(model, x[changed])).float().softmax(-1)
-        chance = 1 - t[i + 1] / t[i]
-        law = torch.cat([p * chance, (1 - chance).expand(*x.shape, 1).to(p)], dim=-1)  # (B, L, V + 1)
-        drawn = (law / -torch.rand_like(law).log()).argmax(-1)  # (B, L), V is the mask
-        new = torch.where(x == model.mask_id, drawn, x)
-        changed, x = (new != x).any(1), new
+
+@torch.no_grad()
+def cache_draw(p, x, mask_id, chance):
+    """Its draw in every step: at each hidden position one categorical over V tokens and the mask. -> x (B, L)"""
+    hidden = x == mask_id  # (B, L)
+    rows = p[hidden]  # (n, V)
+    law = torch.cat([rows * chance, rows.new_full((len(rows), 1), 1 - chance)], dim=-1)  # (n, V + 1)
+    x = x.clone()
+    x[hidden] = (law / -torch.rand_like(law).log()).argmax(-1)  # V is the mask
     return x
 
 
@@ -152,6 +152,7 @@ def peak_memory(function, device):
         wait(device)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     settings.keep_memory(False)
+    function()
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc: what was freed goes back, so that it is not counted as in use
     before, top, stop = resident(), [0], threading.Event()
@@ -165,6 +166,7 @@ def peak_memory(function, device):
     function()
     stop.set()
     watcher.join()
+    settings.keep_memory()
     return max(0, top[0] - before) / 2**20
 
 
@@ -213,7 +215,7 @@ def product_seconds(model, B, L, dtype, device):
 def product_limit(model, B, L, dtype, rounds, device):
     """FLOP/s of plain matrix products in the proportions of this model's step: what a perfect step would reach."""
     made = product_seconds(model, B, L, dtype, device)
-    times = alternate({name: run for name, (run, _, _) in made.items()}, rounds, device)
+    times = alternate({name: run for name, (run, _, _) in made.items()}, 5 * rounds, device)
     seconds = sum(min(times[name]) * count for name, (_, _, count) in made.items())
     return sum(flops * count for _, flops, count in made.values()) / seconds
 
@@ -222,41 +224,44 @@ def product_limit(model, B, L, dtype, rounds, device):
 
 
 def training(V, B, rounds, device, shape=SMALL, only=()):
-    """The training step, one trick after another. -> rows of {name, tokens/s, ratio, spread, share of the limit, memory}"""
+    """The training step, one trick after another. -> rows of {name, tokens/s, ratio, spread, share of the limit, memory}
+
+    Memory is what a step adds to weights and optimizer state, which all variants have alike.
+    """
     L = shape["block_size"]
     settings_of = {**network.DEFAULTS, **shape, "vocab_size": V}
     bf16 = lambda: torch.autocast(device.type, torch.bfloat16)  # noqa: E731
     sdpa = lambda q, k, v, causal: F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # noqa: E731
     late = lambda model, x, rows: model.hidden(x, rows)  # noqa: E731
     early = lambda model, x, rows: textbook_hidden(model, x).flatten(0, 1)[rows]  # noqa: E731
-    plain = {"foreach": False, "fused": False}
+    whole = lambda model, x, rows: model.hidden(x).flatten(0, 1)[rows]  # noqa: E731
+    none, fused = contextlib.nullcontext, {"fused": True}
+    plain = {"foreach": False, "fused": False} if device.type == "cpu" else {}
     tricks = {
-        "textbook: float32, all logits, log_softmax, plain AdamW": (textbook_loss, plain, contextlib.nullcontext, False),
-        "+ head on hidden rows only": (gathered_loss(early), plain, contextlib.nullcontext, False),
-        "+ last block on hidden rows only, SDPA": (gathered_loss(late), plain, contextlib.nullcontext, False),
-        "+ head and cross-entropy in chunks, gradient at once": (our_loss, plain, contextlib.nullcontext, False),
-        "+ fused AdamW": (our_loss, {"fused": True}, contextlib.nullcontext, False),
-        "+ freed memory kept": (our_loss, {"fused": True}, contextlib.nullcontext, False),
-        "+ bfloat16 (attention by SDPA)": (our_loss, {"fused": True}, bf16, False),
-        "+ attention by what is fastest here": (our_loss, {"fused": True}, bf16, False),
-        "+ compile": (our_loss, {"fused": True}, bf16, True),
+        TEXTBOOK: (textbook_loss, plain, none, False),
+        "+ head on hidden rows only": (gathered_loss(early), plain, none, False),
+        "+ attention by SDPA": (gathered_loss(whole), plain, none, False),
+        "+ MLP of the last block on hidden rows only": (gathered_loss(late), plain, none, False),
+        "+ head and cross-entropy in chunks, gradient at once": (our_loss, plain, none, False),
+        FLOAT32: (our_loss, fused, none, False),
+        "+ bfloat16 (attention by SDPA)": (our_loss, fused, bf16, False),
+        "+ attention by what is fastest here": (our_loss, fused, bf16, False),
+        "+ compile": (our_loss, fused, bf16, True),
     }
-    kept = list(tricks).index("+ freed memory kept")  # from here on
-    tricks = {name: (*trick, i >= kept) for i, (name, trick) in enumerate(tricks.items()) if not only or name in only}
+    tricks = {name: trick for name, trick in tricks.items() if not only or name in only}
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randint(V, (B, L), generator=generator)  # (B, L)
     mask, weight = diffusion.training_mask("any_order", 0, 0, range(B), B, L)  # (B, L), (B,)
     batch = [z.to(device) for z in (x0, mask, weight.float(), diffusion.hidden_rows(mask, multiple=128))]
 
-    def step_of(name, loss, optimizer, autocast, compiled, keep):
+    def step_of(name, loss, optimizer, autocast, compiled):
         torch.manual_seed(0)
         model = network.Transformer(settings_of).to(device)
         loss = torch.compile(loss) if compiled else loss
         update = torch.optim.AdamW(model.parameters(), lr=1e-4, **optimizer)
         attend = sdpa if "by SDPA" in name else network.attend
 
-        def step(keep=keep):
-            settings.keep_memory(keep)
+        def step():
             with patched(network, "attend", attend), autocast():
                 value = loss(model, *batch)
             (value / (B * L)).backward()
@@ -268,7 +273,7 @@ def training(V, B, rounds, device, shape=SMALL, only=()):
 
     steps = {name: step_of(name, *trick) for name, trick in tricks.items()}
     times = alternate(steps, rounds, device)
-    memory = {name: peak_memory(lambda step=step: step(keep=False), device) for name, step in steps.items()}
+    memory = {name: peak_memory(step, device) for name, step in steps.items()}
     model = network.Transformer(settings_of).to(device)
     limits = {kind: product_limit(model, B, L, kind, rounds, device) for kind in (torch.float32, torch.bfloat16)}
     flops = 3 * model.flops_per_token(L, 0.5) * B * L
@@ -280,9 +285,9 @@ def training(V, B, rounds, device, shape=SMALL, only=()):
             {
                 "name": name,
                 "tokens_per_second": B * L / middle(taken),
-                "ratio": statistics.median(a / b for a, b in zip(times[first], taken, strict=True)),
+                "ratio": middle(times[first]) / middle(taken),
                 "spread": (max(taken) - min(taken)) / middle(taken),
-                "mfu": rate / limits[torch.bfloat16],
+                "of_bf16_limit": rate / limits[torch.bfloat16],
                 "memory_mib": memory[name],
             }
         )
@@ -303,24 +308,31 @@ def patched(module, name, value):
 def sampling(V, steps, B, rounds, device, quick):
     """Seconds a sequence of the textbook sampler, RADD's cache and ours, in float32 and bfloat16. -> rows"""
     model = network.Transformer({**network.DEFAULTS, **SMALL, "vocab_size": V}).to(device).eval()
-    torch.nn.init.normal_(model.unembed.weight, std=0.02)
     compiled = copy.deepcopy(model)
     compiled.hidden = torch.compile(compiled.hidden)
     L = SMALL["block_size"]
     x = torch.full((B, L), model.mask_id, device=device)  # (B, L)
     bf16 = lambda: torch.autocast(device.type, torch.bfloat16)  # noqa: E731
-    # On the log-linear schedule every step reveals a position with the same chance 1 / steps, so the first steps cost what
-    # any others do: the slow samplers run some of them and are scaled up. Ours, which is over sooner, runs to the end.
-    some, more = (2, 4) if quick else (8, 16)
+    # A step of the textbook costs what any other does, so some of them are scaled up. RADD's cache calls the network as
+    # often as sequences change, the expected number of which is known, and draws at the hidden positions, in the mean half
+    # of all. Ours runs to the end.
+    some = 2 if quick else 8
+    p = torch.rand(B, L, V, device=device).softmax(-1)  # (B, L, V)
     variants = {}
     for dtype, autocast in (("float32", contextlib.nullcontext), ("bfloat16", bf16)):
         variants[f"textbook {dtype}"] = lambda a=autocast: textbook_sample(model, x, steps, a, some)
-        variants[f"RADD's cache {dtype}"] = lambda a=autocast: cached_sample(model, x, steps, a, min(more, steps))
+        variants[f"call {dtype}"] = lambda a=autocast: cache_call(model, x, a)
         variants[f"ours {dtype}"] = lambda a=autocast: sample.sample(model, x, steps=steps, batch_size=B, autocast=a)
+    variants["draw"] = lambda: cache_draw(p, x, model.mask_id, 1 / steps)
     variants["ours bfloat16 compiled"] = lambda: sample.sample(compiled, x, steps=steps, batch_size=B, autocast=bf16)
-    times = alternate(variants, rounds, device)
-    done = {"textbook": some, "RADD's": min(more, steps), "ours": steps}
-    seconds = {name: middle(taken) * steps / done[name.split()[0]] for name, taken in times.items()}
+    times = {name: middle(taken) for name, taken in alternate(variants, rounds, device).items()}
+    nfe = diffusion.expected_nfe(diffusion.reveal_law(diffusion.SCHEDULES["loglinear"], steps, "ancestral"), L)
+    seconds = {}
+    for dtype in ("float32", "bfloat16"):
+        seconds[f"textbook {dtype}"] = times[f"textbook {dtype}"] * steps / some
+        seconds[f"RADD's cache {dtype}"] = nfe * times[f"call {dtype}"] + (steps + 1) / 2 * times["draw"]
+        seconds[f"ours {dtype}"] = times[f"ours {dtype}"]
+    seconds["ours bfloat16 compiled"] = times["ours bfloat16 compiled"]
     base = seconds["textbook float32"]
     return [{"name": name, "seconds_per_sequence": seconds[name] / B, "ratio": base / seconds[name]} for name in seconds]
 
@@ -333,7 +345,10 @@ def baseline(V, rounds, device, autocast, quick):
         for causal in (True, False):
             models[causal] = network.Transformer({**network.DEFAULTS, **SMALL, "vocab_size": V, "causal": causal}).to(device)
         x = torch.full((B, SMALL["block_size"]), models[False].mask_id, device=device)  # (B, L)
-        variants = {"causal, cached": lambda: sample.sample_ar(models[True], x, batch_size=B, autocast=autocast)}  # noqa: B023
+        variants = {
+            "causal, cached": lambda: sample.sample_ar(models[True], x, batch_size=B, autocast=autocast),  # noqa: B023
+            "causal, cached, float32": lambda: sample.sample_ar(models[True], x, batch_size=B),  # noqa: B023
+        }
         for steps in (16,) if quick else (16, 32, 64, 128, 256):
             variants[f"masked, {steps} steps"] = lambda n=steps: sample.sample(
                 models[False],  # noqa: B023
@@ -343,7 +358,7 @@ def baseline(V, rounds, device, autocast, quick):
                 autocast=autocast,
             )
         times = alternate(variants, rounds, device)
-        base = middle(times["causal, cached"])
+        base = min(middle(taken) for name, taken in times.items() if name.startswith("causal"))
         for name, taken in times.items():
             entry = {"name": f"{name}, batch {B}", "tokens_per_second": x.numel() / middle(taken)}
             rows.append(entry | {"ratio": base / middle(taken)})
@@ -390,7 +405,7 @@ def judging(V, rounds, device, autocast):
 
 # ---- The report ------------------------------------------------------------------------------------------------------
 
-FORMATS = {"ratio": "{:.2f}x", "spread": "{:.0%}", "mfu": "{:.0%}", "seconds_per_sequence": "{:.3f}"}
+FORMATS = {"ratio": "{:.2f}x", "spread": "{:.0%}", "of_bf16_limit": "{:.0%}", "seconds_per_sequence": "{:.3f}"}
 
 
 def draw(axes, ratios):
@@ -424,9 +439,11 @@ def main(config):
         title = f"Training step, V = {V}, batch {B} x 256, {SMALL['n_layer']} layers of {SMALL['n_embd']}"
         found = tell(title, rows)
         best = max(rows, key=lambda row: row["tokens_per_second"])
-        figures |= {f"train_{kind}_ratio": best["ratio"], f"train_{kind}_mfu": best["mfu"]}
-        figures[f"train_{kind}_ratio_float32"] = found["+ freed memory kept"]["ratio"]
+        figures |= {f"train_{kind}_ratio": best["ratio"], f"train_{kind}_mfu": best["of_bf16_limit"]}
+        figures[f"train_{kind}_ratio_float32"] = found[FLOAT32]["ratio"]
         figures[f"train_{kind}_memory_ratio"] = best["memory_mib"] / max(1, rows[0]["memory_mib"])
+        limit = " and ".join(f"{limits[kind] / 1e9:.0f} ({kind})" for kind in limits).replace("torch.", "")
+        texts.append(f"Plain matrix products at these shapes: {limit} GFLOP/s.\n")
         if kind == "char":
             figures["matmul_fp32_gflops"] = limits[torch.float32] / 1e9
             figures["matmul_bf16_gflops"] = limits[torch.bfloat16] / 1e9
@@ -445,8 +462,8 @@ def main(config):
     tell("Data", loading(rounds, device))
     tell("Evaluation, V = 110", judging(110, rounds, device, autocast))
     if not quick:
-        wanted = ("textbook: float32, all logits, log_softmax, plain AdamW", "+ compile")
-        tell("Training step of RADD-small, batch 1 x 1024", training(50257, 1, 3, device, RADD_SMALL, wanted)[0])
+        shape = RADD_SMALL, (TEXTBOOK, "+ compile")
+        tell("Training step of RADD-small, batch 1 x 1024", training(50257, 1, 3, device, *shape)[0])
 
     figures |= results.about(device) | {"seconds": time.time() - began}
     results.write(config, "bench", figures, "\n".join(texts), lambda axes: draw(axes, ratios))

@@ -1,0 +1,48 @@
+"""The benchmark compares things that compute the same, and reports what it promises."""
+
+import contextlib
+
+import pytest
+import torch
+
+import diffusion
+from experiments import bench
+from model import DEFAULTS, Transformer
+
+CPU = torch.device("cpu")
+TINY = bench.SMALL | {"n_layer": 2, "n_embd": 32, "block_size": 16}
+
+
+def test_textbook_and_ours_have_the_same_loss():
+    torch.manual_seed(0)
+    model = Transformer(DEFAULTS | TINY | {"vocab_size": 11})
+    x0 = torch.randint(11, (4, 16))
+    mask, weight = diffusion.training_mask("any_order", 0, 0, range(4), 4, 16)
+    batch = x0, mask, weight.float(), diffusion.hidden_rows(mask, multiple=8)
+    gathered = bench.gathered_loss(lambda model, x, rows: bench.textbook_hidden(model, x).flatten(0, 1)[rows])
+    losses = [loss(model, *batch).item() for loss in (bench.textbook_loss, gathered, bench.our_loss)]
+    assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
+
+
+def test_the_cache_draws_each_token_with_its_probability_at_hidden_positions_only():
+    torch.manual_seed(0)
+    p = torch.tensor([0.5, 0.3, 0.2]).expand(1, 40_000, 3)  # (B, L, V)
+    x = torch.full((1, 40_000), 3)
+    x[0, :100] = 1
+    new = bench.cache_draw(p, x, 3, 0.25)
+    assert (new[0, :100] == 1).all()
+    shares = torch.bincount(new[0, 100:]) / 39_900
+    assert torch.allclose(shares, torch.tensor([0.125, 0.075, 0.05, 0.75]), atol=0.01)
+
+
+def test_the_tables_have_every_variant_and_their_first_is_the_unit(monkeypatch):
+    monkeypatch.setattr(bench, "SMALL", TINY)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    rows, limits = bench.training(11, 2, 1, CPU, TINY)
+    assert [row["name"] for row in rows][::8] == [bench.TEXTBOOK, "+ compile"] and rows[0]["ratio"] == 1
+    assert bench.FLOAT32 in [row["name"] for row in rows] and all(limit > 0 for limit in limits.values())
+    rows = bench.sampling(11, 8, 2, 1, CPU, quick=True)
+    assert {"textbook float32", "RADD's cache bfloat16", "ours bfloat16 compiled"} <= {row["name"] for row in rows}
+    assert rows[0]["ratio"] == 1 and all(row["seconds_per_sequence"] > 0 for row in rows)
+    rows = bench.baseline(11, 1, CPU, contextlib.nullcontext, quick=True)
+    assert max(row["ratio"] for row in rows if row["name"].startswith("causal")) == 1
