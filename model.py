@@ -127,7 +127,9 @@ class Block(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, L so far, d) each
-        if rows is not None and len(rows) <= 2 * B and not self.causal:  # few are wanted: each asks its own sequence, alone
+        if rows is not None and len(rows) <= 2 * B and not self.causal:
+            # Few are wanted, and each asks its own sequence alone. Keys and values are copied for every one of them, so with
+            # more than about two a sequence it is cheaper to ask for all positions.
             q = q.transpose(1, 2).flatten(0, 1)[rows].unsqueeze(2)  # (N, H, 1, d)
             y = attend(q, k[rows // L], v[rows // L], False).flatten(1)  # (N, D)
             h = h.flatten(0, 1)[rows]  # (N, D)
@@ -194,7 +196,8 @@ class Transformer(nn.Module):
     def hidden(self, x, rows=None, cache=None):
         """The last layer, normed: x (B, L) -> (B, L, D); with rows (N,), flat indices into B*L, only those: (N, D).
 
-        The last block's output projection, MLP and norm work on the wanted rows alone, which changes no result.
+        The last block's output projection, MLP and norm (and, where few are wanted, attention) work on the wanted rows
+        alone, which changes no result.
         `cache`, a list of one Cache a block, makes a causal network go on from the positions that the cache holds.
         """
         start = cache[0].n if cache else 0

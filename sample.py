@@ -8,7 +8,8 @@
 The fast loop rests on one fact: the step at which ancestral and Euler sampling reveal a position does not depend on the
 network, so it is drawn before the first call. Steps that reveal nothing are then never taken (this is RADD's cache, arXiv
 2406.03736 section 3.2, without a cache), each sequence goes straight to its own next step, and a finished one makes room
-for the next request, so that every call is full and every row that leaves the last layer is revealed.
+for the next request, so that calls stay full and only rows to be revealed leave the last layer. (The adaptive orders,
+confidence and smdm_greedy, choose among all hidden rows, so for them these leave it.)
 """
 
 import contextlib

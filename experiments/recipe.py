@@ -10,6 +10,8 @@ the same blocks with the same masks, which makes their differences far less nois
 """
 
 import contextlib
+import hashlib
+import json
 import resource
 import subprocess
 import sys
@@ -51,7 +53,6 @@ VARIANTS = {
     "lambda_dce, weight of the bound": {"objective": "lambda_dce", "loss_weight": "bound"},
     "any_order, independent draws": {"independent": True},
     "any_order, independent draws, weight of the bound": {"independent": True, "loss_weight": "bound"},
-    "t_dce, cosine": {"objective": "t_dce", "schedule": "cosine"},
     "GELU": {"mlp": "gelu"},
     "SwiGLU": {"mlp": "swiglu", "mlp_hidden": 336},
     "zero-init: head only": {"zero_init": "head"},
@@ -116,7 +117,19 @@ def run(config, name, seed):
         judged = train.main(mine)
     now = resource.getrusage(resource.RUSAGE_SELF)
     seconds = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
-    return {"name": name, "seed": seed, "steps": mine["max_iters"], "cpu_seconds": seconds} | judged
+    row = {"name": name, "seed": seed, "mark": mark(config, name), "steps": mine["max_iters"], "cpu_seconds": seconds}
+    return row | judged
+
+
+def mark(config, name):
+    """What a row must have been made with to count: the preset as it is now, the variant's change, the length, the data."""
+    parts = [Path(config["preset"]).read_text(), VARIANTS[name], config["steps"], config["data"]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def fitting(config, path):
+    """The rows that have run as this command would run them."""
+    return [row for row in results.kept(path) if row["name"] in VARIANTS and row.get("mark") == mark(config, row["name"])]
 
 
 def report(config, rows):
@@ -149,7 +162,7 @@ def report(config, rows):
         axes.tick_params(axis="y", labelsize=7)
 
     name = "recipe_" + Path(config["data"]).name
-    results.write(config, name, figures | results.about(torch.device("cpu")), text, draw)
+    results.write(config, name, figures | results.about(torch.device("cpu")), text, draw, "recipe")
     return figures
 
 
@@ -169,10 +182,11 @@ def main(config):
         choose("only", name, VARIANTS)
     wanted = [(name, seed) for seed in seeds for name in names]
     for name, seed in tqdm(wanted, unit="run"):
-        if not any((row["name"], row["seed"]) == (name, seed) for row in results.kept(path)):
+        if not any((row["name"], row["seed"]) == (name, seed) for row in fitting(config, path)):
             child = [sys.executable, "-m", "experiments.recipe", *sys.argv[1:], f"--variant={name}", f"--seed={seed}"]
-            subprocess.run(child, check=True, stderr=subprocess.DEVNULL)
-    return report(config, results.kept(path))
+            done = subprocess.run(child, stderr=subprocess.PIPE, text=True)
+            require(done.returncode == 0, f"{name}, seed {seed} has failed: {done.stderr[-500:]}")
+    return report(config, fitting(config, path))
 
 
 if __name__ == "__main__":

@@ -59,15 +59,15 @@ def keep(path, record):
         file.write("\n" * torn + json.dumps(record) + "\n")
 
 
-def write(config, name, figures, text, draw=None):
-    """Writes NAME.json (flat dict `figures`), NAME.md (`text`, below the command that made it) and NAME.png.
+def write(config, name, figures, text, draw=None, script=None):
+    """Writes NAME.json (flat dict `figures`), NAME.md (`text`, below the command of the script that made it) and NAME.png.
 
     draw(axes) fills one matplotlib axes; without matplotlib the plot is left out with a line that says so.
     """
     folder = Path(config["results"])
     with settings.whole_file(folder / f"{name}.json") as path:
         path.write_text(json.dumps(figures, indent=1) + "\n")
-    command = " ".join(["python -m", f"experiments.{name}", *sys.argv[1:]])
+    command = " ".join(["python -m", f"experiments.{script or name}", *sys.argv[1:]])
     with settings.whole_file(folder / f"{name}.md") as path:
         path.write_text(f"Made by `{command}`.\n\n{text}")
     if draw:
