@@ -346,10 +346,12 @@ def draw(figures, n):
             stems = [f"{kind}_{task}{way}" for task in SHOWN]
             heights, errors = [mean(figures[s]) for s in stems], [interval(figures[s], n) for s in stems]
             places = [k + 0.17 * (i - 2) for k in range(len(SHOWN))]
-            axes.bar(places, heights, 0.16, yerr=errors, capsize=2, label=name)
+            inside = [[min(e, h) for h, e in zip(heights, errors, strict=True)]]  # no percentage is below 0 or above 100
+            inside += [[min(e, 100 - h) for h, e in zip(heights, errors, strict=True)]]
+            axes.bar(places, heights, 0.16, yerr=inside, capsize=2, label=name)
         axes.set_xticks(range(len(SHOWN)), [task.replace("_", ",\n") for task in SHOWN])
-        axes.set(ylabel="correct, percent (substring rule)", ylim=(0, 105), title="The reversal curse, from scratch")
-        axes.legend()
+        axes.set(ylabel="correct, percent (substring rule)", ylim=(0, 125), title="The reversal curse, from scratch")
+        axes.legend(ncols=3, loc="upper center")
 
     return bars
 
