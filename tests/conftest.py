@@ -97,11 +97,15 @@ def arbitrary():
 
 @pytest.fixture
 def shared():
-    """shared(NAME) -> Path in the folder NANOMDM_SHARED (default: shared/ beside the repository); skips without it."""
+    """shared(NAME) -> Path in the folder NANOMDM_SHARED (default: shared/ beside the repository).
+
+    Without it the test is skipped, but where the variable is set, as in .ci/run, a file that is missing is a failure.
+    """
 
     def path(name):
         there = (ROOT / os.environ.get("NANOMDM_SHARED", "../shared") / name).resolve()
         if not there.exists():
+            assert "NANOMDM_SHARED" not in os.environ, f"NANOMDM_SHARED is set, and there is no {there}"
             pytest.skip(f"needs {there}; set NANOMDM_SHARED to the folder that holds {name}")
         return there
 

@@ -339,12 +339,18 @@ def test_a_place_that_cannot_be_written_is_a_mistake_of_the_user(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"] and (tmp_path / "file").read_text() == "old"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
-def test_a_read_only_folder_is_a_mistake_of_the_user(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="Permission denied"):
-        with whole_file(tmp_path / "x") as temporary:
-            temporary.write_text("x")
+def test_a_read_only_folder_is_a_mistake_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.chmod(0o555)
+    user, nobody = os.geteuid(), 65534
+    os.seteuid(user or nobody)  # root can write everywhere
+    try:
+        with pytest.raises(UserError, match="Permission denied"):
+            with whole_file("x") as temporary:
+                temporary.write_text("x")
+    finally:
+        os.seteuid(user)
+    assert not os.listdir(tmp_path)
 
 
 # ---- Signals and machines ----------------------------------------------------------------------------------------------
