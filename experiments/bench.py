@@ -31,7 +31,7 @@ import likelihood
 import model as network
 import sample
 from data import loader
-from experiments import results
+from experiments import results, textbook
 
 DEFAULTS = {
     "rounds": 5,  # how often each variant is timed, in turns; quick: 2
@@ -42,31 +42,6 @@ FLOAT32 = "+ fused AdamW"  # the last variant without bfloat16
 SMALL = {"n_layer": 6, "n_head": 4, "n_embd": 256, "block_size": 256, "norm": "rms", "mlp": "relu2", "bias": False}
 SMALL |= {"qk_norm": True}
 RADD_SMALL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "unused_rows": 1}
-
-
-# ---- Textbook code, as tutorials and the official repositories write it ----------------------------------------------
-
-
-def textbook_hidden(model, x):
-    """(B, L, D), attention written out, every position through every layer: x (B, L)."""
-    h = model.embed(x)
-    cos, sin = model.cos[: x.shape[1]], model.sin[: x.shape[1]]
-    for block in model.blocks:
-        B, L, D = h.shape
-        q, k, v = block.qkv(block.norm1(h)).view(B, L, 3, block.n_head, -1).permute(2, 0, 3, 1, 4)
-        if block.qk_norm:
-            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
-        q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
-        attention = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)  # (B, H, L, L)
-        h = h + block.proj((attention @ v).transpose(1, 2).reshape(B, L, D))
-        h = h + block.mlp(block.norm2(h))
-    return model.norm(h)
-
-
-def textbook_loss(model, x0, mask, weight, rows):
-    log_p = model.head(textbook_hidden(model, torch.where(mask, model.mask_id, x0))).log_softmax(-1)  # (B, L, V)
-    ce = -log_p.gather(-1, x0[..., None]).squeeze(-1)  # (B, L)
-    return (weight[:, None] * mask * ce).sum()
 
 
 def gathered_loss(hidden):
@@ -82,37 +57,6 @@ def gathered_loss(hidden):
 
 def our_loss(model, x0, mask, weight, rows):
     return diffusion.nelbo(model, x0, mask, weight, rows)[0]
-
-
-@torch.no_grad()
-def textbook_sample(model, x, steps, autocast, last):
-    """Ancestral sampling with a network call and a softmax at every position in every step; the first `last` of `steps`."""
-    t = torch.linspace(1, 0, steps + 1)
-    for i in range(last):
-        with autocast():
-            p = model.head(textbook_hidden(model, x)).float().softmax(-1)  # (B, L, V)
-        drawn = (p / -torch.rand_like(p).log()).argmax(-1)  # (B, L)
-        reveal = (x == model.mask_id) & (torch.rand(x.shape, device=x.device) < 1 - t[i + 1] / t[i])
-        x = torch.where(reveal, drawn, x)
-    return x
-
-
-@torch.no_grad()
-def cache_call(model, x, autocast):
-    """What RADD's published cache makes again for the sequences x (B, L) that changed: (B, L, V) probabilities."""
-    with autocast():
-        return model.head(textbook_hidden(model, x)).float().softmax(-1)
-
-
-@torch.no_grad()
-def cache_draw(p, x, mask_id, chance):
-    """Its draw in every step: at each hidden position one categorical over V tokens and the mask. -> x (B, L)"""
-    hidden = x == mask_id  # (B, L)
-    rows = p[hidden]  # (n, V)
-    law = torch.cat([rows * chance, rows.new_full((len(rows), 1), 1 - chance)], dim=-1)  # (n, V + 1)
-    x = x.clone()
-    x[hidden] = (law / -torch.rand_like(law).log()).argmax(-1)  # V is the mask
-    return x
 
 
 # ---- Measuring -------------------------------------------------------------------------------------------------------
@@ -233,12 +177,12 @@ def training(V, B, rounds, device, shape=SMALL, only=()):
     bf16 = lambda: torch.autocast(device.type, torch.bfloat16)  # noqa: E731
     sdpa = lambda q, k, v, causal: F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # noqa: E731
     late = lambda model, x, rows: model.hidden(x, rows)  # noqa: E731
-    early = lambda model, x, rows: textbook_hidden(model, x).flatten(0, 1)[rows]  # noqa: E731
+    early = lambda model, x, rows: textbook.hidden(model, x).flatten(0, 1)[rows]  # noqa: E731
     whole = lambda model, x, rows: model.hidden(x).flatten(0, 1)[rows]  # noqa: E731
     none, fused = contextlib.nullcontext, {"fused": True}
     plain = {"foreach": False, "fused": False} if device.type == "cpu" else {}
     tricks = {
-        TEXTBOOK: (textbook_loss, plain, none, False),
+        TEXTBOOK: (textbook.loss, plain, none, False),
         "+ head on hidden rows only": (gathered_loss(early), plain, none, False),
         "+ attention by SDPA": (gathered_loss(whole), plain, none, False),
         "+ MLP of the last block on hidden rows only": (gathered_loss(late), plain, none, False),
@@ -320,10 +264,10 @@ def sampling(V, steps, B, rounds, device, quick):
     p = torch.rand(B, L, V, device=device).softmax(-1)  # (B, L, V)
     variants = {}
     for dtype, autocast in (("float32", contextlib.nullcontext), ("bfloat16", bf16)):
-        variants[f"textbook {dtype}"] = lambda a=autocast: textbook_sample(model, x, steps, a, some)
-        variants[f"call {dtype}"] = lambda a=autocast: cache_call(model, x, a)
+        variants[f"textbook {dtype}"] = lambda a=autocast: textbook.sample(model, x, steps, a, some)
+        variants[f"call {dtype}"] = lambda a=autocast: textbook.cache_call(model, x, a)
         variants[f"ours {dtype}"] = lambda a=autocast: sample.sample(model, x, steps=steps, batch_size=B, autocast=a)
-    variants["draw"] = lambda: cache_draw(p, x, model.mask_id, 1 / steps)
+    variants["draw"] = lambda: textbook.cache_draw(p, x, model.mask_id, 1 / steps)
     variants["ours bfloat16 compiled"] = lambda: sample.sample(compiled, x, steps=steps, batch_size=B, autocast=bf16)
     times = {name: middle(taken) for name, taken in alternate(variants, rounds, device).items()}
     nfe = diffusion.expected_nfe(diffusion.reveal_law(diffusion.SCHEDULES["loglinear"], steps, "ancestral"), L)

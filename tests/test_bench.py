@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import diffusion
-from experiments import bench
+from experiments import bench, textbook
 from model import DEFAULTS, Transformer
 
 CPU = torch.device("cpu")
@@ -19,8 +19,8 @@ def test_textbook_and_ours_have_the_same_loss():
     x0 = torch.randint(11, (4, 16))
     mask, weight = diffusion.training_mask("any_order", 0, 0, range(4), 4, 16)
     batch = x0, mask, weight.float(), diffusion.hidden_rows(mask, multiple=8)
-    gathered = bench.gathered_loss(lambda model, x, rows: bench.textbook_hidden(model, x).flatten(0, 1)[rows])
-    losses = [loss(model, *batch).item() for loss in (bench.textbook_loss, gathered, bench.our_loss)]
+    gathered = bench.gathered_loss(lambda model, x, rows: textbook.hidden(model, x).flatten(0, 1)[rows])
+    losses = [loss(model, *batch).item() for loss in (textbook.loss, gathered, bench.our_loss)]
     assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
 
 
@@ -29,7 +29,7 @@ def test_the_cache_draws_each_token_with_its_probability_at_hidden_positions_onl
     p = torch.tensor([0.5, 0.3, 0.2]).expand(1, 40_000, 3)  # (B, L, V)
     x = torch.full((1, 40_000), 3)
     x[0, :100] = 1
-    new = bench.cache_draw(p, x, 3, 0.25)
+    new = textbook.cache_draw(p, x, 3, 0.25)
     assert (new[0, :100] == 1).all()
     shares = torch.bincount(new[0, 100:]) / 39_900
     assert torch.allclose(shares, torch.tensor([0.125, 0.075, 0.05, 0.75]), atol=0.01)
