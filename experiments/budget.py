@@ -7,7 +7,6 @@ save. How many steps fit is found by a rehearsal of each model first, because th
 whole held-out part is judged: the bound for the masked diffusion model, the exact value for the causal one.
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -46,8 +45,7 @@ def train(config, objective, steps, seed, folder):
     done = subprocess.run(line, env=empty, capture_output=True, text=True)
     seconds = time.time() - began
     settings.require(done.returncode == 0, f"{objective}: training has failed: {done.stderr[-500:]}")
-    entries = map(json.loads, Path(folder, "run/log.jsonl").read_text().splitlines())
-    steady = [entry for entry in entries if "tokens_per_second" in entry]
+    steady = [entry for entry in results.kept(Path(folder, "run/log.jsonl")) if "tokens_per_second" in entry]
     tokens = steady[0]["tokens"] / steady[0]["step"]
     return seconds, tokens / statistics.median(entry["tokens_per_second"] for entry in steady[len(steady) // 2 :])
 

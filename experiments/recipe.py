@@ -10,8 +10,6 @@ the same blocks with the same masks, which makes their differences far less nois
 """
 
 import contextlib
-import hashlib
-import json
 import resource
 import subprocess
 import sys
@@ -32,8 +30,7 @@ from experiments import results
 DEFAULTS = {
     "preset": "configs/pydocs.py",  # the base that the variants change
     "data": "",  # a prepared folder
-    "variant": "",  # run this one, in this process
-    "only": "",  # otherwise: the variants that are wanted, separated by ; (empty: all), each in a process of its own
+    "only": "",  # the variants wanted, separated by ; (empty: all); a single one runs in this process, without a table
     "steps": 500,  # of the base; the others get as many as cost the same
     "seeds": 1,  # how many seeds (1337, 1338, ...) each variant gets
     "rows": "",  # a .jsonl file that keeps what has run; empty: recipe_DATA.jsonl among the results
@@ -123,8 +120,7 @@ def run(config, name, seed):
 
 def mark(config, name):
     """What a row must have been made with to count: the preset as it is now, the variant's change, the length, the data."""
-    parts = [Path(config["preset"]).read_text(), VARIANTS[name], config["steps"], config["data"]]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return results.mark(Path(config["preset"]).read_text(), VARIANTS[name], config["steps"], config["data"])
 
 
 def fitting(config, path):
@@ -171,19 +167,17 @@ def main(config):
     require(config["data"], "say which data: --data=FOLDER, prepared")
     default = Path(config["results"]) / f"recipe_{Path(config['data']).name}.jsonl"
     path = Path(config["rows"] or default)
-    if config["variant"]:
-        choose("variant", config["variant"], VARIANTS)
-        row = run(config, config["variant"], config["seed"])
-        results.keep(path, row)
-        return row
-    seeds = [config["seed"] + i for i in range(config["seeds"])]
     names = config["only"].split(";") if config["only"] else VARIANTS
     for name in names:
         choose("only", name, VARIANTS)
+    if len(names) == 1:
+        results.keep(path, run(config, names[0], config["seed"]))
+        return results.kept(path)[-1]
+    seeds = [config["seed"] + i for i in range(config["seeds"])]
     wanted = [(name, seed) for seed in seeds for name in names]
     for name, seed in tqdm(wanted, unit="run"):
         if not any((row["name"], row["seed"]) == (name, seed) for row in fitting(config, path)):
-            child = [sys.executable, "-m", "experiments.recipe", *sys.argv[1:], f"--variant={name}", f"--seed={seed}"]
+            child = [sys.executable, "-m", "experiments.recipe", *sys.argv[1:], f"--only={name}", f"--seed={seed}"]
             done = subprocess.run(child, stderr=subprocess.PIPE, text=True)
             require(done.returncode == 0, f"{name}, seed {seed} has failed: {done.stderr[-500:]}")
     return report(config, fitting(config, path))

@@ -1,6 +1,7 @@
 """What every experiment leaves behind: NAME.json (the figures claimed), NAME.md (the table) and NAME.png (the plot)."""
 
 import contextlib
+import hashlib
 import json
 import platform
 import subprocess
@@ -57,6 +58,11 @@ def keep(path, record):
     torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
     with open(path, "a") as file:
         file.write("\n" * torn + json.dumps(record) + "\n")
+
+
+def mark(*parts):
+    """A hash of all that a record depends on, kept with it: a record counts only for a command that would make it again."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def write(config, name, figures, text, draw=None, script=None):

@@ -17,9 +17,7 @@ What has been trained is kept in reverse_curse.jsonl among the results; the same
 trained beside each other: --seed=N --seeds=1.
 """
 
-import hashlib
 import importlib.util
-import json
 import random
 import re
 import sys
@@ -27,12 +25,14 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 from tqdm import tqdm
 
 import config as settings
 import diffusion
+import likelihood
 import model as network
 import parallel
 import sample
@@ -107,14 +107,12 @@ class Words(Tokenizer):
 def read(config):
     """(Berglund's training lines, their forms, {task: [(prompt, completion), ...]})."""
     paths = files(config["from"], "data/reversal")
-    tests = {task: spread([item[1:] for item in pairs(paths[name])], config["asked"]) for task, (name, *_) in TASKS.items()}
+    tests = {
+        task: likelihood.spread([item[1:] for item in pairs(paths[name])], config["asked"])
+        for task, (name, *_) in TASKS.items()
+    }
     lines = [prompt + completion for _, prompt, completion in pairs(paths["all_prompts_train"])]
     return lines[:: 20 if config["quick"] else 1], forms(lines), tests
-
-
-def spread(items, n):
-    """n of the items, evenly spaced; all where there are fewer."""
-    return [items[i * len(items) // n] for i in range(n)] if n < len(items) else items
 
 
 def forms(lines):
@@ -235,7 +233,7 @@ def percent(rule, answers, items):
 def run(config, texts, tests, kind, seed):
     """Trains one model and asks it everything. -> its record"""
     began, text = time.process_time(), Words(texts)
-    few = {task: spread(items, 60) for task, items in tests.items() if task.startswith("reverse")}
+    few = {task: likelihood.spread(items, 60) for task, items in tests.items() if task.startswith("reverse")}
 
     def look(model, autocast):
         return {
@@ -269,11 +267,6 @@ COLUMNS = [  # of the table and the plot
 ]
 
 
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values)
-
-
 def interval(percents, n):
     """Half of a 95% interval of the mean of some seeds' percentages on n people: of the people, or of the seeds if wider.
 
@@ -282,8 +275,8 @@ def interval(percents, n):
     p, k = mean(percents) / 100, len(percents)
     adjusted = (p * n + 2) / (n + 4)  # Agresti and Coull, for counts near 0 or all
     items = 196 * (adjusted * (1 - adjusted) / (n + 4)) ** 0.5
-    spread = (sum((x - mean(percents)) ** 2 for x in percents) / (k - 1) / k) ** 0.5 if k > 1 else 0.0
-    return max(items, {2: 12.7, 3: 4.3, 4: 3.2}.get(k, 2.8) * spread)
+    of_seeds = likelihood.t95(k - 1) * stdev(percents) / k**0.5 if k > 1 else 0.0
+    return max(items, of_seeds)
 
 
 def figures_of(records):
@@ -369,8 +362,8 @@ def main(config):
     records = []
     for seed in range(config["seed"], config["seed"] + config["seeds"]):
         texts, invented = compose(config, lines, sentences, random.Random(seed))
-        asked = tests | {"reverse_invented": spread(invented, config["asked"])}
-        mark = hashlib.sha256(json.dumps([recipe, texts, asked]).encode()).hexdigest()
+        asked = tests | {"reverse_invented": likelihood.spread(invented, config["asked"])}
+        mark = results.mark(recipe, texts, asked)
         for kind in ("mdm", "ar"):
             found = [r for r in results.kept(path) if (r["kind"], r["seed"], r["mark"]) == (kind, seed, mark)]
             records += found[-1:] or [run(config, texts, asked, kind, seed) | {"mark": mark}]

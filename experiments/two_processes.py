@@ -6,7 +6,6 @@ All train the same run in turns, round after round. Tokens per second are the me
 the first quarter, in which programs are compiled; a ratio is between neighbours in the same round.
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -45,7 +44,7 @@ def measure(config, name):
         line += ["--eval_sequences=2", "--show_sample=False", f"--seed={config['seed']}", *config["keys"].split()]
         done = subprocess.run(line, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
         settings.require(done.returncode == 0, f"{name} has failed: {done.stderr[-500:]}")
-        entries = map(json.loads, (Path(folder) / "log.jsonl").read_text().splitlines())
+        entries = results.kept(Path(folder, "log.jsonl"))
         speeds = [entry["tokens_per_second"] for entry in entries if "tokens_per_second" in entry]
     return statistics.median(speeds[len(speeds) // 4 :])
 
