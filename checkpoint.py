@@ -5,7 +5,7 @@
 `load` takes all that --ckpt may name, and tells what it is by what it finds there: our out_dir, a folder with config.json
 and model.safetensors (ours, RADD's or SMDM's), a folder of RADD's trainer, a single .safetensors, .pth or .bin file, or a
 Hub name such as JingyangOu/radd-t-dce or nieshen/SMDM/mdm_safetensors/mdm-170M-100e18.safetensors.
-Nothing in a file is ever executed.
+What the formats call their tensors and settings is in formats.py. Nothing in a file is ever executed.
 """
 
 import contextlib
@@ -23,10 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import config as settings
-from config import UserError, choose, require, shown, typed, whole_file
+import formats
+from config import UserError, choose, require, whole_file
 from data import download, tokenizer
 from model import DEFAULTS as MODEL
-from model import SIZES, Transformer, rotary_tables
+from model import Transformer, rotary_tables
 
 DEFAULTS = {
     "ckpt": "",  # what to export: a folder, a file or a Hub name
@@ -78,8 +79,8 @@ def read(path):
         kept = [other for _, other in sorted(kept_beside(file).items()) if not os.path.samefile(other, file)]
         raise UserError(f"{error}; copy {kept[-1]} over it to go on from there" if kept else str(error)) from None
     require(is_ours(state), f"{file} is not a checkpoint of train.py: it has no config and model")
-    config = own_config(state["config"], None, file, file)
-    entry(file, "objective", config.get("objective"), "")
+    config = formats.own_config(state["config"], None, file, file)
+    formats.entry(file, "objective", config.get("objective"), "")
     for key, kind in SAVED.items():
         require(fits(state.get(key), kind), f"{file}: its {key} is none that a run can go on from")
     return state | {key: state.get(key) for key in SAVED} | {"config": config}
@@ -139,188 +140,7 @@ def unpickle(file):
         raise UserError(f"{file} {what}") from None
 
 
-# ---- 2. Formats: a table of names each, and one function each way ----------------------------------------------------
-
-NAMES = {  # model.py's name of a module or tensor -> the published one
-    "nanomdm": {},
-    "radd": {
-        "embed.weight": "vocab_embed.embedding",
-        "qkv": "attn_qkv",
-        "proj": "attn_out",
-        "mlp.up": "mlp.0",
-        "mlp.down": "mlp.2",
-        "norm": "output_layer.norm_final",
-        "unembed": "output_layer.linear",
-    },
-    "smdm": {
-        "embed": "transformer.wte",
-        "blocks": "transformer.h",
-        "norm1": "norm_1",
-        "qkv": "attn.attn",
-        "proj": "attn.proj",
-        "norm2": "norm_2",
-        "mlp.gate": "mlp.swiglu.w1",
-        "mlp.up": "mlp.swiglu.w2",
-        "mlp.down": "mlp.swiglu.w3",
-        "norm": "transformer.ln_f",
-        "unembed": "lm_head",
-    },
-}
-FIXED = {  # the model keys that a format has one value for
-    "nanomdm": {},
-    "radd": {"causal": False, "norm": "layer", "mlp": "gelu", "bias": True, "qk_norm": False, "rotary_bf16": False},
-    "smdm": {"norm": "rms", "mlp": "swiglu", "bias": False, "qk_norm": False, "rotary_bf16": True, "unused_rows": 0},
-}
-SMDM_FIXED = {"bias": False, "norm_eps": 1e-5, "rotary_percentage": 1.0, "parallel_residual": False}  # in its config.json
-ROWS = {"row_width": 0, "row_end": -1}  # of a model of prompts and answers: tokens in a row, and the id of its end mark
-TOLD = ("objective", "schedule", "tokenizer")  # what else an export says
-SIZE_KEYS = ("vocab_size", "n_layer", "n_head", "n_embd", "block_size")  # without them a network is another
-FREQUENCY = "rotary_emb.inv_freq"  # RADD's files hold the rotary frequencies beside the weights
-
-
-def published(name, format):
-    """model.py's name of a tensor -> its name in a format."""
-    names = NAMES[format]
-    parts = "|".join(map(re.escape, names)) or "(?!)"
-    return re.sub(rf"(?<![^.])({parts})(?![^.])", lambda found: names[found[0]], name)
-
-
-def to_format(weights, config, format):
-    """model.py's tensors -> a format's tensors."""
-    D, d = config["n_embd"], config["n_embd"] // config["n_head"]
-    out = {}
-    for name, w in weights.items():
-        if format == "smdm" and name.endswith("qkv.weight"):  # the rows of one head after the other: its q, k, v
-            w = w.reshape(3, -1, d, D).transpose(0, 1).reshape(-1, D)  # (3D, D)
-        if format == "smdm" and name == "embed.weight" and config["causal"]:  # there is no mask to read
-            w = w[:-1]  # (V, D)
-        if format == "radd" and name.startswith("unembed") and not config["unused_rows"]:  # a row for the mask
-            w = torch.cat([w, torch.zeros_like(w[:1])])  # (V + 1, D) or (V + 1,)
-        out[published(name, format)] = w
-    if format == "radd":
-        out[FREQUENCY] = 1.0 / 10000 ** (torch.arange(0, d, 2).float() / d)  # (d/2,)
-    return out
-
-
-def from_format(found, names, config, format):
-    """A format's tensors -> those that model.py calls `names`, in float32. The inverse of to_format."""
-    D, d = config["n_embd"], config["n_embd"] // config["n_head"]
-    out = {}
-    for name in names:
-        w = found[published(name, format)].float()
-        if format == "smdm" and name.endswith("qkv.weight"):
-            w = w.reshape(-1, 3, d, D).transpose(0, 1).reshape(-1, D)  # (3D, D)
-        if format == "smdm" and name == "embed.weight" and config["causal"]:
-            w = torch.cat([w, torch.zeros_like(w[:1])])  # (V + 1, D)
-        out[name] = w
-    return out
-
-
-# ---- 3. A config from what the files say -----------------------------------------------------------------------------
-
-
-def size_config(name):
-    """The model keys of SMDM's architecture (arXiv 2410.18514) in a size of its table; UserError for an unknown name."""
-    sizes = zip(("n_layer", "n_head", "n_embd", "mlp_hidden"), choose("size", name, SIZES), strict=True)
-    return {key: FIXED["smdm"][key] for key in ("norm", "mlp", "bias", "rotary_bf16")} | dict(sizes)
-
-
-def entry(where, key, value, default):
-    """What a file says of a key, in the type of its default: as config.typed, but text is no number."""
-    wanted = "text" if isinstance(default, str) else "a number"
-    require((wanted == "text") == isinstance(value, str), f"{where}: {key} must be {wanted}, not {shown(value)}")
-    return typed(f"{where}: {key}", value, default)
-
-
-def own_config(raw, found, where, file):
-    """Of our checkpoints and exports: what was saved, each model key in its type."""
-    told = MODEL | dict.fromkeys(SIZE_KEYS) | raw
-    config = {key: entry(where, key, told[key], default) for key, default in MODEL.items()}
-    config |= {key: entry(where, key, raw[key], default) for key, default in ROWS.items() if key in raw}
-    for key, value in raw.items():
-        plain = isinstance(value, (str, int, float, list, dict, type(None)))
-        require(plain, f"{where}: {shown(key)} must be a number or text, not {shown(value)}")
-    for key, known in {"norm": ["layer", "rms"], "mlp": ["gelu", "swiglu", "relu2"]}.items():
-        choose(f"{key} in {where}", config[key], known)
-    return raw | config
-
-
-def radd_config(raw, found, where, file):
-    """Of RADD's files (arXiv 2406.03736): {tokens, noise, model, ...}, in some one level deeper."""
-    raw = raw["config"] if "model" not in raw and isinstance(raw.get("config"), dict) else raw
-    net = raw.get("model")
-    require(isinstance(net, dict), f"{where}: there is no model with its sizes")
-    keys = {"n_layer": "n_blocks", "n_head": "n_heads", "n_embd": "hidden_size", "block_size": "length"}
-    sizes = {ours: entry(where, f"model.{theirs}", net.get(theirs), 0) for ours, theirs in keys.items()}
-    sizes["vocab_size"] = entry(where, "tokens", raw.get("tokens"), 0)
-    sizes["dropout"] = entry(where, "model.dropout", net.get("dropout", 0.0), 0.0)
-    # Their network is normalised, also for score entropy (t_DSE), which is then the same as cross-entropy.
-    objectives = {"k_dce": "any_order", "t_dce": "t_dce", "t_dse": "t_dce"}
-    told = str(raw.get("training", where)).lower().replace("-", "_")  # if not there, then perhaps in the repository's name
-    recipe = {"objective": next((ours for theirs, ours in objectives.items() if theirs in told), "lambda_dce")}
-    recipe["schedule"] = "geometric" if "geometric" in str(raw.get("noise")) else "loglinear"
-    return MODEL | FIXED["radd"] | {"zero_init": "head", "unused_rows": 1} | sizes | recipe
-
-
-def smdm_config(raw, found, where, file):
-    """Of SMDM's files, which say little but the shapes of their tensors; what config.json says must agree with them."""
-    shapes = []
-    for name in ("lm_head.weight", "transformer.wte.weight", "transformer.h.0.mlp.swiglu.w1.weight"):
-        require(name in found and found[name].dim() == 2, f"{file}: the matrix {name} is missing")
-        shapes.append(found[name].shape)
-    (V, D), (rows, _), (width, _) = shapes
-    require(rows in (V, V + 1), f"{file}: transformer.wte.weight has {rows} rows; a vocabulary of {V} has {V} or {V + 1}")
-    n_layer = len(set(re.findall(r"^transformer\.h\.(\d+)\.", "\n".join(found), re.M)))
-    n_head = next((size[1] for size in SIZES.values() if (size[0], size[2]) == (n_layer, D)), None)
-    unknown = f"{file}: no size of SMDM has {n_layer} layers of width {D}, so a config.json beside it has to give n_head"
-    require(n_head or "n_head" in raw, unknown)
-    told = {"n_head": n_head, "block_size": 2048, "vocab_size": V}
-    told = {key: entry(where, key, raw.get(key, default), 0) for key, default in told.items()}
-    same = {"n_layer": n_layer, "n_embd": D, "intermediate_size": width, "padded_vocab_size": V, "mask_token_id": V}
-    same |= SMDM_FIXED | {"rope_base": 10000, "n_query_groups": told["n_head"], "vocab_size": min(V, told["vocab_size"])}
-    for key, value in same.items():
-        said = raw.get(key, value)
-        require(said == value, f"{where}: {key} is {said}, but the network in {file.name} has {value}")
-    sizes = {"vocab_size": V, "n_layer": n_layer, "n_embd": D, "mlp_hidden": width}
-    kind = {"causal": rows == V, "start_id": 1 if rows == V else -1, "objective": "ar" if rows == V else "lambda_dce"}
-    return MODEL | FIXED["smdm"] | told | sizes | kind
-
-
-CONFIGS = {"nanomdm": own_config, "radd": radd_config, "smdm": smdm_config}
-TOKENIZERS = {("radd", 50257): {"kind": "gpt2"}, ("smdm", 32000): {"kind": "llama"}}  # by (format, V)
-
-
-def read_settings(file):
-    """(dict, its path) of the settings beside a file of weights, config.json or that of RADD's trainer; {} if none."""
-    beside, hydra = file.with_name("config.json"), file.resolve().parent.parent / ".hydra" / "config.yaml"
-    path = next((path for path in (beside, hydra) if os.path.isfile(path)), None)
-    if path is None:
-        return {}, file
-    try:
-        text = path.read_text(encoding="utf8")
-        raw = read_yaml(text) if path is hydra else json.loads(text)
-    except (OSError, ValueError, RecursionError):
-        raise UserError(f"{path} is damaged") from None
-    require(isinstance(raw, dict), f"{path} must hold a dict, not a {type(raw).__name__}")
-    return raw, path
-
-
-def read_yaml(text):
-    """Nested `key: value` lines as nested dicts of numbers and text; whatever else YAML has is passed over."""
-    parents = [(-1, {})]  # (indentation, dict), outermost first
-    for spaces, key, value in re.findall(r"^( *)(\w+):[ \t]*([^#\n]*)", text, re.M):
-        while parents[-1][0] >= len(spaces):
-            parents.pop()
-        value = value.strip().strip("'\"") or "{}"
-        with contextlib.suppress(ValueError):
-            value = json.loads(value)
-        parents[-1][1][key] = value
-        if value == {}:
-            parents.append((len(spaces), value))
-    return parents[0][1]
-
-
-# ---- 4. Loading ------------------------------------------------------------------------------------------------------
+# ---- 2. Loading ------------------------------------------------------------------------------------------------------
 
 
 def load(path, device="cpu", ema=True):
@@ -337,16 +157,16 @@ def load(path, device="cpu", ema=True):
         raw, where = state["config"] | {"tokenizer": state.get("tokenizer")}, file
         found = state["ema"] if ema and state.get("ema") is not None else state["model"]
     else:
-        raw, where = read_settings(file)
+        raw, where = formats.read_settings(file)
         found = state["model"] if isinstance(state.get("model"), dict) else state
     format = recognise(found, file)
     require(raw or format == "smdm", f"{file} needs a config.json beside it: its tensors do not tell the number of heads")
-    config = CONFIGS[format](raw, found, where, file)
+    config = formats.CONFIGS[format](raw, found, where, file)
     model = skeleton(config, len(found), where)
     if format == "radd" and ema and state.get("ema") is not None:
         found, config["ema"] = averaged(state["ema"], model, file), True
     fill(model, found, config, format, file)
-    meta = raw.get("tokenizer") if format == "nanomdm" else TOKENIZERS.get((format, config["vocab_size"]))
+    meta = raw.get("tokenizer") if format == "nanomdm" else formats.TOKENIZERS.get((format, config["vocab_size"]))
     return model.to(device).eval(), text_of(meta, config["vocab_size"], where), config | {"tokenizer": meta}
 
 
@@ -393,7 +213,7 @@ def read_tensors(file):
 
 def recognise(found, file):
     """The format: the one whose name the embedding has."""
-    known = {published("embed.weight", format): format for format in NAMES}
+    known = {formats.published("embed.weight", format): format for format in formats.NAMES}
     format = next((known[name] for name in known if isinstance(found, dict) and name in found), None)
     plain = format and all(isinstance(name, str) and isinstance(w, torch.Tensor) for name, w in found.items())
     require(plain, f"{file} holds no model known here: it must be tensors only, with one named {' or '.join(known)}")
@@ -402,7 +222,7 @@ def recognise(found, file):
 
 def skeleton(config, n_tensors, where):
     """The network without memory for its weights; UserError for sizes that none can have."""
-    limits = dict.fromkeys(SIZE_KEYS, (1, 2**20)) | dict.fromkeys(("mlp_hidden", "unused_rows"), (0, 2**20))
+    limits = dict.fromkeys(formats.SIZE_KEYS, (1, 2**20)) | dict.fromkeys(("mlp_hidden", "unused_rows"), (0, 2**20))
     limits |= {"dropout": (0, 1), "start_id": (-1, config["vocab_size"])}
     for key, (low, high) in limits.items():
         require(low <= config[key] <= high, f"{where}: {key} must be from {low} to {high}, not {config[key]}")
@@ -415,7 +235,7 @@ def skeleton(config, n_tensors, where):
 
 def averaged(ema, model, file):
     """The averaged weights under RADD's names: its trainer leaves a list in the order of the parameters."""
-    names = [published(name, "radd") for name, _ in model.named_parameters()]
+    names = [formats.published(name, "radd") for name, _ in model.named_parameters()]
     shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
     good = isinstance(shadow, list) and [type(w) for w in shadow] == [torch.Tensor] * len(names)
     require(good, f"{file}: ema must have shadow_params, a list of {len(names)} tensors")
@@ -425,17 +245,18 @@ def averaged(ema, model, file):
 def fill(model, found, config, format, file):
     """Makes the tensors found the weights of the skeleton; UserError where a name or a shape does not fit."""
     names = model.state_dict()
-    expected = to_format(names, config, format)
-    if FREQUENCY not in found:  # no parameter, so not among the averages of RADD's trainer
-        expected.pop(FREQUENCY, None)
+    expected = formats.to_format(names, config, format)
+    if formats.FREQUENCY not in found:  # no parameter, so not among the averages of RADD's trainer
+        expected.pop(formats.FREQUENCY, None)
     for name in [*expected, *found]:
         there, wanted = (tuple(part[name].shape) if name in part else "absent" for part in (found, expected))
         require(there == wanted, f"{file}: the tensor {name} is {there}, but by its config it has to be {wanted}")
     for name, w in found.items():
         require(is_plain(w), f"{file}: the tensor {name} must hold plain floating-point numbers, not {w.dtype}")
-    base = FREQUENCY not in found or torch.allclose(found[FREQUENCY].float(), expected[FREQUENCY], rtol=0.01)
-    require(base, f"{file}: {FREQUENCY} is not that of rotary embeddings with base 10000")
-    model.load_state_dict(from_format(found, names, config, format), assign=True)
+    key = formats.FREQUENCY
+    base = key not in found or torch.allclose(found[key].float(), expected[key], rtol=0.01)
+    require(base, f"{file}: {key} is not that of rotary embeddings with base 10000")
+    model.load_state_dict(formats.from_format(found, names, config, format), assign=True)
     model.cos, model.sin = rotary_tables(config)  # (block_size, d/2) each; in no file
 
 
@@ -453,7 +274,7 @@ def text_of(meta, V, where):
     return text
 
 
-# ---- 5. Export -------------------------------------------------------------------------------------------------------
+# ---- 3. Export -------------------------------------------------------------------------------------------------------
 
 
 def export(ckpt, to, format):
@@ -461,10 +282,10 @@ def export(ckpt, to, format):
 
     Raises UserError where the model does not fit the format, or the system cannot write.
     """
-    choose("format", format, NAMES)
+    choose("format", format, formats.NAMES)
     model, _, config = load(ckpt)
     refuse_misfit(config, format, ckpt)
-    tensors = {name: w.contiguous() for name, w in to_format(model.state_dict(), config, format).items()}
+    tensors = {name: w.contiguous() for name, w in formats.to_format(model.state_dict(), config, format).items()}
     about = json.dumps(format_config(config, format), indent=1)
     with whole_file(Path(to) / "config.json") as config_file, whole_file(Path(to) / "model.safetensors") as weights_file:
         config_file.write_text(about, encoding="ascii")
@@ -476,7 +297,7 @@ def export(ckpt, to, format):
 
 def refuse_misfit(config, format, ckpt):
     """UserError for the first thing about a model that the format has no place for."""
-    for key, value in FIXED[format].items():
+    for key, value in formats.FIXED[format].items():
         require(config[key] == value, f"{ckpt} has {key}={config[key]}, which format {format} cannot say: only {value}")
     wide = format == "radd" and config["mlp_hidden"] not in (0, 4 * config["n_embd"])
     require(not wide, f"{ckpt} has mlp_hidden={config['mlp_hidden']}, which format radd cannot say: only 4 * n_embd")
@@ -496,14 +317,14 @@ def format_config(config, format):
     if format == "smdm":
         size = {key: config[key] for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
         size |= {"padded_vocab_size": V, "n_query_groups": H, "intermediate_size": config["mlp_hidden"] or 4 * D}
-        return size | SMDM_FIXED | {"name": "nanomdm", "_norm_class": "FusedRMSNorm", "_mlp_class": "LLaMAMLP"}
-    return {"format": format} | {key: config[key] for key in [*MODEL, *ROWS, *TOLD] if key in config}
+        return size | formats.SMDM_FIXED | {"name": "nanomdm", "_norm_class": "FusedRMSNorm", "_mlp_class": "LLaMAMLP"}
+    return {"format": format} | {key: config[key] for key in [*MODEL, *formats.ROWS, *formats.TOLD] if key in config}
 
 
 def main(config):
     """The command `export`."""
     given = config["ckpt"] and config["to"]
-    require(given, f"usage: python checkpoint.py export --ckpt=... --to=DIR --format={'|'.join(NAMES)}")
+    require(given, f"usage: python checkpoint.py export --ckpt=... --to=DIR --format={'|'.join(formats.NAMES)}")
     export(config["ckpt"], config["to"], config["format"])
     print(f"wrote {config['to']}/config.json and {config['to']}/model.safetensors ({config['format']})")
 

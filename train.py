@@ -19,6 +19,7 @@ import torch
 import checkpoint
 import config as settings
 import diffusion
+import formats
 import likelihood
 import model as network
 import parallel
@@ -101,7 +102,7 @@ def check(config, world):
 
 def sized(config):
     """The config with the model keys of its `size`; UserError where one was given another value."""
-    shape = checkpoint.size_config(config["size"]) if config["size"] else {}
+    shape = formats.size_config(config["size"]) if config["size"] else {}
     given = config.get("given", ())
     for key in (key for key in shape if key in given):
         require(config[key] == shape[key], f"size {config['size']} has {key}={shape[key]}, not {config[key]}")

@@ -1,10 +1,11 @@
-"""How fast, and what each trick is worth: everything measured side by side in one process.
+"""How fast, and what each trick is worth: everything measured side by side in one run.
 
     python -m experiments.bench [--quick=True] [--device=cuda]
 
 Variants take turns (A B C, A B C, ...) and the median over the rounds is reported with its spread, so that a machine whose
 speed drifts slows all of them. What they are measured against is this machine's own matrix product at the shapes of the
-model, with freed memory kept by the process for all variants alike (config.keep_memory), so nobody pays for fresh pages.
+model. Textbook code runs in processes of its own, which the C library gives and takes memory as it likes; all else, the
+products too, in this one, which keeps freed memory (config.keep_memory).
 Utilisation is 3 * Transformer.flops_per_token * tokens / seconds / limit: forward and backward products of a step with half
 of the positions predicted. The few queries of the last layer that are not needed count as if they were.
 """
@@ -13,6 +14,7 @@ import contextlib
 import copy
 import ctypes
 import json
+import multiprocessing
 import resource
 import statistics
 import sys
@@ -38,6 +40,7 @@ DEFAULTS = {
 }
 
 TEXTBOOK = "textbook: float32, all logits, log_softmax, plain AdamW"
+KEPT = "+ freed memory kept"
 FLOAT32 = "+ fused AdamW"  # the last variant without bfloat16
 SMALL = {"n_layer": 6, "n_head": 4, "n_embd": 256, "block_size": 256, "norm": "rms", "mlp": "relu2", "bias": False}
 SMALL |= {"qk_norm": True}
@@ -80,6 +83,32 @@ def alternate(variants, rounds, device):
             wait(device)
             times[name].append(time.perf_counter() - start)
     return times
+
+
+class Elsewhere:
+    """A function in a process of its own, where nobody has told the C library to keep freed memory: textbooks do not.
+
+    with Elsewhere(make, *arguments) as function: calls what make(*arguments) returns, over there.
+    """
+
+    def __init__(self, make, *arguments):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=textbook.serve, args=(theirs, make, arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def __call__(self):
+        self.pipe.send(True)
+        self.pipe.recv()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.pipe.close()
+        self.process.terminate()
+        self.process.join()
 
 
 def middle(times):
@@ -173,63 +202,45 @@ def training(V, B, rounds, device, shape=SMALL, only=()):
     Memory is what a step adds to weights and optimizer state, which all variants have alike.
     """
     L = shape["block_size"]
-    settings_of = {**network.DEFAULTS, **shape, "vocab_size": V}
+    shape = {**shape, "vocab_size": V}
     bf16 = lambda: torch.autocast(device.type, torch.bfloat16)  # noqa: E731
     sdpa = lambda q, k, v, causal: F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # noqa: E731
     late = lambda model, x, rows: model.hidden(x, rows)  # noqa: E731
     early = lambda model, x, rows: textbook.hidden(model, x).flatten(0, 1)[rows]  # noqa: E731
     whole = lambda model, x, rows: model.hidden(x).flatten(0, 1)[rows]  # noqa: E731
-    none, fused = contextlib.nullcontext, {"fused": True}
-    plain = {"foreach": False, "fused": False} if device.type == "cpu" else {}
+    plain, none, fused = textbook.PLAIN, contextlib.nullcontext, {"fused": True}
+    compiled = torch.compile(our_loss)
     tricks = {
-        TEXTBOOK: (textbook.loss, plain, none, False),
-        "+ head on hidden rows only": (gathered_loss(early), plain, none, False),
-        "+ attention by SDPA": (gathered_loss(whole), plain, none, False),
-        "+ MLP of the last block on hidden rows only": (gathered_loss(late), plain, none, False),
-        "+ head and cross-entropy in chunks, gradient at once": (our_loss, plain, none, False),
-        FLOAT32: (our_loss, fused, none, False),
-        "+ bfloat16 (attention by SDPA)": (our_loss, fused, bf16, False),
-        "+ attention by what is fastest here": (our_loss, fused, bf16, False),
-        "+ compile": (our_loss, fused, bf16, True),
+        KEPT: (textbook.loss, plain, none),
+        "+ head on hidden rows only": (gathered_loss(early), plain, none),
+        "+ attention by SDPA": (gathered_loss(whole), plain, none),
+        "+ MLP of the last block on hidden rows only": (gathered_loss(late), plain, none),
+        "+ head and cross-entropy in chunks, gradient at once": (our_loss, plain, none),
+        FLOAT32: (our_loss, fused, none),
+        "+ bfloat16 (attention by SDPA)": (our_loss, fused, bf16),
+        "+ attention by what is fastest here": (our_loss, fused, bf16),
+        "+ compile": (compiled, fused, bf16),
     }
-    tricks = {name: trick for name, trick in tricks.items() if not only or name in only}
-    generator = torch.Generator().manual_seed(0)
-    x0 = torch.randint(V, (B, L), generator=generator)  # (B, L)
-    mask, weight = diffusion.training_mask("any_order", 0, 0, range(B), B, L)  # (B, L), (B,)
-    batch = [z.to(device) for z in (x0, mask, weight.float(), diffusion.hidden_rows(mask, multiple=128))]
-
-    def step_of(name, loss, optimizer, autocast, compiled):
-        torch.manual_seed(0)
-        model = network.Transformer(settings_of).to(device)
-        loss = torch.compile(loss) if compiled else loss
-        update = torch.optim.AdamW(model.parameters(), lr=1e-4, **optimizer)
-        attend = sdpa if "by SDPA" in name else network.attend
-
-        def step():
-            with patched(network, "attend", attend), autocast():
-                value = loss(model, *batch)
-            (value / (B * L)).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            update.step()
-            update.zero_grad(set_to_none=True)
-
-        return step
-
-    steps = {name: step_of(name, *trick) for name, trick in tricks.items()}
-    times = alternate(steps, rounds, device)
+    steps = {}
+    for name, trick in tricks.items():
+        if not only or name in only:
+            step = textbook.training_step(shape, B, device, *trick)
+            steps[name] = with_attention(sdpa, step) if "by SDPA" in name else step
     memory = {name: peak_memory(step, device) for name, step in steps.items()}
-    model = network.Transformer(settings_of).to(device)
+    memory[TEXTBOOK] = memory[KEPT]
+    with Elsewhere(textbook.training_step, shape, B, device) as untouched:
+        times = alternate({TEXTBOOK: untouched} | steps, rounds, device)
+    model = network.Transformer({**network.DEFAULTS, **shape}).to(device)
     limits = {kind: product_limit(model, B, L, kind, rounds, device) for kind in (torch.float32, torch.bfloat16)}
     flops = 3 * model.flops_per_token(L, 0.5) * B * L
     rows = []
-    first = next(iter(times))
     for name, taken in times.items():
         rate = flops / middle(taken)
         rows.append(
             {
                 "name": name,
                 "tokens_per_second": B * L / middle(taken),
-                "ratio": middle(times[first]) / middle(taken),
+                "ratio": middle(times[TEXTBOOK]) / middle(taken),
                 "spread": (max(taken) - min(taken)) / middle(taken),
                 "of_bf16_limit": rate / limits[torch.bfloat16],
                 "memory_mib": memory[name],
@@ -238,20 +249,23 @@ def training(V, B, rounds, device, shape=SMALL, only=()):
     return rows, limits
 
 
-@contextlib.contextmanager
-def patched(module, name, value):
-    """The module's attribute is `value` inside the block."""
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
+def with_attention(attend, step):
+    """The step with another attention than the fastest."""
+
+    def changed():
+        fastest, network.attend = network.attend, attend
+        try:
+            step()
+        finally:
+            network.attend = fastest
+
+    return changed
 
 
 def sampling(V, steps, B, rounds, device, quick):
     """Seconds a sequence of the textbook sampler, RADD's cache and ours, in float32 and bfloat16. -> rows"""
-    model = network.Transformer({**network.DEFAULTS, **SMALL, "vocab_size": V}).to(device).eval()
+    shape = {**SMALL, "vocab_size": V}
+    model = network.Transformer({**network.DEFAULTS, **shape}).to(device).eval()
     compiled = copy.deepcopy(model)
     compiled.hidden = torch.compile(compiled.hidden)
     L = SMALL["block_size"]
@@ -261,20 +275,20 @@ def sampling(V, steps, B, rounds, device, quick):
     # often as sequences change, the expected number of which is known, and draws at the hidden positions, in the mean half
     # of all. Ours runs to the end.
     some = 2 if quick else 8
-    p = torch.rand(B, L, V, device=device).softmax(-1)  # (B, L, V)
-    variants = {}
-    for dtype, autocast in (("float32", contextlib.nullcontext), ("bfloat16", bf16)):
-        variants[f"textbook {dtype}"] = lambda a=autocast: textbook.sample(model, x, steps, a, some)
-        variants[f"call {dtype}"] = lambda a=autocast: textbook.cache_call(model, x, a)
-        variants[f"ours {dtype}"] = lambda a=autocast: sample.sample(model, x, steps=steps, batch_size=B, autocast=a)
-    variants["draw"] = lambda: textbook.cache_draw(p, x, model.mask_id, 1 / steps)
-    variants["ours bfloat16 compiled"] = lambda: sample.sample(compiled, x, steps=steps, batch_size=B, autocast=bf16)
-    times = {name: middle(taken) for name, taken in alternate(variants, rounds, device).items()}
+    with contextlib.ExitStack() as stack:
+        variants = {}
+        for dtype, autocast in (("float32", contextlib.nullcontext), ("bfloat16", bf16)):
+            for part, name in (("sample", "textbook"), ("call", "call"), ("draw", "draw")):
+                arguments = (shape, B, device, part, dtype == "bfloat16", steps, some)
+                variants[f"{name} {dtype}"] = stack.enter_context(Elsewhere(textbook.sampling_part, *arguments))
+            variants[f"ours {dtype}"] = lambda a=autocast: sample.sample(model, x, steps=steps, batch_size=B, autocast=a)
+        variants["ours bfloat16 compiled"] = lambda: sample.sample(compiled, x, steps=steps, batch_size=B, autocast=bf16)
+        times = {name: middle(taken) for name, taken in alternate(variants, rounds, device).items()}
     nfe = diffusion.expected_nfe(diffusion.reveal_law(diffusion.SCHEDULES["loglinear"], steps, "ancestral"), L)
     seconds = {}
     for dtype in ("float32", "bfloat16"):
         seconds[f"textbook {dtype}"] = times[f"textbook {dtype}"] * steps / some
-        seconds[f"RADD's cache {dtype}"] = nfe * times[f"call {dtype}"] + (steps + 1) / 2 * times["draw"]
+        seconds[f"RADD's cache {dtype}"] = nfe * times[f"call {dtype}"] + (steps + 1) / 2 * times[f"draw {dtype}"]
         seconds[f"ours {dtype}"] = times[f"ours {dtype}"]
     seconds["ours bfloat16 compiled"] = times["ours bfloat16 compiled"]
     base = seconds["textbook float32"]
@@ -406,7 +420,7 @@ def main(config):
     tell("Data", loading(rounds, device))
     tell("Evaluation, V = 110", judging(110, rounds, device, autocast))
     if not quick:
-        shape = RADD_SMALL, (TEXTBOOK, "+ compile")
+        shape = RADD_SMALL, (KEPT, "+ compile")
         tell("Training step of RADD-small, batch 1 x 1024", training(50257, 1, 3, device, *shape)[0])
 
     figures |= results.about(device) | {"seconds": time.time() - began}

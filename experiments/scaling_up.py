@@ -12,8 +12,8 @@ import sys
 
 import torch
 
-import checkpoint
 import config as settings
+import formats
 import model as network
 from config import at_least, fraction, require
 from data.loader import id_type
@@ -55,7 +55,7 @@ def shape(config, size):
     """The model of a size of SMDM's table, without memory for it."""
     keys = {key: config[key] for key in ("vocab_size", "block_size")}
     with torch.device("meta"):
-        return network.Transformer(network.DEFAULTS | checkpoint.size_config(size) | keys)
+        return network.Transformer(network.DEFAULTS | formats.size_config(size) | keys)
 
 
 def block_bytes(net):

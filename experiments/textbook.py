@@ -1,9 +1,14 @@
 """What experiments/bench.py compares with: training and sampling as tutorials and the official repositories write them."""
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
+import diffusion
 import model as network
+
+PLAIN = {"foreach": False, "fused": False}  # AdamW, one tensor at a time
 
 
 def hidden(model, x):
@@ -57,3 +62,50 @@ def cache_draw(p, x, mask_id, chance):
     x = x.clone()
     x[wanted] = (law / -torch.rand_like(law).log()).argmax(-1)  # V is the mask
     return x
+
+
+# ---- Things to time, each made from plain settings, so that another process can make them too ------------------------
+
+
+def training_step(shape, B, device, loss=loss, optimizer=PLAIN, autocast=contextlib.nullcontext):
+    """A function that does one step of training on B sequences of a random text, always the same."""
+    torch.manual_seed(0)
+    model = network.Transformer({**network.DEFAULTS, **shape}).to(device)
+    V, L = model.vocab_size, model.block_size
+    x0 = torch.randint(V, (B, L))  # (B, L)
+    mask, weight = diffusion.training_mask("any_order", 0, 0, range(B), B, L)  # (B, L), (B,)
+    batch = [z.to(device) for z in (x0, mask, weight.float(), diffusion.hidden_rows(mask, multiple=128))]
+    update = torch.optim.AdamW(model.parameters(), lr=1e-4, **(optimizer if device.type == "cpu" else {}))
+
+    def step():
+        with autocast():
+            value = loss(model, *batch)
+        (value / (B * L)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        update.step()
+        update.zero_grad(set_to_none=True)
+
+    return step
+
+
+def sampling_part(shape, B, device, part, bfloat16, steps, some):
+    """A function that does a part of sampling: `some` of the textbook's `steps`, or a call or a draw of RADD's cache."""
+    torch.manual_seed(0)
+    model = network.Transformer({**network.DEFAULTS, **shape}).to(device).eval()
+    x = torch.full((B, model.block_size), model.mask_id, device=device)  # (B, L)
+    autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if bfloat16 else contextlib.nullcontext
+    p = cache_call(model, x, autocast)  # (B, L, V)
+    return {
+        "sample": lambda: sample(model, x, steps, autocast, some),
+        "call": lambda: cache_call(model, x, autocast),
+        "draw": lambda: cache_draw(p, x, model.mask_id, 1 / steps),
+    }[part]
+
+
+def serve(pipe, make, arguments):
+    """Calls the function that make(*arguments) returns whenever it is asked to, until the other end closes."""
+    function = make(*arguments)
+    with contextlib.suppress(EOFError):
+        while pipe.recv():
+            function()
+            pipe.send(True)

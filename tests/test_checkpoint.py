@@ -22,13 +22,15 @@ import checkpoint
 import config as settings
 import diffusion
 import evaluate
+import formats
 import harness
 import sample
-from checkpoint import FIXED, load, published, size_config
+from checkpoint import load
 from config import UserError, parse
 from data import writer
 from data.text import prepare
 from data.tokenizer import Char
+from formats import FIXED, published, size_config
 from model import DEFAULTS, SIZES, Transformer
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 5}
@@ -243,7 +245,7 @@ def bare(path, n_layer, n_head, n_embd, mlp_hidden):
     with torch.device("meta"):
         model = Transformer(DEFAULTS | SMALL | FIXED["smdm"] | keys)
     weights = {name: torch.zeros(w.shape) for name, w in model.state_dict().items()}
-    save_file(checkpoint.to_format(weights, model.config, "smdm"), path)
+    save_file(formats.to_format(weights, model.config, "smdm"), path)
     return path
 
 

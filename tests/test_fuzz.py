@@ -32,6 +32,7 @@ import checkpoint
 import config
 import diffusion
 import evaluate
+import formats
 import harness
 import model as network
 import quality
@@ -333,7 +334,7 @@ def use_checkpoint(folder):
             assert attempt(checkpoint.export, folder, folder / "to", "nanomdm") is None
     else:
         loaded[0](torch.zeros(1, 2, dtype=torch.long))
-        for format in checkpoint.NAMES:
+        for format in formats.NAMES:
             attempt(checkpoint.export, folder, folder / "to", format)
 
 
@@ -380,7 +381,7 @@ def test_any_checkpoint_is_taken_or_refused_in_one_line(place, data):
 def exports(place):
     """{format: (config.json as a tree, the header of model.safetensors as a tree, what follows it)}"""
     folder, found = emptied(place / "from"), {}
-    for format, keys in {"nanomdm": {}, "radd": {}, "smdm": checkpoint.FIXED["smdm"]}.items():
+    for format, keys in {"nanomdm": {}, "radd": {}, "smdm": formats.FIXED["smdm"]}.items():
         (folder / "ckpt.pt").write_bytes(saved(tiny_state(**keys)))
         checkpoint.export(folder, folder / format, format)
         data = (folder / format / "model.safetensors").read_bytes()
@@ -399,7 +400,7 @@ entries = st.fixed_dictionaries(
 )
 
 
-@cases(300, drawn=st.data(), format=st.sampled_from(sorted(checkpoint.NAMES)))
+@cases(300, drawn=st.data(), format=st.sampled_from(sorted(formats.NAMES)))
 def test_any_safetensors_and_config_are_taken_or_refused_in_one_line(place, exports, drawn, format):
     about, header, body = exports[format]
     part = drawn.draw(st.integers(0, 3))

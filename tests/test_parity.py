@@ -14,6 +14,7 @@ from conftest import ROOT
 import checkpoint
 import config as settings
 import diffusion
+import formats
 import model as network
 import sample
 import train
@@ -34,9 +35,7 @@ def plain_ce(model, x, x0):
 def gradients(model, format):
     """The gradients under the names of a format."""
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return {
-        name: g.double() for name, g in checkpoint.to_format(found, model.config, format).items() if "inv_freq" not in name
-    }
+    return {name: g.double() for name, g in formats.to_format(found, model.config, format).items() if "inv_freq" not in name}
 
 
 # ---- RADD --------------------------------------------------------------------------------------------------------------
@@ -235,7 +234,7 @@ def test_smdm_three_steps_of_pretraining_are_the_published_ones(smdm, kind):
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-    after = checkpoint.to_format(model.state_dict(), model.config, "smdm")
+    after = formats.to_format(model.state_dict(), model.config, "smdm")
     assert after.keys() == run["weight_sum_after"].keys()
     for name, w in after.items():
         assert float(w.double().sum()) == pytest.approx(run["weight_sum_after"][name], abs=1e-3)
@@ -502,8 +501,8 @@ def test_smdm_initialisation_has_the_published_deviations(smdm):
     case = smdm()["initialisation"]
     torch.manual_seed(0)
     sizes = {"n_embd": case["n_embd"], "n_layer": case["n_layer"], "vocab_size": 64}
-    model = Transformer(DEFAULTS | checkpoint.FIXED["smdm"] | sizes)
-    found = checkpoint.to_format(model.state_dict(), model.config, "smdm")
+    model = Transformer(DEFAULTS | formats.FIXED["smdm"] | sizes)
+    found = formats.to_format(model.state_dict(), model.config, "smdm")
     assert case["std"].keys() == {name for name, w in found.items() if w.dim() == 2}
     for name, std in case["std"].items():
         small = name.endswith(("attn.proj.weight", "w3.weight"))

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 import checkpoint
 import config as settings
 import diffusion
+import formats
 import model as network
 import train
 from config import UserError
@@ -25,7 +26,7 @@ from experiments import results, scaling_up
 
 CONFIG = settings.parse([], results, scaling_up)
 SMALL = {"n_layer": 3, "n_head": 4, "n_embd": 64, "mlp_hidden": 160, "block_size": 32, "vocab_size": 96}
-SMDM = checkpoint.FIXED["smdm"] | SMALL
+SMDM = formats.FIXED["smdm"] | SMALL
 
 
 # ---- What is counted ---------------------------------------------------------------------------------------------------
