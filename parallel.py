@@ -106,18 +106,31 @@ def shard(model, device):
 
 
 def engine(loss_of, config, device, world):
-    """The loss as it is trained, from a diffusion.Loss: recomputed, compiled, and with its gradients averaged."""
-    sharded = is_sharded(loss_of.model.embed.weight)
-    compiled = config["compile"] and can_compile(device)
-    for block in loss_of.model.blocks:
+    """The loss as it is trained, from a diffusion.Loss: recomputed, compiled, and with its gradients averaged.
+
+    Blocks are compiled one at a time, and being alike they share their programs: as fast a step as from one program for all,
+    after half of the wait; and sharded weights are gathered between the programs, not inside.
+    """
+    model, compiled = loss_of.model, config["compile"] and can_compile(device)
+    sharded = is_sharded(model.embed.weight)
+    for block in model.blocks:
         if config["recompute"]:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        if compiled and sharded:  # one block at a time: weights are gathered between compiled programs, not inside
-            block.forward = torch.compile(block.forward)
-    if sharded:
-        return loss_of
-    loss_of = torch.compile(loss_of) if compiled else loss_of
-    return DistributedDataParallel(loss_of, gradient_as_bucket_view=True) if world > 1 else loss_of
+        if compiled:
+            block.forward = in_training(block, torch.compile(block.forward))
+    if compiled and not sharded and model.vocab_size >= 1024:  # a small head is not worth the wait
+        model.head_loss = torch.compile(model.head_loss)
+    return DistributedDataParallel(loss_of, gradient_as_bucket_view=True) if world > 1 and not sharded else loss_of
+
+
+def in_training(block, fast):
+    """The block's forward: `fast` in training, where shapes are always the same, and elsewhere the one it has."""
+    plain = block.forward
+
+    def forward(*arguments, **keys):
+        return (fast if block.training else plain)(*arguments, **keys)
+
+    return forward
 
 
 def accumulate(loss_of, last):

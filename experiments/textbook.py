@@ -1,6 +1,7 @@
 """What experiments/bench.py compares with: training and sampling as tutorials and the official repositories write them."""
 
 import contextlib
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -67,11 +68,14 @@ def cache_draw(p, x, mask_id, chance):
 # ---- Things to time, each made from plain settings, so that another process can make them too ------------------------
 
 
-def training_step(shape, B, device, loss=loss, optimizer=PLAIN, autocast=contextlib.nullcontext):
-    """A function that does one step of training on B sequences of a random text, always the same."""
+def training_step(shape, B, device, loss=loss, optimizer=PLAIN, autocast=contextlib.nullcontext, bind=functools.partial):
+    """A function that does one step of training on B sequences of a random text, always the same.
+
+    bind(loss, model) -> a function of a batch.
+    """
     torch.manual_seed(0)
     model = network.Transformer({**network.DEFAULTS, **shape}).to(device)
-    V, L = model.vocab_size, model.block_size
+    loss_of, V, L = bind(loss, model), model.vocab_size, model.block_size
     x0 = torch.randint(V, (B, L))  # (B, L)
     mask, weight = diffusion.training_mask("any_order", 0, 0, range(B), B, L)  # (B, L), (B,)
     batch = [z.to(device) for z in (x0, mask, weight.float(), diffusion.hidden_rows(mask, multiple=128))]
@@ -79,7 +83,7 @@ def training_step(shape, B, device, loss=loss, optimizer=PLAIN, autocast=context
 
     def step():
         with autocast():
-            value = loss(model, *batch)
+            value = loss_of(*batch)
         (value / (B * L)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         update.step()
