@@ -44,7 +44,7 @@ def train(config, objective, steps, seed, folder):
     empty = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
     done = subprocess.run(line, env=empty, capture_output=True, text=True)
     seconds = time.time() - began
-    settings.require(done.returncode == 0, f"{objective}: training has failed: {done.stderr[-500:]}")
+    settings.require(done.returncode == 0, f"{objective}: training has failed: {done.stderr.strip()[-500:]}")
     steady = [entry for entry in results.kept(Path(folder, "run/log.jsonl")) if "tokens_per_second" in entry]
     tokens = steady[0]["tokens"] / steady[0]["step"]
     return seconds, tokens / statistics.median(entry["tokens_per_second"] for entry in steady[len(steady) // 2 :])
@@ -59,6 +59,7 @@ def judge(config, folder):
 def main(config):
     """Prints, writes and returns nats per token, steps and seconds of both models."""
     settings.at_least(1, config, "seeds", "rehearsal")
+    settings.require(config["minutes"] > 0, f"minutes must be more than 0, not {config['minutes']}")
     began, lines, figures = time.time(), [], {}
     for name, objective in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:

@@ -179,7 +179,7 @@ def main(config):
         if not any((row["name"], row["seed"]) == (name, seed) for row in fitting(config, path)):
             child = [sys.executable, "-m", "experiments.recipe", *sys.argv[1:], f"--only={name}", f"--seed={seed}"]
             done = subprocess.run(child, stderr=subprocess.PIPE, text=True)
-            require(done.returncode == 0, f"{name}, seed {seed} has failed: {done.stderr[-500:]}")
+            require(done.returncode == 0, f"{name}, seed {seed} has failed: {done.stderr.strip()[-500:]}")
     return report(config, fitting(config, path))
 
 

@@ -43,7 +43,7 @@ def measure(config, name):
         line += [f"--max_iters={config['iters']}", f"--eval_interval={config['iters']}", "--log_interval=5", key]
         line += ["--eval_sequences=2", "--show_sample=False", f"--seed={config['seed']}", *config["keys"].split()]
         done = subprocess.run(line, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
-        settings.require(done.returncode == 0, f"{name} has failed: {done.stderr[-500:]}")
+        settings.require(done.returncode == 0, f"{name} has failed: {done.stderr.strip()[-500:]}")
         entries = results.kept(Path(folder, "log.jsonl"))
         speeds = [entry["tokens_per_second"] for entry in entries if "tokens_per_second" in entry]
     return statistics.median(speeds[len(speeds) // 4 :])
