@@ -72,6 +72,8 @@ VARIANTS = {
     "8 layers of 128": {"n_layer": 8},
     "6 layers of 192": {"n_embd": 192, "n_head": 3},
     "6 layers of 96": {"n_embd": 96},
+    "6 layers of 96, GELU": {"n_embd": 96, "mlp": "gelu"},
+    "4 layers of 128, GELU": {"n_layer": 4, "mlp": "gelu"},
 }
 
 
