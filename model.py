@@ -90,6 +90,13 @@ def make_norm(config):
     return nn.LayerNorm(D, eps=1e-5, bias=config["bias"]) if config["norm"] == "layer" else nn.RMSNorm(D, eps=1e-5)
 
 
+def gelu(h):
+    """GELU in its tanh form. tanh(z) = 2 sigmoid(2z) - 1, and fused the sigmoid takes 0.4 of the time (on a CPU)."""
+    if torch.compiler.is_compiling():
+        return h * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3))
+    return F.gelu(h, approximate="tanh")
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -104,7 +111,7 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             return self.down(F.silu(self.gate(h)) * self.up(h))
         h = self.up(h)  # (..., width)
-        return self.down(F.relu(h).square() if self.kind == "relu2" else F.gelu(h, approximate="tanh"))
+        return self.down(F.relu(h).square() if self.kind == "relu2" else gelu(h))
 
 
 class Block(nn.Module):
