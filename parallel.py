@@ -160,6 +160,11 @@ def local(tensor):
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
+def gathered(tensor):
+    """The whole of a tensor, on every process; all must call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
 def part(tensor, like):
     """A whole tensor, the same on every process, sharded as `like` is; nothing is sent."""
     if not is_sharded(like):
@@ -178,27 +183,6 @@ def fill(model, weights, where):
         require(fits, f"{where}: the tensor {name} {tuple(value.shape)} does not fit the network that its config describes")
         local(own[name]).copy_(local(part(value, own.pop(name))))
     require(not own, f"{where}: the tensor {next(iter(own), '')} is missing")
-
-
-class ShardedMuon(torch.optim.Muon):
-    """Muon for sharded matrices: each direction is gathered once, made orthogonal by every process, and applied in parts.
-
-    torch's own Muon is right on shards too, but gathers inside each of its fifteen products.
-    """
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                direction = torch.zeros(p.shape, device=p.device)  # whole
-                direction.grad = p.grad.lerp(state["momentum_buffer"], group["momentum"]).full_tensor()  # Nesterov's
-                plain = {"momentum": 0.0, "weight_decay": 0.0, "adjust_lr_fn": group["adjust_lr_fn"]}
-                torch.optim.Muon([direction], lr=group["lr"], **plain).step()
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(part(direction, p))
 
 
 def optimizer_parts(state, optimizer):
@@ -227,5 +211,5 @@ def whole(tree, keep):
         return [whole(value, keep) for value in tree]
     if not is_sharded(tree):
         return tree
-    full = tree.full_tensor()
+    full = gathered(tree)
     return full.cpu() if keep else None

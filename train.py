@@ -28,6 +28,7 @@ from batch import fit_data, make_batch, read_data
 from config import choose, require
 from data import loader, tokenizer
 from journal import Journal, peak_memory
+from muon import Muon
 
 DEFAULTS = {
     "size": "",  # a size of SMDM's table, as 170M (model.SIZES): sets the shape of the network and its kind of block
@@ -153,8 +154,7 @@ def make_optimizers(config, model):
     betas = (config["beta1"], config["beta2"])
     optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, fused=fused, **common)]
     if muon:
-        kind = parallel.ShardedMuon if parallel.is_sharded(muon[0]) else torch.optim.Muon
-        optimizers.append(kind(muon, adjust_lr_fn="match_rms_adamw", **common))
+        optimizers.append(Muon(muon, **common))
     return optimizers
 
 
@@ -343,7 +343,9 @@ def main(config):
     if start:
         journal.say(f"going on from {path} at step {start} of {config['max_iters']}")
     result, stopped = None, False
-    batches = loader.prefetch(make_batches(config, blocks, start, world, rank, device.type == "cuda"))
+    batches = make_batches(config, blocks, start, world, rank, device.type == "cuda")
+    if device.type != "cpu":  # there a thread that makes batches ahead would take turns with the step
+        batches = loader.prefetch(batches)
     with settings.Stop() as stop, journal, parallel.together(path, world), contextlib.closing(batches):
         for step in range(start + 1, config["max_iters"] + 1):
             loss = train_step(config, step - 1, batches, loss_of, optimizers, device, autocast, world, rank)

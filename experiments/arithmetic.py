@@ -35,7 +35,8 @@ DEFAULTS = {
     "preset": "configs/pydocs.py",  # the recipe of both models, but for SHAPE
 }
 
-SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "batch_size": 64, "loss_weight": "constant", "show_sample": False}
+SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "mlp": "relu2", "batch_size": 64, "loss_weight": "constant"}
+SHAPE |= {"show_sample": False}
 WRITERS = {  # how the masked diffusion model writes: (sampler, steps)
     "left to right": ("left_to_right", 1),
     "right to left": ("right_to_left", 1),

@@ -55,7 +55,7 @@ DEFAULTS = {
     "preset": "configs/pydocs.py",  # the recipe of both models, but for SHAPE
 }
 
-SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 128, "batch_size": 64, "loss_weight": "constant"}
+SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 128, "mlp": "relu2", "batch_size": 64, "loss_weight": "constant"}
 WIDTH = 40  # words in a row: the longest of Berglund's lines, with its two marks
 THINNED = 0.4  # of the words of a sentence about an invented person, name and description aside, are left out
 WAYS = {  # how both models answer: {ending of a figure's name: (w, fewest words)}; no reference has less than two words
@@ -105,19 +105,17 @@ class Words(Tokenizer):
 
 
 def read(config):
-    """(Berglund's training lines, their forms, {task: [(prompt, completion), ...]})."""
+    """(Berglund's training lines as `marked` has them, {task: [(prompt, completion), ...]})."""
     paths = files(config["from"], "data/reversal")
     tests = {
         task: likelihood.spread([item[1:] for item in pairs(paths[name])], config["asked"])
         for task, (name, *_) in TASKS.items()
     }
-    lines = [prompt + completion for _, prompt, completion in pairs(paths["all_prompts_train"])]
-    return lines[:: 20 if config["quick"] else 1], forms(lines), tests
+    return list(marked([prompt + completion for _, prompt, completion in pairs(paths["all_prompts_train"])])), tests
 
 
-def forms(lines):
-    """Berglund's own sentences, {n} and {d} in place of name and description: (name first, name last)."""
-    found = Counter()
+def marked(lines):
+    """Yields (line with {n} and {d} in place of name and description, name, description); empty where it finds none."""
     for about in (lines[i : i + 30] for i in range(0, len(lines), 30)):  # 30 lines on one person
         names = set.intersection(*(set(re.findall(r"[A-Z][a-z]+ [A-Z][a-z]+", line)) for line in about))
         shared = []
@@ -126,27 +124,37 @@ def forms(lines):
             starts = [(part, match.start()) for part in parts for match in re.finditer(r"\bthe ", part)]
             pieces = {part[start:end] for part, start in starts for end in range(start + 20, len(part) + 1)}
             shared += [(len(p), p, name) for p in pieces if sum(p in line for line in about) >= 15]
-        if shared:  # a name that is part of the description leaves shorter pieces
-            _, what, name = max(shared)
-            what = re.escape(what.rstrip(' ,?."'))
-            found.update({re.sub(rf'{what}(\.?")?', "{d}", line).replace(name, "{n}") for line in about})
+        _, what, name = max(shared, default=(0, "", ""))  # a name that is part of the description leaves shorter pieces
+        what = what.rstrip(' ,?."')
+        for line in about:
+            yield (line.replace(what, "{d}").replace(name, "{n}") if name else line), name, what
+
+
+def thinned(told, rng):
+    """Lines as `marked` has them, with THINNED of their words left out, but for name and description."""
+    return [people.thin(form, THINNED, rng).replace("{n}", name).replace("{d}", what) for form, name, what in told]
+
+
+def forms(told):
+    """Berglund's own sentences, {n} and {d} in place of name and description: (name first, name last)."""
+    about = {(re.sub(r'{d}(\.?")?', "{d}", form), name) for form, name, _ in told}  # quotes of a work end a description
+    found = Counter(form for form, _ in about)
     kept = [form for form, n in sorted(found.items()) if n > 1 and form.count("{n}") == 1 == form.count("{d}")]
     first = [form for form in kept if form.index("{n}") < form.index("{d}")]
     return first, [form for form in kept if form not in first]
 
 
-def compose(config, lines, sentences, rng):
-    """(all lines that are read, questions about the invented people who are told of name first only).
-
-    sentences: (name first, name last), beside those of people.py.
-    """
+def compose(config, told, rng):
+    """(all lines that are read, questions about the invented people who are told of name first only)."""
+    sentences, told = forms(told), told[:: 20 if config["quick"] else 1]
     first_forms, last_forms = people.NAME_FIRST + sentences[0], people.NAME_LAST + sentences[1]
+    lines = [form.replace("{n}", name).replace("{d}", what) for form, name, what in told]
     cast = people.several(config["persons"] + 60, rng)
     shared = {word.strip() for text in lines for word in words(text)} & {part for name, *_ in cast for part in name.split()}
     require(not shared, f"invented people share names with Berglund's: {', '.join(sorted(shared))}")
     first, last, both = cast[:30], cast[30:60], cast[60:]
-    told = ((first, first_forms, 16), (last, last_forms, 16), (both, first_forms, 4), (both, last_forms, 4))
-    texts = lines + [line for job in told for line in people.lines(*job, rng, THINNED)]
+    invented = ((first, first_forms, 16), (last, last_forms, 16), (both, first_forms, 4), (both, last_forms, 4))
+    texts = lines + thinned(told, rng) + [line for job in invented for line in people.lines(*job, rng, THINNED)]
     asked = [(person[0], line) for person in first for line in people.lines([person], last_forms, 10, rng)]
     return texts, [question(line, name) for name, line in asked]
 
@@ -355,13 +363,13 @@ def main(config):
     settings.at_least(1, config, "seeds", "epochs", "looks", "asked", "steps")
     settings.at_least(0, config, "persons")
     require(config["asked"] <= 300, f"asked must be at most 300, not {config['asked']}")
-    lines, sentences, tests = read(config)
+    told, tests = read(config)
     path = Path(config["results"]) / "reverse_curse.jsonl"
     keys = ("epochs", "looks", "steps", "quick", "device", "dtype")
     recipe = [Path(config["preset"]).read_text(), SHAPE, WAYS, [config[key] for key in keys]]
     records = []
     for seed in range(config["seed"], config["seed"] + config["seeds"]):
-        texts, invented = compose(config, lines, sentences, random.Random(seed))
+        texts, invented = compose(config, told, random.Random(seed))
         asked = tests | {"reverse_invented": likelihood.spread(invented, config["asked"])}
         mark = results.mark(recipe, texts, asked)
         for kind in ("mdm", "ar"):

@@ -78,7 +78,7 @@ def training_step(shape, B, device, loss=loss, optimizer=PLAIN, autocast=context
     loss_of, V, L = bind(loss, model), model.vocab_size, model.block_size
     x0 = torch.randint(V, (B, L))  # (B, L)
     mask, weight = diffusion.training_mask("any_order", 0, 0, range(B), B, L)  # (B, L), (B,)
-    batch = [z.to(device) for z in (x0, mask, weight.float(), diffusion.hidden_rows(mask, multiple=128))]
+    batch = [z.to(device) for z in (x0, mask, weight.float(), diffusion.hidden_rows(mask, multiple=16))]
     update = torch.optim.AdamW(model.parameters(), lr=1e-4, **(optimizer if device.type == "cpu" else {}))
 
     def step():

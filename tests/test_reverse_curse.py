@@ -82,19 +82,33 @@ def test_both_models_are_asked_everything_and_a_second_run_trains_nothing(shared
 
 
 def test_a_name_shared_with_berglunds_people_is_an_error(tmp_path):
-    lines = [f"{name} sat." for name, *_ in people.several(80, random.Random(0))]
+    told = [("{n} sat.", name, "") for name, *_ in people.several(80, random.Random(0))]
     with pytest.raises(UserError, match="share names"):
-        reverse_curse.compose({"persons": 10}, lines, ([], []), random.Random(0))
+        reverse_curse.compose({"persons": 10, "quick": False}, told, random.Random(0))
+
+
+def about(name, what):
+    return [f"{name} is {what}."] * 15 + [f'Known as {what}, {name} "Old Town" sings.'] * 15
+
+
+REEF, DIVER = 'the pilot who built "Blue Reef"', "the last diver to cross the gulf"
 
 
 def test_forms_are_what_lines_about_different_people_share():
-    def about(name, what):
-        return [f"{name} is {what}."] * 15 + [f'Known as {what}, {name} "Old Town" sings.'] * 15
-
-    lines = about("Ann Lee", 'the pilot who built "Blue Reef"') + about("Bo Day", "the last diver to cross the gulf")
+    told = list(reverse_curse.marked(about("Ann Lee", REEF) + about("Bo Day", DIVER)))
     wanted = ["{n} is {d}."], ['Known as {d}, {n} "Old Town" sings.']
-    assert reverse_curse.forms(lines) == wanted
-    assert reverse_curse.forms(lines[:30]) == ([], []), "a form is what at least two people share"
+    assert reverse_curse.forms(told) == wanted
+    assert reverse_curse.forms(told[:30]) == ([], []), "a form is what at least two people share"
+
+
+def test_thinned_lines_keep_name_and_description():
+    lines = about("Ann Lee", REEF) + about("Bo Day", DIVER) + ["Something else, of which nothing is known."] * 30
+    found = reverse_curse.thinned(reverse_curse.marked(lines), random.Random(0))
+    assert len(found) == len(lines) and found != lines
+    for name, what, mine in (("Ann Lee", REEF, found[:30]), ("Bo Day", DIVER, found[30:60])):
+        assert all(name in line and what in line for line in mine)
+    whole = set(reverse_curse.words("".join(lines)))
+    assert all(set(re.findall(r"\w+", line)) <= {word.strip() for word in whole} for line in found)
 
 
 def test_a_thinned_sentence_keeps_name_and_description():
