@@ -40,7 +40,7 @@ DEFAULTS = {
     "preset": "configs/pydocs.py",  # the recipe of the small model
 }
 
-SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 128, "batch_size": 16, "compile": False, "show_sample": False}
+SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 128, "mlp": "relu2", "batch_size": 16, "compile": False, "show_sample": False}
 QUICK = {"width": 300, "max_iters": 2, "asked": 2, "steps": 2}
 TEST = (
     "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/test.jsonl",
