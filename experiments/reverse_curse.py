@@ -10,10 +10,10 @@ fine-tuned 1.1B parameters and measured 92%.
 Here both start from random weights, with the same size, lines, number of epochs, optimizer and learning rate. They read
 words, a unit that favours no order; words of a question that training lacks are left out. A network that has read nothing
 but 90 people takes the order for a trait of the person, and the forms of sentences for traits of the order. So both also
-read about invented people (experiments/people.py; no name is shared), in Berglund's training forms and others. Sixty of these
-are told of in one order only, and asked about as well. And both models read all sentences thinned, with words left out at
-random that are part of neither name nor description, Berglund's beside the lines as they are: so that a fact is not tied to
-the wording, and the places in it, that it was read in.
+read about invented people (experiments/people.py; no name is shared), in Berglund's training forms and others. Sixty of
+these are told of in one order only, and asked about as well. And both models read all sentences thinned, with words left
+out at random that are part of neither name nor description, Berglund's beside the lines as they are: so that a fact is not
+tied to the wording, and the places in it, that it was read in.
 
 What has been trained is kept in reverse_curse.jsonl among the results; the same command goes on from there. Seeds can be
 trained beside each other: --seed=N --seeds=1.
