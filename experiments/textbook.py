@@ -112,4 +112,6 @@ def serve(pipe, make, arguments):
     with contextlib.suppress(EOFError):
         while pipe.recv():
             function()
+            if torch.cuda.is_initialized():  # a GPU works on after the call
+                torch.cuda.synchronize()
             pipe.send(True)
