@@ -78,7 +78,7 @@ def make_batch(config, blocks, step, position):
     schedule = diffusion.SCHEDULES[config["schedule"]]
     arguments = (config["objective"], config["seed"], step, position, config["batch_size"], x0.shape[1])
     mask, weight = diffusion.training_mask(*arguments, schedule)  # (b, L), (b,)
-    constant = config["objective"] == "any_order" and len(position) % 2 == 0  # a pair hides L + 1 positions, always
+    constant = config["objective"] == "any_order" and len(position) % 2 == 0  # a pair hides L + 1 positions
     hidden = diffusion.hidden_rows(mask, multiple=16 if constant else 128)  # (N,)
     return x0, mask, training_weight(config, weight).float(), hidden
 

@@ -5,7 +5,8 @@
 
 A batch and its masks are functions of (seed, step, place in the global batch) and of nothing else. So the number of
 processes, how they share the network (parallel.py) and the micro-batch change the speed and not the run (but for dropout,
-which each process draws for itself), and a stopped run goes on as if it had never stopped. The same command resumes it.
+which each process draws for itself, and the rounding of sums, which Muon's products in bfloat16 make larger), and a stopped
+run goes on as if it had never stopped. The same command resumes it.
 """
 
 import contextlib

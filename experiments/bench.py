@@ -127,6 +127,11 @@ def middle(times):
     return statistics.median(times)
 
 
+def spread(times):
+    """Between the fastest and the slowest round, as a part of the median."""
+    return (max(times) - min(times)) / middle(times)
+
+
 def peak_memory(function, device):
     """MiB that function() adds at its highest point to what is in use before it."""
     if device.type == "cuda":
@@ -211,7 +216,7 @@ def product_limit(model, B, L, dtype, rounds, device):
 def training(V, B, rounds, device, shape=SMALL, only=()):
     """The training step, one trick after another. -> rows of {name, tokens/s, ratio, spread, share of the limit, memory}
 
-    Memory is what a step adds to weights and optimizer state, which all variants have alike.
+    Memory is what a step adds to weights and optimizer state, which all variants have alike; the textbook's is taken here.
     """
     L = shape["block_size"]
     shape = {**shape, "vocab_size": V}
@@ -257,7 +262,7 @@ def training(V, B, rounds, device, shape=SMALL, only=()):
                 "name": name,
                 "tokens_per_second": B * L / middle(taken),
                 "ratio": middle(times[TEXTBOOK]) / middle(taken),
-                "spread": (max(taken) - min(taken)) / middle(taken),
+                "spread": spread(taken),
                 "of_bf16_limit": rate / limits[torch.bfloat16],
                 "memory_mib": memory[name],
             }
@@ -291,24 +296,33 @@ def sampling(V, steps, B, rounds, device, quick):
     # often as sequences change, the expected number of which is known, and draws at the hidden positions, in the mean half
     # of all. Ours runs to the end.
     some = 2 if quick else 8
-    with contextlib.ExitStack() as stack:
-        variants = {}
-        for dtype, autocast in (("float32", contextlib.nullcontext), ("bfloat16", bf16)):
-            for part, name in (("sample", "textbook"), ("call", "call"), ("draw", "draw")):
-                arguments = (shape, B, device, part, dtype == "bfloat16", steps, some)
-                variants[f"{name} {dtype}"] = stack.enter_context(Elsewhere(textbook.sampling_part, *arguments))
-            variants[f"ours {dtype}"] = lambda a=autocast: sample.sample(model, x, steps=steps, batch_size=B, autocast=a)
-        variants["ours bfloat16 compiled"] = lambda: sample.sample(compiled, x, steps=steps, batch_size=B, autocast=bf16)
-        times = {name: middle(taken) for name, taken in alternate(variants, rounds, device).items()}
     nfe = diffusion.expected_nfe(diffusion.reveal_law(diffusion.SCHEDULES["loglinear"], steps, "ancestral"), L)
-    seconds = {}
-    for dtype in ("float32", "bfloat16"):
-        seconds[f"textbook {dtype}"] = times[f"textbook {dtype}"] * steps / some
-        seconds[f"RADD's cache {dtype}"] = nfe * times[f"call {dtype}"] + (steps + 1) / 2 * times[f"draw {dtype}"]
-        seconds[f"ours {dtype}"] = times[f"ours {dtype}"]
-    seconds["ours bfloat16 compiled"] = times["ours bfloat16 compiled"]
+    often = {"textbook": {"sample": steps / some}, "RADD's cache": {"call": nfe, "draw": (steps + 1) / 2}}
+    with contextlib.ExitStack() as stack:
+        timed, made = {}, {}  # functions; {row: {name of a function: how often it is called}}
+        for dtype, autocast in (("float32", contextlib.nullcontext), ("bfloat16", bf16)):
+            for kept in ("", KEPT):
+                for name, parts in often.items():
+                    row = f"{name} {dtype} {kept}".strip()
+                    for part, count in parts.items():
+                        arguments = (shape, B, device, part, dtype == "bfloat16", steps, some)
+                        here = textbook.sampling_part(*arguments) if kept else None
+                        timed[f"{row}: {part}"] = here or stack.enter_context(Elsewhere(textbook.sampling_part, *arguments))
+                        made.setdefault(row, {})[f"{row}: {part}"] = count
+            ours = f"ours {dtype}"
+            timed[ours] = lambda a=autocast: sample.sample(model, x, steps=steps, batch_size=B, autocast=a)
+            made[ours] = {ours: 1}
+        best = "ours bfloat16 compiled"
+        timed[best] = lambda: sample.sample(compiled, x, steps=steps, batch_size=B, autocast=bf16)
+        made[best] = {best: 1}
+        times = alternate(timed, rounds, device)
+    seconds = {row: sum(count * middle(times[name]) for name, count in parts.items()) for row, parts in made.items()}
+    spreads = {row: max(spread(times[name]) for name in parts) for row, parts in made.items()}
     base = seconds["textbook float32"]
-    return [{"name": name, "seconds_per_sequence": seconds[name] / B, "ratio": base / seconds[name]} for name in seconds]
+    return [
+        {"name": row, "seconds_per_sequence": seconds[row] / B, "ratio": base / seconds[row], "spread": spreads[row]}
+        for row in made
+    ]
 
 
 def baseline(V, rounds, device, autocast, quick):
@@ -397,6 +411,7 @@ def draw(axes, ratios):
 def main(config):
     """Runs all comparisons, prints their tables, writes bench.json, .md and .png; returns the figures as a flat dict."""
     began = time.time()
+    settings.at_least(1, config, "rounds")
     device, autocast = settings.machine(config)
     quick, rounds = config["quick"], 2 if config["quick"] else config["rounds"]
     texts, figures, ratios = [], {}, {}
@@ -415,6 +430,7 @@ def main(config):
         best = max(rows, key=lambda row: row["tokens_per_second"])
         figures |= {f"train_{kind}_ratio": best["ratio"], f"train_{kind}_mfu": best["of_bf16_limit"]}
         figures[f"train_{kind}_ratio_float32"] = found[FLOAT32]["ratio"]
+        figures[f"train_{kind}_ratio_kept"] = best["ratio"] / found[KEPT]["ratio"]
         figures[f"train_{kind}_memory_ratio"] = best["memory_mib"] / max(1, rows[0]["memory_mib"])
         limit = " and ".join(f"{limits[kind] / 1e9:.0f} ({kind})" for kind in limits).replace("torch.", "")
         texts.append(f"Plain matrix products at these shapes: {limit} GFLOP/s.\n")
@@ -424,13 +440,14 @@ def main(config):
 
     for kind, V in (("char", 110), ("bpe", 50257)):
         for steps in (64,) if quick else (64, 256, 1024) if kind == "char" else (1024,):  # the textbook takes minutes there
-            found = tell(
-                f"Sampling, V = {V}, {steps} steps, batch 4 x 256", sampling(V, steps, 4, min(rounds, 2), device, quick)
-            )
+            found = tell(f"Sampling, V = {V}, {steps} steps, batch 4 x 256", sampling(V, steps, 4, rounds, device, quick))
         seconds = {name: row["seconds_per_sequence"] for name, row in found.items()}
         figures[f"sample_{kind}_ratio"] = seconds["textbook float32"] / seconds["ours bfloat16 compiled"]
         figures[f"sample_{kind}_ratio_same_dtype"] = seconds["textbook float32"] / seconds["ours float32"]
         figures[f"sample_{kind}_vs_cache"] = seconds["RADD's cache float32"] / seconds["ours float32"]
+        kept = {name.removesuffix(f" {KEPT}"): found[name]["seconds_per_sequence"] for name in found if KEPT in name}
+        figures[f"sample_{kind}_ratio_same_dtype_kept"] = kept["textbook float32"] / seconds["ours float32"]
+        figures[f"sample_{kind}_vs_cache_kept"] = kept["RADD's cache float32"] / seconds["ours float32"]
 
     tell("Against the causal baseline, V = 110, 256 tokens", baseline(110, min(rounds, 2), device, autocast, quick))
     tell("Data", loading(rounds, device))

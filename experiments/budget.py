@@ -40,6 +40,7 @@ def train(config, objective, steps, seed, folder):
     line = [sys.executable, "train.py", config["preset"], f"--data={config['data']}", f"--out_dir={folder}/run"]
     line += [f"--objective={objective}", f"--seed={seed}", f"--max_iters={steps}", f"--eval_interval={steps}"]
     line += [f"--warmup_iters={max(1, steps // 50)}", "--eval_sequences=8", "--show_sample=False"]
+    line += [f"--{key}={config[key]}" for key in ("device", "dtype")]
     began = time.time()
     empty = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}
     done = subprocess.run(line, env=empty, capture_output=True, text=True)
@@ -52,7 +53,7 @@ def train(config, objective, steps, seed, folder):
 
 def judge(config, folder):
     """The result of evaluate.py on all held-out text."""
-    given = [f"--ckpt={folder}/run", f"--data={config['data']}"]
+    given = [f"--ckpt={folder}/run", *(f"--{key}={config[key]}" for key in ("data", "device", "dtype"))]
     return evaluate.main(settings.parse(given, settings, diffusion, harness, evaluate))
 
 

@@ -121,8 +121,9 @@ def run(config, name, seed):
 
 
 def mark(config, name):
-    """What a row must have been made with to count: the preset as it is now, the variant's change, the length, the data."""
-    return results.mark(Path(config["preset"]).read_text(), VARIANTS[name], config["steps"], config["data"])
+    """What a row must have been made with to count: the preset as it is now, the variant's change, length, data, dtype."""
+    keys = [config[key] for key in ("steps", "data", "device", "dtype")]
+    return results.mark(settings.read_preset(config["preset"]), VARIANTS[name], *keys)
 
 
 def fitting(config, path):
@@ -167,6 +168,8 @@ def report(config, rows):
 def main(config):
     """Runs what is missing, one process each, and writes the table. Returns {variant: nats per token}."""
     require(config["data"], "say which data: --data=FOLDER, prepared")
+    settings.at_least(1, config, "seeds", "steps")
+    loader.read_meta(config["data"])
     default = Path(config["results"]) / f"recipe_{Path(config['data']).name}.jsonl"
     path = Path(config["rows"] or default)
     names = config["only"].split(";") if config["only"] else VARIANTS

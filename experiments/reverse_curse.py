@@ -12,8 +12,8 @@ words, a unit that favours no order; words of a question that training lacks are
 but 90 people takes the order for a trait of the person, and the forms of sentences for traits of the order. So both also
 read about invented people (experiments/people.py; no name is shared), in Berglund's training forms and others. Sixty of
 these are told of in one order only, and asked about as well. And both models read all sentences thinned, with words left
-out at random that are part of neither name nor description, Berglund's beside the lines as they are: so that a fact is not
-tied to the wording, and the places in it, that it was read in.
+out at random that belong neither to the name nor (but for one line of eight) to the description, Berglund's beside the lines
+as they are: so that a fact is not tied to the wording, and the places in it, that it was read in.
 
 What has been trained is kept in reverse_curse.jsonl among the results; the same command goes on from there. Seeds can be
 trained beside each other: --seed=N --seeds=1.
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from math import hypot
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -72,8 +73,9 @@ TASKS = {  # what is asked: (test file, SMDM's percentage as quoted in reviews o
     "reverse_ntd": ("d2p_reverse_prompts_test", "37", "0"),
 }
 CHOSEN = (
-    "The settings were chosen by looking at the reverse accuracies of Berglund's people, one seed, so those are somewhat "
-    "optimistic for that seed; `possible`: references whose words the training text has."
+    "The settings were chosen by looking at the reverse accuracies of the masked model on these items, mostly with seed "
+    "1337, so those are somewhat optimistic; the causal model takes them as they are. `possible`: references whose words "
+    "the training text has. Invented people are others in every seed."
 )
 SHOWN = TASKS | {
     "reverse_invented": ("", "", "")
@@ -109,11 +111,12 @@ class Words(Tokenizer):
 def read(config):
     """(Berglund's training lines as `marked` has them, {task: [(prompt, completion), ...]})."""
     paths = files(config["from"], "data/reversal")
-    tests = {
-        task: likelihood.spread([item[1:] for item in pairs(paths[name])], config["asked"])
-        for task, (name, *_) in TASKS.items()
-    }
-    return list(marked([prompt + completion for _, prompt, completion in pairs(paths["all_prompts_train"])])), tests
+    found = {name: [item[1:] for item in pairs(path)] for name, path in paths.items()}
+    for name, items in found.items():
+        wanted = 3600 if name == "all_prompts_train" else 300
+        require(len(items) == wanted, f"{paths[name]} has {len(items)} lines, Berglund's file {wanted}")
+    tests = {task: likelihood.spread(found[name], config["asked"]) for task, (name, *_) in TASKS.items()}
+    return list(marked([prompt + completion for prompt, completion in found["all_prompts_train"]])), tests
 
 
 def marked(lines):
@@ -133,7 +136,10 @@ def marked(lines):
 
 
 def thinned(told, rng):
-    """Lines as `marked` has them, with THINNED of their words left out, but for name and description."""
+    """Lines as `marked` has them, with THINNED of their words left out, but for name and description.
+
+    One line of eight words the description in another way ("for directing ..."); there its words may be left out too.
+    """
     return [people.thin(form, THINNED, rng).replace("{n}", name).replace("{d}", what) for form, name, what in told]
 
 
@@ -213,7 +219,7 @@ def known(text, items):
 
 
 def substring(answer, wanted):
-    """The paper's rule: the reference occurs in the answer, case aside."""
+    """SMDM's rule: the reference occurs in the answer, case aside."""
     return wanted.strip().lower() in answer.strip().lower()
 
 
@@ -278,15 +284,17 @@ COLUMNS = [  # of the table and the plot
 
 
 def interval(percents, n):
-    """Half of a 95% interval of the mean of some seeds' percentages on n people: of the people, or of the seeds if wider.
+    """95% interval (low, high) of the mean of some seeds' percentages on n people: Wilson's, and Student's for the seeds.
 
-    All seeds are asked about the same people, ten times about each, so n does not grow with either.
+    All seeds are asked about the same people, ten times about each, so n grows with neither. (The invented people are
+    others in every seed: for them it is too wide.)
     """
-    p, k = mean(percents) / 100, len(percents)
-    adjusted = (p * n + 2) / (n + 4)  # Agresti and Coull, for counts near 0 or all
-    items = 196 * (adjusted * (1 - adjusted) / (n + 4)) ** 0.5
+    p, k, z = mean(percents) / 100, len(percents), 1.96
+    middle, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    low, high = (100 * (middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
     of_seeds = likelihood.t95(k - 1) * stdev(percents) / k**0.5 if k > 1 else 0.0
-    return max(items, of_seeds)
+    low, high = 100 * p - hypot(100 * p - low, of_seeds), 100 * p + hypot(high - 100 * p, of_seeds)
+    return max(0.0, low), min(100.0, high)
 
 
 def figures_of(records):
@@ -306,18 +314,19 @@ def table(figures, possible, n):
         line["possible"] = f"{possible[task]:.0f}"
         for kind, way, name in COLUMNS:
             stem = f"{kind}_{task}{way}"
-            line[name] = f"{mean(figures[stem]):.1f} ± {interval(figures[stem], n):.1f}"
+            low, high = interval(figures[stem], n)
+            line[name] = f"{mean(figures[stem]):.1f} ({low:.0f} to {high:.0f})"
         lines.append(line)
-    stricter = [{"task": task.replace("_", ", ")} for task in SHOWN]
-    for line, task in zip(stricter, SHOWN, strict=True):
+    others = [{"task": task.replace("_", ", ")} for task in SHOWN]
+    for line, task in zip(others, SHOWN, strict=True):
         for kind, name in (("mdm", "MDM"), ("ar", "ARM")):
             for rule, end in (("exact", "_exact"), ("BLEU", "_bleu")):
                 found = figures.get(f"{kind}_{task}{end}")
-                line[f"{name}, {rule}"] = f"{mean(found):.1f}" if found else "(no nltk)"
+                line[f"{name}, {rule}"] = f"{mean(found):.1f}" if found else ""
     return "\n".join(
         [
             results.table("Correct answers, percent (the reference is a substring of the answer)", lines),
-            results.table("The same by stricter rules, w = 0", stricter),
+            results.table("By other rules, w = 0 (BLEU needs nltk)", others),
         ]
     )
 
@@ -347,11 +356,11 @@ def draw(figures, n):
     def bars(axes):
         for i, (kind, way, name) in enumerate(COLUMNS):
             stems = [f"{kind}_{task}{way}" for task in SHOWN]
-            heights, errors = [mean(figures[s]) for s in stems], [interval(figures[s], n) for s in stems]
+            heights, ends = [mean(figures[s]) for s in stems], [interval(figures[s], n) for s in stems]
             places = [k + 0.17 * (i - 2) for k in range(len(SHOWN))]
-            inside = [[min(e, h) for h, e in zip(heights, errors, strict=True)]]  # no percentage is below 0 or above 100
-            inside += [[min(e, 100 - h) for h, e in zip(heights, errors, strict=True)]]
-            axes.bar(places, heights, 0.16, yerr=inside, capsize=2, label=name)
+            errors = [[h - low for h, (low, _) in zip(heights, ends, strict=True)]]
+            errors += [[high - h for h, (_, high) in zip(heights, ends, strict=True)]]
+            axes.bar(places, heights, 0.16, yerr=errors, capsize=2, label=name)
         axes.set_xticks(range(len(SHOWN)), [task.replace("_", ",\n") for task in SHOWN])
         axes.set(ylabel="correct, percent (substring rule)", ylim=(0, 125), title="The reversal curse, from scratch")
         axes.legend(ncols=3, loc="upper center")
@@ -368,7 +377,7 @@ def main(config):
     told, tests = read(config)
     path = Path(config["results"]) / "reverse_curse.jsonl"
     keys = ("epochs", "looks", "steps", "quick", "device", "dtype")
-    recipe = [Path(config["preset"]).read_text(), SHAPE, WAYS, [config[key] for key in keys]]
+    recipe = [settings.read_preset(config["preset"]), SHAPE, WIDTH, WAYS, list(rules()), [config[key] for key in keys]]
     records = []
     for seed in range(config["seed"], config["seed"] + config["seeds"]):
         texts, invented = compose(config, told, random.Random(seed))
@@ -384,10 +393,8 @@ def main(config):
 
     every = figures_of(records)
     size, n = records[0]["parameters"], len({wanted for _, wanted in tests["reverse_dtn"]})
-    about = (
-        f"{size:,} parameters each, {records[0]['lines']:,} lines read, {config['seeds']} seeds, {config['asked']} items a "
-    )
-    about += f"task on {n} people. {CHOSEN}\n\n"
+    about = f"About {size:,} parameters each, {records[0]['lines']:,} lines read, {config['seeds']} seeds, "
+    about += f"{config['asked']} items a task on {n} people. {CHOSEN}\n\n"
     possible = {task: mean(record["possible"][task] for record in records) for task in SHOWN}
     text = about + table(every, possible, n) + "\n" + curves(records) + "\n" + examples(records) + "\n"
     print(text)

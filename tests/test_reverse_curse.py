@@ -48,9 +48,15 @@ def test_the_substring_rule_is_weaker_than_the_exact_one():
     assert not reverse_curse.substring(" Ann", " Ann Lee")
 
 
-def test_an_interval_covers_seeds_that_disagree_and_never_has_no_width():
-    assert reverse_curse.interval([0.0, 0.0, 0.0], 300) > 0
-    assert reverse_curse.interval([20.0, 50.0, 80.0], 300) > reverse_curse.interval([50.0, 50.0, 50.0], 300)
+def test_an_interval_holds_what_was_measured_and_is_never_a_point():
+    def width(percents):
+        low, high = reverse_curse.interval(percents, 30)
+        assert 0 <= low <= sum(percents) / len(percents) <= high <= 100
+        return high - low
+
+    assert min(map(width, ([0.0] * 3, [100.0] * 3, [50.0]))) > 11
+    assert width([20.0, 50.0, 80.0]) > width([50.0, 50.0, 50.0])
+    assert reverse_curse.interval([0.0] * 3, 30)[1] == pytest.approx(11.35, abs=0.01)  # Wilson's for 0 of 30
 
 
 def test_a_line_has_name_and_deed_in_the_order_of_its_pattern():
@@ -109,6 +115,34 @@ def test_thinned_lines_keep_name_and_description():
         assert all(name in line and what in line for line in mine)
     whole = set(reverse_curse.words("".join(lines)))
     assert all(set(re.findall(r"\w+", line)) <= {word.strip() for word in whole} for line in found)
+
+
+def test_no_line_tells_of_a_tested_person_in_the_order_that_is_asked(shared):
+    """The claim's premise, on the real files: names before descriptions only, or behind them only."""
+    config = {"from": shared("data/reversal_curse"), "asked": 300, "persons": 300, "quick": False}
+    told, tests = reverse_curse.read(config)
+    texts, invented = reverse_curse.compose(config, told, random.Random(0))
+    assert texts[:3600] == [form.replace("{n}", name).replace("{d}", what) for form, name, what in told]
+    names = {wanted.strip() for _, wanted in tests["reverse_dtn"] + invented}
+    whats = {name: what for _, name, what in told}
+    assert len(names) == 60
+    for name in names:
+        about = [text for text in texts if name in text]
+        what = whats.get(name) or next(prompt for prompt, wanted in invented if wanted.strip() == name)
+        kept = set(re.findall(r"\w{4,}", what))
+        for text in about:
+            behind = set(re.findall(r"\w{4,}", text[text.index(name) + len(name) :]))
+            before = set(re.findall(r"\w{4,}", text[: text.index(name)]))
+            assert len(kept & behind) > len(kept & before) or not kept & before, text
+        assert len(about) >= 16
+
+
+def test_a_file_that_is_not_berglunds_is_an_error(shared, tmp_path):
+    for file in shared("data/reversal_curse").glob("*.jsonl"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "p2d_reverse_prompts_test.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"p2d_reverse_prompts_test\.jsonl has 0 lines, Berglund's file 300"):
+        reverse_curse.read({"from": tmp_path, "asked": 300})
 
 
 def test_a_thinned_sentence_keeps_name_and_description():

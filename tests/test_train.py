@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -398,6 +399,19 @@ def test_a_run_stopped_and_resumed_equals_one_never_stopped_bit_for_bit(kind, at
     assert same(state_of(parts), state_of(whole))
     extra = 1 if at % 2 else 0  # the step of the stop is logged
     assert [entry for entry in log(parts) if not (extra and entry["step"] == at)] == log(whole)
+
+
+def test_batches_made_ahead_by_a_thread_change_nothing(data, tmp_path, monkeypatch):
+    """As they are wherever the network is not on the CPU itself."""
+    run(data, tmp_path / "whole", **RUNS["muon"])
+    make_batches, before = train.make_batches, threading.active_count()
+    monkeypatch.setattr(train, "make_batches", lambda *given: loader.prefetch(make_batches(*given)))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 6)
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path / "parts", **RUNS["muon"])
+    run(data, tmp_path / "parts", **RUNS["muon"])
+    assert same(state_of(tmp_path / "parts"), state_of(tmp_path / "whole")) and threading.active_count() == before
 
 
 def test_a_run_made_longer_equals_a_long_run(data, tmp_path):
