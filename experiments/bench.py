@@ -440,7 +440,8 @@ def main(config):
 
     for kind, V in (("char", 110), ("bpe", 50257)):
         for steps in (64,) if quick else (64, 256, 1024) if kind == "char" else (1024,):  # the textbook takes minutes there
-            found = tell(f"Sampling, V = {V}, {steps} steps, batch 4 x 256", sampling(V, steps, 4, min(rounds, 3), device, quick))
+            rows = sampling(V, steps, 4, min(rounds, 3), device, quick)
+            found = tell(f"Sampling, V = {V}, {steps} steps, batch 4 x 256", rows)
         seconds = {name: row["seconds_per_sequence"] for name, row in found.items()}
         figures[f"sample_{kind}_ratio"] = seconds["textbook float32"] / seconds["ours bfloat16 compiled"]
         figures[f"sample_{kind}_ratio_same_dtype"] = seconds["textbook float32"] / seconds["ours float32"]
