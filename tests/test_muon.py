@@ -33,7 +33,7 @@ def test_the_steps_are_those_of_torch(stack, monkeypatch):
         theirs.step()
         ours.step()
     for a, b, w in zip(*pairs, start, strict=True):
-        assert (b - a).norm() < 0.02 * (a - w).norm()  # both multiply in bfloat16
+        assert (b - a).norm() < 2e-3 * (a - w).norm()  # both multiply in bfloat16, in sums of another order
     for a, b in zip(*pairs, strict=True):
         assert torch.allclose(theirs.state[a]["momentum_buffer"], ours.state[b]["momentum_buffer"])
 
