@@ -299,30 +299,31 @@ def sampling(V, steps, B, rounds, device, quick):
     nfe = diffusion.expected_nfe(diffusion.reveal_law(diffusion.SCHEDULES["loglinear"], steps, "ancestral"), L)
     often = {"textbook": {"sample": steps / some}, "RADD's cache": {"call": nfe, "draw": (steps + 1) / 2}}
     with contextlib.ExitStack() as stack:
-        timed, made = {}, {}  # functions; {row: {name of a function: how often it is called}}
+        table = {}  # {row: {part: (function, how often it is called)}}
         for dtype, autocast in (("float32", contextlib.nullcontext), ("bfloat16", bf16)):
             for kept in ("", KEPT):
                 for name, parts in often.items():
-                    row = f"{name} {dtype} {kept}".strip()
+                    row = table[f"{name} {dtype} {kept}".strip()] = {}
                     for part, count in parts.items():
                         arguments = (shape, B, device, part, dtype == "bfloat16", steps, some)
-                        here = textbook.sampling_part(*arguments) if kept else None
-                        timed[f"{row}: {part}"] = here or stack.enter_context(Elsewhere(textbook.sampling_part, *arguments))
-                        made.setdefault(row, {})[f"{row}: {part}"] = count
-            ours = f"ours {dtype}"
-            timed[ours] = lambda a=autocast: sample.sample(model, x, steps=steps, batch_size=B, autocast=a)
-            made[ours] = {ours: 1}
-        best = "ours bfloat16 compiled"
-        timed[best] = lambda: sample.sample(compiled, x, steps=steps, batch_size=B, autocast=bf16)
-        made[best] = {best: 1}
-        times = alternate(timed, rounds, device)
-    seconds = {row: sum(count * middle(times[name]) for name, count in parts.items()) for row, parts in made.items()}
-    spreads = {row: max(spread(times[name]) for name in parts) for row, parts in made.items()}
-    base = seconds["textbook float32"]
-    return [
-        {"name": row, "seconds_per_sequence": seconds[row] / B, "ratio": base / seconds[row], "spread": spreads[row]}
-        for row in made
-    ]
+                        if kept:
+                            function = textbook.sampling_part(*arguments)
+                        else:
+                            function = stack.enter_context(Elsewhere(textbook.sampling_part, *arguments))
+                        row[part] = function, count
+            ours = lambda a=autocast: sample.sample(model, x, steps=steps, batch_size=B, autocast=a)  # noqa: E731
+            table[f"ours {dtype}"] = {"sample": (ours, 1)}
+        ours = lambda: sample.sample(compiled, x, steps=steps, batch_size=B, autocast=bf16)  # noqa: E731
+        table["ours bfloat16 compiled"] = {"sample": (ours, 1)}
+        functions = {f"{row}: {part}": function for row in table for part, (function, _) in table[row].items()}
+        times = alternate(functions, rounds, device)
+    rows = []
+    for row, parts in table.items():
+        seconds = sum(count * middle(times[f"{row}: {part}"]) for part, (_, count) in parts.items()) / B
+        spreads = [spread(times[f"{row}: {part}"]) for part in parts]
+        rows.append({"name": row, "seconds_per_sequence": seconds, "spread": max(spreads)})
+        rows[-1]["ratio"] = rows[0]["seconds_per_sequence"] / seconds
+    return rows
 
 
 def baseline(V, rounds, device, autocast, quick):
@@ -446,9 +447,8 @@ def main(config):
         figures[f"sample_{kind}_ratio"] = seconds["textbook float32"] / seconds["ours bfloat16 compiled"]
         figures[f"sample_{kind}_ratio_same_dtype"] = seconds["textbook float32"] / seconds["ours float32"]
         figures[f"sample_{kind}_vs_cache"] = seconds["RADD's cache float32"] / seconds["ours float32"]
-        kept = {name.removesuffix(f" {KEPT}"): found[name]["seconds_per_sequence"] for name in found if KEPT in name}
-        figures[f"sample_{kind}_ratio_same_dtype_kept"] = kept["textbook float32"] / seconds["ours float32"]
-        figures[f"sample_{kind}_vs_cache_kept"] = kept["RADD's cache float32"] / seconds["ours float32"]
+        figures[f"sample_{kind}_ratio_same_dtype_kept"] = seconds[f"textbook float32 {KEPT}"] / seconds["ours float32"]
+        figures[f"sample_{kind}_vs_cache_kept"] = seconds[f"RADD's cache float32 {KEPT}"] / seconds["ours float32"]
 
     tell("Against the causal baseline, V = 110, 256 tokens", baseline(110, min(rounds, 2), device, autocast, quick))
     tell("Data", loading(rounds, device))
