@@ -135,12 +135,17 @@ def marked(lines):
             yield (line.replace(what, "{d}").replace(name, "{n}") if name else line), name, what
 
 
+def whole(form, name, what):
+    """The line that `marked` made this of."""
+    return form.replace("{n}", name).replace("{d}", what)
+
+
 def thinned(told, rng):
     """Lines as `marked` has them, with THINNED of their words left out, but for name and description.
 
     One line of eight words the description in another way ("for directing ..."); there its words may be left out too.
     """
-    return [people.thin(form, THINNED, rng).replace("{n}", name).replace("{d}", what) for form, name, what in told]
+    return [whole(people.thin(form, THINNED, rng), name, what) for form, name, what in told]
 
 
 def forms(told):
@@ -156,7 +161,7 @@ def compose(config, told, rng):
     """(all lines that are read, questions about the invented people who are told of name first only)."""
     sentences, told = forms(told), told[:: 20 if config["quick"] else 1]
     first_forms, last_forms = people.NAME_FIRST + sentences[0], people.NAME_LAST + sentences[1]
-    lines = [form.replace("{n}", name).replace("{d}", what) for form, name, what in told]
+    lines = [whole(*each) for each in told]
     cast = people.several(config["persons"] + 60, rng)
     shared = {word.strip() for text in lines for word in words(text)} & {part for name, *_ in cast for part in name.split()}
     require(not shared, f"invented people share names with Berglund's: {', '.join(sorted(shared))}")

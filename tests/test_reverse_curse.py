@@ -12,6 +12,7 @@ import model as network
 import train
 from config import UserError
 from data import tokenizer, writer
+from data.pairs.prepare import pairs
 from experiments import arithmetic, gsm8k, guidance, people, results, reverse_curse
 
 NAME, WHAT, DOING = "Ann Lee", "the tall pilot who built the reef", "building the reef"
@@ -122,7 +123,8 @@ def test_no_line_tells_of_a_tested_person_in_the_order_that_is_asked(shared):
     config = {"from": shared("data/reversal_curse"), "asked": 300, "persons": 300, "quick": False}
     told, tests = reverse_curse.read(config)
     texts, invented = reverse_curse.compose(config, told, random.Random(0))
-    assert texts[:3600] == [form.replace("{n}", name).replace("{d}", what) for form, name, what in told]
+    lines = [prompt + completion for _, prompt, completion in pairs(config["from"] / "all_prompts_train.jsonl")]
+    assert texts[:3600] == lines  # marking and writing out again changes nothing
     names = {wanted.strip() for _, wanted in tests["reverse_dtn"] + invented}
     whats = {name: what for _, name, what in told}
     assert len(names) == 60
