@@ -128,24 +128,41 @@ class Block(nn.Module):
 
     def forward(self, h, cos, sin, rows=None, cache=None):  # (B, L, D) -> (B, L, D), or (N, D) where rows (N,) are given
         B, L, D = h.shape
-        q, k, v = self.qkv(self.norm1(h)).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
-        if self.qk_norm:
-            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:
-            k, v = cache.append(k, v)  # (B, H, L so far, d) each
-        if rows is not None and len(rows) <= 2 * B and not self.causal:
-            # Few are wanted, and each asks its own sequence alone. Keys and values are copied for every one of them, so with
-            # more than about two a sequence it is cheaper to ask for all positions.
-            q = q.transpose(1, 2).flatten(0, 1)[rows].unsqueeze(2)  # (N, H, 1, d)
-            y = attend(q, k[rows // L], v[rows // L], False).flatten(1)  # (N, D)
-            h = h.flatten(0, 1)[rows]  # (N, D)
+        if rows is not None and not self.causal:
+            h, y = self.attend_from(rows, h, cos, sin)  # (N, D) each
         else:
+            q, k, v = self.qkv(self.norm1(h)).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
+            q, k = self.place(q, cos, sin), self.place(k, cos, sin)
+            if cache is not None:
+                k, v = cache.append(k, v)  # (B, H, L so far, d) each
             y = attend(q, k, v, self.causal).transpose(1, 2).reshape(B, L, D)  # (B, L, D)
-            if rows is not None:  # every position was read above; from here on a row depends on itself alone
+            if rows is not None:
                 h, y = h.flatten(0, 1)[rows], y.flatten(0, 1)[rows]  # (N, D) each
         h = h + self.drop(self.proj(y))
         return h + self.drop(self.mlp(self.norm2(h)))
+
+    def place(self, z, cos, sin):
+        """Queries or keys (..., d), normalised if they are to be, and told where they stand."""
+        return rotate(F.rms_norm(z, z.shape[-1:]) if self.qk_norm else z, cos, sin)
+
+    def attend_from(self, rows, h, cos, sin):
+        """(the wanted rows of h (B, L, D), what attention brings them), (N, D) each, for rows (N,), all different.
+
+        Every position is read, as key and value. Queries are made for the wanted rows alone.
+        """
+        B, L, D = h.shape
+        to_q, to_kv = self.qkv.weight.split([D, 2 * D])
+        k, v = F.linear(self.norm1(h), to_kv).view(B, L, 2, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
+        h = h.flatten(0, 1)[rows]  # (N, D)
+        q = F.linear(self.norm1(h), to_q).view(-1, self.n_head, k.shape[-1])  # (N, H, d)
+        q, k = self.place(q, cos[rows % L, None], sin[rows % L, None]), self.place(k, cos, sin)
+        if len(rows) <= 2 * B:
+            # Each asks its own sequence alone. Keys and values are copied for every one of them, so with more than about
+            # two a sequence it is cheaper to let the other positions ask for nothing.
+            return h, attend(q.unsqueeze(2), k[rows // L], v[rows // L], False).flatten(1)
+        everywhere = q.new_zeros(B * L, *q.shape[1:]).index_copy(0, rows, q)  # (B*L, H, d)
+        q = everywhere.view(B, L, *q.shape[1:]).transpose(1, 2)  # (B, H, L, d)
+        return h, attend(q, k, v, False).transpose(1, 2).reshape(B * L, D)[rows]
 
 
 class Cache:
@@ -203,8 +220,7 @@ class Transformer(nn.Module):
     def hidden(self, x, rows=None, cache=None):
         """The last layer, normed: x (B, L) -> (B, L, D); with rows (N,), flat indices into B*L, only those: (N, D).
 
-        The last block's output projection, MLP and norm (and, where few are wanted, attention) work on the wanted rows
-        alone, which changes no result.
+        In the last block all but keys and values are made for the wanted rows alone, which changes no result.
         `cache`, a list of one Cache a block, makes a causal network go on from the positions that the cache holds.
         """
         start = cache[0].n if cache else 0
@@ -238,14 +254,16 @@ class Transformer(nn.Module):
     def flops_per_token(self, L, head_share=1.0):
         """Multiply-adds x 2 of matrix products in one forward pass, per token of a sequence of L.
 
-        head_share: the part of the positions whose row leaves the last block (hidden ones); their output projection, MLP
-        and head are counted, the others' are not. Training costs three times this (arXiv 2204.02311, appendix B).
+        head_share: the part of the positions whose row leaves the last block (hidden ones); their query, output projection,
+        MLP and head are counted, the others' are not. Training costs three times this (arXiv 2204.02311, appendix B).
         """
         D, n_layer = self.config["n_embd"], self.config["n_layer"]
         block = self.blocks[0]
         tail = block.proj.weight.numel() + sum(p.numel() for p in block.mlp.parameters() if p.dim() == 2)
+        query = 0 if self.config["causal"] else D * D
         attention = 2 * L * D // (2 if self.config["causal"] else 1)
-        products = n_layer * (block.qkv.weight.numel() + attention) + (n_layer - 1 + head_share) * tail
+        everywhere = block.qkv.weight.numel() - query + attention
+        products = n_layer * everywhere + (n_layer - 1 + head_share) * (query + tail)
         return 2 * (products + head_share * self.vocab_size * D)
 
 

@@ -7,7 +7,7 @@ speed drifts slows all of them. What they are measured against is this machine's
 model. Textbook code runs in processes of its own, which the C library gives and takes memory as it likes; all else, the
 products too, in this one, which keeps freed memory (config.keep_memory).
 Utilisation is 3 * Transformer.flops_per_token * tokens / seconds / limit: forward and backward products of a step with half
-of the positions predicted. The few queries of the last layer that are not needed count as if they were.
+of the positions predicted. Attention of the last layer counts for all positions, though half of them ask for nothing.
 """
 
 import contextlib
@@ -235,7 +235,7 @@ def training(V, B, rounds, device, shape=SMALL, only=()):
         KEPT: (textbook.loss, plain, none),
         "+ head on hidden rows only": (gathered_loss(early), plain, none),
         "+ attention by SDPA": (gathered_loss(whole), plain, none),
-        "+ MLP of the last block on hidden rows only": (gathered_loss(late), plain, none),
+        "+ last block on hidden rows only": (gathered_loss(late), plain, none),
         "+ head and cross-entropy in chunks, gradient at once": (our_loss, plain, none),
         FLOAT32: (our_loss, fused, none),
         "+ bfloat16 (attention by SDPA)": (our_loss, fused, bf16),
@@ -285,6 +285,7 @@ def with_attention(attend, step):
 
 def sampling(V, steps, B, rounds, device, quick):
     """Seconds a sequence of the textbook sampler, RADD's cache and ours, in float32 and bfloat16. -> rows"""
+    torch.compiler.reset()  # or the networks sampled before count towards how often one function may be compiled
     shape = {**SMALL, "vocab_size": V}
     model = network.Transformer({**network.DEFAULTS, **shape}).to(device).eval()
     compiled = copy.deepcopy(model)
