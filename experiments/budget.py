@@ -3,8 +3,9 @@
     python -m data.shakespeare.prepare && python -m experiments.budget            needs a machine that does nothing else
 
 The clock runs from the start of `python train.py` to its end, with imports, compilation (into an empty cache) and the last
-save. How many steps fit is found by a rehearsal of each model first, because the learning rate must know its end. Then the
-whole held-out part is judged: the bound for the masked diffusion model, the exact value for the causal one.
+save. How many steps fit must be known first, because the learning rate must know its end: by a rehearsal for the first run
+of each model, by the run before for each other. Then the whole held-out part is judged: the bound for the masked diffusion
+model, the exact value for the causal one.
 """
 
 import os
@@ -28,7 +29,7 @@ DEFAULTS = {
     "data": "data/shakespeare",  # a prepared folder
     "minutes": 3.0,  # of wall time for one run
     "seeds": 3,  # runs of each model: seed, seed + 1, ...
-    "rehearsal": 250,  # steps of the run that measures the speed
+    "rehearsal": 250,  # steps of the run that measures the speed first
 }
 
 MODELS = {"masked diffusion": "any_order", "causal": "ar"}
@@ -36,7 +37,7 @@ SPARE = 0.93  # the part of the time that is planned for: speed varies by some p
 
 
 def train(config, objective, steps, seed, folder):
-    """Trains in a process of its own. -> (seconds in all, seconds of a step once compiled)"""
+    """Trains in a process of its own. -> (seconds beside its steps, seconds of a step once compiled)"""
     line = [sys.executable, "train.py", config["preset"], f"--data={config['data']}", f"--out_dir={folder}/run"]
     line += [f"--objective={objective}", f"--seed={seed}", f"--max_iters={steps}", f"--eval_interval={steps}"]
     line += [f"--warmup_iters={max(1, steps // 50)}", "--eval_sequences=8", "--show_sample=False"]
@@ -48,7 +49,8 @@ def train(config, objective, steps, seed, folder):
     settings.require(done.returncode == 0, f"{objective}: training has failed: {done.stderr.strip()[-500:]}")
     steady = [entry for entry in results.kept(Path(folder, "run/log.jsonl")) if "tokens_per_second" in entry]
     tokens = steady[0]["tokens"] / steady[0]["step"]
-    return seconds, tokens / statistics.median(entry["tokens_per_second"] for entry in steady[len(steady) // 2 :])
+    step = tokens / statistics.median(entry["tokens_per_second"] for entry in steady[len(steady) // 2 :])
+    return seconds - steps * step, step
 
 
 def judge(config, folder):
@@ -64,24 +66,24 @@ def main(config):
     began, lines, figures = time.time(), [], {}
     for name, objective in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
-            whole, step = train(config, objective, config["rehearsal"], config["seed"], folder)
-        start = whole - config["rehearsal"] * step
-        steps = int((SPARE * 60 * config["minutes"] - start) / step)
-        settings.require(steps > 0, f"minutes must be more than the {start / 60:.1f} that {name} takes to start")
+            start, step = train(config, objective, config["rehearsal"], config["seed"], folder)
         found = []
         for seed in range(config["seed"], config["seed"] + config["seeds"]):
+            steps = int((SPARE * 60 * config["minutes"] - start) / step)
+            settings.require(steps > 0, f"minutes must be more than the {start / 60:.1f} that {name} takes to start")
             with tempfile.TemporaryDirectory() as folder:
-                seconds, _ = train(config, objective, steps, seed, folder)
+                start, step = train(config, objective, steps, seed, folder)
                 result = judge(config, folder)
-            line = {"model": name, "seed": str(seed), "steps": steps, "seconds": seconds}
+            line = {"model": name, "seed": str(seed), "steps": steps, "seconds": start + steps * step}
             lines.append(line | {key: result[key] for key in ("nats_per_token", "draw_half", "standard_error")})
             found.append(lines[-1])
             print(lines[-1], flush=True)
         nats = [line["nats_per_token"] for line in found]
-        mean = {"nats_per_token": statistics.mean(nats), "seconds": max(line["seconds"] for line in found)}
+        mean = {"steps": statistics.mean(line["steps"] for line in found)}
+        mean |= {"seconds": max(line["seconds"] for line in found), "nats_per_token": statistics.mean(nats)}
         figures |= {f"{objective}_{key}": value for key, value in mean.items()}
-        figures |= {f"{objective}_steps": steps, f"{objective}_spread": max(nats) - min(nats)}
-        lines.append({"model": name, "seed": "mean", "steps": steps} | mean | {"draw_half": "", "standard_error": ""})
+        figures[f"{objective}_spread"] = max(nats) - min(nats)
+        lines.append({"model": name, "seed": "mean"} | mean | {"draw_half": "", "standard_error": ""})
     formats = {"nats_per_token": "{:.4f}", "draw_half": "{:.4f}", "standard_error": "{:.4f}", "seconds": "{:.1f}"}
     title = f"Nats per token of {config['data']} after {config['minutes']:g} minutes (seconds: the mean's is the longest)"
     text = results.table(title, [{key: line[key] for key in lines[0]} for line in lines], formats)

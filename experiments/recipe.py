@@ -33,7 +33,7 @@ DEFAULTS = {
     "only": "",  # the variants wanted, separated by ; (empty: all); a single one runs in this process, without a table
     "steps": 500,  # of the base; the others get as many as cost the same
     "seeds": 1,  # how many seeds (1337, 1338, ...) each variant gets
-    "rows": "",  # a .jsonl file that keeps what has run; empty: recipe_DATA.jsonl among the results
+    "rows": "",  # a .jsonl file that keeps what has run; empty: recipe_DATA_STEPS.jsonl among the results
 }
 
 BASE = "base"
@@ -131,8 +131,13 @@ def fitting(config, path):
     return [row for row in results.kept(path) if row["name"] in VARIANTS and row.get("mark") == mark(config, row["name"])]
 
 
+def named(config):
+    """Results of one text after one length of run stand beside those of others."""
+    return f"recipe_{Path(config['data']).name}_{config['steps']}"
+
+
 def report(config, rows):
-    """Writes recipe.json, .md and .png from the rows, best first."""
+    """Writes NAME.json, .md and .png from the rows, best first."""
     means = {}
     for row in rows:
         means.setdefault(row["name"], []).append(row)
@@ -160,8 +165,7 @@ def report(config, rows):
         axes.axvline(0, color="black", linewidth=0.8)
         axes.tick_params(axis="y", labelsize=7)
 
-    name = "recipe_" + Path(config["data"]).name
-    results.write(config, name, figures | results.about(torch.device("cpu")), text, draw, "recipe")
+    results.write(config, named(config), figures | results.about(torch.device("cpu")), text, draw, "recipe")
     return figures
 
 
@@ -170,8 +174,7 @@ def main(config):
     require(config["data"], "say which data: --data=FOLDER, prepared")
     settings.at_least(1, config, "seeds", "steps")
     loader.read_meta(config["data"])
-    default = Path(config["results"]) / f"recipe_{Path(config['data']).name}.jsonl"
-    path = Path(config["rows"] or default)
+    path = Path(config["rows"] or Path(config["results"]) / f"{named(config)}.jsonl")
     names = config["only"].split(";") if config["only"] else VARIANTS
     for name in names:
         choose("only", name, VARIANTS)
