@@ -1,0 +1,80 @@
+"""The screening of recipes: the same arithmetic for all, draws as they are said to be, and nothing is run twice."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+import config as settings
+import diffusion
+from data import tokenizer, writer
+from experiments import recipe, results
+
+
+@pytest.fixture
+def given(tmp_path, monkeypatch):
+    """The command line of a screening of a tiny preset on a tiny text."""
+    text = "to be or not to be, that is the question. " * 200
+    writer.prepare(tmp_path / "data", [("train", text), ("val", text[:420])], tokenizer.build("char", [text]))
+    preset = tmp_path / "preset.py"
+    keys = {"n_layer": 1, "n_head": 1, "n_embd": 32, "block_size": 32, "batch_size": 8, "compile": False}
+    preset.write_text(str(keys | {"objective": "any_order", "optimizer": "muon", "learning_rate": 0.01}))
+    keys = {"preset": preset, "data": tmp_path / "data", "results": tmp_path, "steps": 30}
+    line = [f"--{key}={value}" for key, value in keys.items()]
+    monkeypatch.setattr(sys, "argv", ["recipe.py", *line, "--only=base;AdamW, learning rate 1e-3"])
+    return line
+
+
+def parse(line):
+    return settings.parse(line, settings, results, recipe)
+
+
+@pytest.mark.parametrize("name", recipe.VARIANTS)
+def test_every_variant_costs_what_the_base_costs_up_to_one_step(name, given):
+    config = parse(["--preset=configs/pydocs.py", *given[1:]])
+    base, mine = (recipe.settings_of(config, each, 7) for each in (recipe.BASE, name))
+    assert base["max_iters"] == 30 and mine["seed"] == 7 and mine["data"] == config["data"]
+    cost = mine["max_iters"] * recipe.step_flops(mine)
+    assert abs(cost - 30 * recipe.step_flops(base)) <= recipe.step_flops(mine) / 2
+    assert {key for key in mine if mine[key] != base[key]} <= {
+        *recipe.VARIANTS[name],
+        "max_iters",
+        "eval_interval",
+        "warmup_iters",
+    }
+
+
+def test_independent_draws_are_uniform_not_stratified_and_end_with_the_block():
+    B, step = 8, 3
+    draw = lambda step: diffusion.training_mask("lambda_dce", 0, step, range(B), B, 4)[1].reciprocal()  # noqa: E731
+    stratum = lambda u: (u * B).ceil().sort().values.tolist()  # noqa: E731
+    assert stratum(draw(step)) == list(range(1, B + 1))
+    with recipe.independent_draws(True):
+        lam = torch.cat([draw(step) for step in range(400)])  # (3200,)
+        assert sum(stratum(draw(step)) == list(range(1, B + 1)) for step in range(100)) < 10, "chance: 1 in 416"
+    assert lam.min() > 0 and lam.max() <= 1 and len(lam.unique()) == len(lam)
+    for moment in (1, 2, 3):
+        assert abs(lam.pow(moment).mean() - 1 / (moment + 1)) < 4 * 0.3 / 3200**0.5
+    assert stratum(draw(step)) == list(range(1, B + 1))
+
+
+def test_a_screening_runs_what_is_missing_ranks_it_and_does_not_run_it_again(given, tmp_path, capsys):
+    figures = recipe.main(parse([*given, "--only=base;AdamW, learning rate 1e-3"]))
+    rows = results.kept(tmp_path / "recipe_data_30.jsonl")
+    assert [(row["name"], row["steps"]) for row in rows] == [("base", 30), ("AdamW, learning rate 1e-3", 30)]
+    assert figures == {row["name"]: row["nats_per_token"] for row in rows}
+    assert figures["base"] < figures["AdamW, learning rate 1e-3"], "a learning rate ten times higher shows in 30 steps"
+    lines = (tmp_path / "recipe_data_30.md").read_text().splitlines()[-2:]
+    assert lines[0].startswith("| base | 1 | 30 |") and lines[1].startswith("| AdamW")
+    assert json.loads((tmp_path / "recipe_data_30.json").read_text()).items() >= figures.items()
+
+    assert recipe.main(parse([*given, "--only=base;AdamW, learning rate 1e-3"])) == figures
+    assert len(results.kept(tmp_path / "recipe_data_30.jsonl")) == 2
+    other = parse([*given, "--steps=31", f"--rows={tmp_path}/recipe_data_30.jsonl"])
+    assert recipe.fitting(other, tmp_path / "recipe_data_30.jsonl") == [], "rows of another length do not count"
+
+
+def test_a_variant_that_is_not_there_is_one_line(given):
+    with pytest.raises(settings.UserError, match=r"only.*batch 16"):
+        recipe.main(parse([*given, "--only=batch 17"]))
