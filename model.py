@@ -271,8 +271,12 @@ class Transformer(nn.Module):
 # ---- The head and its loss -------------------------------------------------------------------------------------------
 
 
-def head_loss(h, head_weight, head_bias, target, row_weight, normalised=True, chunk=256):
-    """(sum of row_weight * CE, CE (N,) without gradient) for h (N, D) and target (N,), `chunk` rows at a time."""
+def head_loss(h, head_weight, head_bias, target, row_weight, normalised=True, chunk=0):
+    """(sum of row_weight * CE, CE (N,) without gradient) for h (N, D) and target (N,).
+
+    `chunk` rows at a time; 0: 256, or as many as have four million logits, since small products are slow.
+    """
+    chunk = chunk or max(256, 2**22 // len(head_weight))
     if torch.is_grad_enabled():
         return HeadLoss.apply(h, head_weight, head_bias, target, row_weight, normalised, chunk)
     pieces = zip(h.split(chunk), target.split(chunk), row_weight.split(chunk), strict=True)

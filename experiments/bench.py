@@ -42,7 +42,7 @@ DEFAULTS = {
 
 TEXTBOOK = "textbook: float32, all logits, log_softmax, plain AdamW"
 KEPT = "+ freed memory kept"
-FLOAT32 = "+ fused AdamW"  # the last variant without bfloat16
+FLOAT32 = "+ fused AdamW, compiled without bfloat16"
 SMALL = {"n_layer": 6, "n_head": 4, "n_embd": 256, "block_size": 256, "norm": "rms", "mlp": "relu2", "bias": False}
 SMALL |= {"qk_norm": True}
 RADD_SMALL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "unused_rows": 1}
@@ -237,7 +237,8 @@ def training(V, B, rounds, device, shape=SMALL, only=()):
         "+ attention by SDPA": (gathered_loss(whole), plain, none),
         "+ last block on hidden rows only": (gathered_loss(late), plain, none),
         "+ head and cross-entropy in chunks, gradient at once": (our_loss, plain, none),
-        FLOAT32: (our_loss, fused, none),
+        "+ fused AdamW": (our_loss, fused, none),
+        FLOAT32: (None, fused, none, compiled),
         "+ bfloat16 (attention by SDPA)": (our_loss, fused, bf16),
         "+ attention by what is fastest here": (our_loss, fused, bf16),
         "+ compile": (None, fused, bf16, compiled),
