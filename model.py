@@ -68,8 +68,9 @@ def attend(q, k, v, causal):
     """Softmax attention. q (B, H, Lq, d), k and v (B, H, Lk, d) -> (B, H, Lq, d); causal counts from the end of k."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         # The fused kernel in bfloat16 is about three times slower on a CPU than its two products written out. The scale is
-        # taken into q: torch.compile has a form of its own for the softmax of a scaled table, which takes 1.6 times as long.
-        score = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).float()  # (B, H, Lq, Lk)
+        # taken into q (which rounds it once more, unless the scale is a power of two): torch.compile has a form of its own
+        # for the softmax of a scaled table, which takes 1.6 times as long.
+        score = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).float()  # (B, H, Lq, Lk)
         if causal and q.shape[2] > 1:
             hide = torch.ones(score.shape[-2:], dtype=torch.bool, device=q.device).triu(1 + k.shape[2] - q.shape[2])
             score = score.masked_fill(hide, -torch.inf)
@@ -81,8 +82,8 @@ def attend(q, k, v, causal):
 
 
 def rotate(z, cos, sin):
-    """Rotary position embedding (arXiv 2104.09864) on half-split pairs (i, i + d/2). z (B, H, L, d); cos, sin (L, d/2)."""
-    a, b = z.chunk(2, dim=-1)  # (B, H, L, d/2) each
+    """Rotary position embedding (arXiv 2104.09864) on half-split pairs (i, i + d/2) of z (..., d); cos, sin (..., d/2)."""
+    a, b = z.chunk(2, dim=-1)  # (..., d/2) each
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(z.dtype)
 
 
@@ -129,16 +130,17 @@ class Block(nn.Module):
 
     def forward(self, h, cos, sin, rows=None, cache=None):  # (B, L, D) -> (B, L, D), or (N, D) where rows (N,) are given
         B, L, D = h.shape
+        z = self.norm1(h)  # (B, L, D)
         if rows is not None and not self.causal:
-            h, y = self.attend_from(rows, h, cos, sin)  # (N, D) each
+            y = self.attend_from(rows, z, cos, sin)  # (N, D)
         else:
-            q, k, v = self.qkv(self.norm1(h)).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
+            q, k, v = self.qkv(z).view(B, L, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
             q, k = self.place(q, cos, sin), self.place(k, cos, sin)
             if cache is not None:
                 k, v = cache.append(k, v)  # (B, H, L so far, d) each
             y = attend(q, k, v, self.causal).transpose(1, 2).reshape(B, L, D)  # (B, L, D)
-            if rows is not None:
-                h, y = h.flatten(0, 1)[rows], y.flatten(0, 1)[rows]  # (N, D) each
+            y = y if rows is None else y.flatten(0, 1)[rows]  # (N, D)
+        h = h if rows is None else h.flatten(0, 1)[rows]  # (N, D): from here on a row depends on itself alone
         h = h + self.drop(self.proj(y))
         return h + self.drop(self.mlp(self.norm2(h)))
 
@@ -146,24 +148,20 @@ class Block(nn.Module):
         """Queries or keys (..., d), normalised if they are to be, and told where they stand."""
         return rotate(F.rms_norm(z, z.shape[-1:]) if self.qk_norm else z, cos, sin)
 
-    def attend_from(self, rows, h, cos, sin):
-        """(the wanted rows of h (B, L, D), what attention brings them), (N, D) each, for rows (N,), all different.
-
-        Every position is read, as key and value. Queries are made for the wanted rows alone.
-        """
-        B, L, D = h.shape
+    def attend_from(self, rows, z, cos, sin):
+        """What the wanted rows (N,) of z (B, L, D) read: (N, D). All positions have keys and values, these alone queries."""
+        B, L, D = z.shape
         to_q, to_kv = self.qkv.weight.split([D, 2 * D])
-        k, v = F.linear(self.norm1(h), to_kv).view(B, L, 2, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
-        h = h.flatten(0, 1)[rows]  # (N, D)
-        q = F.linear(self.norm1(h), to_q).view(-1, self.n_head, k.shape[-1])  # (N, H, d)
+        k, v = F.linear(z, to_kv).view(B, L, 2, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
+        q = F.linear(z.flatten(0, 1)[rows], to_q).view(-1, self.n_head, k.shape[-1])  # (N, H, d)
         q, k = self.place(q, cos[rows % L, None], sin[rows % L, None]), self.place(k, cos, sin)
-        if len(rows) <= 2 * B:
-            # Each asks its own sequence alone. Keys and values are copied for every one of them, so with more than about
-            # two a sequence it is cheaper to let the other positions ask for nothing.
-            return h, attend(q.unsqueeze(2), k[rows // L], v[rows // L], False).flatten(1)
-        everywhere = q.new_zeros(B * L, *q.shape[1:]).index_copy(0, rows, q)  # (B*L, H, d)
-        q = everywhere.view(B, L, *q.shape[1:]).transpose(1, 2)  # (B, H, L, d)
-        return h, attend(q, k, v, False).transpose(1, 2).reshape(B * L, D)[rows]
+        if len(rows) <= 2 * B:  # each asks its own sequence alone, of which it gets a copy
+            return attend(q.unsqueeze(2), k[rows // L], v[rows // L], False).flatten(1)
+        # With more than about two a sequence copies cost more than a table of all positions, in which the others ask with
+        # zeros and are not listened to.
+        table = q.new_zeros(B * L, *q.shape[1:]).index_copy(0, rows, q)  # (B*L, H, d)
+        y = attend(table.view(B, L, *q.shape[1:]).transpose(1, 2), k, v, False)  # (B, H, L, d)
+        return y.transpose(1, 2).reshape(B * L, D)[rows]
 
 
 class Cache:
@@ -219,9 +217,10 @@ class Transformer(nn.Module):
                 yield name, torch.full(parameter.shape, float("norm" in name and name.endswith("weight")))
 
     def hidden(self, x, rows=None, cache=None):
-        """The last layer, normed: x (B, L) -> (B, L, D); with rows (N,), flat indices into B*L, only those: (N, D).
+        """The last layer, normed: x (B, L) -> (B, L, D); with rows (N,), different flat indices into B*L, those: (N, D).
 
-        In the last block all but keys and values are made for the wanted rows alone, which changes no result.
+        In the last block all but keys and values (causal: but attention) is made for the wanted rows alone, which changes
+        no result.
         `cache`, a list of one Cache a block, makes a causal network go on from the positions that the cache holds.
         """
         start = cache[0].n if cache else 0
@@ -255,8 +254,9 @@ class Transformer(nn.Module):
     def flops_per_token(self, L, head_share=1.0):
         """Multiply-adds x 2 of matrix products in one forward pass, per token of a sequence of L.
 
-        head_share: the part of the positions whose row leaves the last block (hidden ones); their query, output projection,
-        MLP and head are counted, the others' are not. Training costs three times this (arXiv 2204.02311, appendix B).
+        head_share: the part of the positions whose row leaves the last block (hidden ones, more than two a sequence); their
+        output projection, MLP and head (and query, unless causal) are counted, the others' are not, but the attention of all
+        is. Training costs three times this (arXiv 2204.02311, appendix B).
         """
         D, n_layer = self.config["n_embd"], self.config["n_layer"]
         block = self.blocks[0]
@@ -274,14 +274,19 @@ class Transformer(nn.Module):
 def head_loss(h, head_weight, head_bias, target, row_weight, normalised=True, chunk=0):
     """(sum of row_weight * CE, CE (N,) without gradient) for h (N, D) and target (N,).
 
-    `chunk` rows at a time; 0: 256, or as many as have four million logits, since small products are slow.
+    `chunk` rows at a time; 0: head_chunk.
     """
-    chunk = chunk or max(256, 2**22 // len(head_weight))
+    chunk = chunk or head_chunk(len(head_weight))
     if torch.is_grad_enabled():
         return HeadLoss.apply(h, head_weight, head_bias, target, row_weight, normalised, chunk)
     pieces = zip(h.split(chunk), target.split(chunk), row_weight.split(chunk), strict=True)
     ce = torch.cat([row_loss(F.linear(a, head_weight, head_bias), b, c, normalised)[0] for a, b, c in pieces])  # (N,)
     return (row_weight * ce).sum(), ce
+
+
+def head_chunk(V):
+    """Rows that pass the head together: 256, or, where that is more, as many as have four million logits."""
+    return max(256, 2**22 // V)  # small products are slow
 
 
 def row_loss(logits, target, row_weight, normalised):

@@ -42,7 +42,8 @@ DEFAULTS = {
 
 TEXTBOOK = "textbook: float32, all logits, log_softmax, plain AdamW"
 KEPT = "+ freed memory kept"
-FLOAT32 = "+ fused AdamW, compiled without bfloat16"
+COMPILED_TEXTBOOK = "for comparison: the textbook with freed memory kept, compiled"
+FLOAT32 = "for comparison: ours in float32, compiled"
 SMALL = {"n_layer": 6, "n_head": 4, "n_embd": 256, "block_size": 256, "norm": "rms", "mlp": "relu2", "bias": False}
 SMALL |= {"qk_norm": True}
 RADD_SMALL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "unused_rows": 1}
@@ -214,10 +215,11 @@ def product_limit(model, B, L, dtype, rounds, device):
 
 
 def training(V, B, rounds, device, shape=SMALL, only=()):
-    """The training step, one trick after another. -> rows of {name, tokens/s, ratio, spread, share of the limit, memory}
+    """The training step, one trick after another, and two for comparison. -> rows of {name, tokens/s, ratio, spread, ...}
 
     Memory is what a step adds to weights and optimizer state, which all variants have alike; the textbook's is taken here.
     """
+    torch.compiler.reset()  # or programs are made for shapes that change, and not more than a few of them
     L = shape["block_size"]
     shape = {**shape, "vocab_size": V}
     bf16 = lambda: torch.autocast(device.type, torch.bfloat16)  # noqa: E731
@@ -235,14 +237,16 @@ def training(V, B, rounds, device, shape=SMALL, only=()):
         KEPT: (textbook.loss, plain, none),
         "+ head on hidden rows only": (gathered_loss(early), plain, none),
         "+ attention by SDPA": (gathered_loss(whole), plain, none),
-        "+ last block on hidden rows only": (gathered_loss(late), plain, none),
-        "+ head and cross-entropy in chunks, gradient at once": (our_loss, plain, none),
+        "+ queries, projection and MLP of the last block on hidden rows only": (gathered_loss(late), plain, none),
+        "+ gradient of the head at once, in chunks": (our_loss, plain, none),
         "+ fused AdamW": (our_loss, fused, none),
-        FLOAT32: (None, fused, none, compiled),
         "+ bfloat16 (attention by SDPA)": (our_loss, fused, bf16),
         "+ attention by what is fastest here": (our_loss, fused, bf16),
         "+ compile": (None, fused, bf16, compiled),
+        FLOAT32: (None, fused, none, compiled),
     }
+    if settings.can_compile(device):
+        tricks[COMPILED_TEXTBOOK] = (torch.compile(textbook.loss), plain, none)
     steps = {}
     for name, trick in tricks.items():
         if not only or name in only:
@@ -286,7 +290,7 @@ def with_attention(attend, step):
 
 def sampling(V, steps, B, rounds, device, quick):
     """Seconds a sequence of the textbook sampler, RADD's cache and ours, in float32 and bfloat16. -> rows"""
-    torch.compiler.reset()  # or the networks sampled before count towards how often one function may be compiled
+    torch.compiler.reset()
     shape = {**SMALL, "vocab_size": V}
     model = network.Transformer({**network.DEFAULTS, **shape}).to(device).eval()
     compiled = copy.deepcopy(model)

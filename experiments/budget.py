@@ -37,7 +37,7 @@ SPARE = 0.93  # the part of the time that is planned for: speed varies by some p
 
 
 def train(config, objective, steps, seed, folder):
-    """Trains in a process of its own. -> (seconds beside its steps, seconds of a step once compiled)"""
+    """Trains in a process of its own. -> (seconds in all, seconds of a step once compiled)"""
     line = [sys.executable, "train.py", config["preset"], f"--data={config['data']}", f"--out_dir={folder}/run"]
     line += [f"--objective={objective}", f"--seed={seed}", f"--max_iters={steps}", f"--eval_interval={steps}"]
     line += [f"--warmup_iters={max(1, steps // 50)}", "--eval_sequences=8", "--show_sample=False"]
@@ -49,8 +49,7 @@ def train(config, objective, steps, seed, folder):
     settings.require(done.returncode == 0, f"{objective}: training has failed: {done.stderr.strip()[-500:]}")
     steady = [entry for entry in results.kept(Path(folder, "run/log.jsonl")) if "tokens_per_second" in entry]
     tokens = steady[0]["tokens"] / steady[0]["step"]
-    step = tokens / statistics.median(entry["tokens_per_second"] for entry in steady[len(steady) // 2 :])
-    return seconds - steps * step, step
+    return seconds, tokens / statistics.median(entry["tokens_per_second"] for entry in steady[len(steady) // 2 :])
 
 
 def judge(config, folder):
@@ -65,16 +64,17 @@ def main(config):
     settings.require(config["minutes"] > 0, f"minutes must be more than 0, not {config['minutes']}")
     began, lines, figures = time.time(), [], {}
     for name, objective in MODELS.items():
+        steps = config["rehearsal"]
         with tempfile.TemporaryDirectory() as folder:
-            start, step = train(config, objective, config["rehearsal"], config["seed"], folder)
+            seconds, step = train(config, objective, steps, config["seed"], folder)
         found = []
         for seed in range(config["seed"], config["seed"] + config["seeds"]):
-            steps = int((SPARE * 60 * config["minutes"] - start) / step)
-            settings.require(steps > 0, f"minutes must be more than the {start / 60:.1f} that {name} takes to start")
+            steps += int((SPARE * 60 * config["minutes"] - seconds) / step)
+            settings.require(steps > 0, f"minutes must be more than {config['minutes']:g}, in which {name} takes no step")
             with tempfile.TemporaryDirectory() as folder:
-                start, step = train(config, objective, steps, seed, folder)
+                seconds, step = train(config, objective, steps, seed, folder)
                 result = judge(config, folder)
-            line = {"model": name, "seed": str(seed), "steps": steps, "seconds": start + steps * step}
+            line = {"model": name, "seed": str(seed), "steps": steps, "seconds": seconds}
             lines.append(line | {key: result[key] for key in ("nats_per_token", "draw_half", "standard_error")})
             found.append(lines[-1])
             print(lines[-1], flush=True)

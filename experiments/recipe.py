@@ -6,7 +6,8 @@
 FOLDER is prepared data whose held-out part may be looked at: choose on a part of the training text, never on the part that
 the final figure is measured on. Every run costs the same number of floating-point operations (those of `steps` steps of the
 base), so that wide and narrow, short and long are compared fairly; processor seconds stand beside. All runs are judged on
-the same blocks with the same masks, which makes their differences far less noisy than the intervals.
+the same blocks with the same masks, which makes their differences far less noisy than the intervals; those of another block
+size are judged on as many blocks of their own.
 """
 
 import contextlib
@@ -128,7 +129,8 @@ def mark(config, name):
 
 def fitting(config, path):
     """The rows that have run as this command would run them."""
-    return [row for row in results.kept(path) if row["name"] in VARIANTS and row.get("mark") == mark(config, row["name"])]
+    rows = [row for row in results.kept(path) if row["name"] in VARIANTS and row.get("mark") == mark(config, row["name"])]
+    return [row for row in rows if row["steps"] == settings_of(config, row["name"], row["seed"])["max_iters"]]
 
 
 def named(config):

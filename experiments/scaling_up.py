@@ -78,7 +78,8 @@ def activation_bytes(net, tokens, recompute=False):
     ends = 8 * tokens + 8 * rows + (8 * D + 4) * rows + 4 * D * rows  # ids, rows, last norm, the gradient at its output
     if recompute:  # what goes into each block, and all of one block
         return ends + 4 * D * tokens * n_layer + (per_token + per_row) * tokens
-    return ends + per_token * tokens * n_layer + per_row * (tokens * (n_layer - 1) + rows)
+    turns = 4 * D // net.config["n_head"] * rows  # cos and sin at the places of the last block's queries
+    return ends + per_token * tokens * n_layer + per_row * (tokens * (n_layer - 1) + rows) + turns
 
 
 def sent_bytes(net, engine, gpus, micro_steps):
@@ -111,7 +112,7 @@ def memory(config, net, engine, gpus, micro):
     held["averages"] = 4 * N * config["ema"] / part
     held["gathered"] = 2 * 4 * (ends + 2 * block) * (part > 1)  # weights and gradients: the ends, a block and the next one
     held["copies"] = copies * len(net.blocks)
-    held["head"] = 6 * D * V + 8 * 256 * V  # its gradient and its copy, and 256 rows of logits
+    held["head"] = 6 * D * V + 8 * network.head_chunk(V) * V  # its gradient and its copy, and a chunk of logits
     rest = sum(held.values())
     held["activations"] = activation_bytes(net, tokens)
     held["total"] = rest + held["activations"]

@@ -464,6 +464,18 @@ def test_large_logits_do_not_overflow():
     assert all(gradient.isfinite().all() for gradient in gradients(model, loss))
 
 
+@pytest.mark.parametrize(("V", "pieces"), [(104, 1), (4096, 2), (50257, 5), (10**6, 5)])
+def test_rows_pass_the_head_in_pieces_of_at_most_four_million_logits_or_256_rows(V, pieces):
+    seen = []
+    h, head = torch.empty(1200, 8, device="meta"), torch.empty(V, 8, device="meta")
+    target, row_weight = torch.empty(1200, dtype=int, device="meta"), torch.empty(1200, device="meta")
+    plain, counted = code.row_loss, lambda logits, *rest: seen.append(len(logits)) or plain(logits, *rest)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(code, "row_loss", counted)
+        code.head_loss(h, head, None, target, row_weight)
+    assert len(seen) == pieces and sum(seen) == 1200 and max(seen) <= max(256, 2**22 / V)
+
+
 def test_the_head_costs_one_product_in_evaluation_and_three_in_training():
     h, head, target = torch.randn(20, 16, requires_grad=True), torch.randn(7, 16, requires_grad=True), torch.arange(20) % 7
     for grad, products in ((False, 1), (True, 3)):

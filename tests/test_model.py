@@ -123,11 +123,16 @@ def test_a_state_dict_holds_parameters_alone():
 
 @DIRECTIONS
 @pytest.mark.parametrize("variant", VARIANTS, ids=NAMES)
-def test_asking_for_some_rows_gives_those_rows_of_the_whole(variant, causal):
-    model, x = tiny(causal=causal, **variant), tokens()
+def test_asking_for_some_rows_gives_those_rows_of_the_whole_and_their_gradients(variant, causal):
+    model, x = tiny(causal=causal, **variant).requires_grad_(True), tokens()
+    used = [p for name, p in model.named_parameters() if not name.startswith("unembed")]
     whole = model.hidden(x)  # (B, L, D)
     for rows in (torch.tensor([0, 4, 13, 29]), torch.tensor([7]), torch.arange(B * L).flip(0), torch.tensor([], dtype=int)):
-        assert torch.allclose(model.hidden(x, rows), whole.flatten(0, 1)[rows], rtol=1e-10, atol=1e-12)
+        some, plain = model.hidden(x, rows), whole.flatten(0, 1)[rows]  # (N, D) each
+        assert torch.allclose(some, plain, rtol=1e-10, atol=1e-12)
+        direction = torch.randn(some.shape, dtype=some.dtype)
+        found, wanted = (torch.autograd.grad((z * direction).sum(), used, retain_graph=True) for z in (some, plain))
+        assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(found, wanted, strict=True))
     assert torch.equal(model(x), model.head(whole)) and model(x).shape == (B, L, V)
 
 
@@ -162,10 +167,11 @@ def test_a_sequence_longer_than_the_block_is_refused():
 
 @DIRECTIONS
 @pytest.mark.parametrize("lq", [1, 2, 5, 8])
+@pytest.mark.parametrize("d", [16, 48])  # the square root of 48 is no power of two
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_is_plain_attention_also_where_fewer_queries_than_keys(dtype, lq, causal):
+def test_attention_is_plain_attention_also_where_fewer_queries_than_keys(dtype, d, lq, causal):
     torch.manual_seed(1)
-    q, k, v = (torch.randn(2, 3, length, 16).to(dtype) for length in (lq, 8, 8))
+    q, k, v = (torch.randn(2, 3, length, d).to(dtype) for length in (lq, 8, 8))
     y = attend(q, k, v, causal)
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     assert y.dtype == dtype and torch.allclose(
@@ -174,10 +180,11 @@ def test_attention_is_plain_attention_also_where_fewer_queries_than_keys(dtype, 
 
 
 @DIRECTIONS
+@pytest.mark.parametrize("d", [16, 48])
 @pytest.mark.parametrize("lq", [1, 5, 32])
-def test_written_out_bfloat16_attention_is_the_fused_kernel_within_its_rounding(lq, causal):
+def test_written_out_bfloat16_attention_is_the_fused_kernel_within_its_rounding(lq, d, causal):
     torch.manual_seed(1)
-    q, k, v = (torch.randn(2, 3, length, 16).bfloat16() for length in (lq, 32, 32))
+    q, k, v = (torch.randn(2, 3, length, d).bfloat16() for length in (lq, 32, 32))
     seen = torch.ones(lq, 32, dtype=torch.bool).tril(32 - lq) if causal else None  # (Lq, Lk)
     assert torch.allclose(attend(q, k, v, causal), F.scaled_dot_product_attention(q, k, v, attn_mask=seen), atol=0.02)
 

@@ -64,7 +64,7 @@ def test_a_screening_runs_what_is_missing_ranks_it_and_does_not_run_it_again(giv
     rows = results.kept(tmp_path / "recipe_data_30.jsonl")
     assert [(row["name"], row["steps"]) for row in rows] == [("base", 30), ("AdamW, learning rate 1e-3", 30)]
     assert figures == {row["name"]: row["nats_per_token"] for row in rows}
-    assert figures["base"] < figures["AdamW, learning rate 1e-3"], "a learning rate ten times higher shows in 30 steps"
+    assert figures["base"] < figures["AdamW, learning rate 1e-3"], "Muon shows in 30 steps"
     lines = (tmp_path / "recipe_data_30.md").read_text().splitlines()[-2:]
     assert lines[0].startswith("| base | 1 | 30 |") and lines[1].startswith("| AdamW")
     assert json.loads((tmp_path / "recipe_data_30.json").read_text()).items() >= figures.items()
