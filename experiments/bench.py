@@ -3,8 +3,9 @@
     python -m experiments.bench [--quick=True] [--device=cuda]
 
 Variants take turns (A B C, A B C, ...) and the median over the rounds is reported with its spread, so that a machine whose
-speed drifts slows all of them. What they are measured against is this machine's own matrix product at the shapes of the
-model. Textbook code runs in processes of its own, which the C library gives and takes memory as it likes; all else, the
+speed drifts slows all of them. A turn is a second of calls in a row, as in a run: the first step after another variant's
+finds nothing of its own in the caches. What they are measured against is this machine's own matrix product at the shapes
+of the model. Textbook code runs in processes of its own, which the C library gives and takes memory as it likes; all else, the
 products too, in this one, which keeps freed memory (config.keep_memory).
 Utilisation is 3 * Transformer.flops_per_token * tokens / seconds / limit: forward and backward products of a step with half
 of the positions predicted. Attention of the last layer counts for all positions, though half of them ask for nothing.
@@ -13,7 +14,9 @@ of the positions predicted. Attention of the last layer counts for all positions
 import contextlib
 import copy
 import ctypes
+import functools
 import json
+import math
 import multiprocessing
 import resource
 import statistics
@@ -40,6 +43,7 @@ DEFAULTS = {
     "rounds": 5,  # how often each variant is timed, in turns; quick: 2
 }
 
+TURN = 1.0  # seconds, or one call where that takes longer
 TEXTBOOK = "textbook: float32, all logits, log_softmax, plain AdamW"
 KEPT = "+ freed memory kept"
 COMPILED_TEXTBOOK = "for comparison: the textbook with freed memory kept, compiled"
@@ -73,14 +77,22 @@ def wait(device):
 
 
 def alternate(variants, rounds, device):
-    """{name: function} -> {name: [seconds, one a round]}; each runs once unmeasured before."""
-    for function in variants.values():
+    """{name: function} -> {name: [seconds of a call, one a round]}; each runs twice unmeasured before."""
+    calls = {}
+    for name, function in variants.items():
         function()
+        calls[name] = math.ceil(TURN / seconds_of(function, device)) or 1
     times = {name: [] for name in variants}
     for _ in tqdm(range(rounds), desc=next(iter(variants)), leave=False):
         for name, function in variants.items():
-            times[name].append(seconds_of(function, device))
+            turn = functools.partial(again, function, calls[name])
+            times[name].append(seconds_of(turn, device) / calls[name])
     return times
+
+
+def again(function, times):
+    for _ in range(times):
+        function()
 
 
 def seconds_of(function, device):
@@ -206,7 +218,7 @@ def product_seconds(model, B, L, dtype, device):
 def product_limit(model, B, L, dtype, rounds, device):
     """FLOP/s of plain matrix products in the proportions of this model's step: what a perfect step would reach."""
     made = product_seconds(model, B, L, dtype, device)
-    times = alternate({name: run for name, (run, _, _) in made.items()}, 5 * rounds, device)
+    times = alternate({name: run for name, (run, _, _) in made.items()}, rounds, device)
     seconds = sum(min(times[name]) * count for name, (_, _, count) in made.items())
     return sum(flops * count for _, flops, count in made.values()) / seconds
 
@@ -374,7 +386,7 @@ def loading(rounds, device):
             "blocks of 1024, 64 a batch": lambda: blocks.batch(next(count), range(64), 64),
             "their masks (any_order)": lambda: diffusion.training_mask("any_order", 0, next(count), range(64), 64, 1024),
         }
-        times = alternate(variants, 10 * rounds, device)
+        times = alternate(variants, rounds, device)
     return [{"name": name, "tokens_per_second": 64 * 1024 / middle(taken)} for name, taken in times.items()]
 
 

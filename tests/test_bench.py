@@ -37,6 +37,7 @@ def test_the_cache_draws_each_token_with_its_probability_at_hidden_positions_onl
 
 def test_the_tables_have_every_variant_and_their_first_is_the_unit(monkeypatch):
     monkeypatch.setattr(bench, "SMALL", TINY)
+    monkeypatch.setattr(bench, "TURN", 0.0)
     monkeypatch.setattr(torch, "compile", lambda function: function)
     rows, limits = bench.training(11, 2, 1, CPU, TINY)
     names = [row["name"] for row in rows]
@@ -48,3 +49,16 @@ def test_the_tables_have_every_variant_and_their_first_is_the_unit(monkeypatch):
     assert rows[0]["ratio"] == 1 and all(row["seconds_per_sequence"] > 0 for row in rows)
     rows = bench.baseline(11, 1, CPU, contextlib.nullcontext, quick=True)
     assert max(row["ratio"] for row in rows if row["name"].startswith("causal")) == 1
+
+
+def test_a_turn_is_as_many_calls_as_fit_and_its_time_is_that_of_one(monkeypatch):
+    clock, calls = [0.0], {"fast": 0, "slow": 0}
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+
+    def call(name, seconds):
+        calls[name] += 1
+        clock[0] += seconds
+
+    variants = {"fast": lambda: call("fast", 0.25), "slow": lambda: call("slow", 3.0)}
+    times = bench.alternate(variants, 2, CPU)
+    assert times == {"fast": [0.25, 0.25], "slow": [3.0, 3.0]} and calls == {"fast": 2 + 2 * 4, "slow": 2 + 2}
