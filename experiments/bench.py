@@ -5,8 +5,8 @@
 Variants take turns (A B C, A B C, ...) and the median over the rounds is reported with its spread, so that a machine whose
 speed drifts slows all of them. A turn is a second of calls in a row, as in a run: the first step after another variant's
 finds nothing of its own in the caches. What they are measured against is this machine's own matrix product at the shapes
-of the model. Textbook code runs in processes of its own, which the C library gives and takes memory as it likes; all else, the
-products too, in this one, which keeps freed memory (config.keep_memory).
+of the model. Textbook code runs in processes of its own, which the C library gives and takes memory as it likes; all
+else, the products too, in this one, which keeps freed memory (config.keep_memory).
 Utilisation is 3 * Transformer.flops_per_token * tokens / seconds / limit: forward and backward products of a step with half
 of the positions predicted. Attention of the last layer counts for all positions, though half of them ask for nothing.
 """
