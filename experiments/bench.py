@@ -46,8 +46,8 @@ DEFAULTS = {
 TURN = 1.0  # seconds, or one call where that takes longer
 TEXTBOOK = "textbook: float32, all logits, log_softmax, plain AdamW"
 KEPT = "+ freed memory kept"
-COMPILED_TEXTBOOK = "for comparison: the textbook with freed memory kept, compiled"
-FLOAT32 = "for comparison: ours in float32, compiled"
+COMPILED_TEXTBOOK = "textbook compiled, freed memory kept, for comparison"
+FLOAT32 = "ours in float32, compiled, for comparison"
 SMALL = {"n_layer": 6, "n_head": 4, "n_embd": 256, "block_size": 256, "norm": "rms", "mlp": "relu2", "bias": False}
 SMALL |= {"qk_norm": True}
 RADD_SMALL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "unused_rows": 1}
@@ -417,6 +417,7 @@ FORMATS = {"ratio": "{:.2f}x", "spread": "{:.0%}", "of_bf16_limit": "{:.0%}", "s
 
 def draw(axes, ratios):
     """Bars of every variant's ratio to the textbook: ratios {title: {name: ratio}}, on a logarithmic axis."""
+    axes.figure.set_size_inches(8, 9)
     at = 0
     for title, rows in ratios.items():
         axes.barh(range(at, at - len(rows), -1), list(rows.values()), label=title)
