@@ -219,8 +219,8 @@ class Transformer(nn.Module):
     def hidden(self, x, rows=None, cache=None):
         """The last layer, normed: x (B, L) -> (B, L, D); with rows (N,), different flat indices into B*L, those: (N, D).
 
-        In the last block all but keys and values (causal: but attention) is made for the wanted rows alone, which changes
-        no result.
+        The last block does for the wanted rows alone what no other row reads: all but keys and values, in a causal network
+        all but attention. That changes no result.
         `cache`, a list of one Cache a block, makes a causal network go on from the positions that the cache holds.
         """
         start = cache[0].n if cache else 0

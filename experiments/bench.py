@@ -14,7 +14,6 @@ of the positions predicted. Attention of the last layer counts for all positions
 import contextlib
 import copy
 import ctypes
-import functools
 import json
 import math
 import multiprocessing
@@ -85,29 +84,25 @@ def alternate(variants, rounds, device):
     times = {name: [] for name in variants}
     for _ in tqdm(range(rounds), desc=next(iter(variants)), leave=False):
         for name, function in variants.items():
-            turn = functools.partial(again, function, calls[name])
-            times[name].append(seconds_of(turn, device) / calls[name])
+            times[name].append(seconds_of(function, device, calls[name]))
     return times
 
 
-def again(function, times):
-    for _ in range(times):
-        function()
-
-
-def seconds_of(function, device):
-    """Seconds of one call; on a GPU those between two events of its own clock."""
+def seconds_of(function, device, times=1):
+    """Seconds of a call, the mean of `times` in a row; on a GPU by its own clock."""
     wait(device)
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
+    began = time.perf_counter()
+    for _ in range(times):
         function()
+    seconds = time.perf_counter() - began
+    if device.type == "cuda":
         end.record()
         wait(device)
-        return start.elapsed_time(end) / 1000
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+        seconds = start.elapsed_time(end) / 1000
+    return seconds / times
 
 
 class Elsewhere:
