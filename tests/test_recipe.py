@@ -78,3 +78,11 @@ def test_a_screening_runs_what_is_missing_ranks_it_and_does_not_run_it_again(giv
 def test_a_variant_that_is_not_there_is_one_line(given):
     with pytest.raises(settings.UserError, match=r"only.*batch 16"):
         recipe.main(parse([*given, "--only=batch 17"]))
+
+
+def test_variants_are_ranked_against_the_base_of_the_same_seed(given, tmp_path):
+    nats = {("base", 1): 2.0, ("base", 2): 3.0, ("batch 16", 1): 2.1, ("SwiGLU", 2): 2.9}
+    rows = [{"name": n, "seed": s, "steps": 30, "cpu_seconds": 1.0, "nats_per_token": x} for (n, s), x in nats.items()]
+    recipe.report(parse(given), rows)
+    lines = (tmp_path / "recipe_data_30.md").read_text().splitlines()[-3:]
+    assert [line.split(" | ")[0] for line in lines] == ["| SwiGLU", "| base", "| batch 16"], "by their means batch 16 leads"
