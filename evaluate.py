@@ -1,248 +1,299 @@
-"""Judging: how many nats a model needs for text that it has not seen.
+"""The mathematics of judging: how many nats a model needs for an answer after a prompt. evaluate.py has the commands.
 
-    python evaluate.py --ckpt=out/pydocs --data=data/pydocs                       one text
-    python evaluate.py --ckpt=out/pydocs --precision=0.002 --draws=256            until the estimate is as sharp as that
-    python evaluate.py --ckpt=JingyangOu/radd-t-dce --zeroshot=all                 zero-shot perplexity on RADD's five sets
+A whole text is an answer to an empty prompt. Every estimator is a sum over rows that the network reads. A row hides some
+tokens of the answer and counts the weighted cross-entropy of all or some of these:
 
-For a masked diffusion model the number is a bound, estimated by one of likelihood.py's estimators; for a causal network it
-is the exact negative log-likelihood. Two errors are printed, and they are of two questions. The draws: how far would the
-estimate for this text move with other draws? More draws make it smaller, and it is what --precision is about. The text: how
-far would it move with other text of the same kind? Sequences are the unit, since tokens of one sequence share a draw.
+  any_order, lambda_dce, t_dce, t_dse   one row a draw, hidden and weighed by diffusion.draw_mask; all that is hidden counts
+  chain                                 the chain rule along a random order: l rows, one a turn. Row k hides what the turns
+                                        from k on reveal and counts the token of turn k. That is exactly -log p along this
+                                        order, and its mean over orders is the any_order bound (RADD eq. 2.16)
+  orders                                -log of the mean of p along K random orders: a bound that falls with K towards the
+                                        likelihood of the mixture over all orders (the argument of arXiv 1509.00519)
+  left_to_right, right_to_left          the chain rule along one order: no draws
+  ar                                    a causal network, which hides nothing: one row, exact
+
+All but the last three are random. Their draws come in sets. Within a set they are stratified; sets are independent of each
+other, so their spread tells the error of their mean. Another order is given as a function, like those in ORDERS. All results
+are in nats, and float64.
 """
 
-import hashlib
-import json
+import contextlib
 import math
-import sys
-from pathlib import Path
+import time
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
-import batch
-import checkpoint
-import config as settings
 import diffusion
-import harness
-import likelihood
-from config import UserError, choose, require
-from data import loader, rows
-from data.tokenizer import from_meta
 
-DEFAULTS = {
-    "ckpt": "out/pydocs",  # whatever checkpoint.load takes
-    "data": "data/pydocs",  # a prepared folder
-    "split": "val",  # the part of the folder that is judged
-    "zeroshot": "",  # in place of data: all, or a list such as lambada,ptb (python -m data.zeroshot.prepare makes them)
-    "out": "out/zeroshot.jsonl",  # where a zero-shot table keeps the sets that are done, to go on from there
-    "estimator": "any_order",  # any_order | lambda_dce | t_dce | t_dse | chain | orders | left_to_right | right_to_left
-    "draws": 16,  # of the corruption, or of an order, for each sequence; the most of them where precision is given
-    "strata": 4,  # draws that are stratified together (1: independent ones); for `orders` the K orders of one bound
-    "precision": 0.0,  # draw until the estimate is within +- this many nats per token, with 95% confidence; 0: all draws
-    "sequences": 0,  # how many blocks, evenly spaced over the split; 0: all
-    "block_size": 0,  # tokens in a block; 0: the model's block_size
-    "protocol": "whole",  # whole (the last, shorter block counts too) | radd (it is left out, as RADD's code does)
-    "batch_size": 32,  # rows in one network call
-    "ema": True,  # use the averaged weights where the checkpoint has them
+ONE_ROW = ["any_order", "lambda_dce", "t_dce", "t_dse"]
+DRAWN = [*ONE_ROW, "chain", "orders"]  # what is not is exact: one draw, no error
+ORDERS = {  # the turn at which an answer of l tokens reveals that at `place`
+    "left_to_right": lambda place, l: place,
+    "right_to_left": lambda place, l: l - 1 - place,
 }
-
-ZERO_SHOT = ["lambada", "wikitext2", "ptb", "wikitext103", "lm1b"]
-
-
-# ---- One text --------------------------------------------------------------------------------------------------------
-
-
-def check(config):
-    """Raises UserError for settings that no evaluation has."""
-    choose("estimator", config["estimator"], [name for name in likelihood.ESTIMATORS if name != "ar"])
-    choose("schedule", config["schedule"], diffusion.SCHEDULES)
-    choose("protocol", config["protocol"], ["whole", "radd"])
-    settings.at_least(1, config, "draws", "strata", "batch_size")
-    whole = config["estimator"] != "orders" or config["draws"] % config["strata"] == 0
-    require(whole, f"orders takes whole sets: draws {config['draws']} must be a multiple of strata {config['strata']}")
-    settings.at_least(0, config, "sequences", "block_size", "precision")
+ESTIMATORS = [*DRAWN, *ORDERS, "ar"]
+SURE = (
+    100  # degrees of freedom of an error before it may end the draws: one that happens to be small would end them too soon
+)
 
 
-def open_text(config, folder, split, model, trained):
-    """(tokens, first positions of the blocks, L) of a prepared folder; UserError where it does not fit the model."""
-    tokens = loader.Tokens(folder, split)
-    L = config["block_size"] or model.block_size
-    require(model.block_size >= L, f"block_size must be at most the model's {model.block_size}, not {L}")
-    fits = tokens.vocab_size == model.vocab_size
-    require(fits, f"{folder} has a vocabulary of {tokens.vocab_size}, {config['ckpt']} one of {model.vocab_size}")
-    known = trained["tokenizer"]
-    same = not known or known["kind"] != "char" or known == tokens.meta["tokenizer"]
-    require(same, f"{folder} has another alphabet than {config['ckpt']}")
-    width = rows.layout(folder, tokens.meta)[0]
-    require(width <= model.block_size, f"{folder} has rows of {width} tokens, {config['ckpt']} reads {model.block_size}")
-    loader.fits(tokens, width or L)
-    end = len(tokens) if config["protocol"] == "whole" else len(tokens) // L * L
-    require(end, f"{folder} {split} has {len(tokens)} tokens, no whole block of {L}; try --protocol=whole")
-    return tokens, likelihood.spread(range(0, end, L), config["sequences"]), L
+# ---- 1. A draw: random numbers, and what a row of the network hides, counts and weighs -------------------------------
 
 
-def judge(config, model, trained, folder, split, autocast):
-    """Judges one split of a prepared folder: prints what was done and what came out; returns the result, a dict."""
-    tokens, starts, L = open_text(config, folder, split, model, trained)
-    width, causal, counts = rows.layout(folder, tokens.meta)[0], trained["causal"], tokens.meta["splits"][split]
-    if width:  # prompts and answers: the bound of each answer, given its prompt
-        skip = int(causal and from_meta(tokens.meta["tokenizer"]).bos == model.start_id)
-        blocks, lengths, size = batch.held_out(folder, tokens.meta, split, L, config["sequences"], causal, skip)
+def random_numbers(seed, number, place, draw, size, n):
+    """u (b,) and noise (b, n) of draws `draw` (b,) in set `number` of `size` draws, for the requests at `place` (b,).
+
+    Pure functions of these; the first of the n do not depend on n. Over the set u is stratified, in antithetic pairs.
+    """
+    noise = distinct_uniforms(seed, 2 * number, place * size + draw, n)  # (b, n)
+    jitter = distinct_uniforms(seed, 2 * number + 1, place * size + draw // 2, 1).squeeze(1)  # (b,)
+    return diffusion.stratified(jitter, draw, size), noise
+
+
+def distinct_uniforms(seed, step, position, n):
+    """diffusion.uniforms, each position drawn once: many rows of a chain, or of a group, have the same numbers."""
+    position, row = position.unique(return_inverse=True)
+    return diffusion.uniforms(seed, step, position, n)[row]  # (b, n)
+
+
+def network_row(estimator, u, noise, turn, prompt, schedule="loglinear"):
+    """What a row hides (b, W) bool, and the weight (b, W) of what it counts: u, turn, prompt (b,), noise (b, W).
+
+    The answer is what follows the first `prompt` tokens; noise is read at these places alone. `ar` hides nothing.
+    """
+    place = torch.arange(noise.shape[1]) - prompt[:, None]  # (b, W) in the answer, negative in the prompt
+    if estimator in ONE_ROW:
+        noise, share = (noise, 1.0) if estimator == "any_order" else some_hidden(estimator, u, noise, place >= 0, schedule)
+        mask, weight = diffusion.draw_mask(estimator, u, noise, diffusion.SCHEDULES[schedule], prompt)  # (b, W), (b,)
+        return mask, (weight * share)[:, None] * mask
+    if estimator == "ar":  # the mask says what counts, as diffusion.ar_nll takes it
+        return place >= 0, (place >= 0).double()
+    if estimator in ("chain", "orders"):
+        order = noise.masked_fill(place < 0, torch.inf).argsort(1).argsort(1)  # (b, W) the turn of each token
     else:
-        blocks = [tokens[start : start + L] for start in starts]
-        lengths, size = [len(block) for block in blocks], counts["bytes"] / counts["tokens"]
-    estimator = "ar" if causal else config["estimator"]
-    keys = ("draws", "strata", "precision", "schedule", "seed", "batch_size")
-    how = {key: config[key] for key in keys} | {"autocast": autocast, "progress": True}
-    nats, info = likelihood.estimate(model, blocks, estimator, lengths=lengths, **how)
-
-    result, text = likelihood.report(nats, lengths, size)
-    result |= info | {"estimator": estimator, "block_size": L, "data": str(folder)}
-    print(
-        f"{folder} {split}: {result['tokens']} of {counts['tokens']} tokens, {counts['documents']} documents, "
-        f"{len(blocks)} {f'answers in rows of {width}, given their prompts' if width else f'blocks of {L}'}"
-        f"{', the rest left out' * (config['protocol'] == 'radd')}; "
-        f"{method(estimator, result, config['strata'])}; {settings.dtype_name(autocast, next(model.parameters()).device)}, "
-        f"{'averaged' if config['ema'] and trained.get('ema') else 'raw'} weights, seed {config['seed']}"
-    )
-    if "protocol" in tokens.meta:
-        print(f"text: {tokens.meta['protocol']}")
-    print(text + (" (a token is a character)" if tokens.meta["tokenizer"]["kind"] == "char" else ""))
-    print(certainty(result, config["precision"], config["draws"], config["strata"]))
-    return result
+        order = ORDERS.get(estimator, estimator)(place, noise.shape[1] - prompt[:, None])  # (b, W)
+    return (order >= turn[:, None]) & (place >= 0), ((order == turn[:, None]) & (place >= 0)).double()
 
 
-def method(estimator, result, strata):
-    """How a number came about, in words."""
+def some_hidden(estimator, u, noise, answer, schedule):
+    """Noise under which some token of the answer is hidden, with the chance of that: u (b,), noise, answer (b, W).
+
+    The weight 1/m has no second moment: one token hidden at a tiny m counts for too much, and no interval could be trusted.
+    Where the draw is one given that its lowest number falls below m, the weight times the chance of that is at most l.
+    Given the lowest of l uniform numbers, the rest are uniform above it: so a stretch of 1 - noise does it.
+    """
+    m = u if estimator == "lambda_dce" else diffusion.SCHEDULES[schedule](u)[0]  # (b,)
+    l = answer.sum(1)  # (b,)
+    share = -torch.expm1(l * torch.log1p(-m))  # (b,) 1 - (1 - m)^l
+    above = (1 - noise).masked_fill(~answer, 0.0).amax(1) ** l  # (b,) chance that all l numbers are above the lowest
+    stretch = ((1 - share + share * above) / above) ** (1 / l)  # (b,)
+    return 1 - (1 - noise) * stretch[:, None], share
+
+
+def rows_nats(model, x0, mask, weight, given, estimator, cfg):
+    """weight * cross-entropy, summed over each row: x0, mask, weight, given (b, W) -> (b,) float64. One network call.
+
+    cfg guides the logits away from what the network says without the `given` tokens (diffusion.predict).
+    """
+    rows = weight.flatten().nonzero().flatten()  # (n,) what counts, and alone leaves the last layer
+    x0, mask, weight, rows, given = (z.to(next(model.parameters()).device) for z in (x0, mask, weight.float(), rows, given))
     if estimator == "ar":
-        return "exact"
-    if estimator in likelihood.ORDERS:
-        return f"exact along the order {estimator}"
-    return f"upper bound by {estimator}, {result['draws']} draws a sequence in sets of {strata}"
+        nats = diffusion.ar_nll(model, x0, mask, weight, rows)[1]  # (b,)
+    elif not cfg:
+        nats = diffusion.nelbo(model, x0, mask, weight, rows, normalised=estimator != "t_dse")[1]  # (b,)
+    else:
+        logits = diffusion.predict(model, torch.where(mask, model.mask_id, x0), rows, given, cfg)  # (n, V)
+        ce = F.cross_entropy(logits, x0.flatten()[rows], reduction="none")  # (n,)
+        nats = ce.new_zeros(len(x0)).index_add(0, rows // x0.shape[1], weight.flatten()[rows] * ce)  # (b,)
+    return nats.cpu().double()
 
 
-def certainty(result, precision, most, strata):
-    """The error of the draws, what it cost, and, where it is wider than asked for, how many draws would do."""
-    error, half, draws = result["draw_error"], result["draw_half"], result["draws"]
-    cost = f"{result['rows']:,} rows of the network in {result['calls']:,} calls, {result['seconds']:.1f} s"
-    if error == 0:
-        return f"no draws: for this text the number has no error; {cost}"
-    if not math.isfinite(half):
-        return f"one set of {draws} draws does not show their error: give --draws={2 * strata} or more; {cost}"
-    text = f"the draws alone, on this text: standard error {error:.4f}, +- {half:.4f} nats per token (95%); {cost}"
-    if half < precision:
-        return f"{text}; within +- {precision} after {draws} draws a sequence, {most} being allowed"
-    if precision:
-        need = math.ceil(draws * (half / precision) ** 2 / strata) * strata
-        return f"{text}; not within +- {precision}: about {need} draws a sequence would be (--draws={need})"
-    return text
+# ---- 2. A set of draws for many requests, in full batches ------------------------------------------------------------
 
 
-# ---- Zero-shot perplexity: a table over many texts, one after the other ----------------------------------------------
+@torch.no_grad()
+def set_nats(
+    model,
+    requests,
+    estimator,
+    size,
+    number=0,
+    schedule="loglinear",
+    cfg=0.0,
+    seed=0,
+    batch_size=32,
+    autocast=contextlib.nullcontext,
+    progress=False,
+    places=None,
+    pad_to=0,
+):
+    """Set `number` of `size` draws for each request -> (nats (N, size), {"rows", "calls"} that the network took).
+
+    requests: N pairs (prompt ids, answer ids), arrays or lists. places (N,): requests with one place have the same random
+    numbers, by their place in the answer; without it each has its own. pad_to: rows are filled up to it with masks.
+    """
+    places = torch.arange(len(requests)) if places is None else torch.as_tensor(places)  # (N,)
+    nats, cost = torch.zeros(len(requests), size, dtype=torch.float64), {"rows": 0, "calls": 0}
+    lengths = np.array([[len(prompt), len(answer)] for prompt, answer in requests], int).reshape(-1, 2)  # (N, 2)
+    with tqdm(total=len(requests) * size, disable=not progress, desc="evaluating", unit="draw", leave=False) as bar:
+        for request, draw, turn in batches(lengths, size, estimator, batch_size):
+            x0 = torch.from_numpy(np.stack([np.concatenate(requests[i]).astype(np.int64) for i in request]))  # (b, W)
+            prompt, request = torch.from_numpy(lengths[request, 0]), torch.from_numpy(request)  # (b,) each
+            W = x0.shape[1]
+            place = torch.arange(W) - prompt[:, None]  # (b, W) in the answer, negative in the prompt
+            u, noise = random_numbers(seed, number, places[request], draw, size, W)  # (b,), (b, W)
+            mask, weight = network_row(estimator, u, noise.gather(1, place.clamp(min=0)), turn, prompt, schedule)
+            fill = max(0, pad_to - W)
+            given, mask, weight = (F.pad(z, (0, fill)) for z in (place < 0, mask, weight))  # (b, W + fill) each
+            with autocast():
+                found = rows_nats(model, F.pad(x0, (0, fill), value=model.mask_id), mask, weight, given, estimator, cfg)
+            nats.index_put_((request, draw), found, accumulate=True)
+            cost["rows"] += len(x0) * (2 if cfg else 1)
+            cost["calls"] += 1
+            bar.update(int((turn == 0).sum()))
+    return nats, cost
 
 
-def zero_shot(config, model, trained, autocast):
-    """Judges the sets of config["zeroshot"], leaves out those that `out` has already, prints a table; returns its rows."""
-    names = ZERO_SHOT if config["zeroshot"] == "all" else [name.strip() for name in config["zeroshot"].split(",")]
-    for name in names:
-        choose("zeroshot", name, ZERO_SHOT)
-        folder = Path("data/zeroshot", name)
-        made = f"prepare it with: python -m data.zeroshot.prepare --set={name}"
-        require((folder / "meta.json").is_file(), f"no prepared data in {folder}; {made}")
-        open_text(config, folder, "test", model, trained)  # says what does not fit before anything is judged
-    keep(config["out"], finished(config["out"]))  # so that a file that cannot be read or written costs no time
-    weights, rows = digest(model), []
-    for name in names:
-        folder = Path("data/zeroshot", name)
-        identity = identify(config, folder, weights, settings.dtype_name(autocast, next(model.parameters()).device))
-        result = finished(config["out"]).get(identity)
-        if result:
-            print(f"{folder}: already in {config['out']}")
-        else:
-            result = judge(config, model, trained, folder, "test", autocast)
-            keep(config["out"], finished(config["out"]) | {identity: result})
-        rows.append({"set": name} | result)
-    print(table(rows))
-    return rows
+def batches(lengths, size, estimator, batch_size):
+    """Yields (request (b,), draw (b,), turn (b,)), b <= batch_size: every row that is needed, with others of its length.
+
+    lengths (N, 2) of prompt and answer. There is no attention mask: rows of different length cannot share a call.
+    """
+    turns = np.minimum(lengths[:, 1], 1) if estimator in (*ONE_ROW, "ar") else lengths[:, 1]  # (N,) rows of a draw
+    for length in np.unique(lengths.sum(1)):
+        members = np.flatnonzero(lengths.sum(1) == length)
+        first = np.cumsum([0, *turns[members] * size])  # (members + 1,) number of each request's first row
+        for start in range(0, first[-1], batch_size):
+            row = np.arange(start, min(start + batch_size, first[-1]))  # (b,)
+            i = np.searchsorted(first, row, side="right") - 1  # (b,)
+            draw, turn = np.divmod(row - first[i], turns[members[i]])
+            yield members[i], torch.from_numpy(draw), torch.from_numpy(turn)
 
 
-def digest(model):
-    """A short hash of the network and all its weights: a checkpoint may change under its name."""
-    hashed = hashlib.blake2b(repr(sorted(model.config.items())).encode(), digest_size=8)
-    for name, w in sorted(model.state_dict().items()):
-        hashed.update(name.encode())
-        hashed.update(w.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return hashed.hexdigest()
+def of_set(estimator, nats):
+    """What a set of draws (N, K) says: (N,). The mean; for `orders` -log of the mean probability."""
+    return math.log(nats.shape[1]) - (-nats).logsumexp(1) if estimator == "orders" else nats.mean(1)
 
 
-def identify(config, folder, weights, precision_of_products):
-    """All that a result depends on, as one line of JSON."""
-    keys = ["estimator", "draws", "strata", "precision", "schedule", "seed", "sequences", "block_size", "protocol"]
-    facts = {key: config[key] for key in keys} | {"dtype": precision_of_products, "weights": weights}
-    return json.dumps({"folder": str(folder), "text": loader.read_meta(folder)} | facts, sort_keys=True)
+# ---- 3. Answers after prompts, and whole texts -----------------------------------------------------------------------
 
 
-def finished(path):
-    """{identity: result} of the file `path`, a line each; empty where there is none. UserError for another kind of file."""
-    results = {}
-    try:
-        text = Path(path).read_text(encoding="utf8")
-    except FileNotFoundError:
-        return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', 'it is no text')}") from None
-    for i, line in enumerate(text.splitlines(), 1):
-        try:
-            entry = json.loads(line)
-            results[json.dumps(entry["identity"], sort_keys=True)] = entry["result"] | {}
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{path} line {i} is no result of a zero-shot table; give another --out=FILE") from None
-    return results
+def answer_nats(
+    model,
+    requests,
+    estimator="any_order",
+    draws=128,
+    schedule="loglinear",
+    cfg=0.0,
+    seed=0,
+    batch_size=32,
+    autocast=contextlib.nullcontext,
+    progress=False,
+    groups=None,
+    pad_to=0,
+):
+    """-log p(answer | prompt) of each request: N pairs (prompt ids, answer ids) -> (N,) float64, by one stratified set.
 
-
-def keep(path, results):
-    """Writes the results to the file, which is whole at any time."""
-    with settings.whole_file(path) as temporary, open(temporary, "w", encoding="utf8") as file:
-        for identity, result in results.items():
-            file.write(json.dumps({"identity": json.loads(identity), "result": result}) + "\n")
-
-
-def table(rows):
-    """The perplexities as text. +- is half a 95% interval: of the draws, for this text; and of draws and text."""
-    lines = [f"{'set':12} {'tokens':>9} {'nats/token':>10} {'perplexity':>10} {'+- draws':>9} {'+- text':>9}  estimator"]
-    for row in rows:
-        ppl, mean = row["perplexity"], row["nats_per_token"]
-        halves = (row["draw_half"], row["interval"][1] - mean)
-        draws, text = (ppl * math.expm1(half) if mean + half < 700 else math.inf for half in halves)
-        how = f"{row['estimator']}, {row['draws']} draws" if row["draw_error"] else row["estimator"]
-        lines.append(f"{row['set']:12} {row['tokens']:9,} {mean:10.4f} {ppl:10.2f} {draws:9.2f} {text:9.2f}  {how}")
-    return "\n".join(lines)
-
-
-# ---- The command -----------------------------------------------------------------------------------------------------
-
-
-def main(config):
-    """Evaluates config["ckpt"] on config["data"], or on the zero-shot sets; returns the result, or a list of them."""
-    check(config)
-    device, autocast = settings.machine(config)
-    model, text, trained = checkpoint.load(config["ckpt"], device, ema=config["ema"])
-    fits = config["estimator"] != "t_dse" or trained.get("objective") == "t_dse"
-    require(fits, f"{config['ckpt']} was not trained with t_dse, so its scores have no scale; use --estimator=t_dce")
-    if config["lm_eval"]:
-        return harness.main(config, model, text, trained, autocast)
-    if config["zeroshot"]:
-        return zero_shot(config, model, trained, autocast)
-    result = judge(config, model, trained, config["data"], config["split"], autocast)
-    meta = loader.read_meta(config["data"])
-    text = (
-        config["split"] == "val" and {"train", "val"} <= meta["splits"].keys() and not rows.layout(config["data"], meta)[0]
+    groups (N,) ints: requests of one group share their random numbers, so that the options of one question compare with
+    little noise. cfg: unsupervised guidance, logits u + (1 + w)(c - u). pad_to: a row is filled up to it with masks.
+    """
+    draws = draws if estimator in DRAWN else 1
+    how = {"schedule": schedule, "cfg": cfg, "seed": seed, "batch_size": batch_size, "autocast": autocast}
+    return of_set(
+        estimator, set_nats(model, requests, estimator, draws, **how, progress=progress, places=groups, pad_to=pad_to)[0]
     )
-    counted = loader.ngram_nats(config["data"]) if text else {}
-    if counted:
-        rest = ", ".join(f"{name} {value:.4f}" for name, value in counted.items())
-        print(f"counting alone, for comparison (Witten-Bell n-grams of the training text): {rest} nats per token")
-    return result | {"ngram_nats": counted}
 
 
-if __name__ == "__main__":
-    settings.run(main, settings, diffusion, harness, sys.modules[__name__])
+def estimate(model, blocks, estimator="any_order", draws=16, strata=4, precision=0.0, lengths=None, **how):
+    """Nats of each block (L,) of a text by sets of `strata` draws, `draws` in all -> (nats (S,), info).
+
+    A block may also be a pair (prompt ids, answer ids); lengths (S,): how many of its tokens count, without it all. Stops
+    once the 95% interval of this text's nats per token is within +- precision, where that is not 0, and known well enough.
+    info: draws, draw_error and draw_half (of the interval) in nats per token, rows and calls of the network, seconds.
+    **how: the keys of set_nats.
+    """
+    began = time.time()
+    draws = draws if estimator in DRAWN else 1
+    requests = [block if isinstance(block, tuple) else (block[:0], block) for block in blocks]
+    n_tokens = sum(len(answer) for _, answer in requests) if lengths is None else sum(lengths)
+    sizes = [min(strata, draws - first) for first in range(0, draws, strata)]
+    sets, info = [], {"rows": 0, "calls": 0}
+    for number, size in enumerate(sizes):
+        found, cost = set_nats(model, requests, estimator, size, number, **how)  # (S, size)
+        sets.append(of_set(estimator, found))
+        info = {key: info[key] + cost[key] for key in cost}
+        nats, error = mean_over_sets(torch.stack(sets, 1), sizes[: number + 1])  # (S,), a float
+        error = error / max(1, n_tokens) if estimator in DRAWN else 0.0
+        half = 0.0 if error == 0 else error * t95(len(blocks) * number)
+        if half < precision and (error == 0 or len(blocks) * number >= SURE):
+            break
+    info |= {"draws": sum(sizes[: number + 1]), "draw_error": error, "draw_half": half}
+    return nats, info | {"seconds": time.time() - began}
+
+
+def sequence_nats(model, blocks, estimator="any_order", draws=16, **how):
+    """The nats of `estimate`: blocks, a list of S int64 arrays -> (S,). **how: the keys of estimate and of set_nats.
+
+    A block's number is a pure function of (seed, its place: `places` (S,), or that in the list).
+    """
+    return estimate(model, blocks, estimator, draws, **how)[0]
+
+
+# ---- 4. How sure it is -----------------------------------------------------------------------------------------------
+
+
+def mean_over_sets(sets, sizes):
+    """Mean (S,) over R independent sets of draws, (S, R) of `sizes` (R,), and the standard error of the sum of these means.
+
+    Draws of one set are stratified, so their own spread says too much. Sets are independent, and so are sequences: the
+    variance of each mean is unbiased, exactly for equal sizes, and they add. One set shows no error: infinite.
+    """
+    share = torch.as_tensor(sizes, dtype=torch.float64) / sum(sizes)  # (R,)
+    mean = (sets * share).sum(1)  # (S,)
+    left = 1 - (share**2).sum().item()
+    squares = (share * (sets - mean[:, None])).square().sum().item()
+    return mean, math.sqrt(squares / left) if len(sizes) > 1 else math.inf
+
+
+def mean_and_error(nats, lengths):
+    """Nats per token and its standard error, clustered by sequence: nats, lengths (S,) -> two floats.
+
+    The ratio estimator sum(nats) / sum(lengths) and the usual linearisation of its error; infinite for one sequence.
+    """
+    nats, lengths = np.asarray(nats, float), np.asarray(lengths, float)
+    mean = nats.sum() / lengths.sum()
+    S = len(nats)
+    residual = nats - mean * lengths  # (S,)
+    error = math.sqrt((residual**2).sum() * S / (S - 1)) / lengths.sum() if S > 1 else math.inf
+    return float(mean), error
+
+
+def t95(freedom):
+    """Half a 95% interval in standard errors, Student's t: the expansion of Abramowitz and Stegun, 26.7.5."""
+    return 1.96 + sum(c / freedom**k for k, c in enumerate((2.372, 2.822, 2.556, 1.589), 1)) if freedom else math.inf
+
+
+def report(nats, lengths, bytes_per_token):
+    """The result as a dict and as text: nats, lengths (S,). The 95% interval is that of another text of the same kind."""
+    mean, error = mean_and_error(nats, lengths)
+    half = t95(len(nats) - 1) * error
+    result = {"nats_per_token": mean, "standard_error": error, "interval": [mean - half, mean + half]}
+    result |= {"perplexity": math.exp(mean) if mean < 700 else math.inf, "bits_per_token": mean / math.log(2)}
+    result |= {"bits_per_byte": mean / math.log(2) / bytes_per_token, "tokens": int(sum(lengths)), "sequences": len(nats)}
+    bit = math.log(2)
+    text = (
+        f"{mean:.4f} +- {half:.4f} nats per token (95% interval) = {mean / bit:.4f} +- {half / bit:.4f} bits per token"
+        f" = {result['bits_per_byte']:.4f} +- {half / bit / bytes_per_token:.4f} bits per byte; "
+        f"perplexity {result['perplexity']:.2f}"
+    )
+    return result, text
+
+
+def spread(blocks, n):
+    """n of the blocks, evenly spaced; all of them for n = 0."""
+    if not n or n >= len(blocks):
+        return blocks
+    return [blocks[i * len(blocks) // n] for i in range(n)]
