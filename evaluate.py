@@ -1,299 +1,400 @@
-"""The mathematics of judging: how many nats a model needs for an answer after a prompt. evaluate.py has the commands.
+"""Evaluation: how many nats a model needs for text that it has not seen.
 
-A whole text is an answer to an empty prompt. Every estimator is a sum over rows that the network reads. A row hides some
-tokens of the answer and counts the weighted cross-entropy of all or some of these:
+    python evaluate.py --ckpt=out/pydocs --data=data/pydocs
+    python evaluate.py --ckpt=out/pydocs --precision=0.002 --draws=256    draws until it is so sharp
 
-  any_order, lambda_dce, t_dce, t_dse   one row a draw, hidden and weighed by diffusion.draw_mask; all that is hidden counts
-  chain                                 the chain rule along a random order: l rows, one a turn. Row k hides what the turns
-                                        from k on reveal and counts the token of turn k. That is exactly -log p along this
-                                        order, and its mean over orders is the any_order bound (RADD eq. 2.16)
-  orders                                -log of the mean of p along K random orders: a bound that falls with K towards the
-                                        likelihood of the mixture over all orders (the argument of arXiv 1509.00519)
-  left_to_right, right_to_left          the chain rule along one order: no draws
-  ar                                    a causal network, which hides nothing: one row, exact
+- A masked diffusion model has a bound (NELBO), estimated from draws of the corruption; a causal one
+  has an exact number. Conditional likelihood, -log p(answer | prompt), is the same with a prompt
+  that is never masked; a text is an answer to an empty prompt.
+- Every estimator is one function: it says what a row of the network masks, and what it counts.
 
-All but the last three are random. Their draws come in sets. Within a set they are stratified; sets are independent of each
-other, so their spread tells the error of their mean. Another order is given as a function, like those in ORDERS. All results
-are in nats, and float64.
+    any_order, lambda_dce, t_dce, t_dse   one row a draw, masked and weighted as in training
+    chain            the chain rule along a random order: l rows, one a turn. Row k masks what the
+                     turns from k on unmask and counts the token of turn k: exact for this order,
+                     and in the mean over orders the any_order bound. RADD eq. 2.16
+    orders           -log of the mean of p along K orders (log-mean-exp): a bound that falls with K
+                     to the likelihood of the mixture of all orders (as in arXiv 1509.00519)
+    left_to_right, right_to_left          the chain rule along one order: nothing is drawn
+
+- Two errors are printed, of two questions. The draws: how far would the number for this text move
+  with other draws? More draws make it smaller; --precision is about it. The text: how far would it
+  move with other text of the same kind? Sequences are the unit there, for the tokens of a sequence
+  share draws and context: the interval is mean +- Student's t times a standard error that is
+  clustered by sequence.
+
+What makes it fast: draws come in sets, stratified in antithetic pairs (u, 1 - u), an eighth of the
+calls of independent ones for the same interval. Sets are independent: their spread tells the error.
 """
 
-import contextlib
 import math
+import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import config as settings
 import diffusion
+from config import require
+from data import examples, loader, ngram
+from lib.stats import certainty, mean_over_sets, report, t95
+from lib.subject import opened
 
-ONE_ROW = ["any_order", "lambda_dce", "t_dce", "t_dse"]
-DRAWN = [*ONE_ROW, "chain", "orders"]  # what is not is exact: one draw, no error
-ORDERS = {  # the turn at which an answer of l tokens reveals that at `place`
-    "left_to_right": lambda place, l: place,
-    "right_to_left": lambda place, l: l - 1 - place,
+DEFAULTS = {
+    "ckpt": "out/pydocs",  # whatever checkpoint.load takes
+    "data": "data/pydocs",  # a prepared folder
+    "split": "val",  # the part of the folder that is evaluated
+    "estimator": "any_order",  # one of ESTIMATORS; a causal network is exact anyway
+    "draws": 16,  # for each sequence; the most of them where precision is given
+    "strata": 4,  # draws stratified together (1: independent); for orders the K of one bound
+    "precision": 0.0,  # draw until within +- this many nats per token, 95%; 0: all draws
+    "sequences": 0,  # how many blocks, evenly spaced over the split; 0: all
+    "block_size": 0,  # tokens in a block; 0: the model's block_size
+    "protocol": "whole",  # whole (a last, shorter block counts) | radd (it is left out, as there)
+    "batch_size": 32,  # rows in one network call
+    "ema": True,  # use the averaged weights where the checkpoint has them
 }
-ESTIMATORS = [*DRAWN, *ORDERS, "ar"]
-SURE = (
-    100  # degrees of freedom of an error before it may end the draws: one that happens to be small would end them too soon
-)
+
+SURE = 100  # degrees of freedom before an error may end the draws: one small by chance would, early
 
 
-# ---- 1. A draw: random numbers, and what a row of the network hides, counts and weighs -------------------------------
+# ---- 1. Estimators: what a row of the network masks, and what it counts --------------------------
+
+
+class Draw(NamedTuple):
+    """Random numbers of b rows of width W; the answer is what follows the prompt."""
+
+    u: torch.Tensor  # (b,) uniform
+    noise: torch.Tensor  # (b, W) uniform
+    turn: torch.Tensor  # (b,) which term of a chain rule
+    prompt: torch.Tensor  # (b,) tokens
+    schedule: object
+
+    @property
+    def place(self):  # (b, W) of each token in the answer, negative in the prompt
+        return torch.arange(self.noise.shape[1]) - self.prompt[:, None]
+
+
+def any_order(draw):
+    mask, weight = diffusion.draw_mask("any_order", draw.u, draw.noise, prompt=draw.prompt)
+    return mask, weight[:, None] * mask  # (b, W) each
+
+
+def lambda_dce(draw):
+    return importance_sampled("lambda_dce", draw, draw.u)
+
+
+def t_dce(draw):
+    return importance_sampled("t_dce", draw, draw.schedule(draw.u)[0])
+
+
+def importance_sampled(objective, draw, m):
+    """The objective's draw under the condition that something is masked, times the chance of that.
+
+    Its weight 1/m has no second moment: one token masked at a tiny m counts for too much, and no
+    interval could be trusted. An empty mask adds nothing, so E[X] = P(some masked) E[X | some
+    masked], and weight * P(some masked) = (1 - (1 - m)^l) / m is l at most. The condition is that
+    the lowest of l uniform numbers is below m. Given the lowest, the others are uniform above it:
+    so scaling 1 - noise by one factor a row, which takes the lowest to where it must be, does it.
+    """
+    answer = draw.place >= 0  # (b, W)
+    l = answer.sum(1)  # (b,)
+    p_some = -torch.expm1(l * torch.log1p(-m))  # (b,) 1 - (1 - m)^l
+    highest = (1 - draw.noise).masked_fill(~answer, 0.0).amax(1)  # (b,) of 1 - noise
+    p_above = highest**l  # (b,) P(all noise above its lowest)
+    scale = ((1 - p_some + p_some * p_above) / p_above) ** (1 / l)  # (b,)
+    noise = 1 - (1 - draw.noise) * scale[:, None]  # (b, W)
+    mask, weight = diffusion.draw_mask(objective, draw.u, noise, draw.schedule, draw.prompt)
+    return mask, (weight * p_some)[:, None] * mask  # (b, W) each
+
+
+def chain(draw):
+    noise = draw.noise.masked_fill(draw.place < 0, torch.inf)  # (b, W)
+    return one_term(draw, noise.argsort(1).argsort(1))
+
+
+def left_to_right(draw):
+    return one_term(draw, draw.place)
+
+
+def right_to_left(draw):
+    return one_term(draw, draw.noise.shape[1] - draw.prompt[:, None] - 1 - draw.place)
+
+
+def one_term(draw, rank):
+    """Term `turn` of the chain rule along an order; rank (b, W) is the turn of each token."""
+    answer, turn = draw.place >= 0, draw.turn[:, None]  # (b, W), (b, 1)
+    return (rank >= turn) & answer, ((rank == turn) & answer).double()  # (b, W) each
+
+
+def ar(draw):
+    answer = draw.place >= 0  # (b, W) what counts, as diffusion.ar_nll takes it; nothing is masked
+    return answer, answer.double()
+
+
+class Estimator(NamedTuple):
+    row: object  # Draw -> (mask (b, W) bool, weight (b, W))
+    chain: bool = False  # a draw takes a row for each token, not one
+    exact: bool = False  # nothing is drawn
+    mean_of_p: bool = False  # a set says -log(mean of p), not the mean of -log p
+
+
+ESTIMATORS = {
+    "any_order": Estimator(any_order),
+    "lambda_dce": Estimator(lambda_dce),
+    "t_dce": Estimator(t_dce),
+    "t_dse": Estimator(t_dce),
+    "chain": Estimator(chain, chain=True),
+    "orders": Estimator(chain, chain=True, mean_of_p=True),
+    "left_to_right": Estimator(left_to_right, chain=True, exact=True),
+    "right_to_left": Estimator(right_to_left, chain=True, exact=True),
+}
+AR = Estimator(ar, exact=True)  # of causal networks, which have no other
+
+
+def estimator_of(model, name):
+    """(name, Estimator) that evaluates this network: the one of that name, unless it is causal."""
+    causal = model.config["attention"] == "causal"
+    return ("ar", AR) if causal else (name, ESTIMATORS[name])
+
+
+# ---- 2. A set of draws for many requests, in full batches ----------------------------------------
 
 
 def random_numbers(seed, number, place, draw, size, n):
-    """u (b,) and noise (b, n) of draws `draw` (b,) in set `number` of `size` draws, for the requests at `place` (b,).
+    """u (b,) and noise (b, n) of draws `draw` (b,) in set `number` of `size`, for requests `place`.
 
-    Pure functions of these; the first of the n do not depend on n. Over the set u is stratified, in antithetic pairs.
+    Pure functions of these; the first of the n do not depend on n. Over the set u is stratified.
     """
+    jitter = distinct_uniforms(seed, 2 * number + 1, place * size + draw // 2, 1)  # (b, 1)
     noise = distinct_uniforms(seed, 2 * number, place * size + draw, n)  # (b, n)
-    jitter = distinct_uniforms(seed, 2 * number + 1, place * size + draw // 2, 1).squeeze(1)  # (b,)
-    return diffusion.stratified(jitter, draw, size), noise
+    return diffusion.stratified(jitter.squeeze(1), draw, size), noise
 
 
 def distinct_uniforms(seed, step, position, n):
-    """diffusion.uniforms, each position drawn once: many rows of a chain, or of a group, have the same numbers."""
+    """diffusion.uniforms, each position drawn once: many rows of a chain have the same numbers."""
     position, row = position.unique(return_inverse=True)
     return diffusion.uniforms(seed, step, position, n)[row]  # (b, n)
 
 
-def network_row(estimator, u, noise, turn, prompt, schedule="loglinear"):
-    """What a row hides (b, W) bool, and the weight (b, W) of what it counts: u, turn, prompt (b,), noise (b, W).
-
-    The answer is what follows the first `prompt` tokens; noise is read at these places alone. `ar` hides nothing.
-    """
-    place = torch.arange(noise.shape[1]) - prompt[:, None]  # (b, W) in the answer, negative in the prompt
-    if estimator in ONE_ROW:
-        noise, share = (noise, 1.0) if estimator == "any_order" else some_hidden(estimator, u, noise, place >= 0, schedule)
-        mask, weight = diffusion.draw_mask(estimator, u, noise, diffusion.SCHEDULES[schedule], prompt)  # (b, W), (b,)
-        return mask, (weight * share)[:, None] * mask
-    if estimator == "ar":  # the mask says what counts, as diffusion.ar_nll takes it
-        return place >= 0, (place >= 0).double()
-    if estimator in ("chain", "orders"):
-        order = noise.masked_fill(place < 0, torch.inf).argsort(1).argsort(1)  # (b, W) the turn of each token
-    else:
-        order = ORDERS.get(estimator, estimator)(place, noise.shape[1] - prompt[:, None])  # (b, W)
-    return (order >= turn[:, None]) & (place >= 0), ((order == turn[:, None]) & (place >= 0)).double()
-
-
-def some_hidden(estimator, u, noise, answer, schedule):
-    """Noise under which some token of the answer is hidden, with the chance of that: u (b,), noise, answer (b, W).
-
-    The weight 1/m has no second moment: one token hidden at a tiny m counts for too much, and no interval could be trusted.
-    Where the draw is one given that its lowest number falls below m, the weight times the chance of that is at most l.
-    Given the lowest of l uniform numbers, the rest are uniform above it: so a stretch of 1 - noise does it.
-    """
-    m = u if estimator == "lambda_dce" else diffusion.SCHEDULES[schedule](u)[0]  # (b,)
-    l = answer.sum(1)  # (b,)
-    share = -torch.expm1(l * torch.log1p(-m))  # (b,) 1 - (1 - m)^l
-    above = (1 - noise).masked_fill(~answer, 0.0).amax(1) ** l  # (b,) chance that all l numbers are above the lowest
-    stretch = ((1 - share + share * above) / above) ** (1 / l)  # (b,)
-    return 1 - (1 - noise) * stretch[:, None], share
-
-
-def rows_nats(model, x0, mask, weight, given, estimator, cfg):
-    """weight * cross-entropy, summed over each row: x0, mask, weight, given (b, W) -> (b,) float64. One network call.
-
-    cfg guides the logits away from what the network says without the `given` tokens (diffusion.predict).
-    """
-    rows = weight.flatten().nonzero().flatten()  # (n,) what counts, and alone leaves the last layer
-    x0, mask, weight, rows, given = (z.to(next(model.parameters()).device) for z in (x0, mask, weight.float(), rows, given))
-    if estimator == "ar":
-        nats = diffusion.ar_nll(model, x0, mask, weight, rows)[1]  # (b,)
-    elif not cfg:
-        nats = diffusion.nelbo(model, x0, mask, weight, rows, normalised=estimator != "t_dse")[1]  # (b,)
-    else:
-        logits = diffusion.predict(model, torch.where(mask, model.mask_id, x0), rows, given, cfg)  # (n, V)
-        ce = F.cross_entropy(logits, x0.flatten()[rows], reduction="none")  # (n,)
-        nats = ce.new_zeros(len(x0)).index_add(0, rows // x0.shape[1], weight.flatten()[rows] * ce)  # (b,)
-    return nats.cpu().double()
-
-
-# ---- 2. A set of draws for many requests, in full batches ------------------------------------------------------------
-
-
 @torch.no_grad()
-def set_nats(
-    model,
-    requests,
-    estimator,
-    size,
-    number=0,
-    schedule="loglinear",
-    cfg=0.0,
-    seed=0,
-    batch_size=32,
-    autocast=contextlib.nullcontext,
-    progress=False,
-    places=None,
-    pad_to=0,
-):
-    """Set `number` of `size` draws for each request -> (nats (N, size), {"rows", "calls"} that the network took).
+def set_nats(model, requests, o, number=0, size=1):
+    """Set `number` of `size` draws for each request -> (nats (N, size), {"rows", "calls"} it took).
 
-    requests: N pairs (prompt ids, answer ids), arrays or lists. places (N,): requests with one place have the same random
-    numbers, by their place in the answer; without it each has its own. pad_to: rows are filled up to it with masks.
+    requests: N pairs (prompt ids, answer ids); o: the options, as `merged` has them.
     """
-    places = torch.arange(len(requests)) if places is None else torch.as_tensor(places)  # (N,)
+    name, estimator = estimator_of(model, o["estimator"])
+    groups = torch.arange(len(requests)) if o["groups"] is None else torch.as_tensor(o["groups"])
+    lengths = np.array([[len(p), len(a)] for p, a in requests], int).reshape(-1, 2)  # (N, 2)
     nats, cost = torch.zeros(len(requests), size, dtype=torch.float64), {"rows": 0, "calls": 0}
-    lengths = np.array([[len(prompt), len(answer)] for prompt, answer in requests], int).reshape(-1, 2)  # (N, 2)
-    with tqdm(total=len(requests) * size, disable=not progress, desc="evaluating", unit="draw", leave=False) as bar:
-        for request, draw, turn in batches(lengths, size, estimator, batch_size):
-            x0 = torch.from_numpy(np.stack([np.concatenate(requests[i]).astype(np.int64) for i in request]))  # (b, W)
-            prompt, request = torch.from_numpy(lengths[request, 0]), torch.from_numpy(request)  # (b,) each
-            W = x0.shape[1]
-            place = torch.arange(W) - prompt[:, None]  # (b, W) in the answer, negative in the prompt
-            u, noise = random_numbers(seed, number, places[request], draw, size, W)  # (b,), (b, W)
-            mask, weight = network_row(estimator, u, noise.gather(1, place.clamp(min=0)), turn, prompt, schedule)
-            fill = max(0, pad_to - W)
-            given, mask, weight = (F.pad(z, (0, fill)) for z in (place < 0, mask, weight))  # (b, W + fill) each
-            with autocast():
-                found = rows_nats(model, F.pad(x0, (0, fill), value=model.mask_id), mask, weight, given, estimator, cfg)
-            nats.index_put_((request, draw), found, accumulate=True)
-            cost["rows"] += len(x0) * (2 if cfg else 1)
+    with tqdm(total=nats.numel(), disable=not o["progress"], unit="draw", leave=False) as bar:
+        for i, draw, turn in batches(lengths, size, estimator, o["batch_size"]):  # (b,) each
+            x0 = np.stack([np.concatenate(requests[j]).astype(np.int64) for j in i])  # (b, W)
+            prompt, W = torch.from_numpy(lengths[i, 0]), x0.shape[1]  # (b,)
+            place = torch.arange(W) - prompt[:, None]  # (b, W)
+            u, noise = random_numbers(o["seed"], number, groups[i], draw, size, W)  # (b,), (b, W)
+            noise = noise.gather(1, place.clamp(min=0))  # (b, W) by the place in the answer
+            schedule = diffusion.SCHEDULES[o["schedule"]]
+            mask, weight = estimator.row(Draw(u, noise, turn, prompt, schedule))  # (b, W) each
+            fill = (0, max(0, o["pad_to"] - W))
+            x0 = F.pad(torch.from_numpy(x0), fill, value=model.mask_id)  # (b, W + fill)
+            mask, weight, cond = (F.pad(z, fill) for z in (mask, weight, place < 0))
+            guidance = (cond, o["cfg_scale"]) if o["cfg_scale"] else ()
+            row_nats = nats_of_rows(model, x0, mask, weight, name, *guidance)  # (b,)
+            nats.index_put_((torch.from_numpy(i), draw), row_nats, accumulate=True)
+            cost["rows"] += len(x0) * (2 if guidance else 1)
             cost["calls"] += 1
             bar.update(int((turn == 0).sum()))
     return nats, cost
 
 
 def batches(lengths, size, estimator, batch_size):
-    """Yields (request (b,), draw (b,), turn (b,)), b <= batch_size: every row that is needed, with others of its length.
+    """Yield (request (b,), draw (b,), turn (b,)), b <= batch_size: each needed row, by length.
 
-    lengths (N, 2) of prompt and answer. There is no attention mask: rows of different length cannot share a call.
+    lengths (N, 2) of prompt and answer. There is no padding: rows of two lengths share no call.
     """
-    turns = np.minimum(lengths[:, 1], 1) if estimator in (*ONE_ROW, "ar") else lengths[:, 1]  # (N,) rows of a draw
+    turns = lengths[:, 1] if estimator.chain else np.minimum(lengths[:, 1], 1)  # (N,) rows a draw
     for length in np.unique(lengths.sum(1)):
         members = np.flatnonzero(lengths.sum(1) == length)
-        first = np.cumsum([0, *turns[members] * size])  # (members + 1,) number of each request's first row
+        first = np.cumsum([0, *turns[members] * size])  # (members + 1,) each request's first row
         for start in range(0, first[-1], batch_size):
             row = np.arange(start, min(start + batch_size, first[-1]))  # (b,)
             i = np.searchsorted(first, row, side="right") - 1  # (b,)
-            draw, turn = np.divmod(row - first[i], turns[members[i]])
+            draw, turn = np.divmod(row - first[i], turns[members[i]])  # (b,) each
             yield members[i], torch.from_numpy(draw), torch.from_numpy(turn)
 
 
-def of_set(estimator, nats):
-    """What a set of draws (N, K) says: (N,). The mean; for `orders` -log of the mean probability."""
-    return math.log(nats.shape[1]) - (-nats).logsumexp(1) if estimator == "orders" else nats.mean(1)
+def nats_of_rows(model, x0, mask, weight, name, cond=None, cfg_scale=0.0):
+    """weight * cross-entropy, summed over each row: (b, W) each -> (b,) float64. One network call.
 
-
-# ---- 3. Answers after prompts, and whole texts -----------------------------------------------------------------------
-
-
-def answer_nats(
-    model,
-    requests,
-    estimator="any_order",
-    draws=128,
-    schedule="loglinear",
-    cfg=0.0,
-    seed=0,
-    batch_size=32,
-    autocast=contextlib.nullcontext,
-    progress=False,
-    groups=None,
-    pad_to=0,
-):
-    """-log p(answer | prompt) of each request: N pairs (prompt ids, answer ids) -> (N,) float64, by one stratified set.
-
-    groups (N,) ints: requests of one group share their random numbers, so that the options of one question compare with
-    little noise. cfg: unsupervised guidance, logits u + (1 + w)(c - u). pad_to: a row is filled up to it with masks.
+    With cond (b, W) the logits are guided by it (diffusion.predict).
     """
-    draws = draws if estimator in DRAWN else 1
-    how = {"schedule": schedule, "cfg": cfg, "seed": seed, "batch_size": batch_size, "autocast": autocast}
-    return of_set(
-        estimator, set_nats(model, requests, estimator, draws, **how, progress=progress, places=groups, pad_to=pad_to)[0]
-    )
+    counted = weight.flatten().nonzero().flatten()  # (n,) what counts, and alone leaves the network
+    device = next(model.parameters()).device
+    x0, mask, weight, counted = (z.to(device) for z in (x0, mask, weight.float(), counted))
+    if name == "ar":
+        nats = diffusion.ar_nll(model, x0, mask, weight, counted)[1]  # (b,)
+    elif cond is None:
+        nats = diffusion.nelbo(model, x0, mask, weight, counted, normalised=name != "t_dse")[1]
+    else:
+        x = torch.where(mask, model.mask_id, x0)  # (b, W)
+        logits = diffusion.predict(model, x, counted, cond.to(device), cfg_scale)  # (n, V)
+        ce = F.cross_entropy(logits, x0.flatten()[counted], reduction="none")  # (n,)
+        terms = weight.flatten()[counted] * ce  # (n,)
+        nats = ce.new_zeros(len(x0)).index_add(0, counted // x0.shape[1], terms)  # (b,)
+    return nats.cpu().double()
 
 
-def estimate(model, blocks, estimator="any_order", draws=16, strata=4, precision=0.0, lengths=None, **how):
-    """Nats of each block (L,) of a text by sets of `strata` draws, `draws` in all -> (nats (S,), info).
+def of_set(estimator, nats):
+    """What a set of K draws says: nats (N, K) -> (N,)."""
+    if estimator.mean_of_p:
+        return math.log(nats.shape[1]) - (-nats).logsumexp(1)
+    return nats.mean(1)
 
-    A block may also be a pair (prompt ids, answer ids); lengths (S,): how many of its tokens count, without it all. Stops
-    once the 95% interval of this text's nats per token is within +- precision, where that is not 0, and known well enough.
-    info: draws, draw_error and draw_half (of the interval) in nats per token, rows and calls of the network, seconds.
-    **how: the keys of set_nats.
+
+# ---- 3. Answers after prompts, and whole texts ---------------------------------------------------
+
+
+def merged(options, **rest):
+    """`options` over the DEFAULTS, UserError for what they cannot be; with the rest."""
+    return settings.options(options, settings, diffusion, sys.modules[__name__]) | rest
+
+
+def answer_nats(model, requests, groups=None, cfg_scale=0.0, pad_to=0, progress=False, **options):
+    """-log p(answer | prompt) of each request: N pairs (prompt ids, answer ids) -> (N,) float64.
+
+    By one stratified set of `draws`. groups (N,) ints: requests of one group share their random
+    numbers, so that the options of one question compare with little noise. pad_to: rows are filled
+    up to it with masks. options: estimator, draws, batch_size, schedule, seed.
+    """
+    o = merged(options, groups=groups, cfg_scale=cfg_scale, pad_to=pad_to, progress=progress)
+    _, estimator = estimator_of(model, o["estimator"])
+    nats, _ = set_nats(model, requests, o, 0, 1 if estimator.exact else o["draws"])  # (N, draws)
+    return of_set(estimator, nats)
+
+
+def estimate(model, requests, lengths=None, groups=None, progress=False, **options):
+    """Nats of each request (or block (L,) of ids) by sets of `strata` draws, `draws` in all.
+
+    -> (nats (S,) float64, info). lengths (S,): how many tokens of each count; without it all. Stops
+    once the 95% interval of this text's nats per token is within +- precision, where that is not 0,
+    and known well enough. info: draws, draw_error and draw_half (of the interval) in nats per
+    token, rows and calls of the network, seconds.
     """
     began = time.time()
-    draws = draws if estimator in DRAWN else 1
-    requests = [block if isinstance(block, tuple) else (block[:0], block) for block in blocks]
+    o = merged(options, groups=groups, cfg_scale=0.0, pad_to=0, progress=progress)
+    _, estimator = estimator_of(model, o["estimator"])
+    requests = [r if isinstance(r, tuple) else (r[:0], r) for r in requests]
     n_tokens = sum(len(answer) for _, answer in requests) if lengths is None else sum(lengths)
-    sizes = [min(strata, draws - first) for first in range(0, draws, strata)]
+    draws = 1 if estimator.exact else o["draws"]
+    sizes = [min(o["strata"], draws - first) for first in range(0, draws, o["strata"])]
     sets, info = [], {"rows": 0, "calls": 0}
     for number, size in enumerate(sizes):
-        found, cost = set_nats(model, requests, estimator, size, number, **how)  # (S, size)
-        sets.append(of_set(estimator, found))
+        nats, cost = set_nats(model, requests, o, number, size)  # (S, size)
+        sets.append(of_set(estimator, nats))
         info = {key: info[key] + cost[key] for key in cost}
-        nats, error = mean_over_sets(torch.stack(sets, 1), sizes[: number + 1])  # (S,), a float
-        error = error / max(1, n_tokens) if estimator in DRAWN else 0.0
-        half = 0.0 if error == 0 else error * t95(len(blocks) * number)
-        if half < precision and (error == 0 or len(blocks) * number >= SURE):
+        mean, error = mean_over_sets(torch.stack(sets, 1), sizes[: number + 1])  # (S,), a float
+        error = 0.0 if estimator.exact else error / max(1, n_tokens)
+        freedom = len(requests) * number
+        half = error * t95(freedom) if error else 0.0
+        if half < o["precision"] and (error == 0 or freedom >= SURE):
             break
     info |= {"draws": sum(sizes[: number + 1]), "draw_error": error, "draw_half": half}
-    return nats, info | {"seconds": time.time() - began}
+    return mean, info | {"seconds": time.time() - began}
 
 
-def sequence_nats(model, blocks, estimator="any_order", draws=16, **how):
-    """The nats of `estimate`: blocks, a list of S int64 arrays -> (S,). **how: the keys of estimate and of set_nats.
-
-    A block's number is a pure function of (seed, its place: `places` (S,), or that in the list).
-    """
-    return estimate(model, blocks, estimator, draws, **how)[0]
+# ---- 4. One text ---------------------------------------------------------------------------------
 
 
-# ---- 4. How sure it is -----------------------------------------------------------------------------------------------
-
-
-def mean_over_sets(sets, sizes):
-    """Mean (S,) over R independent sets of draws, (S, R) of `sizes` (R,), and the standard error of the sum of these means.
-
-    Draws of one set are stratified, so their own spread says too much. Sets are independent, and so are sequences: the
-    variance of each mean is unbiased, exactly for equal sizes, and they add. One set shows no error: infinite.
-    """
-    share = torch.as_tensor(sizes, dtype=torch.float64) / sum(sizes)  # (R,)
-    mean = (sets * share).sum(1)  # (S,)
-    left = 1 - (share**2).sum().item()
-    squares = (share * (sets - mean[:, None])).square().sum().item()
-    return mean, math.sqrt(squares / left) if len(sizes) > 1 else math.inf
-
-
-def mean_and_error(nats, lengths):
-    """Nats per token and its standard error, clustered by sequence: nats, lengths (S,) -> two floats.
-
-    The ratio estimator sum(nats) / sum(lengths) and the usual linearisation of its error; infinite for one sequence.
-    """
-    nats, lengths = np.asarray(nats, float), np.asarray(lengths, float)
-    mean = nats.sum() / lengths.sum()
-    S = len(nats)
-    residual = nats - mean * lengths  # (S,)
-    error = math.sqrt((residual**2).sum() * S / (S - 1)) / lengths.sum() if S > 1 else math.inf
-    return float(mean), error
-
-
-def t95(freedom):
-    """Half a 95% interval in standard errors, Student's t: the expansion of Abramowitz and Stegun, 26.7.5."""
-    return 1.96 + sum(c / freedom**k for k, c in enumerate((2.372, 2.822, 2.556, 1.589), 1)) if freedom else math.inf
-
-
-def report(nats, lengths, bytes_per_token):
-    """The result as a dict and as text: nats, lengths (S,). The 95% interval is that of another text of the same kind."""
-    mean, error = mean_and_error(nats, lengths)
-    half = t95(len(nats) - 1) * error
-    result = {"nats_per_token": mean, "standard_error": error, "interval": [mean - half, mean + half]}
-    result |= {"perplexity": math.exp(mean) if mean < 700 else math.inf, "bits_per_token": mean / math.log(2)}
-    result |= {"bits_per_byte": mean / math.log(2) / bytes_per_token, "tokens": int(sum(lengths)), "sequences": len(nats)}
-    bit = math.log(2)
-    text = (
-        f"{mean:.4f} +- {half:.4f} nats per token (95% interval) = {mean / bit:.4f} +- {half / bit:.4f} bits per token"
-        f" = {result['bits_per_byte']:.4f} +- {half / bit / bytes_per_token:.4f} bits per byte; "
-        f"perplexity {result['perplexity']:.2f}"
+def check(config):
+    """Raise UserError for settings that no evaluation has."""
+    settings.at_least(1, config, "draws", "strata", "batch_size")
+    settings.at_least(0, config, "sequences", "block_size", "precision")
+    draws, K = config["draws"], config["strata"]
+    require(
+        config["estimator"] != "orders" or draws % K == 0,
+        f"orders takes whole sets: draws {draws} must be a multiple of strata {K}",
     )
-    return result, text
 
 
-def spread(blocks, n):
-    """n of the blocks, evenly spaced; all of them for n = 0."""
-    if not n or n >= len(blocks):
-        return blocks
-    return [blocks[i * len(blocks) // n] for i in range(n)]
+def open_text(config, subject, folder, split):
+    """(Tokens, first positions of the blocks, L) of a folder; UserError if it does not fit."""
+    tokens, ckpt = loader.Tokens(folder, split), config["ckpt"]
+    most, V = subject.model.block_size, subject.model.vocab_size
+    L, width = config["block_size"] or most, examples.layout(folder, tokens.meta)[0]
+    require(most >= L, f"block_size must be at most the model's {most}, not {L}")
+    has = f"{folder} has a vocabulary of {tokens.vocab_size}"
+    require(tokens.vocab_size == V, f"{has}, {ckpt} one of {V}")
+    known = subject.trained["tokenizer"]
+    alphabet_fits = not known or known["kind"] != "char" or known == tokens.meta["tokenizer"]
+    require(alphabet_fits, f"{folder} has another alphabet than {ckpt}")
+    require(width <= most, f"{folder} has examples of {width} tokens, {ckpt} reads {most}")
+    loader.fits(tokens, width or L)
+    end = len(tokens) if config["protocol"] == "whole" else len(tokens) // L * L
+    short = f"{folder} {split} has {len(tokens)} tokens, no whole block of {L}"
+    require(end, f"{short}; try --protocol=whole")
+    return tokens, loader.spread(range(0, end, L), config["sequences"]), L
+
+
+def evaluate(config, subject, folder, split):
+    """Evaluate one split of a prepared folder, print how and what came out -> a dict."""
+    tokens, starts, L = open_text(config, subject, folder, split)
+    width, counts = examples.layout(folder, tokens.meta)[0], tokens.meta["splits"][split]
+    if width:  # the bound of each answer, given its prompt
+        network = subject.causal, subject.model.start_id
+        part = examples.held_out(folder, split, L, config["sequences"], network)
+    else:
+        blocks = [tokens[start : start + L] for start in starts]  # (L,) each
+        size = counts["bytes"] / counts["tokens"]
+        part = examples.HeldOut(blocks, [len(block) for block in blocks], size)
+    keys = ("estimator", "draws", "strata", "precision", "schedule", "seed", "batch_size")
+    options = {key: config[key] for key in keys} | {"progress": True}
+    with subject.autocast():
+        nats, info = estimate(subject.model, part.requests, part.counts, **options)
+    name, _ = estimator_of(subject.model, config["estimator"])
+    result, text = report(nats, part.counts, part.bytes_per_token)
+    result |= info | {"estimator": name, "block_size": L, "data": str(folder)}
+    draws = f"{result['draws']} draws a sequence in sets of {config['strata']}"
+    unit = f"answers in examples of {width}, given their prompts" if width else f"blocks of {L}"
+    print(
+        f"{folder} {split}: {result['tokens']} of {counts['tokens']} tokens, "
+        f"{counts['documents']} documents, {len(nats)} {unit}"
+        f"{', the rest left out' * (config['protocol'] == 'radd')}; "
+        f"{method(name, draws)}; {subject.words}"
+    )
+    if "protocol" in tokens.meta:
+        print(f"text: {tokens.meta['protocol']}")
+    print(text + " (a token is a character)" * (tokens.meta["tokenizer"]["kind"] == "char"))
+    print(certainty(result, config["precision"], config["draws"], config["strata"]))
+    return result
+
+
+def method(name, draws):
+    """How a number came about, in words; `draws` says what was drawn."""
+    if name == "ar":
+        return "exact"
+    if ESTIMATORS[name].exact:
+        return f"exact along the order {name}"
+    return f"upper bound by {name}, {draws}"
+
+
+def main(config):
+    """Evaluate config["ckpt"] on config["data"]; return the result, a dict."""
+    check(config)
+    folder, split = config["data"], config["split"]
+    result = evaluate(config, opened(config), folder, split)
+    meta = loader.read_meta(folder)
+    is_text = not examples.layout(folder, meta)[0] and {"train", "val"} <= meta["splits"].keys()
+    counted = ngram.baseline(folder) if is_text and split == "val" else {}
+    if counted:
+        nats = ", ".join(f"{name} {value:.4f}" for name, value in counted.items())
+        baseline = "n-gram baseline, for comparison (Witten-Bell, counted on the training text)"
+        print(f"{baseline}: {nats} nats per token")
+    return result | {"ngram_nats": counted}
+
+
+if __name__ == "__main__":
+    settings.run(main, settings, diffusion, sys.modules[__name__])

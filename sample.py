@@ -1,18 +1,24 @@
-"""Decoding: fill every masked position of a sequence, in an order that depends on the sampler; all else stays as given.
+"""Sampling: fill every masked position of a sequence, in an order that the sampler decides.
 
-    python sample.py --ckpt=out/pydocs                                     free samples
-    python sample.py --ckpt=out/pydocs --prompt="The list "                 a beginning (--suffix= an end)
-    python sample.py --ckpt=out/pairs --prompt="Who was it?" --cfg=0.8      an answer, guided towards its prompt
-    python sample.py --ckpt=out/pydocs --template="The ___12 of a list is ___20."   gaps of 12 and 20 tokens
+    python sample.py --ckpt=out/pydocs                                    free samples
+    python sample.py --ckpt=out/pydocs --prompt="The list "               begun (ended: --suffix=)
+    python sample.py --ckpt=out/pydocs --template="The ___12 of a list."  a gap of 12 tokens
+    python sample.py --ckpt=out/pairs --prompt="Who?" --cfg_scale=0.8     guided by its prompt
 
-The fast loop rests on one fact: the step at which ancestral and Euler sampling reveal a position does not depend on the
-network, so it is drawn before the first call. Steps that reveal nothing are then never taken (this is RADD's cache, arXiv
-2406.03736 section 3.2, without a cache), each sequence goes straight to its own next step, and a finished one makes room
-for the next request, so that calls stay full and only rows to be revealed leave the last layer. (The adaptive orders,
-confidence and smdm_greedy, choose among all hidden rows, so for them these leave it.)
+- Whatever is not masked is a condition and never changes: a prompt, the text around a gap.
+- A network call gives p(x0_i | visible) at the positions that are due; each is drawn from it.
+- Which are due is the sampler's policy, one entry of SAMPLERS. The loop knows none of them.
+
+What makes it fast: when ancestral and Euler sampling unmask a position does not depend on the
+network (diffusion.py, part 6). So all steps are drawn before the first call, and those at which a
+sequence unmasks nothing are skipped: RADD (arXiv 2406.03736, section 3.2) saves these calls with a
+cache, here there is nothing to keep. Each sequence goes to its own next step, a finished one makes
+room for another, and only positions that are due pass the last layer and the head.
+
+    steps drawn for four positions, -1 being a condition:  [5, -1, 2, 5]
+    the calls of that sequence, which are two:             [1, -1, 0, 1]
 """
 
-import contextlib
 import json
 import re
 import sys
@@ -21,46 +27,46 @@ import time
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import config as settings
 import diffusion
-from config import choose, require
+from config import require
 from data.tokenizer import from_meta
-from diffusion import predict
+from lib import checkpoint
+from lib.device import can_compile, machine
+from lib.files import whole_file
 from model import Cache
 
 DEFAULTS = {
-    "ckpt": "out/pydocs",  # whatever checkpoint.load takes: a run's folder, an export, published weights
-    "sampler": "ancestral",  # ancestral | euler | any_order | left_to_right | right_to_left | confidence | smdm_greedy
-    "steps": 128,  # of ancestral, euler, confidence, smdm_greedy; the others reveal one token a call
+    "ckpt": "out/pydocs",  # a run's folder, an export, published weights (checkpoint.load)
+    "sampler": "ancestral",  # one of SAMPLERS
+    "steps": 128,  # ancestral, euler, confidence, smdm_greedy; others unmask one token a call
     "temperature": 1.0,  # 0: the likeliest token
     "top_k": 0,  # keep the k likeliest tokens; 0: all
     "top_p": 1.0,  # keep the likeliest tokens that hold this much probability
-    "cfg": 0.0,  # guidance towards the given tokens: logits u + (1 + w) (c - u); 0: off
+    "cfg_scale": 0.0,  # guidance by the condition: logits u + (1 + w)(c - u), u without it; 0: off
     "prompt": "",  # the beginning of each sample
     "suffix": "",  # the end of each sample
     "template": "",  # text with gaps: ___12 is a gap of 12 tokens
-    "length": 0,  # tokens in a sample, prompt and suffix included; 0: block_size, or the width of the rows learnt from
-    "min_tokens": 0,  # an answer by a model of rows has at least so many tokens before its end mark
+    "length": 0,  # tokens in a sample, prompt and suffix included; 0: all that the model takes
+    "min_new_tokens": 0,  # of an answer before its end mark, at least (models of examples)
     "num_samples": 4,  # how many times the request is filled
     "batch_size": 16,  # sequences in one network call
     "compile": False,  # compile the network: pays for many or long samples
     "out": "",  # also write the samples to this .jsonl file
 }
 
-SAMPLERS = ["ancestral", "euler", "any_order", "left_to_right", "right_to_left", "confidence", "smdm_greedy"]
 
-
-# ---- The draw --------------------------------------------------------------------------------------------------------
-
-
+# ---- 1. The draw ---------------------------------------------------------------------------------
 def categorical(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """One exact draw a row by inverting the distribution function: logits (N, V), u (N,) uniform -> tokens (N,), p (N,).
+    """Invert the distribution function: logits (N, V), u (N,) uniform -> tokens (N,), their p (N,).
 
-    In float64: float32 Gumbel noise would cut the tails, that is lower the temperature unasked (arXiv 2409.02908). One
-    uniform number a draw, brought by the caller, makes sampling a function of its noise. p is the token's probability.
+    In float64. Gumbel noise in float32 cuts the tails, that is, it lowers the temperature unasked
+    (arXiv 2409.02908); here a float32 sum over 50,257 tokens would put steps of 1e-7 where rare
+    tokens have less probability than that. One uniform number a draw, brought by the caller, makes
+    sampling a function of its noise.
     """
-    logits = logits.cpu().double() if logits.device.type == "mps" else logits.double()  # MPS has no float64
+    on_mps = logits.device.type == "mps"  # which has no float64
+    logits = (logits.cpu() if on_mps else logits).double()  # (N, V)
     if temperature == 0:
         p, token = logits.softmax(-1).max(-1)
         return token, p
@@ -72,9 +78,9 @@ def categorical(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def keep_likely(p, top_k, top_p):
-    """p (N, V) with all but the top_k tokens, and all past the first top_p of probability, set to 0 (not renormalised)."""
-    if top_k:
-        p = p * (p >= p.topk(min(top_k, p.shape[-1])).values[:, -1:])
+    """p (N, V) with all but the top_k tokens, and all past the first top_p of the mass, at 0."""
+    if 0 < top_k < p.shape[-1]:
+        p = p.masked_fill(p < p.topk(top_k, dim=-1).values[:, -1:], 0.0)
     if top_p < 1:
         value, order = (p / p.sum(-1, keepdim=True)).sort(-1, descending=True)  # (N, V)
         out = value.cumsum(-1) - value >= top_p  # (N, V) the mass before it is enough
@@ -82,283 +88,312 @@ def keep_likely(p, top_k, top_p):
     return p
 
 
-def forbid(logits, tokens):
+def suppress_tokens(logits, tokens):
     """Takes one token away from each row, in place: logits (N, V), tokens (N,), -1 for none."""
     rows = (tokens >= 0).nonzero().flatten()
     logits[rows.to(logits.device), tokens[rows].to(logits.device)] = -torch.inf
 
 
-# ---- The order: what each network call reveals -----------------------------------------------------------------------
+# ---- 2. Policies: which positions are due in the next call ---------------------------------------
+class FixedOrder:
+    """Each position's step is known before the first call: unmask_step (N, L), -1: conditions."""
+
+    def __init__(self, unmask_step, expected_nfe=None):
+        self.call = step_to_call(unmask_step)  # (N, L)
+        self.nfe = self.call.max(1).values + 1  # (N,)
+        self.expected_nfe = expected_nfe or float(self.nfe.double().mean())
+
+    def due(self, live, done):
+        """Positions (b, L) that are asked for in call number done (b,) of sequences live (b,)."""
+        return self.call[live] == done[:, None]
+
+    def accept(self, live, done, p):
+        """Which of them are unmasked (b, L), by p (b, L) of the tokens drawn, -1 where not due."""
+        return p >= 0
+
+    def noise(self, seed, live, done, L):
+        """(b, L) uniform numbers: a position is drawn once, so one a position is enough."""
+        return diffusion.uniforms(seed, 1, live.tolist(), L)
 
 
-def draw_reveal_step(hidden, sampler, steps, schedule, u):
-    """The step at which each position will be revealed: hidden (N, L) bool, u (N, L) uniform -> (N, L), -1 where given."""
-    if sampler in ("ancestral", "euler"):
-        law = diffusion.reveal_law(diffusion.SCHEDULES[schedule], steps, sampler)  # (steps,)
-        step = torch.searchsorted(law.cumsum(0), u, right=True).clamp(max=steps - 1)  # (N, L)
-    elif sampler == "any_order":
-        step = u.argsort(1).argsort(1)  # (N, L) a random permutation: one token a call
-    else:
-        place = torch.arange(hidden.shape[1]).expand(hidden.shape)  # (N, L)
-        step = place if sampler == "left_to_right" else place.flip(1)
-    return torch.where(hidden, step, -1)
+class Adaptive:
+    """All masked positions are asked for; the most confident num_transfer_tokens are unmasked.
 
-
-def calls(reveal_step):
-    """The network call, counted from 0 in each row, that reveals each position: (N, L), -1 where given.
-
-    Steps at which a row reveals nothing get no call: a row's calls are its distinct reveal steps.
+    num_transfer_tokens: for each sequence a list, how many in each of its calls.
     """
-    step, order = reveal_step.sort(1)  # (N, L)
+
+    def __init__(self, masked, num_transfer_tokens):
+        self.masked, self.counts = masked.clone(), num_transfer_tokens  # (N, L), N lists
+        self.nfe = torch.tensor([len(counts) for counts in self.counts])  # (N,)
+        self.expected_nfe = float(self.nfe.double().mean())
+
+    def due(self, live, done):
+        return self.masked[live]
+
+    def accept(self, live, done, p):
+        count = torch.tensor([self.counts[i][n] for i, n in zip(live, done, strict=True)])  # (b,)
+        rank = p.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # (b, L)
+        accepted = rank < count[:, None]  # (b, L)
+        self.masked[live] &= ~accepted
+        return accepted
+
+    def noise(self, seed, live, done, L):
+        """Fresh at every call: a position is asked for again and again."""
+        pairs = zip(live.tolist(), done.tolist(), strict=True)
+        return torch.cat([diffusion.uniforms(seed, 2 + n, [i], L) for i, n in pairs])  # (b, L)
+
+
+def step_to_call(unmask_step):
+    """The call, from 0 in each sequence, that unmasks each position: (N, L), -1 at conditions.
+
+    Steps at which a sequence unmasks nothing get no call: its calls are its distinct steps.
+    """
+    step, order = unmask_step.sort(1)  # (N, L)
     before = torch.cat([step.new_full((len(step), 1), -1), step[:, :-1]], dim=1)  # (N, L)
     return torch.empty_like(step).scatter(1, order, (step > before).cumsum(1) - 1)
 
 
-def quotas(n_hidden, sampler, steps):
-    """How many tokens each call of an adaptive order reveals, a list without zeros.
+def by_time(masked, o):
+    """Ancestral and Euler sampling: each position's step by itself, by the unmasking schedule."""
+    (N, L), schedule = masked.shape, diffusion.SCHEDULES[o["schedule"]]
+    r = diffusion.unmask_schedule(schedule, o["steps"], o["sampler"])  # (steps,)
+    u = diffusion.uniforms(o["seed"], 0, range(N), L)  # (N, L)
+    step = torch.searchsorted(r.cumsum(0), u, right=True).clamp(max=o["steps"] - 1)  # (N, L)
+    expected = sum(diffusion.expected_nfe(r, int(n)) for n in masked.sum(1)) / N
+    return FixedOrder(torch.where(masked, step, -1), expected)
 
-    confidence spreads them evenly (MaskGIT, LLaDA). smdm_greedy is SMDM's rule, int(masked * (1 - s/t)) in float32, which
-    reveals nothing for many steps where tokens are few; those steps need no call.
-    """
-    if sampler == "confidence":
-        steps = min(steps, n_hidden)
-        return [n_hidden // steps + (i < n_hidden % steps) for i in range(steps)]
-    t = torch.linspace(1, 1e-5, steps + 1)  # (steps + 1,)
-    counts, left = [], n_hidden
+
+def any_order(masked, o):
+    """One token a call, in an order drawn uniformly: what the any-order bound is about."""
+    u = diffusion.uniforms(o["seed"], 0, range(len(masked)), masked.shape[1])  # (N, L)
+    return FixedOrder(torch.where(masked, u.argsort(1).argsort(1), -1))
+
+
+def left_to_right(masked, o):
+    return FixedOrder(torch.where(masked, torch.arange(masked.shape[1]), -1))
+
+
+def right_to_left(masked, o):
+    return FixedOrder(torch.where(masked, torch.arange(masked.shape[1]).flip(0), -1))
+
+
+def confidence(masked, o):
+    """Low-confidence remasking (MaskGIT, arXiv 2202.04200; LLaDA, 2502.09992), evenly spread."""
+    return Adaptive(masked, [evenly(int(n), o["steps"]) for n in masked.sum(1)])
+
+
+def smdm_greedy(masked, o):
+    """SMDM's form of it: in each step int(masked * (1 - s/t)) tokens."""
+    return Adaptive(masked, [smdm_counts(int(n), o["steps"]) for n in masked.sum(1)])
+
+
+def evenly(n, steps):
+    """n tokens over at most `steps` calls: a list without zeros."""
+    steps = min(steps, n)
+    return [n // steps + (i < n % steps) for i in range(steps)] if n else []
+
+
+def smdm_counts(n, steps):
+    """SMDM's rounding, in float32 as there. Where tokens are few, steps without any get no call."""
+    t, counts = torch.linspace(1, 1e-5, steps + 1), []  # (steps + 1,)
     for i in range(steps):
-        counts.append(left if i == steps - 1 else int(left * (1 - t[i + 1] / t[i])))
-        left -= counts[-1]
+        counts.append(n if i == steps - 1 else int(n * (1 - t[i + 1] / t[i])))
+        n -= counts[-1]
     return [count for count in counts if count]
 
 
-def surest(p, rows, quota, shape):
-    """Which rows (N,) are among the quota (b,) largest p of their own sequence; shape = (b, L). -> (N,) bool"""
-    table = p.new_full((shape[0] * shape[1],), -1.0)
-    table[rows] = p
-    rank = table.view(shape).argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # (b, L)
-    return (rank < quota[:, None]).flatten()[rows]
+SAMPLERS = {
+    "ancestral": by_time,
+    "euler": by_time,
+    "any_order": any_order,
+    "left_to_right": left_to_right,
+    "right_to_left": right_to_left,
+    "confidence": confidence,
+    "smdm_greedy": smdm_greedy,
+}
 
 
-# ---- The loops -------------------------------------------------------------------------------------------------------
-
-
+# ---- 3. The loops --------------------------------------------------------------------------------
 @torch.no_grad()
-def sample(
-    model,
-    x,
-    sampler="ancestral",
-    steps=128,
-    schedule="loglinear",
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    cfg=0.0,
-    seed=0,
-    batch_size=16,
-    autocast=contextlib.nullcontext,
-    progress=False,
-    ban=None,
-):
-    """Fills every mask_id of x (N, L) and changes nothing else. -> (tokens (N, L), info)
+def sample(model, x, suppress=None, progress=False, **options):
+    """Fill every mask_id of x (N, L) and change nothing else -> (tokens (N, L), info).
 
-    ban: (N, L), the token that a place must not get, -1 for none: an end mark at the first place of an answer, say.
-
-    info: nfe (N,) network calls of each sequence, expected_nfe their mean expectation, seconds. A sequence is a pure
-    function of (seed, its place in x): the batch size changes how long it takes, not what comes out.
+    options: keys of DEFAULTS (sampler, steps, temperature, top_k, top_p, cfg_scale, batch_size),
+    schedule, seed; UserError for what they cannot be. suppress (N, L): a token that a position must
+    not get, -1 for none. info: nfe (N,) network calls of each sequence, expected_nfe their mean
+    expectation, seconds. A sequence is a pure function of (seed, its place in x): the batch size
+    changes how long it takes, not what comes out. A causal network goes left to right (sample_ar).
     """
-    began = time.time()
-    device, (N, L) = x.device, x.shape
-    x, given, hidden = x.clone(), x != model.mask_id, (x == model.mask_id).cpu()  # (N, L) each
-    adaptive = sampler in ("confidence", "smdm_greedy")
-    if adaptive:
-        quota = [quotas(int(n), sampler, steps) if n else [] for n in hidden.sum(1)]
-        nfe = torch.tensor([len(q) for q in quota])  # (N,)
-    else:
-        u = diffusion.uniforms(seed, 0, range(N), L)  # (N, L)
-        call = calls(draw_reveal_step(hidden, sampler, steps, schedule, u))  # (N, L)
-        nfe = call.max(1).values + 1  # (N,)
-        noise = diffusion.uniforms(seed, 1, range(N), L)  # (N, L)
-    done = torch.zeros_like(nfe)
-    with tqdm(total=int(nfe.sum()), disable=not progress, desc="sampling", unit="call", leave=False) as bar:
-        while len(live := (done < nfe).nonzero().flatten()[:batch_size]):  # (b,) a finished sequence makes room for the next
-            wanted = hidden[live] if adaptive else call[live] == done[live, None]  # (b, L)
-            rows = wanted.flatten().nonzero().flatten()  # (n,)
-            with autocast():
-                logits = predict(model, x[live], rows.to(device), given[live.to(device)], cfg)  # (n, V)
-            if ban is not None:
-                forbid(logits, ban[live].flatten()[rows])
-            if adaptive:  # positions are asked again at every call, each time with fresh noise
-                noise_now = torch.cat([diffusion.uniforms(seed, 2 + int(done[i]), [i], L) for i in live])  # (b, L)
-            else:
-                noise_now = noise[live]
-            token, p = categorical(logits, noise_now.flatten()[rows], temperature, top_k, top_p)  # (n,)
-            if adaptive:
-                share = torch.tensor([quota[i][done[i]] for i in live])  # (b,)
-                keep = surest(p.cpu(), rows, share, (len(live), L))  # (n,)
-                rows, token = rows[keep], token[keep.to(token.device)]
-                hidden[live[rows // L], rows % L] = False
-            x[live[rows // L].to(device), (rows % L).to(device)] = token.to(device)
+    o = settings.options(options, settings, diffusion, sys.modules[__name__])
+    if model.config["attention"] == "causal":
+        return sample_ar(model, x, o, suppress, progress)
+    began, (N, L), draw = time.time(), x.shape, (o["temperature"], o["top_k"], o["top_p"])
+    x, cond, masked = x.clone(), x != model.mask_id, (x == model.mask_id).cpu()  # (N, L) each
+    policy = SAMPLERS[o["sampler"]](masked, o)
+    done = torch.zeros(N, dtype=torch.long)  # calls of each sequence
+    with tqdm(total=int(policy.nfe.sum()), disable=not progress, unit="call", leave=False) as bar:
+        while len(live := (done < policy.nfe).nonzero().flatten()[: o["batch_size"]]):  # (b,)
+            due = policy.due(live, done[live])  # (b, L)
+            idx = due.flatten().nonzero().flatten()  # (n,)
+            row, place = live[idx // L], idx % L  # (n,) each
+            now = x[live], idx.to(x.device), cond[live.to(x.device)]  # (b, L), (n,), (b, L)
+            logits = diffusion.predict(model, *now, o["cfg_scale"])  # (n, V)
+            if suppress is not None:
+                suppress_tokens(logits, suppress[row, place])
+            u = policy.noise(o["seed"], live, done[live], L).flatten()[idx]  # (n,)
+            token, p = categorical(logits, u, *draw)  # (n,) each
+            table = torch.full((len(live), L), -1.0, dtype=p.dtype)  # (b, L)
+            table[due] = p.cpu()
+            keep = policy.accept(live, done[live], table)[due]  # (n,)
+            token = token[keep.to(token.device)].to(x.device)  # (unmasked,)
+            x[row[keep].to(x.device), place[keep].to(x.device)] = token
             done[live] += 1
             bar.update(len(live))
-    if sampler in ("ancestral", "euler"):
-        law = diffusion.reveal_law(diffusion.SCHEDULES[schedule], steps, sampler)
-        expected = sum(diffusion.expected_nfe(law, int(n)) for n in (~given).sum(1)) / N
-    else:
-        expected = float(nfe.double().mean())
-    return x, {"nfe": nfe, "expected_nfe": expected, "seconds": time.time() - began}
+    seconds = time.time() - began
+    return x, {"nfe": policy.nfe, "expected_nfe": policy.expected_nfe, "seconds": seconds}
 
 
-@torch.no_grad()
-def sample_ar(
-    model,
-    x,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    seed=0,
-    batch_size=16,
-    autocast=contextlib.nullcontext,
-    progress=False,
-    ban=None,
-):
-    """The baseline: fills x (N, L) left to right with a causal network that caches keys and values. As `sample`.
+def sample_ar(model, x, o, suppress=None, progress=False):
+    """The baseline: fill x (N, L) left to right by a causal network that caches keys and values.
 
-    Rows may have prompts of different lengths: what all of them are given is read in one call, after that each call adds
-    one position, drawn or given.
+    As sample. Prompts may differ in length: what all sequences are given is read in one call, after
+    that each call adds one position, drawn or given.
     """
-    began, (N, L) = time.time(), x.shape
-    x, hidden = x.clone(), x == model.mask_id  # (N, L) each
-    noise = diffusion.uniforms(seed, 1, range(N), L).to(torch.float32 if x.device.type == "mps" else torch.float64)
-    nfe = torch.zeros(N, dtype=torch.long)
-    starts = range(0, N, batch_size)
-    with tqdm(total=len(starts) * L, disable=not progress, desc="sampling", unit="token", leave=False) as bar:
-        for start in starts:
-            now = slice(start, start + batch_size)
-            y, want = x[now], hidden[now]  # (b, L) views
-            if not want.any():
+    began, (N, L), draw = time.time(), x.shape, (o["temperature"], o["top_k"], o["top_p"])
+    x, masked = x.clone(), x == model.mask_id  # (N, L) each
+    noise = diffusion.uniforms(o["seed"], 1, range(N), L)  # (N, L)
+    noise = noise.to(x.device, torch.float32 if x.device.type == "mps" else torch.float64)
+    nfe, B = torch.zeros(N, dtype=torch.long), o["batch_size"]  # (N,)
+    with tqdm(total=-(-N // B) * L, disable=not progress, unit="token", leave=False) as bar:
+        for now in (slice(start, start + B) for start in range(0, N, B)):
+            y, wanted = x[now], masked[now]  # (b, L) views
+            if not wanted.any():
                 continue
-            first, last = want.any(0).nonzero().flatten()[[0, -1]].tolist()
+            first, last = wanted.any(0).nonzero().flatten()[[0, -1]].tolist()
             cache = [Cache(L) for _ in model.blocks]
-            new = torch.cat([y.new_full((len(y), 1), model.start_id), y[:, :first]], dim=1)  # (b, 1 + first)
+            start = y.new_full((len(y), 1), model.start_id)  # (b, 1)
+            new = torch.cat([start, y[:, :first]], dim=1)  # (b, 1 + first)
             for i in range(first, last + 1):
-                with autocast():
-                    logits = model.head(model.hidden(new, cache=cache)[:, -1])  # (b, V)
-                if ban is not None:
-                    forbid(logits, ban[now][:, i])
-                token, _ = categorical(logits.float(), noise[now][:, i], temperature, top_k, top_p)  # (b,)
-                y[:, i] = torch.where(want[:, i], token.to(y), y[:, i])
+                logits = model.head(model.hidden(new, cache=cache)[:, -1])  # (b, V)
+                if suppress is not None:
+                    suppress_tokens(logits, suppress[now][:, i])
+                token, _ = categorical(logits.float(), noise[now][:, i], *draw)  # (b,)
+                y[:, i] = torch.where(wanted[:, i], token.to(y), y[:, i])
                 new = y[:, i : i + 1]  # (b, 1)
                 bar.update()
             nfe[now] = last + 1 - first
-    return x, {"nfe": nfe, "expected_nfe": float(nfe.double().mean()), "seconds": time.time() - began}
+    mean = float(nfe.double().mean())
+    return x, {"nfe": nfe, "expected_nfe": mean, "seconds": time.time() - began}
 
 
-# ---- Requests: text in, text out -------------------------------------------------------------------------------------
+# ---- 4. Requests: text in, text out --------------------------------------------------------------
+def request(tokenizer, model, prompt="", suffix="", template="", length=0):
+    """One request as a list of ids, mask_id where a token is wanted; UserError if it cannot be met.
 
-
-def request(tokenizer, mask_id, block_size, prompt="", suffix="", template="", length=0, start_id=None):
-    """One request as token ids, a list with mask_id where a token is wanted. UserError if it does not fit or has no gap.
-
-    A text at the very beginning follows the tokenizer's bos, if it has one, as every document did in training; a causal
-    network whose start_id is that bos reads it anyway.
+    A text at the very beginning follows the tokenizer's bos, if it has one, as every document did
+    in training; a causal network whose start_id is that bos reads it anyway.
     """
+    block = model.block_size
 
     def encode(text, start):
-        begin = [tokenizer.bos] if start and tokenizer.bos not in (None, start_id) else []
-        return begin + tokenizer.encode(text, start) if text else []
+        bos = [tokenizer.bos] if start and tokenizer.bos not in (None, model.start_id) else []
+        return bos + tokenizer.encode(text, start) if text else []
 
     if template:
         require(not prompt and not suffix, "give --template or --prompt and --suffix, not both")
         require(not length, "a template has its own length; leave --length out")
-        pieces = re.split(r"___(\d+)", template)
-        require(len(pieces) > 1, f"the template has no gap: write ___12 for a gap of 12 tokens in '{template}'")
-        parts = []  # text, gap, text, gap, ..., text: the ids of a text, a range as long as a gap
-        for i, piece in enumerate(pieces):
-            require(i % 2 == 0 or len(piece) < 8, f"a gap of ___{piece} tokens is longer than the block ({block_size})")
-            parts.append(range(int(piece)) if i % 2 else encode(piece, start=i == 0))
-        require(any(parts[1::2]), f"the template has no gap of one token or more: '{template}'")
-        total = sum(map(len, parts))
-        require(total <= block_size, f"the template is {total} tokens, the block {block_size}")
-        return [token for part in parts for token in ([mask_id] * len(part) if isinstance(part, range) else part)]
-    length = length or block_size
-    require(length <= block_size, f"length must be at most block_size {block_size}, not {length}")
+        pieces = re.split(r"___(\d+)", template)  # text, gap, text, gap, ..., text
+        example = "write ___12 for a gap of 12 tokens in"
+        require(len(pieces) > 1, f"the template has no gap: {example} '{template}'")
+        texts, gaps = [encode(text, i == 0) for i, text in enumerate(pieces[::2])], pieces[1::2]
+        for gap in gaps:
+            require(len(gap) < 8, f"a gap of ___{gap} tokens is longer than the block ({block})")
+        total = sum(map(len, texts)) + sum(map(int, gaps))
+        require(any(map(int, gaps)), f"the template has no gap of one token or more: '{template}'")
+        require(total <= block, f"the template is {total} tokens, the block {block}")
+        ids = texts[0]
+        for gap, text in zip(gaps, texts[1:], strict=True):
+            ids += [model.mask_id] * int(gap) + text
+        return ids
+    length = length or block
+    require(length <= block, f"length must be at most block_size {block}, not {length}")
     head, tail = encode(prompt, start=True), encode(suffix, start=False)
-    wanted = length - len(head) - len(tail)
-    require(
-        wanted > 0, f"prompt and suffix are {len(head) + len(tail)} tokens, which leaves nothing of length {length} to fill"
-    )
-    return head + [mask_id] * wanted + tail
+    n_new, nothing = length - len(head) - len(tail), f"leaves nothing of length {length} to fill"
+    require(n_new > 0, f"prompt and suffix are {length - n_new} tokens, which {nothing}")
+    return head + [model.mask_id] * n_new + tail
 
 
-def no_end(x, begins, least, end):
-    """`ban` of sample: the end mark at none of the `least` places from begins[i] on. x (N, L) -> (N, L)"""
-    ban = torch.full(x.shape, -1)  # (N, L)
-    for row, begin in zip(ban, begins, strict=True):
-        row[begin : begin + least] = end
-    return ban
+def suppress_eos(x, begins, least, eos_id):
+    """`suppress` of sample: no eos_id at the `least` positions from begins[i] on, x (N, L)."""
+    suppress = torch.full(x.shape, -1)  # (N, L)
+    for row, begin in zip(suppress, begins, strict=True):
+        row[begin : begin + least] = eos_id
+    return suppress
 
 
-def text_of(tokenizer, ids, begin=0, end=-1):
-    """The text of a sample. For a model of rows, which knows an `end` mark: up to the first one from place `begin` on."""
-    if end < 0:
+def text_of(tokenizer, ids, begin=0, eos_id=-1):
+    """The text of a sample; with eos_id up to the first one from position `begin` on."""
+    if eos_id < 0:
         return tokenizer.decode(ids)
-    stop = ids.index(end, begin) if end in ids[begin:] else len(ids)
+    stop = ids.index(eos_id, begin) if eos_id in ids[begin:] else len(ids)
     return tokenizer.decode([i for i in ids[:stop] if i != tokenizer.bos])
 
 
 def check(config, causal):
-    """Raises UserError for settings that no sampler has."""
-    choose("sampler", config["sampler"], SAMPLERS)
-    choose("schedule", config["schedule"], diffusion.SCHEDULES)
+    """Raise UserError for settings that no sampler has."""
     settings.at_least(1, config, "steps", "num_samples", "batch_size")
-    settings.at_least(0, config, "temperature", "top_k", "length", "min_tokens")
-    require(-1 <= config["cfg"] <= 1000, f"cfg must be in -1..1000, not {config['cfg']}")
-    require(0 < config["top_p"] <= 1, f"top_p must be in (0, 1], not {config['top_p']}")
+    settings.at_least(0, config, "temperature", "top_k", "length", "min_new_tokens")
+    scale, top_p, sampler = config["cfg_scale"], config["top_p"], config["sampler"]
+    require(-1 <= scale <= 1000, f"cfg_scale must be in -1..1000, not {scale}")
+    require(0 < top_p <= 1, f"top_p must be in (0, 1], not {top_p}")
     if causal:
-        fits = "sampler" not in config.get("given", ()) or config["sampler"] == "left_to_right"
-        require(fits, f"this network is causal: it has the sampler left_to_right, not '{config['sampler']}'")
-        require(not config["suffix"] and not config["template"], "a causal network cannot see a suffix or fill a template")
-        require(config["cfg"] == 0, "cfg needs a masked diffusion model; this network is causal")
+        left = sampler == "left_to_right" or "sampler" not in config.get("user_keys", ())
+        require(left, f"this network is causal: it has the sampler left_to_right, not '{sampler}'")
+        between = config["suffix"] or config["template"]
+        require(not between, "a causal network cannot see a suffix or fill a template")
+        require(scale == 0, "cfg_scale needs a masked diffusion model; this network is causal")
 
 
 def main(config):
-    """Loads a checkpoint, fills config["num_samples"] copies of the request, prints and returns them as records."""
-    device, autocast = settings.machine(config)
+    """Load a checkpoint, fill num_samples copies of the request, print and return the records."""
+    device, autocast = machine(config)
     model, tokenizer, trained = checkpoint.load(config["ckpt"], device)
-    require(trained["tokenizer"], f"{config['ckpt']} names no tokenizer, so text cannot be read or written")
-    tokenizer = tokenizer or from_meta(trained["tokenizer"])  # says what it lacks, where it could not be built
-    check(config, trained["causal"])
-    if config["compile"] and not trained["causal"] and settings.can_compile(device):
+    textless = f"{config['ckpt']} names no tokenizer, so text cannot be read or written"
+    require(trained["tokenizer"], textless)
+    tokenizer = tokenizer or from_meta(trained["tokenizer"])  # which says what it lacks
+    causal = trained["attention"] == "causal"
+    check(config, causal)
+    if config["compile"] and not causal and can_compile(device):
         model.hidden = torch.compile(model.hidden)
 
     wish = {key: config[key] for key in ("prompt", "suffix", "template", "length")}
     if not (wish["length"] or wish["template"]):
-        wish["length"] = trained.get("row_width", 0)  # a model of rows fills one
-    ids = request(tokenizer, model.mask_id, model.block_size, **wish, start_id=model.start_id)
+        wish["length"] = trained.get("example_width", 0)  # a model of examples fills one
+    ids = request(tokenizer, model, **wish)
     x = torch.tensor([ids] * config["num_samples"], device=device)  # (N, L)
-    keys = ["temperature", "top_k", "top_p", "seed", "batch_size"]
-    keys += [] if trained["causal"] else ["sampler", "steps", "schedule", "cfg"]
-    fill = sample_ar if trained["causal"] else sample
-    begin = ids.index(model.mask_id)
-    end = -1 if config["suffix"] or config["template"] else trained.get("row_end", -1)  # what follows a gap is not cut off
-    require(end >= 0 or not config["min_tokens"], "min_tokens is for answers by models of rows, which know an end mark")
-    require(
-        config["min_tokens"] <= ids.count(model.mask_id),
-        f"min_tokens must be at most the {ids.count(model.mask_id)} to fill",
-    )
-    ban = no_end(x, [begin] * len(x), config["min_tokens"], end) if config["min_tokens"] else None
-    tokens, info = fill(model, x, autocast=autocast, progress=True, ban=ban, **{key: config[key] for key in keys})
+    n_new, begin = ids.count(model.mask_id), ids.index(model.mask_id)
+    between = config["suffix"] or config["template"]  # what follows a gap is kept
+    eos_id, least = -1 if between else trained.get("eos_id", -1), config["min_new_tokens"]
+    answers = "min_new_tokens is for answers by models of examples, which know an end mark"
+    require(eos_id >= 0 or not least, answers)
+    require(least <= n_new, f"min_new_tokens must be at most the {n_new} to fill")
+    suppress = suppress_eos(x, [begin] * len(x), least, eos_id) if least else None
+    options = {key: value for key, value in config.items() if key != "user_keys"}
+    with autocast():
+        tokens, info = sample(model, x, suppress, progress=True, **options)
 
-    nfe = info["nfe"].tolist()
-    texts = [text_of(tokenizer, row, begin, end) for row in tokens.tolist()]
-    records = [{"text": text, "tokens": row, "nfe": n} for text, row, n in zip(texts, tokens.tolist(), nfe, strict=True)]
-    for i, record in enumerate(records):
-        print(f"---- sample {i + 1}: {record['nfe']} network calls\n{record['text']}")
-    speed = tokens.numel() / info["seconds"]
-    print(f"---- NFE {sum(nfe) / len(nfe):.1f} a sequence, expected {info['expected_nfe']:.1f}; ", end="")
-    print(f"{info['seconds']:.2f} s for {len(nfe)} samples of {len(ids)} tokens, {speed:.0f} tokens/s")
+    records = []
+    for row, nfe in zip(tokens.tolist(), info["nfe"].tolist(), strict=True):
+        records.append({"text": text_of(tokenizer, row, begin, eos_id), "tokens": row, "nfe": nfe})
+        print(f"---- sample {len(records)}: {nfe} network calls\n{records[-1]['text']}")
+    nfe, expected, seconds = info["nfe"].double().mean(), info["expected_nfe"], info["seconds"]
+    print(
+        f"---- NFE {nfe:.1f} a sequence, expected {expected:.1f} for {n_new} masked tokens;", end=""
+    )
+    speed = f"{tokens.numel() / seconds:.0f} tokens/s"
+    print(f" {seconds:.2f} s for {len(records)} samples of {len(ids)} tokens, {speed}")
     if config["out"]:
-        with settings.whole_file(config["out"]) as path, open(path, "w", encoding="utf8") as file:
+        with whole_file(config["out"]) as path, open(path, "w", encoding="utf8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
     return records
 

@@ -1,70 +1,77 @@
 """Training: one loop for a laptop, one GPU, or many under torchrun.
 
-    python train.py configs/pydocs.py                                       one process
-    torchrun --nproc-per-node=8 train.py configs/radd_small.py              eight
+    python train.py configs/pydocs.py                                   one process
+    torchrun --nproc-per-node=8 train.py configs/radd_small.py          eight
 
-A batch and its masks are functions of (seed, step, place in the global batch) and of nothing else. So the number of
-processes, how they share the network (parallel.py) and the micro-batch change the speed and not the run (but for dropout,
-which each process draws for itself, and the rounding of sums, which Muon's products in bfloat16 make larger), and a stopped
-run goes on as if it had never stopped. The same command resumes it.
+- A step: draw a batch, mask it, predict, weigh, go down the gradient (train_step).
+- A batch and its masks are pure functions of (seed, step, position in the global batch). So the
+  number of processes, how they share the network (lib/parallel.py) and the micro-batch change the
+  speed and not the run, but for dropout, which each process draws for itself, and for the rounding
+  of sums. A stopped run goes on as if it had never stopped: the same command resumes it.
+- Training may weigh masked tokens as it likes (loss_weight); evaluation is always the bound.
+
+    loss = sum over masked i of  weight * CE(network(x)_i, x0_i)  / tokens in the batch
+
+What makes it fast: a step waits for no number from the device; blocks are compiled one at a time;
+bfloat16; half of the positions pass the head (diffusion.py, model.py, lib/fused.py).
 """
 
 import contextlib
 import copy
 import math
 import sys
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-import checkpoint
 import config as settings
 import diffusion
-import formats
-import likelihood
+import evaluate
 import model as network
-import parallel
 import sample
-from batch import fit_data, make_batch, read_data
-from config import choose, require
-from data import loader, tokenizer
-from journal import Journal, peak_memory
-from muon import Muon
+from config import require
+from data import examples, loader, tokenizer
+from lib import checkpoint, parallel, resume
+from lib.device import matmul_flops
+from lib.files import Stop
+from lib.log import Log, flops_of_step
+from lib.optim import learning_rate, make_optimizers, update_ema
+from lib.stats import report
 
 DEFAULTS = {
-    "size": "",  # a size of SMDM's table, as 170M (model.SIZES): sets the shape of the network and its kind of block
+    "size": "",  # of SMDM's table (lib/formats.SIZES), as 170M: the shape and kind of the network
     "data": "data/pydocs",  # a prepared folder
     "out_dir": "out/pydocs",  # checkpoint and log go here
-    "init_from": "",  # begin with the weights and model keys of this checkpoint (all that checkpoint.load takes)
-    "resume": True,  # go on from out_dir/ckpt.pt where there is one; False: start again and overwrite it
-    "objective": "any_order",  # any_order | lambda_dce | t_dce | t_dse | ar (the causal baseline)
-    "loss_weight": "bound",  # what training weighs a hidden token with: bound | sqrt (of the bound's weight) | constant
-    "prompt_drop": 0.0,  # chance that the prompt of a row is hidden, for standard guidance (SMDM: 0.1)
+    "init_from": "",  # begin with weights and model keys of this (all that checkpoint.load takes)
+    "resume": True,  # go on from out_dir/ckpt.pt if it exists; False: start again and overwrite it
+    "objective": "any_order",  # one of OBJECTIVES; ar is the causal baseline
+    "loss_weight": "bound",  # one of LOSS_WEIGHTS; how training weighs a masked token
+    "prompt_drop": 0.0,  # chance that an example's prompt is masked, for guidance (SMDM: 0.1)
     "random_length": 0.0,  # chance that a step's sequences are cut to a random length (SMDM: 0.01)
     "batch_size": 32,  # sequences a step, over all processes
-    "micro_batch_size": 0,  # sequences a process puts through the network at once; 0: its whole share
+    "micro_batch_size": 0,  # of these a process takes so many at once; 0: its whole share
     "max_iters": 3000,  # optimizer steps in all
-    "optimizer": "adamw",  # adamw | muon (Muon for the matrices of the blocks, AdamW for the rest)
+    "optimizer": "adamw",  # adamw | muon (for the matrices of the blocks, AdamW for the rest)
     "learning_rate": 1e-3,  # of both: Muon's updates are scaled to the size of AdamW's
     "min_lr": 0.0,  # where the decay ends
     "warmup_iters": 100,
     "lr_decay": "cosine",  # cosine | linear | constant
-    "decay_start": 0.0,  # the part of the run before the decay begins (0.5: constant, then down over the last half)
+    "decay_start": 0.0,  # the part of the run before the decay begins (0.5: over the last half)
     "beta1": 0.9,
     "beta2": 0.95,
     "weight_decay": 0.1,  # of matrices; decay_all: of every parameter
     "decay_all": False,  # as SMDM does
     "grad_clip": 1.0,  # largest norm of the gradient; 0: no clipping
-    "ema": 0.0,  # decay of the averaged weights that are then judged and sampled; 0: no average
-    "skip_nonfinite": False,  # leave out a step whose gradient is not finite, in place of ending the run
-    "compile": False,  # torch.compile: some seconds at the start, then faster; needs a C++ compiler on the CPU
+    "ema": 0.0,  # decay of the averaged weights, which are evaluated and sampled; 0: no average
+    "skip_nonfinite": False,  # skip a step whose gradient is not finite, in place of ending the run
+    "compile": False,  # torch.compile: starts later, then faster; needs a C++ compiler on the CPU
     "recompute": False,  # compute each block again for its gradient: slower, and less memory
-    "parallel": "ddp",  # under torchrun: ddp (each process has the network) | fsdp (a part of it: for large ones)
-    "log_interval": 10,  # steps between two lines in log.jsonl, and until several processes see a stop (torchrun waits 30 s)
+    "parallel": "ddp",  # ddp (each process has the network) | fsdp (a part of it); under torchrun
+    "log_interval": 10,  # steps between two log entries, and until several processes see a stop
     "save_interval": 0,  # steps between two checkpoints; 0: one at each evaluation
-    "keep": 1,  # how many checkpoints are kept: ckpt.pt, and where more than one, the last ones as ckpt_STEP.pt
+    "keep": 1,  # how many checkpoints are kept; above 1 the last ones stay as ckpt_STEP.pt, too
     "eval_interval": 500,  # steps between two evaluations
-    "eval_sequences": 64,  # held-out blocks judged at each evaluation
+    "eval_sequences": 64,  # held-out blocks that are evaluated each time
     "eval_draws": 4,  # draws of the corruption for each of them
     "show_sample": True,  # print one free sample at each evaluation
     "wandb": "",  # log to this project of wandb too
@@ -72,315 +79,259 @@ DEFAULTS = {
     "profile": 0,  # follow this many steps with torch's profiler, and write out_dir/trace.json
 }
 
-
-# ---- Settings ----------------------------------------------------------------------------------------------------------
-
-
-def check(config, world):
-    """Raises UserError for settings that cannot be trained."""
-    options = {"objective": diffusion.OBJECTIVES, "schedule": diffusion.SCHEDULES, "norm": ["layer", "rms"]}
-    options |= {"loss_weight": ["bound", "sqrt", "constant"], "optimizer": ["adamw", "muon"]}
-    options |= {"lr_decay": ["cosine", "linear", "constant"], "mlp": ["gelu", "swiglu", "relu2"]}
-    for key, known in (options | {"zero_init": ["none", "head", "all"], "parallel": ["ddp", "fsdp"]}).items():
-        choose(key, config[key], known)
-    settings.at_least(1, config, "n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters")
-    settings.at_least(1, config, "log_interval", "eval_interval", "eval_sequences", "eval_draws", "keep")
-    settings.at_least(0, config, "micro_batch_size", "warmup_iters", "learning_rate", "weight_decay", "grad_clip")
-    settings.at_least(0, config, "mlp_hidden", "unused_rows", "min_lr", "save_interval", "profile")
-    for key in ("n_layer", "n_embd", "block_size", "mlp_hidden"):
-        require(config[key] <= 2**20, f"{key} must be at most {2**20}, not {config[key]}")
-    require(max(config["beta1"], config["beta2"]) < 1, "beta1 and beta2 must be less than 1")
-    settings.fraction(config, "dropout", "ema", "decay_start", "random_length", "prompt_drop", "beta1", "beta2")
-    D, H = config["n_embd"], config["n_head"]
-    require(D % (2 * H) == 0, f"n_embd {D} must be a multiple of 2 * n_head = {2 * H}")
-    causal = config["objective"] == "ar"
-    clash = "causal" in config.get("given", ()) and config["causal"] != causal
-    require(not clash, f"objective '{config['objective']}' trains a network with causal={causal}; leave causal out")
-    require(not (causal and config["prompt_drop"]), "prompt_drop needs a masked diffusion objective, not ar")
-    micro = config["micro_batch_size"] or config["batch_size"] // world
-    fits = micro and config["batch_size"] % (world * micro) == 0
-    require(fits, f"batch_size {config['batch_size']} must be a multiple of {world} processes x micro_batch_size {micro}")
+OBJECTIVES = diffusion.OBJECTIVES
+LOSS_WEIGHTS = {  # of a masked token in training, from the bound's (b,)
+    "bound": lambda weight: weight,
+    "sqrt": lambda weight: 2 * weight.sqrt(),
+    "constant": lambda weight: torch.full_like(weight, 2.0),
+}
+# Random numbers that are no batch's: positions of their own, which no batch reaches.
+STREAMS = {"length": 2**62, "dropout": 2**62 + 1, "prompt_drop": 2**61}
 
 
-def sized(config):
-    """The config with the model keys of its `size`; UserError where one was given another value."""
-    shape = formats.size_config(config["size"]) if config["size"] else {}
-    given = config.get("given", ())
-    for key in (key for key in shape if key in given):
-        require(config[key] == shape[key], f"size {config['size']} has {key}={shape[key]}, not {config[key]}")
-    return config | shape | {"given": sorted({*given, *shape})}
+# ---- 1. A batch ----------------------------------------------------------------------------------
 
 
-def beginning(config, path):
-    """What a run begins with, as a state of checkpoint.save, and its name: the checkpoint `path`, init_from, or nothing."""
-    if config["resume"] and path.is_file():
-        return checkpoint.read(path), path
-    kept = checkpoint.kept_beside(path) if config["resume"] and path.parent.is_dir() else {}
-    advice = f"copy {kept[max(kept)]} to {path} to go on, or start again with --resume=False" if kept else ""
-    require(not kept, f"no {path}, but checkpoints of the run are beside it; {advice}")
-    if not config["init_from"]:
-        return None, ""
-    model, _, saved = checkpoint.load(config["init_from"])
-    return {"config": saved, "tokenizer": saved["tokenizer"], "step": 0, "model": model.state_dict()}, config["init_from"]
+class Batch(NamedTuple):
+    """What a micro-step learns from."""
+
+    x0: torch.Tensor  # (b, L) clean tokens
+    mask: torch.Tensor | None  # (b, L) bool; None (of ar): every token counts
+    weight: torch.Tensor | None  # (b,) or (b, L)
+    masked_idx: torch.Tensor | None  # (N,) flat indices of what counts
+    n_tokens: int  # of the whole global batch: what the sum of all losses is divided by
+
+    def each(self, move):
+        """The batch with every tensor moved."""
+        return Batch(*(move(z) if torch.is_tensor(z) else z for z in self))
 
 
-def merge_saved(config, state, source):
-    """The model keys of the state win; a different one that the user asked for is an error. -> config"""
-    saved, resumed = state["config"], "optimizer" in state
-    keys = [*network.DEFAULTS, *["objective"] * resumed]
-    advice = "start again with --resume=False" if resumed else "init_from takes a model as it is"
-    require(set(keys) <= saved.keys(), f"{source} does not say how its model was made; {advice}")
-    kept = {key: saved[key] for key in keys}
-    for key in config.get("given", ()):
-        same = key not in kept or config[key] == kept[key]
-        require(same, f"{source} was trained with {key}={kept.get(key)}, not {config[key]}; {advice}")
-    fits = kept["causal"] == (config["objective"] == "ar") or resumed
-    require(fits, f"{source} is {'a' if kept['causal'] else 'no'} causal network, so it cannot learn {config['objective']}")
-    return config | kept
+def make_batch(config, dataset, step, position):
+    """Rows `position` of the global batch of `step`, on the CPU. A pure function of these."""
+    if isinstance(dataset, examples.Examples):
+        return make_example_batch(config, dataset, step, position)
+    B = config["batch_size"]
+    x0 = torch.from_numpy(dataset.batch(step, position, B))  # (b, block_size)
+    numbers = diffusion.uniforms(config["seed"], step, [STREAMS["length"]], 2)  # (1, 2)
+    coin, length = numbers[0].tolist()  # for the whole step
+    if coin < config["random_length"]:
+        x0 = x0[:, : 1 + int(length * x0.shape[1])]  # (b, L)
+    L = x0.shape[1]
+    if config["objective"] == "ar":
+        return Batch(x0, None, None, None, B * L)
+    mask, weight = draw_training_mask(config, step, position, L)  # (b, L), (b,)
+    # Each pair of any_order masks L + 1 positions, so N is the same in every step.
+    static = config["objective"] == "any_order" and len(position) % 2 == 0
+    masked_idx = diffusion.masked_indices(mask, multiple=16 if static else 128)  # (N,)
+    return Batch(x0, mask, weight.float(), masked_idx, B * L)
 
 
-# ---- Parts of the recipe ---------------------------------------------------------------------------------------------
+def draw_training_mask(config, step, position, L, prompt=None):
+    """(mask (b, L), weight (b,)) of rows `position` of the global batch, weighed as in training."""
+    B, schedule = config["batch_size"], diffusion.SCHEDULES[config["schedule"]]
+    u, noise = diffusion.stratified_uniforms(config["seed"], step, position, B, L)  # (b,), (b, L)
+    mask, weight = diffusion.draw_mask(config["objective"], u, noise, schedule, prompt)
+    return mask, LOSS_WEIGHTS[config["loss_weight"]](weight)
 
 
-def make_optimizers(config, model):
-    """[AdamW] or [AdamW, Muon]; decay on matrices only unless decay_all."""
-    named = dict(model.named_parameters())
-    muon = [p for n, p in named.items() if config["optimizer"] == "muon" and n.startswith("blocks.") and p.dim() == 2]
-    rest = [p for p in named.values() if not any(p is q for q in muon)]
-    matrices = [p for p in rest if p.dim() == 2 or config["decay_all"]]
-    vectors = [p for p in rest if not (p.dim() == 2 or config["decay_all"])]
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    common = {"lr": config["learning_rate"], "weight_decay": config["weight_decay"]}
-    fused = rest[0].device.type in ("cpu", "cuda")
-    betas = (config["beta1"], config["beta2"])
-    optimizers = [torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, fused=fused, **common)]
-    if muon:
-        optimizers.append(Muon(muon, **common))
-    return optimizers
+def make_example_batch(config, dataset, step, position):
+    """make_batch for prompts and answers: what follows a prompt counts, for ar up to its first eos.
+
+    The loss is the mean over what can count in the whole global batch, as SMDM has it (arXiv
+    2410.18514), however the batch is shared out. A dropped prompt is masked and does not count:
+    each example by its own coin.
+    """
+    B, causal = config["batch_size"], config["objective"] == "ar"
+    rows = dataset[dataset.index(step, position, B)]
+    x0, prompt, length = map(torch.from_numpy, rows)  # (b, L), (b,), (b,)
+    L, place = x0.shape[1], torch.arange(x0.shape[1])  # (L,)
+    in_prompt = place < prompt[:, None]  # (b, L)
+    if causal:
+        mask, weight = ~in_prompt & (place < length[:, None]), torch.ones(len(x0))  # (b, L), (b,)
+    else:
+        mask, weight = draw_training_mask(config, step, position, L, prompt)  # (b, L), (b,)
+    weight = (weight[:, None] * mask).float()  # (b, L)
+    own = [STREAMS["prompt_drop"] + p for p in position]
+    coin = diffusion.uniforms(config["seed"], step, own, 1)  # (b, 1)
+    dropped = (coin < config["prompt_drop"]) & in_prompt  # (b, L)
+    n_tokens = int(dataset.counted(dataset.index(step, range(B), B), padding=not causal).sum())
+    return Batch(x0, mask | dropped, weight, diffusion.masked_indices(mask, multiple=128), n_tokens)
 
 
-def learning_rate(step, config):
-    """Linear warm-up, constant up to decay_start, then a decay to min_lr at max_iters."""
-    peak, floor, warmup = config["learning_rate"], config["min_lr"], config["warmup_iters"]
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    start = max(warmup, config["decay_start"] * config["max_iters"])
-    done = min(1.0, max(0.0, (step - start) / max(1, config["max_iters"] - start)))  # 0..1
-    left = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[config["lr_decay"]]
-    return floor + (peak - floor) * left
+def make_batches(config, dataset, team, start=0):
+    """Yields this process's micro-batches from step `start` on: consecutive rows, whole pairs."""
+    share, micro = shares(config, team)
+    for step in range(start, config["max_iters"]):
+        for first in range(team.rank * share, (team.rank + 1) * share, micro):
+            batch = make_batch(config, dataset, step, range(first, first + micro))
+            # Pinned memory is copied to the card beside its work.
+            yield batch.each(torch.Tensor.pin_memory) if team.device.type == "cuda" else batch
 
 
-@torch.no_grad()
-def update_average(average, model, decay, step):
-    """Moves the averaged weights towards the model's; early on faster, so that the start is forgotten."""
-    decay = min(decay, (1 + step) / (10 + step))
-    pairs = zip(average.parameters(), model.parameters(), strict=True)
-    averages, weights = zip(*([parallel.local(p) for p in pair] for pair in pairs), strict=True)
-    torch._foreach_lerp_(averages, weights, 1 - decay)
+def shares(config, team):
+    """(sequences of a step that are this process's, and of one micro-batch)."""
+    share = config["batch_size"] // team.world
+    return share, config["micro_batch_size"] or share
 
 
-def build(config, device, state, world=1):
-    """(model, average or None, optimizers) at the beginning of a run, or as the checkpoint `state` has them.
+# ---- 2. A step -----------------------------------------------------------------------------------
+
+
+def build(config, team, state=None):
+    """(model, ema or None, optimizers) at the beginning of a run, or as the checkpoint `state` has.
 
     The same numbers for any number of processes and any way to share the network.
     """
     with torch.device("meta"):  # no memory yet
         model = network.Transformer(config)
-    average = copy.deepcopy(model) if config["ema"] else None
-    for each in filter(None, (model, average)):
-        if world > 1 and config["parallel"] == "fsdp":
-            parallel.shard(each, device)
-        each.to_empty(device=device)
-        each.cos, each.sin = (table.to(device) for table in network.rotary_tables(config))  # (block_size, d/2) each
-        saved = state and ((each is average and state.get("ema")) or state["model"])
+    ema = copy.deepcopy(model) if config["ema"] else None
+    for each in filter(None, (model, ema)):
+        if team.world > 1 and config["parallel"] == "fsdp":
+            parallel.shard(each, team.device)
+        each.to_empty(device=team.device)
+        tables = network.rotary_tables(config)  # (block_size, d/2) each
+        each.cos, each.sin = (table.to(team.device) for table in tables)
+        saved = state and ((each is ema and state.get("ema")) or state["model"])
         torch.manual_seed(config["seed"])
         parallel.fill(each, saved.items() if saved else each.initial_weights(), "the checkpoint")
     optimizers = make_optimizers(config, model)
     if state and "optimizer" in state:
-        require(len(state["optimizer"]) == len(optimizers), "a resumed run must keep its optimizer; see --resume=False")
-        for optimizer, saved in zip(optimizers, state["optimizer"], strict=True):
-            own = optimizer.state_dict()["param_groups"]  # as the config has them: they may change on the way
-            fits = [group["params"] for group in own] == [group["params"] for group in saved["param_groups"]]
-            require(fits, "a resumed run must keep decay_all; see --resume=False")
-            optimizer.load_state_dict({"state": parallel.optimizer_parts(saved["state"], optimizer), "param_groups": own})
-    return model, average, optimizers
+        resume.load_optimizers(optimizers, state["optimizer"])
+    return model, ema, optimizers
 
 
-def make_batches(config, blocks, start, world, rank, pin=False):
-    """Yields this process's micro-batches from step `start` on (make_batch). pin: for a copy to CUDA beside its work.
+def train_step(config, step, batches, loss_of, optimizers, team):
+    """One optimizer step on this process's next micro-batches -> (loss in nats a token, skipped).
 
-    Each process has consecutive rows, in micro-batches of consecutive rows: both halves of an antithetic pair stay together.
-    """
-    share = config["batch_size"] // world
-    micro = config["micro_batch_size"] or share
-    for step in range(start, config["max_iters"]):
-        for first in range(rank * share, (rank + 1) * share, micro):
-            batch = make_batch(config, blocks, step, range(first, first + micro))
-            yield [z.pin_memory() for z in batch] if pin else batch
-
-
-def train_step(config, step, batches, loss_of, optimizers, device, autocast, world, rank):
-    """One optimizer step on this process's next micro-batches -> the loss a token, a tensor on the device.
-
-    With skip_nonfinite it is nan, on every process, where the gradient was not finite and so nothing was done.
+    The loss stays on the device. skipped: the gradient was not finite and, with skip_nonfinite, the
+    weights stay as they are.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
     if config["dropout"]:
-        torch.manual_seed(int(diffusion.uniforms(config["seed"], step, [2**62 + 1 + rank], 1) * 2**53))
-    share = config["batch_size"] // world
-    micro = config["micro_batch_size"] or share
-    total = 0.0
+        stream = diffusion.uniforms(config["seed"], step, [STREAMS["dropout"] + team.rank], 1)
+        torch.manual_seed(int(stream * 2**53))
+    (share, micro), cuda, total = shares(config, team), team.device.type == "cuda", 0.0
     for first in range(0, share, micro):
-        batch = [z.to(device, non_blocking=True) for z in next(batches)]
-        last = first + micro == share
-        with parallel.accumulate(loss_of, last):
-            with autocast():
-                loss, _ = loss_of(*batch)
-            loss = loss / (batch[0].numel() * (share // micro))
+        batch = next(batches).each(lambda z: z.to(team.device, non_blocking=cuda))
+        with parallel.accumulate(loss_of, last=first + micro == share):
+            with team.autocast():
+                loss, _ = loss_of(*batch[:4])
+            loss = loss * (team.world / batch.n_tokens)  # gradients are averaged over the processes
             loss.backward()
         total += loss.detach()
-    good = True
+    skipped = False
     if config["grad_clip"] or config["skip_nonfinite"]:
         norm = torch.nn.utils.clip_grad_norm_(loss_of.parameters(), config["grad_clip"] or math.inf)
-        # The norm is that of all processes together, so they decide alike.
-        good = not config["skip_nonfinite"] or parallel.whole(norm, keep=True).isfinite().item()
+        if config["skip_nonfinite"]:  # the norm is that of all processes, so they decide alike
+            skipped = not parallel.whole(norm, keep=True).isfinite().item()
     for optimizer in optimizers:
-        if good:
+        if not skipped:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return total if good else total * math.nan
+    return total, skipped
 
 
-def judge(config, model, judged, counts, bytes_per_token, autocast, world, rank):
-    """The bound on the answers `judged`, each process taking its part: (dict, line) of likelihood.report, on every process.
+# ---- 3. Now and then -----------------------------------------------------------------------------
 
-    judged: pairs (prompt ids, answer ids); counts: how many tokens of each answer are not padding.
-    """
-    mine = parallel.deal([len(prompt) + len(answer) for prompt, answer in judged], world, rank)
-    estimator = "ar" if config["causal"] else "any_order"
-    nats = likelihood.answer_nats(
-        model,
-        [judged[i] for i in mine],
-        estimator,
-        config["eval_draws"],
-        seed=config["seed"],
-        autocast=autocast,
-        groups=mine,
-    ).tolist()
+
+def evaluate_part(config, model, val, team):
+    """(dict, line) of report on the held-out requests, of which each process evaluates its part."""
+    mine = parallel.deal([len(prompt) + len(answer) for prompt, answer in val.requests], team)
+    options = {"draws": config["eval_draws"], "seed": config["seed"], "groups": mine}
+    with team.autocast():
+        nats = evaluate.answer_nats(model, [val.requests[i] for i in mine], **options).tolist()
     parallel.release(model)
-    found = dict(pair for part in parallel.gather(list(zip(mine, nats, strict=True)), world) for pair in part)
-    return likelihood.report([found[i] for i in range(len(judged))], counts, bytes_per_token)
+    parts = parallel.gather(list(zip(mine, nats, strict=True)), team)
+    nats_of = dict(pair for part in parts for pair in part)
+    return report([nats_of[i] for i in range(len(val.requests))], val.counts, val.bytes_per_token)
 
 
-def one_sample(config, model, text, prompt, device, autocast):
+def one_sample(config, model, text, prompt, team):
     """The text of one sample, which begins with the `prompt` ids."""
-    x = torch.full((1, config["row_width"] or config["block_size"]), model.mask_id, device=device)  # (1, L)
+    L = config["example_width"] or config["block_size"]
+    x = torch.full((1, L), model.mask_id, device=team.device)  # (1, L)
     x[0, : len(prompt)] = torch.as_tensor(prompt)
-    fill = sample.sample_ar if config["causal"] else sample.sample
-    ids = fill(model, x, seed=config["seed"], autocast=autocast)[0][0].tolist()
+    with team.autocast():
+        ids = sample.sample(model, x, seed=config["seed"])[0][0].tolist()
     parallel.release(model)
-    return sample.text_of(text, ids, len(prompt), config["row_end"])
+    return sample.text_of(text, ids, len(prompt), config["eos_id"])
 
 
-def save(path, config, text, step, model, average, optimizers, world, rank):
-    """Writes the checkpoint. All processes must call it, and all return once it is there.
-
-    Raises UserError for weights that are not finite, and where the system cannot write.
-    """
+def save(config, text, step, model, ema, optimizers, team):
+    """Writes the checkpoint, all processes together; UserError for weights that are not finite."""
+    path = resume.checkpoint_path(config)
     state = {"config": config, "tokenizer": text.meta(), "step": step, "model": model.state_dict()}
-    state |= {"ema": average and average.state_dict(), "optimizer": [o.state_dict() for o in optimizers]}
-    state = parallel.whole(state, keep=rank == 0)
-    if rank == 0:
+    state |= {"ema": ema and ema.state_dict(), "optimizer": [o.state_dict() for o in optimizers]}
+    state = parallel.whole(state, keep=team.rank == 0)
+    if team.rank == 0:
         finite = all(w.isfinite().all() for w in state["model"].values())
-        require(finite, f"the weights are not finite at step {step}; {last_good(path)}")
+        require(finite, f"the weights are not finite at step {step}; {checkpoint.last_good(path)}")
         checkpoint.save(path, state, config["keep"])
-    parallel.gather(None, world)
+    parallel.gather(None, team)
 
 
-def last_good(path):
-    return f"the last good checkpoint is {path}" if path.is_file() else "nothing was saved before"
-
-
-# ---- The recipe -------------------------------------------------------------------------------------------------------
+# ---- 4. The recipe -------------------------------------------------------------------------------
 
 
 def main(config):
-    """Trains as config says; returns the last evaluation, a dict of likelihood.report. Raises UserError."""
-    # Settings: those of the command, unless a checkpoint in out_dir says that a run has begun.
-    config, world, rank = parallel.processes(config)
-    path = Path(config["out_dir"]) / "ckpt.pt"
-    state, source = beginning(config, path)
-    config = sized(config)
-    config = merge_saved(config, state, source) if state else config
-    start = state["step"] if state else 0
-    alike = len(set(parallel.gather(start, world))) == 1
-    require(alike, f"the processes do not see the same {path}; out_dir must be a folder that all of them share")
-    check(config, world)
-    device, autocast = settings.machine(config)
+    """Trains as config says; returns the last evaluation, a dict of report. Raises UserError."""
+    # Who takes part, and how the run begins: anew, from other weights, or from where it stopped.
+    team = parallel.join(config)
+    config, state = resume.begin(config, team)
+    path, start = resume.checkpoint_path(config), state["step"] if state else 0
 
-    # Data: shuffled blocks, or rows with prompts, to learn from, and held-out ones to be judged on.
-    meta = loader.read_meta(config["data"])
-    config = fit_data(config, meta, state, source)
-    text = tokenizer.from_meta(meta["tokenizer"])
-    blocks, judged, counts, bytes_per_token = read_data(config, meta, text)
+    # Data: blocks of text, or examples, to learn from, and held-out ones to evaluate.
+    text = tokenizer.from_meta(loader.read_meta(config["data"])["tokenizer"])
+    dataset, val = examples.open_data(config)
 
-    # Model, the average of its weights, optimizers, and the loss: compiled, and spread over the processes.
-    model, average, optimizers = build(config, device, state, world)
-    loss_of = parallel.engine(diffusion.Loss(model, config["objective"]), config, device, world)
-
-    # The loop: a step, now and then a line in the log, an evaluation and a checkpoint.
-    share, L = 1.0 if config["causal"] else 0.5, blocks.block_size
-    if config["row_width"]:
-        share *= blocks.counted(range(blocks.n), padding=not config["causal"]).mean() / L  # of the positions are predicted
-    flops = 3 * model.flops_per_token(L, share) * config["batch_size"] * L
-    peak = network.matmul_flops(device, autocast) * world
-    journal = Journal(config | {"block_size": L}, path, start, flops, peak, rank == 0)
-    unit = "rows" if config["row_width"] else "blocks"
-    journal.say(f"{model.n_parameters():,} parameters; {len(blocks.tokens):,} training tokens in {blocks.n:,} {unit}")
-    kind = "averaged" if average else "raw"
-    journal.say(f"evaluations: {len(judged)} {unit} of {config['data']} val, {config['eval_draws']} draws, {kind} weights")
-    if start:
-        journal.say(f"going on from {path} at step {start} of {config['max_iters']}")
-    result, stopped = None, False
-    batches = make_batches(config, blocks, start, world, rank, device.type == "cuda")
-    if device.type != "cpu":  # there a thread that makes batches ahead would take turns with the step
+    # Model, average of its weights, optimizers; the loss, compiled and spread over the processes.
+    model, ema, optimizers = build(config, team, state)
+    loss_of = parallel.engine(diffusion.Loss(model, config["objective"]), config, team)
+    batches = make_batches(config, dataset, team, start)
+    if team.device.type != "cpu":  # there a thread beside the step would only take turns with it
         batches = loader.prefetch(batches)
-    with settings.Stop() as stop, journal, parallel.together(path, world), contextlib.closing(batches):
+
+    flops, peak = flops_of_step(config, model, dataset), matmul_flops(team.device, team.autocast)
+    log = Log(config, dataset, start, flops, peak * team.world, is_main=team.rank == 0)
+    log.say_start(model, dataset, val, "averaged" if ema else "raw")
+    result, stopped = None, False
+    with Stop() as stop, log, parallel.together(path, team), contextlib.closing(batches):
         for step in range(start + 1, config["max_iters"] + 1):
-            loss = train_step(config, step - 1, batches, loss_of, optimizers, device, autocast, world, rank)
-            if config["skip_nonfinite"] and loss.isnan():
-                journal.skip(step)
-            elif average:
-                update_average(average, model, config["ema"], step)
-            journal.step()
+            loss, skipped = train_step(config, step - 1, batches, loss_of, optimizers, team)
+            if skipped:
+                log.skip(step)
+            elif ema:
+                update_ema(ema, model, config["ema"], step)
+            log.step()
 
             last = step == config["max_iters"]
-            if step % config["log_interval"] == 0 or last or (stop.signal and world == 1):
-                # Here alone the processor waits for the device.
-                loss, stopped, memory = parallel.agree(loss.item(), stop.signal, peak_memory(device), world)
-                good = math.isfinite(loss) or config["skip_nonfinite"]
-                require(good, f"the loss is {loss} at step {step}; {last_good(path)}")
-                journal.speed(step, loss, learning_rate(step - 1, config), memory)
-            evaluated = step % config["eval_interval"] == 0 or last
-            if evaluated:
-                best = (average or model).eval()
-                result, line = judge(config, best, judged, counts, bytes_per_token, autocast, world, rank)
-                require(math.isfinite(result["nats_per_token"]), f"the loss is nan at step {step}; {last_good(path)}")
-                journal.say(f"step {step}: {line}")
-                journal.write({"step": step} | result)
+            if step % config["log_interval"] == 0 or last or (stop.signal and team.world == 1):
+                loss, stopped, memory = parallel.agree(loss, stop.signal, team)
+                message = f"the loss is {loss} at step {step}; {checkpoint.last_good(path)}"
+                require(math.isfinite(loss) or config["skip_nonfinite"], message)
+                log.speed(step, loss, learning_rate(step - 1, config), memory)
+
+            if step % config["eval_interval"] == 0 or last:
+                best = (ema or model).eval()
+                result, line = evaluate_part(config, best, val, team)
+                message = f"the loss is nan at step {step}; {checkpoint.last_good(path)}"
+                require(math.isfinite(result["nats_per_token"]), message)
+                log.say(f"step {step}: {line}")
+                log.write({"step": step} | result)
                 if config["show_sample"]:  # by all processes: with fsdp none of them can alone
-                    journal.say(f"---- a sample\n{one_sample(config, best, text, judged[0][0], device, autocast)}\n----")
-            due = step % (config["save_interval"] or config["eval_interval"]) == 0 or last or stopped
-            if due:
-                save(path, config, text, step, model, average, optimizers, world, rank)
-            if stopped:
-                journal.say(f"stopped and saved {path} at step {step}; the same command goes on from there")
-                raise KeyboardInterrupt
-            if evaluated or due:
+                    shown = one_sample(config, best, text, val.requests[0][0], team)
+                    log.say(f"---- a sample\n{shown}\n----")
                 model.train()
-                journal.restart(step)
+                log.restart(step)
+
+            if step % (config["save_interval"] or config["eval_interval"]) == 0 or last or stopped:
+                save(config, text, step, model, ema, optimizers, team)
+                log.restart(step)
+            if stopped:
+                log.say(f"stopped and saved {path} at step {step}; the same command resumes it")
+                sys.exit(130)  # as an interrupted program does
     return result
 
 

@@ -1,16 +1,18 @@
-# RADD-medium (arXiv 2406.03736, table 2), 405M parameters, from scratch: the recipe of radd_small in a larger network.
+# RADD-medium (arXiv 2406.03736, table 2), 405M parameters, from scratch: the recipe of radd_small
+# in a larger network.
 #
 #   python -m data.text.prepare --input=FOLDER --out=data/openwebtext --tokenizer=gpt2
 #   torchrun --nproc-per-node=8 train.py configs/radd_medium.py
 #
 # Tokens: 400,000 steps x 512 sequences x 1,024 = 210 billion.
-# FLOPs:  a token costs 3 x 747 million (forward and backward; attention counted, the head on the hidden half only), so
-#         the run costs 4.7e20; for comparison 6 x 302M x 210e9 = 3.8e20 without attention and head.
-# Hours:  4.7e20 / (312e12 x 0.4 x 3600) = 1046 on an A100 at 40% of its bfloat16 peak: 131 on eight. On an H100
-#         (989e12), also at 40%: 330.
+# FLOPs:  a token costs 3 x 747 million (forward and backward; attention counted, the head on the
+#         masked half only), so the run costs 4.7e20; for comparison 6 x 302M x 210e9 = 3.8e20
+#         without attention and head.
+# Hours:  4.7e20 / (312e12 x 0.4 x 3600) = 1046 on an A100 at 40% of its bfloat16 peak: 131 on
+#         eight. On an H100 (989e12), also at 40%: 330.
 #
-# The paper gives no recipe of its own for this size; the code changes the network only. For weight decay, the number of
-# tokens and what differs on purpose, see radd_small.
+# The paper gives no recipe of its own for this size; the code changes the network only. For weight
+# decay, the number of tokens and what differs on purpose, see radd_small.
 {
     "data": "data/openwebtext",
     "out_dir": "out/radd_medium",
@@ -23,7 +25,8 @@
     "bias": True,
     "zero_init": "head",
     "dropout": 0.02,
-    "objective": "t_dce",  # as RADD-t-DCE, and as RADD-DSE, whose network is normalised; or lambda_dce, any_order
+    # as RADD-t-DCE, and as RADD-DSE, whose network is normalised; or lambda_dce, any_order
+    "objective": "t_dce",
     "schedule": "loglinear",
     "batch_size": 512,
     "micro_batch_size": 32,

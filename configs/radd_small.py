@@ -4,18 +4,22 @@
 #   torchrun --nproc-per-node=8 train.py configs/radd_small.py
 #
 # Tokens: 400,000 steps x 512 sequences x 1,024 = 210 billion.
-# FLOPs:  a token costs 3 x 241 million (forward and backward; attention counted, the head on the hidden half only), so
-#         the run costs 1.5e20; for comparison 6 x 85M x 210e9 = 1.1e20 without attention and head.
-# Hours:  1.5e20 / (312e12 x 0.4 x 3600) = 337 on an A100 at 40% of its bfloat16 peak: 42 on eight. On an H100
-#         (989e12), also at 40%: 106.
+# FLOPs:  a token costs 3 x 241 million (forward and backward; attention counted, the head on the
+#         masked half only), so the run costs 1.5e20; for comparison 6 x 85M x 210e9 = 1.1e20
+#         without attention and head.
+# Hours:  1.5e20 / (312e12 x 0.4 x 3600) = 337 on an A100 at 40% of its bfloat16 peak: 42 on eight.
+#         On an H100 (989e12), also at 40%: 106.
 #
-# Where the paper and the published code disagree, this follows the code, which presumably made the published weights:
+# Where the paper and the published code disagree, this follows the code, which presumably made the
+# published weights:
 #   weight decay  paper 0.03, code 0.
-#   tokens        the paper says 105 billion for 400,000 steps, half of what its batch of 512 x 1,024 makes.
+#   tokens        the paper says 105 billion for 400,000 steps, half of what its batch of 512 x
+#                 1,024 makes.
 # And where this differs from the code on purpose:
-#   bfloat16 in place of float16 with a loss scale; the bound's integral over all of (0, 1], not from 1e-3; times
-#   stratified over the global batch, not within each micro-batch; matrices start from model.py's normal distributions,
-#   not from PyTorch's defaults, and the biases of norms at 0, not at 1.
+#   bfloat16 in place of float16 with a loss scale; the bound's integral over all of (0, 1], not
+#   from 1e-3; times stratified over the global batch, not within each micro-batch; matrices start
+#   from model.py's normal distributions, not from PyTorch's defaults, and the biases of norms at 0,
+#   not at 1.
 {
     "data": "data/openwebtext",
     "out_dir": "out/radd_small",
@@ -28,7 +32,8 @@
     "bias": True,
     "zero_init": "head",
     "dropout": 0.02,
-    "objective": "t_dce",  # as RADD-t-DCE, and as RADD-DSE, whose network is normalised; or lambda_dce, any_order
+    # as RADD-t-DCE, and as RADD-DSE, whose network is normalised; or lambda_dce, any_order
+    "objective": "t_dce",
     "schedule": "loglinear",
     "batch_size": 512,
     "micro_batch_size": 64,

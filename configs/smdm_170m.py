@@ -1,29 +1,35 @@
-# SMDM's masked diffusion model of 170M parameters without embedding and head, 219M with them (arXiv 2410.18514,
-# appendix B.2), from scratch with 1e20 FLOPs: the published mdm-170M-100e18.
+# SMDM's masked diffusion model of 170M parameters without embedding and head, 219M with them (arXiv
+# 2410.18514, appendix B.2), from scratch with 1e20 FLOPs: the published mdm-170M-100e18.
 #
 #   python -m data.text.prepare --input=FOLDER --out=data/slimpajama --tokenizer=llama
-#   torchrun --nproc-per-node=8 train.py configs/smdm_170m.py              --size=336M for another of SMDM's sizes
+#   torchrun --nproc-per-node=8 train.py configs/smdm_170m.py              --size=336M for another
+#                                                                          of SMDM's sizes
 #
-# Steps:  C / (6 N x tokens a step) = 1e20 / (6 x 169.9e6 x 256 x 2,048) = 187,107; 1% of them are the warm-up.
+# Steps:  C / (6 N x tokens a step) = 1e20 / (6 x 169.9e6 x 256 x 2,048) = 187,107; 1% of them are
+#         the warm-up.
 # Tokens: 187,107 x 256 x 2,048 = 98 billion.
-# FLOPs:  1e20 as the paper counts them. With attention, and the head on the hidden half, a token costs 3 x 470 million,
-#         so the run costs 1.4e20.
-# Hours:  1.4e20 / (312e12 x 0.4 x 3600) = 308 on an A100 at 40% of its bfloat16 peak: 38 on eight. On an H100
-#         (989e12), also at 40%: 97.
+# FLOPs:  1e20 as the paper counts them. With attention, and the head on the masked half, a token
+#         costs 3 x 470 million, so the run costs 1.4e20.
+# Hours:  1.4e20 / (312e12 x 0.4 x 3600) = 308 on an A100 at 40% of its bfloat16 peak: 38 on eight.
+#         On an H100 (989e12), also at 40%: 97.
 #
-# Where the paper and the published code disagree, this follows the code, which presumably made the published weights:
+# Where the paper and the published code disagree, this follows the code, which presumably made the
+# published weights:
 #   learning rate  paper from 4e-4 to 4e-5, code from 2e-4 to 2e-5.
-# And where this differs from the code on purpose: the chance to be hidden is stratified over the global batch, where
-# theirs is the same draw in every process, and is u, not 1e-3 + (1 - 1e-3) u; learning rate and random length are set
-# once a step, theirs with every micro-batch.
+# And where this differs from the code on purpose: the probability of masking is stratified over the
+# global batch, where theirs is the same draw in every process, and is u, not 1e-3 + (1 - 1e-3) u;
+# learning rate and random length are set once a step, theirs with every micro-batch.
 {
     "data": "data/slimpajama",
     "out_dir": "out/smdm_170m",
-    "size": "170M",  # with it SMDM's block, and rotary tables in bfloat16 as theirs, so that the result can be exported
+    # with it SMDM's block, and rotary tables in bfloat16 as theirs, so that the result can be
+    # exported
+    "size": "170M",
     "block_size": 2048,
     "zero_init": "none",
     "objective": "lambda_dce",
-    "random_length": 0.0,  # 0.01 for mdm-170M-100e18-rsl-0.01, with 188,047 steps: they are shorter on average
+    # 0.01 for mdm-170M-100e18-rsl-0.01, with 188,047 steps: they are shorter on average
+    "random_length": 0.0,
     "batch_size": 256,
     "micro_batch_size": 16,
     "max_iters": 187_107,

@@ -1,8 +1,9 @@
-"""Multiple-choice questions: one line of a .jsonl file (also .gz, .xz) to contexts, options and the right one.
+"""Multiple-choice questions: one line of a .jsonl file (also .gz, .xz) to contexts, options, gold.
 
-They are worded as lm-evaluation-harness 0.4.13 words them without examples, since that is what published numbers are made
-with; FORMATS says how. Between a context and an option stands one space. A set of your own has lines
-{"context": TEXT, "options": [TEXT, ...], "gold": NUMBER FROM 0}, and its options go on from the context as they are.
+They are worded as lm-evaluation-harness 0.4.13 words them without examples, since that is what
+published numbers are made with; FORMATS says how. Between a context and an option stands one space.
+A set of your own has lines {"context": TEXT, "options": [TEXT, ...], "gold": NUMBER FROM 0}, and
+its options go on from the context as they are.
 """
 
 import itertools
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import require
-from data import rows
+from data.examples import field, records
 
 ARC = "Question: {question}\nAnswer:"
 FORMATS = {  # the context of a question; in braces the keys of its line
@@ -41,16 +42,18 @@ class Question(NamedTuple):
 def read(name, place, limit=0):
     """The first `limit` questions (0: all) of a set -> (questions, path of the file).
 
-    place: a file, or a folder with one file NAME*.jsonl*. Raises UserError that names file and line for a line that is not
-    JSON, lacks a key or holds another type there, and for an answer that none of the options is.
+    place: a file, or a folder with one file NAME*.jsonl*. Raises UserError that names file and line
+    for a line that is not JSON, lacks a key or holds another type there, and for a gold that none
+    of the options is.
     """
     path = find(name, Path(place))
-    records = articles(rows.records(path)) if name == "race" else rows.records(path)
+    lines = articles(records(path)) if name == "race" else records(path)
     questions = []
-    for where, record in itertools.islice(records, limit or None):
+    for where, record in itertools.islice(lines, limit or None):
         contexts, options, gold = READERS[name](where, record)
-        require(options and all(map(str.strip, options)), f"{where}: an option is empty, or there is none")
-        require(0 <= gold < len(options), f"{where}: the answer is out of range: {len(options)} options, and it is {gold}")
+        filled = options and all(map(str.strip, options))
+        require(filled, f"{where}: an option is empty, or there is none")
+        in_range(where, options, gold)
         space = "" if name == "plain" else " "
         questions.append(Question(where, contexts, [space + option for option in options], gold))
     require(questions, f"{path} holds no question")
@@ -64,70 +67,85 @@ def find(name, place):
         return place
     files = sorted(place.glob(f"{name}*.jsonl*"))
     require(files, f"{place} holds no file {name}*.jsonl (or .jsonl.gz, .jsonl.xz)")
-    require(len(files) == 1, f"{place} holds several files of {name}, so name one: {', '.join(f.name for f in files)}")
+    several = f"{place} holds several files of {name}, so name one"
+    require(len(files) == 1, f"{several}: {', '.join(file.name for file in files)}")
     return files[0]
 
 
-# ---- Values of a line ------------------------------------------------------------------------------------------------
+# ---- Values of a line ----------------------------------------------------------------------------
 
 
 def texts(where, record, key):
     """The list of texts under a key."""
     require(isinstance(record.get(key), list), f'{where}: no list under the key "{key}"')
-    return [rows.field(where, {key: item}, key) for item in record[key]]
+    return [field(where, {key: item}, key) for item in record[key]]
 
 
 def number(where, record, key):
     """The whole number under a key, which may be spelt as text, True or False."""
     require(key in record, f'{where}: no key "{key}"')
-    good = isinstance(record[key], int) or re.fullmatch(r"\s*\d{1,9}\s*", str(record[key]))
-    require(good, f'{where}: "{key}" must be a whole number, not {str(record[key])[:40]!r}')
-    return int(record[key])
+    value = record[key]
+    whole = isinstance(value, int) or re.fullmatch(r"\s*\d{1,9}\s*", str(value))
+    require(whole, f'{where}: "{key}" must be a whole number, not {str(value)[:40]!r}')
+    return int(value)
 
 
-def context(name, where, record):
-    """The context of a question, by its format."""
+def in_range(where, options, gold):
+    """Raise UserError for an answer that none of the options is."""
+    n = len(options)
+    require(0 <= gold < n, f"{where}: the answer is out of range: {n} options, and it is {gold}")
+
+
+# ---- The sets: (contexts, options, gold) of a line -----------------------------------------------
+
+
+def one_context(name, where, record, options, gold):
+    """All options behind one context, by the format of the set."""
     keys = [key for _, key, _, _ in string.Formatter().parse(FORMATS[name]) if key]
-    return FORMATS[name].format(**{key: rows.field(where, record, key) for key in keys})
-
-
-# ---- The sets: (contexts, options, gold) of a line -------------------------------------------------------------------
-
-
-def same(name, where, record, options, gold):
-    """All options behind one context."""
-    return [context(name, where, record)] * len(options), options, gold
+    context = FORMATS[name].format(**{key: field(where, record, key) for key in keys})
+    return [context] * len(options), options, gold
 
 
 def keyed(name, *keys, answer, first=0):
-    """A reader of options that have a key each; the right one is numbered from `first` under the key `answer`."""
+    """A reader of options with a key each; under `answer` is the gold, numbered from `first`."""
 
     def reader(where, record):
-        options = [rows.field(where, record, key) for key in keys]
-        return same(name, where, record, options, number(where, record, answer) - first)
+        options = [field(where, record, key) for key in keys]
+        return one_context(name, where, record, options, number(where, record, answer) - first)
 
     return reader
 
 
 def lettered(name):
-    """A reader of ARC and OpenBookQA: {"choices": {"text": [...], "label": [...]}, "answerKey": one of the labels}."""
+    """A reader of {"choices": {"text": [...], "label": [...]}, "answerKey": one of the labels}."""
 
     def reader(where, record):
         choices = record.get("choices")
         require(isinstance(choices, dict), f'{where}: no object under the key "choices"')
         options, labels = texts(where, choices, "text"), texts(where, choices, "label")
-        answer = rows.field(where, record, "answerKey").strip()
-        require(answer in labels, f'{where}: the answer "{answer}" is none of the labels {", ".join(labels)}')
-        return same(name, where, record, options, labels.index(answer))
+        answer = field(where, record, "answerKey").strip()
+        none = f'{where}: the answer "{answer}" is none of the labels {", ".join(labels)}'
+        require(answer in labels, none)
+        return one_context(name, where, record, options, labels.index(answer))
 
     return reader
 
 
+def boolq(where, record):
+    return one_context("boolq", where, record, ["no", "yes"], number(where, record, "answer"))
+
+
+def plain(where, record):
+    options, gold = texts(where, record, "options"), number(where, record, "gold")
+    return one_context("plain", where, record, options, gold)
+
+
 def hellaswag(where, record):
-    """As the harness leaves it, {"query", "choices", "gold"}, or as it was published, with ctx_a, ctx_b and endings."""
+    """As the harness leaves it (query, choices, gold) or as published (ctx_a, ctx_b, endings)."""
     if "query" in record:
-        return same("hellaswag", where, record, texts(where, record, "choices"), number(where, record, "gold"))
-    label, a, b = (rows.field(where, record, key) for key in ("activity_label", "ctx_a", "ctx_b"))
+        options, gold = texts(where, record, "choices"), number(where, record, "gold")
+        return one_context("hellaswag", where, record, options, gold)
+    label, a, b = (field(where, record, key) for key in ("activity_label", "ctx_a", "ctx_b"))
     options = [without_brackets(option) for option in texts(where, record, "endings")]
     query = without_brackets(f"{label}: {a} {b.capitalize()}")
     return [query] * len(options), options, number(where, record, "label")
@@ -139,47 +157,51 @@ def without_brackets(text):
 
 
 def sciq(where, record):
-    options = [rows.field(where, record, key) for key in ("distractor1", "distractor2", "distractor3", "correct_answer")]
-    return same("sciq", where, record | {"support": rows.field(where, record, "support").lstrip()}, options, 3)
+    keys = ("distractor1", "distractor2", "distractor3", "correct_answer")
+    options = [field(where, record, key) for key in keys]
+    support = {"support": field(where, record, "support").lstrip()}
+    return one_context("sciq", where, record | support, options, 3)
 
 
 def race(where, record):
-    article, question = rows.field(where, record, "article"), rows.field(where, record, "question")
-    options, answer = texts(where, record, "options"), rows.field(where, record, "answer")
-    require(len(answer) == 1 and answer in "ABCDEFGH", f'{where}: the answer must be a letter, not "{answer}"')
-    gold = "ABCDEFGH".index(answer)
-    return [f"Article: {article}\n\n{record.get('before', '')}{question}"] * len(options), options, gold
+    article, question = field(where, record, "article"), field(where, record, "question")
+    options, answer = texts(where, record, "options"), field(where, record, "answer")
+    a_letter = len(answer) == 1 and answer in "ABCDEFGH"
+    require(a_letter, f'{where}: the answer must be a letter, not "{answer}"')
+    context = f"Article: {article}\n\n{record.get('before', '')}{question}"
+    return [context] * len(options), options, "ABCDEFGH".index(answer)
 
 
-def articles(records):
-    """RACE as the harness asks it: of an article's questions the last; those before it stand answered in the context.
+def articles(lines):
+    """RACE as the harness asks it: of an article's questions the last, behind the others answered.
 
-    The lines of one article have to follow each other. An answered question that ends in a gap is a sentence.
+    The lines of one article have to follow each other. An answered question that ends in a gap is a
+    sentence.
     """
-    for _, group in itertools.groupby(records, lambda found: found[1].get("article")):
+    for _, group in itertools.groupby(lines, lambda line: line[1].get("article")):
         before = ""
         for where, record in group:
             last = where, record | {"before": before}
             _, options, gold = race(where, record)
-            require(gold < len(options), f"{where}: the answer is out of range: {len(options)} options, and it is {gold}")
-            question = rows.field(where, record, "question")
-            before += question[:-5] if question.endswith("  _  .") else f"Question: {question}\nAnswer: "
+            in_range(where, options, gold)
+            question = field(where, record, "question")
+            gap = question.endswith("  _  .")
+            before += question[:-5] if gap else f"Question: {question}\nAnswer: "
             before += options[gold] + "\n"
         yield last
 
 
 def winogrande(where, record):
     """Either option is put in the gap, and what follows the gap is scored."""
-    sentence = rows.field(where, record, "sentence")
-    before, gap, after = sentence.partition("_")
+    before, gap, after = field(where, record, "sentence").partition("_")
     require(gap, f"{where}: the sentence has no gap _")
-    contexts = [before + rows.field(where, record, key) for key in ("option1", "option2")]
+    contexts = [before + field(where, record, key) for key in ("option1", "option2")]
     return contexts, [after.strip()] * 2, number(where, record, "answer") - 1
 
 
 def lambada(where, record):
     """One option: the last word."""
-    text, space, word = rows.field(where, record, "text").rpartition(" ")
+    text, space, word = field(where, record, "text").rpartition(" ")
     require(space, f"{where}: the text must be more than one word")
     return [text], [word], 0
 
@@ -187,14 +209,12 @@ def lambada(where, record):
 READERS = {
     "arc_challenge": lettered("arc_challenge"),
     "arc_easy": lettered("arc_easy"),
-    "boolq": lambda where, record: same("boolq", where, record, ["no", "yes"], number(where, record, "answer")),
+    "boolq": boolq,
     "hellaswag": hellaswag,
     "lambada": lambada,
     "openbookqa": lettered("openbookqa"),
     "piqa": keyed("piqa", "sol1", "sol2", answer="label"),
-    "plain": lambda where, record: same(
-        "plain", where, record, texts(where, record, "options"), number(where, record, "gold")
-    ),
+    "plain": plain,
     "race": race,
     "sciq": sciq,
     "social_iqa": keyed("social_iqa", "answerA", "answerB", "answerC", answer="label", first=1),

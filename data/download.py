@@ -1,12 +1,11 @@
 """Files from the network: resumed, checked, and at their own path only when whole.
 
-What a server says is not believed beyond reason: a size must fit the disk and what was expected, a hash must be right, a
-name must stay in its folder, and no symbolic link is written through.
+What a server says is not believed beyond reason: a size must be that expected and find room on the
+disk, a hash must be right, a name must stay in its folder, and no symbolic link is written through.
 """
 
 import contextlib
 import email.utils
-import fcntl
 import hashlib
 import os
 import re
@@ -21,8 +20,14 @@ from tqdm import tqdm
 
 from config import UserError, require
 
-TRIES = 5  # failures in a row, without a new byte between them, before giving up
+TRIES = 5  # failures in a row, without a new byte between them, before it gives up
 LONGEST_WAIT = 60  # seconds between two tries, whatever the server asks for
+
+PASSING = (  # errors that may be gone at the next try
+    requests.ConnectionError,
+    requests.Timeout,
+    requests.exceptions.ChunkedEncodingError,
+)
 
 
 class TryAgain(Exception):
@@ -36,34 +41,35 @@ class TryAgain(Exception):
 def fetch(url, path, sha256=None, size=None, headers=None, first_wait=1.0, stop=None):
     """Downloads `url` to `path`, unless the right file is there already; returns the path.
 
-    The size and hash are checked that the caller gives, or else the server states as the Hub does. Goes on where a
-    dropped connection stopped; where there is a hash to check the result by, also where an interrupted run did. After
-    drops, 429 and 5xx it waits (first_wait seconds, then twice that, ..., or what Retry-After says) and tries again.
-    Raises UserError for a refusal, a wrong length or hash, when it gives up, and soon after another thread sets `stop` (a
+    The size and hash that the caller gives, or else those that the server states as the Hub does,
+    are checked. A dropped connection is resumed where it stopped; where there is a hash to check
+    the result by, an interrupted run is, too. After drops, 429 and 5xx it waits (first_wait
+    seconds, then twice that, ..., or what Retry-After says) and tries again. Raises UserError for a
+    refusal, a wrong length or hash, when it gives up, and soon after another thread sets `stop` (a
     threading.Event).
     """
     path, stop = Path(path), stop or threading.Event()
     part = path.with_name(path.name + ".part")
     wanted = {"hash": sha256, "size": size}  # completed by what the server states
     try:
-        if right(path, **wanted):
+        if is_expected(path, **wanted):
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         require(not part.is_symlink(), f"{part} is a symbolic link: it is not written through")
         with open(part, "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # of several processes that want the file, one downloads
-            if right(path, **wanted):
+            lock(file)  # of several processes that want the file, one downloads
+            if is_expected(path, **wanted):
                 return path
-            old = file.seek(0, os.SEEK_END)  # bytes that an interrupted run left
+            left = file.seek(0, os.SEEK_END)  # bytes that an interrupted run left
             download(url, file, wanted, headers or {}, first_wait, stop)
-            if old and not (wanted["hash"] and right(part, **wanted)):  # nothing but a hash can tell that they belong here
-                file.truncate(0)
+            if left and not (wanted["hash"] and is_expected(part, **wanted)):
+                file.truncate(0)  # nothing but a hash can tell that those bytes belong here
                 download(url, file, wanted, headers or {}, first_wait, stop)
-            if not right(part, **wanted):
+            if not is_expected(part, **wanted):
                 file.truncate(0)
                 raise UserError(f"{url} is not the expected file: its length or hash is wrong")
             os.replace(part, path)
-    except requests.RequestException as error:  # says no more than its kind: the rest may hold the headers sent
+    except requests.RequestException as error:  # its kind alone: the rest may hold the headers sent
         raise UserError(f"cannot fetch {url}: {type(error).__name__}") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
@@ -74,14 +80,23 @@ def fetch(url, path, sha256=None, size=None, headers=None, first_wait=1.0, stop=
     return path
 
 
-def right(path, hash, size):
-    """True for a file that is there and, as far as one can tell, the one expected. hash: its sha256, or its name in git."""
+def lock(file):
+    """Waits until no other process holds the file; Windows has no such lock, and does not wait."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def is_expected(path, hash, size):
+    """Whether a file is there and is the one expected. hash: its sha256, or its name in git."""
     if not path.is_file() or (size is not None and path.stat().st_size != size):
         return False
     if hash is None:
         return True
-    git = len(hash) == 40  # git hashes a header and the file, with sha1
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False) if git else hashlib.sha256()
+    digest = hashlib.sha256()
+    if len(hash) == 40:  # git hashes a header and the file, with sha1
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
     with open(path, "rb") as file:
         while block := file.read(2**20):
             digest.update(block)
@@ -92,7 +107,8 @@ def download(url, file, wanted, headers, first_wait, stop):
     """Requests `url` until `file` has all of it."""
     headers = {"Accept-Encoding": "identity", **headers}
     failures, most = 0, 0
-    with tqdm(desc=Path(file.name).stem, unit="B", unit_scale=True, disable=None, leave=None) as bar:
+    name = Path(file.name).stem
+    with tqdm(desc=name, unit="B", unit_scale=True, disable=None, leave=None) as bar:
         while True:
             require(not stop.is_set(), f"stopped before all of {url} was there")
             try:
@@ -100,7 +116,7 @@ def download(url, file, wanted, headers, first_wait, stop):
                 return file.flush()
             except requests.exceptions.SSLError:
                 raise
-            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+            except PASSING as error:
                 problem = TryAgain(type(error).__name__)
             except TryAgain as error:
                 problem = error
@@ -111,7 +127,7 @@ def download(url, file, wanted, headers, first_wait, stop):
 
 
 def request(url, file, wanted, headers, bar, stop):
-    """One request for what `file` lacks; leaves in `headers` what the next one has to say to go on from there."""
+    """One request for what `file` lacks; leaves in `headers` what the next one has to ask with."""
     have = file.seek(0, os.SEEK_END)
     headers.update({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
@@ -127,12 +143,9 @@ def request(url, file, wanted, headers, bar, stop):
             headers.pop("Range", None)
             if begins != 0:
                 raise TryAgain("a wrong range")
-        fits = wanted["size"] is None or total in (wanted["size"], None)
-        require(fits, f"{url} has {total} bytes, not the {wanted['size']} expected")
-        free = shutil.disk_usage(Path(file.name).parent).free
-        require((total or 0) - begins <= free, f"no space for the {total} bytes of {url}, only {free}")
-        packed = response.headers.get("Content-Encoding", "identity")
-        require(packed == "identity", f"{url} comes packed ({packed[:20]}), which was not asked for")
+        check_size(url, wanted["size"], total, (total or 0) - begins, Path(file.name).parent)
+        packed = response.headers.get("Content-Encoding", "identity")[:20]
+        require(packed == "identity", f"{url} comes packed ({packed}), which was not asked for")
         version = response.headers.get("ETag", "W/")
         headers.update({} if version.startswith("W/") else {"If-Range": version})
         bar.total, bar.n = total, begins
@@ -147,19 +160,33 @@ def request(url, file, wanted, headers, bar, stop):
             raise TryAgain("the connection drops")
 
 
+def check_size(url, expected, total, missing, folder):
+    """Raises UserError where `total` is not the size expected, or there is no room for the rest."""
+    wrong = f"{url} has {total} bytes, not the {expected} expected"
+    require(expected is None or total in (expected, None), wrong)
+    free = shutil.disk_usage(folder).free
+    require(missing <= free, f"no space for the {total} bytes of {url}, only {free}")
+
+
 def refuse(url, response):
     """Raises UserError where asking again is no use, TryAgain where it is."""
     status = response.status_code
     if status in (408, 429) or status >= 500:
-        raise TryAgain(f"the server answers {status}", retry_after(response.headers.get("Retry-After", "")))
-    help_ = {401: "; does it need HF_TOKEN?", 403: "; does it need HF_TOKEN, or its terms accepted on its page?"}
-    require(status in (200, 206, 416), f"{url} answers {status} {response.reason}{help_.get(status, '')}")
+        wait = retry_after(response.headers.get("Retry-After", ""))
+        raise TryAgain(f"the server answers {status}", wait)
+    advice = {401: "; does it need HF_TOKEN?"}
+    advice[403] = "; does it need HF_TOKEN, or its terms accepted on its page?"
+    refusal = f"{url} answers {status} {response.reason}{advice.get(status, '')}"
+    require(status in (200, 206, 416), refusal)
 
 
 def retry_after(text):
-    """The seconds that a Retry-After header (a number, or a date) asks for, within 0..LONGEST_WAIT."""
+    """The seconds that a Retry-After header (a number, or a date) asks for, in 0..LONGEST_WAIT."""
     with contextlib.suppress(ValueError, TypeError, OverflowError):
-        wait = float(text) if text.isdigit() else email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        if text.isdigit():
+            wait = float(text)
+        else:
+            wait = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
         return min(max(wait, 0.0), LONGEST_WAIT)
     return 0.0
 
@@ -168,32 +195,37 @@ def extent(response):
     """(first byte, length of the whole file or None) of what a response holds."""
     if response.status_code == 200:
         return 0, number(response.headers.get("Content-Length"))
-    match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)", response.headers.get("Content-Range", ""))
+    pattern = r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)"
+    match = re.fullmatch(pattern, response.headers.get("Content-Range", ""))
     first, total = match.groups() if match else (None, None)
     return number(first), number(total)
 
 
 def number(text):
-    """The number that a header gives, or None where it gives none; also for more digits than any size has."""
+    """The number that a header gives; None where it gives none, or more digits than a size has."""
     return int(text) if re.fullmatch("[0-9]{1,18}", text or "") else None
 
 
 def stated(response):
-    """{hash, size} that the Hub states of a file as it sends one on to where the file lies, None for what it does not."""
-    hops = (hop.headers for hop in [*response.history, response])
-    told = next((headers for headers in hops if "X-Linked-Etag" in headers), {})  # the first is the Hub, a later one may not
-    hash = re.fullmatch(r'"?([0-9a-f]{64}|[0-9a-f]{40})"?', told.get("X-Linked-Etag", ""))
-    return {"hash": hash and hash[1], "size": number(told.get("X-Linked-Size"))}
+    """{hash, size} that the Hub states of a file as it sends one on to where it lies, or None each.
+
+    The first answer that states them is the Hub's; what a later host says is not believed.
+    """
+    answers = (answer.headers for answer in [*response.history, response])
+    headers = next((headers for headers in answers if "X-Linked-Etag" in headers), {})
+    hash = re.fullmatch(r'"?([0-9a-f]{64}|[0-9a-f]{40})"?', headers.get("X-Linked-Etag", ""))
+    return {"hash": hash and hash[1], "size": number(headers.get("X-Linked-Size"))}
 
 
 def hub_file(repo, filename, folder=None, stop=None):
-    """A file of a Hugging Face repository ("owner/name", "datasets/owner/name"), downloaded once -> its path.
+    """A file of a Hugging Face repository ("owner/name", "datasets/owner/name") -> its path.
 
-    It comes to `folder`, without one to the cache. The token of HF_TOKEN goes to the Hub alone: requests drops it on the way
-    to another host (a test sees to it).
+    Downloaded once, to `folder`, without one to the cache. The token of HF_TOKEN goes to the Hub
+    alone: requests drops it on the way to another host (a test sees to it).
     """
-    parts = filename.split("/")
-    safe = all(re.fullmatch(r"[\w.+=-][\w .+=-]*", part) and part not in (".", "..") for part in [*repo.split("/"), *parts])
+    parts = [*repo.split("/"), *filename.split("/")]
+    name = r"[\w.+=-][\w .+=-]*"
+    safe = all(re.fullmatch(name, part) and part not in (".", "..") for part in parts)
     shape = re.fullmatch(r"(datasets/)?[\w.-]+(/[\w.-]+)?", repo)
     require(safe and shape, f"'{repo}' and '{filename}' do not name a file of a Hub repository")
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")

@@ -1,7 +1,8 @@
 """Text to token ids and back: characters, bytes, GPT-2's BPE, Llama 2's SentencePiece.
 
-All have one interface. A tokenizer knows V real tokens; id V is the mask, which no text contains and `decode` draws as
-a block, so that partly masked text can be read. `meta` holds all that is needed to build a tokenizer again.
+All have one interface. A tokenizer knows V real tokens; id V is the mask, which no text contains
+and `decode` draws as a block, so that partly masked text can be read. `meta` holds all that is
+needed to build a tokenizer again.
 """
 
 import os
@@ -23,7 +24,8 @@ class Unavailable(UserError):
 class Tokenizer:
     """What the four have in common; `table[i]` is the UTF-8 text of token i, with the mask's last.
 
-    encode(text, start=True) -> ids. start=False says that other tokens stand before the text; it matters to Llama alone.
+    encode(text, start=True) -> ids. start=False says that other tokens stand before the text; it
+    matters to Llama alone.
     """
 
     bos = None  # id that begins a document, if there is one
@@ -35,7 +37,7 @@ class Tokenizer:
         self.vocab_size = len(table)  # V, without the mask
 
     def decode(self, ids):
-        """The text of ids in [0, V], V being the mask; bytes that are not UTF-8 come out as U+FFFD."""
+        """The text of ids in [0, V], V being the mask; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(self.table[i] for i in ids).decode("utf8", errors="replace")
 
     def document(self, text):
@@ -53,7 +55,8 @@ class Char(Tokenizer):
     separator = "\n\n"
 
     def __init__(self, alphabet):
-        require(alphabet and len(set(alphabet)) == len(alphabet), "an alphabet must be characters, each once")
+        distinct = alphabet and len(set(alphabet)) == len(alphabet)
+        require(distinct, "an alphabet must be characters, each once")
         self.alphabet = alphabet
         self.ids = {character: i for i, character in enumerate(alphabet)}
         super().__init__([character.encode("utf8", "replace") for character in alphabet])
@@ -63,10 +66,9 @@ class Char(Tokenizer):
         try:
             return [self.ids[character] for character in text]
         except KeyError as error:
-            raise UserError(
-                f"character {error.args[0]!r} is not among the {self.vocab_size} that this character-level tokenizer "
-                "knows from the text it was prepared on"
-            ) from None
+            unknown = f"character {error.args[0]!r} is not among the {self.vocab_size}"
+            origin = "this character-level tokenizer knows from the text it was prepared on"
+            raise UserError(f"{unknown} that {origin}") from None
 
     def meta(self):
         return {"kind": "char", "alphabet": self.alphabet}
@@ -99,10 +101,9 @@ class GPT2(Tokenizer):
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
         except (requests.RequestException, ValueError, OSError) as error:
-            raise Unavailable(
-                f"tiktoken cannot fetch GPT-2's vocabulary ({type(error).__name__}); without a network, set "
-                "TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's copy of it"
-            ) from None
+            problem = f"tiktoken cannot fetch GPT-2's vocabulary ({type(error).__name__})"
+            advice = "set TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's copy of it"
+            raise Unavailable(f"{problem}; without a network, {advice}") from None
         super().__init__([self.bpe.decode_single_token_bytes(i) for i in range(self.bpe.n_vocab)])
 
     def encode(self, text, start=True):
@@ -110,20 +111,21 @@ class GPT2(Tokenizer):
 
 
 class Llama(Tokenizer):
-    """Llama 2's SentencePiece model, V = 32000. As in TinyLlama's and SMDM's data, id 1 begins every document."""
+    """Llama 2's SentencePiece model, V = 32000. Id 1 begins every document, as in SMDM's data."""
 
     kind = "llama"
     bos, eot = 1, 2
 
     def __init__(self):
-        """Reads LLAMA, or the copy in the shared folder; Unavailable where neither is there, or it is no such model."""
+        """Reads LLAMA, or the copy in the shared folder; Unavailable where there is no model."""
         try:
             import sentencepiece
         except ImportError:
-            raise Unavailable("the llama tokenizer needs one more package: pip install sentencepiece") from None
-        shared = ROOT / os.environ.get("NANOMDM_SHARED", "../shared") / "data/llama_tokenizer/tokenizer.model"
-        path = next((path for path in (LLAMA, shared) if path.is_file()), None)
-        if path is None:
+            advice = "pip install sentencepiece"
+            raise Unavailable(f"the llama tokenizer needs one more package: {advice}") from None
+        shared = ROOT / os.environ.get("NANOMDM_SHARED", "../shared")
+        path = LLAMA if LLAMA.is_file() else shared / "data/llama_tokenizer/tokenizer.model"
+        if not path.is_file():
             raise Unavailable(f"no tokenizer.model of Llama 2: put it at {LLAMA}")
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -133,11 +135,16 @@ class Llama(Tokenizer):
 
     def _bytes(self, i):
         piece = self.pieces.id_to_piece(i)
-        return bytes([int(piece[1:-1], 16)]) if self.pieces.is_byte(i) else piece.replace("▁", " ").encode()
+        if self.pieces.is_byte(i):
+            return bytes([int(piece[1:-1], 16)])
+        return piece.replace("▁", " ").encode()
 
     def encode(self, text, start=True):
-        """SentencePiece puts a space before a text. One that goes on must not gain it: behind a newline, which is part of no
-        other piece, the space and the newline are ids of their own and are cut off."""
+        """SentencePiece puts a space before a text; one that continues another must not gain it.
+
+        Behind a newline, which is part of no other piece, the space and the newline are ids of
+        their own and are cut off.
+        """
         return self.pieces.encode(text) if start else self.pieces.encode("\n" + text)[2:]
 
     def decode(self, ids):
@@ -155,8 +162,9 @@ KINDS = {tokenizer.kind: tokenizer for tokenizer in (Char, Byte, GPT2, Llama)}
 def build(kind, texts):
     """A new tokenizer. `texts`, an iterable of str, is read for a character alphabet only.
 
-    The alphabet is taken from all the text, held-out documents included: a character that training never shows then
-    costs the model what it should. Leaving it out would mean altering the held-out text, and a bound that flatters.
+    The alphabet is that of all the text, held-out documents included: a character that training
+    never shows then makes the bound as bad as it should. Leaving it out would mean altering the
+    held-out text, and a bound that flatters.
     """
     choose("tokenizer", kind, KINDS)
     if kind != "char":
@@ -169,10 +177,12 @@ def build(kind, texts):
 
 def from_meta(meta):
     """The tokenizer that wrote `meta`; UserError where the meta is not one."""
-    good = isinstance(meta, dict) and all(isinstance(value, str) for value in meta.values())
-    require(good and "kind" in meta, f"a tokenizer's meta must be a dict of texts with a kind, not {shown(meta)}")
+    texts = isinstance(meta, dict) and all(isinstance(value, str) for value in meta.values())
+    message = f"a tokenizer's meta must be a dict of texts with a kind, not {shown(meta)}"
+    require(texts and "kind" in meta, message)
     rest = {key: value for key, value in meta.items() if key != "kind"}
     kind = choose("tokenizer", meta["kind"], list(KINDS))
     wanted = ["alphabet"] if kind == "char" else []
-    require(list(rest) == wanted, f"the meta of a {kind} tokenizer has beside its kind the keys {wanted}, not {list(rest)}")
+    message = f"the meta of a {kind} tokenizer has beside its kind the keys {wanted}"
+    require(list(rest) == wanted, f"{message}, not {list(rest)}")
     return KINDS[kind](**rest)

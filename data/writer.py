@@ -1,22 +1,26 @@
 """Text to token files, streamed: what all of data/NAME/prepare.py share.
 
-A prepared folder holds flat token ids in shards (train_00000.bin, ..., val_00000.bin, ...) and meta.json, which is
-written last: a folder with a meta.json is complete.
+A prepared folder holds flat token ids in shards (train_00000.bin, ..., val_00000.bin, ...) and
+meta.json, which is written last: a folder with a meta.json is complete.
 
-Documents follow one another, each with the mark of its border, and blocks of training cross from one into the next. With a
-`block_size` L they do not: a document starts at a multiple of L, and what it leaves of its last L tokens is filled up with
-its end mark (the tokenizer's, else a newline), so that a block is one document or a piece of one. A document that fills its
-blocks exactly carries no end mark. The fill is text like any other: it is hidden, predicted, and counted as tokens.
+Documents follow one another, each with the mark of its border, and blocks of training cross from
+one into the next. With a `block_size` L they do not: a document starts at a multiple of L, and what
+it leaves of its last L tokens is filled up with its eos (the tokenizer's, else a newline), so that
+a block is one document or a piece of one. A document that fills its blocks exactly carries no eos.
+The fill is text like any other: it is masked, predicted, and counted as tokens.
 """
 
 import contextlib
 import functools
+import gzip
 import hashlib
 import itertools
 import json
+import lzma
 import multiprocessing
 import shutil
 import signal
+import zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -25,68 +29,120 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, require, whole_file
+from config import UserError, require
 from data import loader
 from data import tokenizer as tokenizers
+from lib.files import whole_file
 
 DEFAULTS = {
     "tokenizer": "char",  # char | byte | gpt2 | llama
 }
 
+SHARD = 100_000_000  # tokens in a shard, the last one aside
+
+
+# ---- 1. Text in ----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened(path, newline=None):
+    """Opens a text file, perhaps .gz or .xz; UserError where what the block reads is damaged."""
+    path = Path(path)
+    try:
+        opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+        with opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+            yield file
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, MemoryError):
+        # a small .xz can claim to need more memory than there is
+        raise UserError(f"{path} is damaged or cut off") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def as_utf8(text):
+    """The text with halves of characters, which JSON can spell and UTF-8 cannot, replaced."""
+    return text.encode("utf8", "replace").decode("utf8")
+
 
 def held_out(name, fraction):
-    """True for about `fraction` of all names: a fixed pseudo-random choice that depends on nothing but the name."""
+    """True for about `fraction` of all names: a fixed pseudo-random function of the name alone."""
     digest = hashlib.sha256(name.encode("utf8", "replace")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def prepare(folder, documents, tokenizer, workers=1, shard_tokens=100_000_000, block_size=0):
+# ---- 2. A prepared folder ------------------------------------------------------------------------
+
+
+def prepare(folder, documents, tokenizer, workers=1, shard_tokens=SHARD, block_size=0):
     """Tokenizes `documents`, an iterable of (split, text), into `folder`; returns its meta.
 
-    The documents are streamed: memory does not grow with their number. The number of workers changes the speed and nothing
-    else. block_size > 0: no block of that size crosses from one document into another. The folder keeps what it held until
-    the new shards are all written. Raises UserError where there is no text at all, or the system cannot write.
+    The documents are streamed: memory does not grow with their number. The number of workers
+    changes the speed and nothing else. block_size > 0: no block of that size crosses from one
+    document into another. The folder keeps what it held until the new shards are all written.
+    Raises UserError where there is no text at all, or the system cannot write.
     """
-    folder = Path(folder)
-    building = folder / ".preparing"
+    with replacing(folder) as building:
+        grouped = batches(documents, "" if block_size else tokenizer.separator)
+        encoded = encode_all(grouped, tokenizer, workers, block_size)
+        splits = write_shards(building, encoded, shard_tokens)
+        require(splits, f"there is no text to prepare in {folder}")
+        meta = about(tokenizer) | {"splits": splits}
+        meta |= {"block_size": block_size} if block_size else {}
+        publish(building, Path(folder), meta)
+    return meta
+
+
+def about(tokenizer):
+    """What meta.json says of the tokenizer."""
+    V = tokenizer.vocab_size
+    return {"tokenizer": tokenizer.meta(), "vocab_size": V, "dtype": loader.id_type(V).name}
+
+
+@contextlib.contextmanager
+def replacing(folder):
+    """Yields an empty folder inside `folder` for new shards, and removes it; see publish.
+
+    Raises UserError where the system cannot write.
+    """
+    folder, building = Path(folder), Path(folder, ".preparing")
     try:
         shutil.rmtree(building, ignore_errors=True)  # what a killed run left
         building.mkdir(parents=True)
-        grouped = batches(documents, "" if block_size else tokenizer.separator)
-        splits = write_shards(building, encode_all(grouped, tokenizer, workers, block_size), shard_tokens)
-        require(splits, f"there is no text to prepare in {folder}")
-        dtype = loader.id_type(tokenizer.vocab_size).name
-        meta = {"tokenizer": tokenizer.meta(), "vocab_size": tokenizer.vocab_size, "dtype": dtype, "splits": splits}
-        meta |= {"block_size": block_size} if block_size else {}
-        publish(building, folder, meta)
+        yield building
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
         with contextlib.suppress(OSError):
             folder.rmdir()  # a folder made for nothing; one that holds anything stays
-    return meta
-
-
-def summary(folder, meta):
-    """One line about a prepared folder, for people."""
-    parts = [f"{name} {s['tokens']:,} tokens of {s['documents']:,} documents" for name, s in meta["splits"].items()]
-    return f"{folder}: {', '.join(parts)}; {meta['tokenizer']['kind']} tokenizer, V = {meta['vocab_size']}"
 
 
 def publish(building, folder, meta):
     """Swaps the new shards in; without a meta.json until the last of them is there."""
     (folder / "meta.json").unlink(missing_ok=True)
-    for old in [path for split in {"train", "val", *meta["splits"]} for path in loader.shards(folder, split)]:
-        old.unlink()
+    for split in {"train", "val", *meta["splits"]}:
+        for old in loader.shards(folder, split):
+            old.unlink()
     for new in building.iterdir():
         new.rename(folder / new.name)
     with whole_file(folder / "meta.json") as path:
         path.write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf8")
 
 
+def summary(folder, meta):
+    """One line about a prepared folder, for people."""
+    splits = ", ".join(
+        f"{name} {split['tokens']:,} tokens of {split['documents']:,} documents"
+        for name, split in meta["splits"].items()
+    )
+    V = meta["vocab_size"]
+    return f"{folder}: {splits}; {meta['tokenizer']['kind']} tokenizer, V = {V}"
+
+
 def write_shards(folder, encoded, shard_tokens):
-    """Writes all shards; returns {split: {tokens, documents, bytes}}, bytes being UTF-8 with the separators."""
+    """Writes all shards -> {split: {tokens, documents, bytes}}; bytes of UTF-8, with separators."""
     splits = {}
     with tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
         for split, ids, n_documents, n_bytes in itertools.chain.from_iterable(encoded):
@@ -98,8 +154,8 @@ def write_shards(folder, encoded, shard_tokens):
     return splits
 
 
-def append(folder, split, ids, tokens, shard_tokens):
-    """Appends `ids` to a split that has `tokens` already, beginning a new shard wherever one is full."""
+def append(folder, split, ids, tokens, shard_tokens=SHARD):
+    """Appends `ids` to a split that has `tokens` already; a shard that is full begins a new one."""
     while len(ids):
         shard, filled = divmod(tokens, shard_tokens)
         part, ids = ids[: shard_tokens - filled], ids[shard_tokens - filled :]
@@ -108,8 +164,11 @@ def append(folder, split, ids, tokens, shard_tokens):
         tokens += len(part)
 
 
+# ---- 3. Text to ids, by several processes --------------------------------------------------------
+
+
 def batches(documents, separator, characters=2**20):
-    """Groups (split, text) into lists of about `characters`; the separator goes between the documents of a split."""
+    """Groups (split, text) into lists of about `characters`, the separator between documents."""
     batch, size, begun = [], 0, set()
     for split, text in documents:
         if not text:
@@ -125,40 +184,41 @@ def batches(documents, separator, characters=2**20):
 
 
 def encode_batch(batch, meta, block_size):
-    """[(split, ids, number of documents, number of bytes), ...] for a list of (split, text) and a tokenizer's meta."""
+    """A list of (split, text) -> [(split, ids, number of documents, number of bytes), ...]."""
     tokenizer, encoded = rebuilt(meta), []
+    dtype = loader.id_type(tokenizer.vocab_size)
     for split in sorted({split for split, _ in batch}):
         texts = [text for name, text in batch if name == split]
-        ids = list(itertools.chain.from_iterable(laid_out(tokenizer, text, block_size) for text in texts))
+        ids = itertools.chain.from_iterable(laid_out(tokenizer, text, block_size) for text in texts)
         n_bytes = sum(len(text.encode("utf8", "replace")) for text in texts)
-        encoded.append((split, np.array(ids, loader.id_type(tokenizer.vocab_size)), len(texts), n_bytes))
+        encoded.append((split, np.fromiter(ids, dtype), len(texts), n_bytes))
     return encoded
 
 
 def laid_out(tokenizer, text, block_size):
-    """The ids of one document, filled up to a multiple of block_size with its end mark where that is not 0."""
+    """The ids of one document, filled up with its eos to a multiple of block_size, if not 0."""
     ids = tokenizer.document(text)
     if not block_size:
         return ids
-    end = tokenizer.encode("\n", start=False)[-1] if tokenizer.eot is None else tokenizer.eot
+    eos = tokenizer.encode("\n", start=False)[-1] if tokenizer.eot is None else tokenizer.eot
     ids = ids[:-1] if ids[-1] == tokenizer.eot else ids
-    return ids + [end] * (-len(ids) % block_size)
+    return ids + [eos] * (-len(ids) % block_size)
 
 
 @functools.cache
 def rebuilt(meta):
-    """The tokenizer of a meta in JSON, built once in each process: not every tokenizer can be sent to another."""
+    """The tokenizer of a meta in JSON, built once in each process: some cannot be sent to one."""
     return tokenizers.from_meta(json.loads(meta))
 
 
 def encode_all(batches, tokenizer, workers, block_size):
-    """encode_batch over all batches, in their order, by several processes with a few batches under way each."""
+    """encode_batch of all batches, in their order, by several processes, a few batches for each."""
     meta, pending = json.dumps(tokenizer.meta()), deque()
     if workers == 1:
         yield from (encode_batch(batch, meta, block_size) for batch in batches)
         return
-    quiet = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_IGN)}  # Ctrl-C is for the parent
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), **quiet) as pool:
+    spawn, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(workers, spawn, signal.signal, ignore) as pool:  # Ctrl-C is our own
         try:
             for batch in batches:
                 pending.append(pool.submit(encode_batch, batch, meta, block_size))
@@ -166,5 +226,9 @@ def encode_all(batches, tokenizer, workers, block_size):
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-        except (BrokenProcessPool, OSError):  # an OSError where the pool's pipes were already closed
-            raise UserError("a tokenizing process died, perhaps for lack of memory; try --workers=1") from None
+        except (
+            BrokenProcessPool,
+            OSError,
+        ):  # an OSError where the pool's pipes were closed already
+            lost = "a tokenizing process died, perhaps for lack of memory; try --workers=1"
+            raise UserError(lost) from None

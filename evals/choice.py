@@ -1,72 +1,80 @@
-"""Judging by questions: how often is the right option the likeliest?
+"""Multiple choice: how often is the right option the likeliest?
 
-    python choice.py --ckpt=CKPT --set=hellaswag --from=FOLDER --limit=200
-    python choice.py --ckpt=CKPT --set=openbookqa --from=FOLDER --estimator=left_to_right --cfg=1.6
-    python choice.py --ckpt=CKPT --set=plain --from=mine.jsonl        lines {"context": ..., "options": [...], "gold": 0}
+    python -m evals.choice --ckpt=CKPT --set=hellaswag --from=FOLDER --limit=200
+    python -m evals.choice --ckpt=CKPT --set=boolq --from=FOLDER --estimator=left_to_right
+    python -m evals.choice --ckpt=CKPT --set=plain --from=mine.jsonl
+        of lines {"context": ..., "options": [...], "gold": 0}
 
-An option costs -log p(option | context) nats, by one of likelihood.py's estimators; the cheapest is the answer. All options
-of a question are estimated with the same random numbers: where they are alike, most of the noise cancels
-(experiments/common_draws.py measures it). Rows of all questions share full calls. data/choice.py words the questions.
+The answer is the option with the fewest nats, -log p(option | context), by one of the estimators of
+evaluate.py. All options of a question have the same random numbers: where they are alike, most of
+the noise cancels (experiments/common_draws.py measures it). Options of all questions share full
+calls of the network. data/choice.py words the questions.
 
-Two accuracies are printed: by the nats of an option, and by its nats per byte, the space before it not counted. These are
-lm-evaluation-harness's acc and acc_bytes; its acc_norm divides by characters, which is the same where all are ASCII.
+Two accuracies are printed: by the nats of an option, and by its nats per byte, the space before it
+not counted. These are lm-evaluation-harness's acc and acc_bytes; its acc_norm divides by
+characters, which is the same where all are ASCII.
 
-Context and option are tokenized as one text, which is then cut where the context's own tokens end; spaces at the end of a
-context go to the option (both as the harness does). Text that a block does not hold loses the beginning of its context and,
-if the option alone is too long, the end of the option, which then costs too little: the number of these is printed.
+Context and option are tokenized as one text, which is then cut where the context's own tokens end;
+spaces at the end of a context go to the option (both as the harness does). Text that a block does
+not hold loses the beginning of its context and, if the option alone is too long, the end of the
+option, which then has too few nats: the number of these is printed.
 
-LAMBADA asks for a passage's last word: it counts as right if greedy decoding, one token a call and the surest first (left
-to right for a causal network), gives exactly its tokens (SMDM, arXiv 2410.18514). Its nats are also given as a perplexity.
+LAMBADA asks for a passage's last word: it counts as right if greedy decoding, one token a call by
+confidence (left to right for a causal network), gives exactly its tokens (SMDM, arXiv 2410.18514).
+Its nats are also given as a perplexity.
 
-SMDM's published settings: left_to_right with w = 1.1 for lambada, 1.6 for openbookqa and boolq, 0.6 for piqa; lambda_dce,
-1,024 draws, with w = 0.6 for arc_easy and social_iqa, 0.7 for race and hellaswag.
+SMDM's published settings: left_to_right with cfg_scale 1.1 for lambada, 1.6 for openbookqa and
+boolq, 0.6 for piqa; lambda_dce, 1,024 draws, with 0.6 for arc_easy and social_iqa, 0.7 for race and
+hellaswag.
 """
 
 import json
-import math
 import sys
 import time
 
 import numpy as np
 import torch
 
-import checkpoint
 import config as settings
 import diffusion
-import likelihood
+import evaluate
 import sample
-from config import choose, require
+from config import require
 from data import choice as sets
-from data import rows
-from data.tokenizer import from_meta
+from data import examples
+from lib.files import whole_file
+from lib.stats import mean_and_error, perplexity
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # whatever checkpoint.load takes
-    "set": "hellaswag",  # or arc_challenge arc_easy boolq lambada openbookqa piqa race sciq social_iqa winogrande plain
-    "from": "",  # the file of the set, .jsonl, .jsonl.gz or .jsonl.xz, or a folder that has it as SET*.jsonl*
+    "set": "hellaswag",  # one of READERS
+    "from": "",  # the set's file (.jsonl, .jsonl.gz, .jsonl.xz), or a folder with one SET*.jsonl*
     "limit": 0,  # only the first so many questions, as lm-evaluation-harness limits; 0: all
-    "estimator": "any_order",  # as in evaluate.py; SMDM's Monte Carlo is lambda_dce, its chain rule left_to_right
+    "estimator": "any_order",  # one of ESTIMATORS; SMDM's are lambda_dce and left_to_right
     "draws": 128,  # for each option, stratified
-    "cfg": 0.0,  # guidance by the context: logits u + (1 + w)(c - u), u without it; 0: off
-    "pad_to": 0,  # fill rows up to this many tokens with masks, as a model may expect that saw one length only; 0: off
+    "cfg_scale": 0.0,  # guidance by the context: logits u + (1 + w)(c - u), u without it; 0: off
+    "pad_to": 0,  # fill rows up to it with masks, for a model that saw one length only; 0: off
     "batch_size": 32,  # rows in one network call
     "ema": True,  # use the averaged weights where the checkpoint has them
     "out": "",  # also write each question's nats and answers to this .jsonl file
 }
 
+ESTIMATORS, READERS = evaluate.ESTIMATORS, sets.READERS
 
-# ---- Text to requests ------------------------------------------------------------------------------------------------
+
+# ---- Text to requests ----------------------------------------------------------------------------
 
 
-def request(text, start_id, where, context, option):
-    """(prompt ids, answer ids) of one option: one tokenization of both, cut where the tokens of the context alone end.
+def request(tokenizer, start_id, where, context, option):
+    """(prompt ids, answer ids): one tokenization of both, cut where the context's own tokens end.
 
-    A causal network reads its start_id before the first token; where that is the tokenizer's bos, it is not given twice.
+    A causal network reads its start_id before the first token; where that is the tokenizer's bos,
+    it is not given twice.
     """
 
     def encode(piece):
-        ids = rows.encode(text, where, piece)
-        return ids[1:] if text.bos is not None and text.bos == start_id else ids
+        ids = examples.encode(tokenizer, where, piece)
+        return ids[1:] if tokenizer.bos is not None and tokenizer.bos == start_id else ids
 
     both = encode(context + option)
     border = min(len(encode(context.rstrip())), len(both) - 1)  # an option is one token at least
@@ -79,148 +87,150 @@ def fit(prompt, answer, block_size):
     return prompt[max(0, len(prompt) + len(answer) - block_size) :], answer
 
 
-def requests_of(questions, text, start_id, block_size):
-    """(requests, groups (N,), texts that were cut, options that were cut) of all options of all questions."""
-    found, groups = [], []
+def requests_of(questions, tokenizer, start_id, block_size):
+    """(requests, groups (N,), texts that were cut, options that were cut) of all questions."""
+    pairs, groups = [], []
     for number, question in enumerate(questions):
         for context, option in zip(question.contexts, question.options, strict=True):
-            found.append(request(text, start_id, question.where, context, option))
+            pairs.append(request(tokenizer, start_id, question.where, context, option))
             groups.append(number)
-    long = sum(len(prompt) + len(answer) > block_size for prompt, answer in found)
-    longer = sum(len(answer) > block_size for _, answer in found)
-    return [fit(*pair, block_size) for pair in found], groups, long, longer
+    long = sum(len(prompt) + len(answer) > block_size for prompt, answer in pairs)
+    longer = sum(len(answer) > block_size for _, answer in pairs)
+    return [fit(*pair, block_size) for pair in pairs], groups, long, longer
 
 
-# ---- Answers ---------------------------------------------------------------------------------------------------------
+# ---- Answers -------------------------------------------------------------------------------------
+
+
+def by_question(nats, questions):
+    """nats (N,) of all options -> a list of (options,), one a question."""
+    return np.split(np.asarray(nats), np.cumsum([len(q.options) for q in questions])[:-1])
 
 
 def answers(nats, questions):
-    """The cheapest option of each question, by nats and by nats per byte of its text: nats (N,) -> two (n,) arrays."""
-    costs = np.split(np.asarray(nats), np.cumsum([len(question.options) for question in questions])[:-1])
-    n_bytes = [[len(option.removeprefix(" ").encode()) for option in question.options] for question in questions]
-    plain = [cost.argmin() for cost in costs]
-    return np.array(plain), np.array([(cost / n).argmin() for cost, n in zip(costs, n_bytes, strict=True)])
+    """The likeliest option of each question, by nats and by nats per byte: (N,) -> (n,) twice."""
+    plain, per_byte = [], []
+    for part, question in zip(by_question(nats, questions), questions, strict=True):
+        n_bytes = [len(option.removeprefix(" ").encode()) for option in question.options]
+        plain.append(part.argmin())
+        per_byte.append((part / n_bytes).argmin())
+    return np.array(plain), np.array(per_byte)
 
 
-def mean_and_error(values):
-    """The mean and its standard error; infinite for one value."""
-    values = np.asarray(values, float)
-    return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf
-
-
-def decoded(model, requests, causal, cfg=0.0, batch_size=32, **how):
-    """Does greedy decoding, one token a call and the surest first, give exactly the answer? -> (N,) bool"""
+def decoded(model, requests, **options):
+    """Whether greedy decoding, one token a call by confidence, gives the answer: (N,) bool."""
     right = np.zeros(len(requests), bool)
     lengths = np.array([len(prompt) + len(answer) for prompt, answer in requests])  # (N,)
-    for W in np.unique(lengths):
+    for W in np.unique(lengths).tolist():
         members = np.flatnonzero(lengths == W)
         x0 = torch.tensor([[*requests[i][0], *requests[i][1]] for i in members])  # (n, W)
         prompt = torch.tensor([len(requests[i][0]) for i in members])  # (n,)
         x = torch.where(torch.arange(W) < prompt[:, None], x0, model.mask_id)  # (n, W)
         x = x.to(next(model.parameters()).device)
-        if causal:
-            tokens, _ = sample.sample_ar(model, x, temperature=0, batch_size=batch_size, **how)
-        else:
-            tokens, _ = sample.sample(model, x, "confidence", int(W), temperature=0, cfg=cfg, batch_size=batch_size, **how)
+        greedy = {"sampler": "confidence", "steps": W, "temperature": 0}
+        tokens, _ = sample.sample(model, x, **greedy, **options)  # (n, W)
         right[members] = (tokens.cpu() == x0).all(1).numpy()
     return right
 
 
-# ---- The command -----------------------------------------------------------------------------------------------------
-
-
-def load(ckpt, device, ema=True):
-    """checkpoint.load for a model that is asked in text: (model, tokenizer, config)."""
-    model, text, trained = checkpoint.load(ckpt, device, ema=ema)
-    require(trained["tokenizer"], f"{ckpt} names no tokenizer, so questions cannot be read")
-    return model, text or from_meta(trained["tokenizer"]), trained  # says what it lacks, where it could not be built
+# ---- The command ---------------------------------------------------------------------------------
 
 
 def check(config):
-    """Raises UserError for settings that no model can be judged with."""
-    choose("set", config["set"], list(sets.READERS))
-    choose("estimator", config["estimator"], [name for name in likelihood.ESTIMATORS if name != "ar"])
-    choose("schedule", config["schedule"], diffusion.SCHEDULES)
+    """Raise UserError for settings that no set and no network has."""
     settings.at_least(1, config, "draws", "batch_size")
     settings.at_least(0, config, "limit", "pad_to")
     require(config["from"], "say where the questions are: --from=FILE or --from=FOLDER")
 
 
+def check_network(config, subject, *keys):
+    """Raise UserError for settings that the network cannot have."""
+    for key in keys:
+        masked_only = f"{key} needs a masked diffusion model; this network is causal"
+        require(not subject.causal or not config[key], masked_only)
+
+
 def main(config):
-    """Asks config["ckpt"] the questions of config["set"], prints how and the accuracy; returns the result, a dict."""
+    """Ask config["ckpt"] the questions of config["set"], print how and the accuracy -> a dict."""
     check(config)
     questions, path = sets.read(config["set"], config["from"], config["limit"])
-    device, autocast = settings.machine(config)
-    model, text, trained = load(config["ckpt"], device, config["ema"])
-    causal = trained["causal"]
-    for key in ("cfg", "pad_to"):
-        require(not causal or not config[key], f"{key} needs a masked diffusion model; this network is causal")
-    require(config["pad_to"] <= model.block_size, f"pad_to must be at most the block's {model.block_size} tokens")
-
-    began, estimator = time.time(), "ar" if causal else config["estimator"]
-    requests, groups, long, longer = requests_of(questions, text, model.start_id, model.block_size)
-    how = {key: config[key] for key in ("draws", "schedule", "cfg", "seed", "pad_to", "batch_size")}
-    how |= {"groups": groups, "autocast": autocast, "progress": True}
-    nats = likelihood.answer_nats(model, requests, estimator, **how).numpy()  # (N,)
-    picks = answers(nats, questions)  # (n,) twice
-    gold = np.array([question.gold for question in questions])  # (n,)
-    result = {"set": config["set"], "questions": len(questions), "estimator": estimator, "cfg": config["cfg"]}
-    result |= {"texts": len(requests), "texts_cut": long, "options_cut": longer}
-    if config["set"] == "lambada":
-        right = decoded(model, requests, causal, config["cfg"], config["batch_size"], autocast=autocast)  # (n,)
-        result["nats_per_word"], result["nats_error"] = mean_and_error(nats)
-    else:
-        right = picks[0] == gold  # (n,)
-        result["accuracy_per_byte"], result["error_per_byte"] = mean_and_error(picks[1] == gold)
-        result["chance"] = float(np.mean([1 / len(question.options) for question in questions]))
-    result["accuracy"], result["error"] = mean_and_error(right)
+    subject = evaluate.opened(config, reads_text=True)
+    check_network(config, subject, "cfg_scale", "pad_to")
+    began, model, L = time.time(), subject.model, subject.model.block_size
+    require(config["pad_to"] <= L, f"pad_to must be at most the block's {L} tokens")
+    requests, groups, *cut = requests_of(questions, subject.tokenizer, model.start_id, L)
+    keys = ("estimator", "draws", "schedule", "seed", "batch_size", "cfg_scale", "pad_to")
+    options = {key: config[key] for key in keys}
+    with subject.autocast():
+        nats = evaluate.answer_nats(model, requests, groups, progress=True, **options).numpy()
+        picks = answers(nats, questions)  # (n,) twice
+        if config["set"] == "lambada":
+            greedy = {key: config[key] for key in ("cfg_scale", "batch_size")}
+            right = decoded(model, requests, **greedy)  # (n,)
+        else:
+            right = picks[0] == [question.gold for question in questions]  # (n,)
+    result = {"set": config["set"], "questions": len(questions), "cfg_scale": config["cfg_scale"]}
+    result["estimator"], _ = evaluate.estimator_of(model, config["estimator"])
+    result |= {"texts": len(requests), "texts_cut": cut[0], "options_cut": cut[1]}
+    result |= accuracies(config["set"], questions, nats, picks, right)
     result["seconds"] = time.time() - began
-
-    used = "averaged" if config["ema"] and trained.get("ema") else "raw"
-    print(protocol(config, result, path, model.block_size, f"{settings.dtype_name(autocast, device)}, {used} weights"))
+    print(protocol(config, result, path, subject))
     print(summary(result))
     if config["out"]:
         keep(config["out"], questions, nats, picks, right)
     return result
 
 
-def protocol(config, result, path, block_size, used):
-    """What was asked, and how it was judged, in words."""
-    n, name, estimator = result["questions"], config["set"], result["estimator"]
+def accuracies(name, questions, nats, picks, right):
+    """What the answers are worth, with standard errors over questions: a dict."""
+    accuracy, error = mean_and_error(right)
+    result = {"accuracy": accuracy, "error": error}
+    if name == "lambada":
+        mean, error = mean_and_error(nats)
+        return result | {"nats_per_word": mean, "nats_error": error}
+    per_byte, error = mean_and_error(picks[1] == [question.gold for question in questions])
+    chance = float(np.mean([1 / len(question.options) for question in questions]))
+    return result | {"accuracy_per_byte": per_byte, "error_per_byte": error, "chance": chance}
+
+
+def protocol(config, result, path, subject):
+    """What was asked, and how it was evaluated, in words."""
+    n, name = result["questions"], config["set"]
     part = f"the first {n:,}" if n == config["limit"] else f"all {n:,}"
-    how = f"upper bound by {estimator}, {config['draws']} draws an option, the same for all options of a question"
-    how = f"exact along the order {estimator}" if estimator in likelihood.ORDERS else "exact" if estimator == "ar" else how
+    space = "" if name == "plain" else " behind a space"
+    draws = f"{config['draws']} draws an option, the same for all options of a question"
     padding = f"rows padded with masks to {config['pad_to']} tokens; " if config["pad_to"] else ""
     return (
-        f"{name}: {part} questions of {path}; no examples, context {sets.FORMATS[name]!r}, then the option"
-        f"{'' if name == 'plain' else ' behind a space'}; block of {block_size} tokens: the beginning of the context cut in "
-        f"{result['texts_cut']} of {result['texts']} texts, the end of the option in {result['options_cut']}\n"
-        f"-log p(option | context): {how}; w = {config['cfg']}; {padding}{used}, seed {config['seed']}; "
-        f"{result['seconds']:.1f} s"
+        f"{name}: {part} questions of {path}; no examples, context {sets.FORMATS[name]!r}, "
+        f"then the option{space}; block of {subject.model.block_size} tokens: "
+        f"the beginning of the context cut in {result['texts_cut']} of {result['texts']} texts, "
+        f"the end of the option in {result['options_cut']}\n"
+        f"-log p(option | context): {evaluate.method(result['estimator'], draws)}; "
+        f"cfg_scale {config['cfg_scale']}; {padding}{subject.words}; {result['seconds']:.1f} s"
     )
 
 
 def summary(result):
-    """What came out, with standard errors: how far it would move with other questions of the same kind."""
+    """What came out, with standard errors over questions."""
     right = f"{result['accuracy']:.4f} +- {result['error']:.4f}"
     if "nats_per_word" in result:
         mean, error = result["nats_per_word"], result["nats_error"]
-        perplexity = math.exp(mean) if mean < 700 else math.inf
-        word = f"{mean:.4f} +- {error:.4f} nats a last word, perplexity {perplexity:.2f}"
+        word = f"{mean:.4f} +- {error:.4f} nats a last word, perplexity {perplexity(mean):.2f}"
         return f"last word right by greedy decoding {right} (standard error); {word}"
     per_byte = f"{result['accuracy_per_byte']:.4f} +- {result['error_per_byte']:.4f}"
-    return f"accuracy {right} (standard error); by nats per byte of the option {per_byte}; by chance {result['chance']:.4f}"
+    rest = f"by nats per byte of the option {per_byte}; by chance {result['chance']:.4f}"
+    return f"accuracy {right} (standard error); {rest}"
 
 
 def keep(path, questions, nats, picks, right):
-    """Writes a line for each question: where it stands, nats of its options, the answers, the right one."""
-    place = 0
-    with settings.whole_file(path) as temporary, open(temporary, "w", encoding="utf8") as file:
-        for question, plain, per_byte, good in zip(questions, *map(np.ndarray.tolist, (*picks, right)), strict=True):
-            cost = nats[place : place + len(question.options)].tolist()
-            place += len(question.options)
-            record = {"question": question.where, "nats": cost, "answer": plain, "answer_per_byte": per_byte}
-            file.write(json.dumps(record | {"gold": question.gold, "right": good}) + "\n")
+    """Write a line for each question: where it stands, its options' nats, answers, the gold."""
+    columns = by_question(nats, questions), *picks, right
+    with whole_file(path) as temporary, open(temporary, "w", encoding="utf8") as file:
+        for question, *values in zip(questions, *columns, strict=True):
+            keys = ("nats", "answer", "answer_per_byte", "right")
+            record = {"question": question.where, "gold": question.gold}
+            record |= {key: value.tolist() for key, value in zip(keys, values, strict=True)}
+            file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,53 +1,64 @@
-"""EleutherAI's lm-evaluation-harness asks, a checkpoint of ours answers: its tasks, prompts and metrics are the harness's.
+"""EleutherAI's lm-evaluation-harness asks, a checkpoint answers; the harness brings the tasks.
 
-    python evaluate.py --ckpt=CKPT --lm_eval=arc_easy,piqa --cfg=0.6
-    python evaluate.py --ckpt=CKPT --lm_eval=mine --include_path=FOLDER          FOLDER/mine.yaml; needs no network
+    python -m evals.harness --ckpt=CKPT --tasks=arc_easy,piqa --cfg_scale=0.6
+    python -m evals.harness --ckpt=CKPT --tasks=mine --include_path=FOLDER
+                                                     FOLDER/mine.yaml; needs no network
 
 The harness asks three things, of a masked diffusion model or a causal one:
 
-  loglikelihood          log p(continuation | context), as choice.py estimates it: the options of one document share their
-                         random numbers. Whether greedy decoding gives the continuation costs a call a token; it is found out
-                         for a continuation that has no rival (LAMBADA's last word), where alone metrics ask for it.
-  loglikelihood_rolling  log p(text), as evaluate.py does: blocks one after the other, each on its own
-  generate_until         masks behind the context, filled by a sampler; cut at the first stop string or end-of-text token
+  loglikelihood          log p(continuation | context), as choice.py estimates it: the options of
+                         one document share their random numbers. Whether greedy decoding gives the
+                         continuation takes a call a token; it is found out for a continuation that
+                         has no rival (LAMBADA's last word), where alone metrics ask for it.
+  loglikelihood_rolling  log p(text), as evaluate.py has it: blocks one after the other, each alone
+  generate_until         masks behind the context, filled by a sampler; cut at the first stop string
+                         or end-of-text token
 
 Optional: pip install -r requirements-lm_eval.txt
 """
 
 import collections
 import contextlib
-import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import choice
 import config as settings
-import likelihood
+import diffusion
+import evaluate
 import sample
-from config import UserError, choose, nearest, require
-from data import rows
-from data.tokenizer import from_meta
+from config import UserError, nearest, require
+from data import examples
+from evals import choice
 
 DEFAULTS = {
-    "lm_eval": "",  # in place of data: tasks of lm-evaluation-harness, separated by commas
-    "include_path": "",  # folder with more task files
+    "ckpt": "out/pydocs",  # whatever checkpoint.load takes
+    "tasks": "",  # tasks of lm-evaluation-harness, separated by commas
+    "include_path": "",  # a folder with more task files (.yaml)
     "limit": 0,  # only the first so many documents of each task; 0: all
-    "cfg": 0.0,  # guidance by the context: logits u + (1 + w)(c - u), u without it; 0: off
-    "sampler": "confidence",  # for tasks that generate; as in sample.py
+    "estimator": "any_order",  # one of ESTIMATORS
+    "draws": 16,  # for each continuation, stratified, or for each block of a text
+    "strata": 4,  # draws of a block that are stratified together
+    "cfg_scale": 0.0,  # guidance by the context: logits u + (1 + w)(c - u), u without it; 0: off
+    "sampler": "confidence",  # one of SAMPLERS; for tasks that generate
     "steps": 128,  # of the sampler
-    "new_tokens": 256,  # generated where a task does not say how many
+    "max_new_tokens": 256,  # generated where a task does not say how many
+    "batch_size": 32,  # rows in one network call
+    "ema": True,  # use the averaged weights where the checkpoint has them
 }
+
+ESTIMATORS, SAMPLERS = evaluate.ESTIMATORS, sample.SAMPLERS
 
 
 @contextlib.contextmanager
 def without_this_folder():
-    """Inside the block imports do not see this project: the harness needs a package that is called evaluate, as ours is."""
-    here, path = Path(__file__).resolve().parent, sys.path[:]
+    """Hide this project from imports: the harness needs a package called evaluate, as ours is."""
+    root, path = Path(__file__).resolve().parent.parent, sys.path[:]
     ours = sys.modules.pop("evaluate", None)
-    sys.path[:] = [folder for folder in path if Path(folder or ".").resolve() != here]
+    sys.path[:] = [folder for folder in path if Path(folder or ".").resolve() != root]
     try:
         yield
     finally:
@@ -65,117 +76,118 @@ def packages():
             from lm_eval.api.model import LM
             from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UserError(f"{error}; for --lm_eval: pip install -r requirements-lm_eval.txt") from None
+        raise UserError(f"{error}; pip install -r requirements-lm_eval.txt") from None
     return lm_eval, LM, TaskManager
 
 
-@dataclasses.dataclass
-class Subject:
-    """Who is asked, and how."""
-
-    model: torch.nn.Module
-    causal: bool
-    text: object  # the tokenizer
-    config: dict
-    autocast: object
-
-    def how(self, *keys):
-        """Arguments that all of our functions take, and config's `keys`."""
-        return {key: self.config[key] for key in ("seed", "batch_size", *keys)} | {
-            "autocast": self.autocast,
-            "progress": True,
-        }
+# ---- What the harness asks -----------------------------------------------------------------------
 
 
-def log_p_of_continuations(subject, requests):
-    """The harness's loglikelihood: requests for (context, continuation) -> [(log p, whether greedy decoding gives it)]."""
-    model, config = subject.model, subject.config
-    pairs = [choice.request(subject.text, model.start_id, "a request", *request.args) for request in requests]
+def options(config, *keys):
+    """The `keys` of the config, and those that every function takes."""
+    return {key: config[key] for key in (*keys, "seed", "batch_size")} | {"progress": True}
+
+
+def log_p_of_continuations(subject, config, requests):
+    """loglikelihood: (context, continuation) -> [(log p, whether greedy decoding gives it)]."""
+    model, tokenizer = subject.model, subject.tokenizer
+    texts = [request.args for request in requests]
+    pairs = [choice.request(tokenizer, model.start_id, "a request", *text) for text in texts]
     pairs = [choice.fit(*pair, model.block_size) for pair in pairs]
+    keys = options(config, "estimator", "draws", "schedule", "cfg_scale")
+    groups = [request.doc_id for request in requests]
+    nats = evaluate.answer_nats(model, pairs, groups, **keys)  # (N,)
     documents = [(request.task_name, request.doc_id) for request in requests]
-    guided = {} if subject.causal else {"cfg": config["cfg"]}
-    estimator = "ar" if subject.causal else config["estimator"]
-    how = subject.how("draws", "schedule")
-    nats = likelihood.answer_nats(
-        model, pairs, estimator, groups=[number for _, number in documents], **how, **guided
-    )  # (N,)
     rivals = collections.Counter(documents)
     alone = [i for i, document in enumerate(documents) if rivals[document] == 1]
     greedy = np.zeros(len(pairs), bool)  # (N,)
-    greedy[alone] = choice.decoded(model, [pairs[i] for i in alone], subject.causal, **subject.how(), **guided)
+    keys = options(config, "cfg_scale")
+    greedy[alone] = choice.decoded(model, [pairs[i] for i in alone], **keys)
     return list(zip((-nats).tolist(), greedy.tolist(), strict=True))
 
 
-def log_p_of_texts(subject, requests):
-    """The harness's loglikelihood_rolling: requests for (text,) -> [log p]."""
-    model, found = subject.model, []
-    estimator = "ar" if subject.causal else subject.config["estimator"]
+def log_p_of_texts(subject, config, requests):
+    """loglikelihood_rolling: (text,) -> [log p]."""
+    L, log_p = subject.model.block_size, []
+    keys = options(config, "estimator", "draws", "strata", "schedule")
     for request in requests:
-        ids = np.array(rows.encode(subject.text, "a request", request.args[0]), np.int64)  # (l,)
-        blocks = [ids[start : start + model.block_size] for start in range(0, len(ids), model.block_size)]
-        how = subject.how("draws", "strata", "schedule")
-        found.append(-float(likelihood.sequence_nats(model, blocks, estimator, **how).sum()) if blocks else 0.0)
-    return found
+        ids = examples.encode(subject.tokenizer, "a request", request.args[0])
+        blocks = [np.array(ids[start : start + L]) for start in range(0, len(ids), L)]
+        log_p.append(-float(evaluate.estimate(subject.model, blocks, **keys)[0].sum()))
+    return log_p
 
 
-def written(subject, requests):
-    """The harness's generate_until: requests for (context, settings) -> [text]. Of `settings` it takes until, max_gen_toks,
-    do_sample and temperature."""
-    model, text, found = subject.model, subject.text, [""] * len(requests)
-    alike = collections.defaultdict(list)  # {(tokens in the prompt, to write, temperature): [(request, prompt), ...]}
+def generated(subject, config, requests):
+    """generate_until: (context, wish) -> [text].
+
+    Of the dict `wish` it takes until, max_gen_toks, do_sample and temperature.
+    """
+    model, tokenizer, texts = subject.model, subject.tokenizer, [""] * len(requests)
+    alike = collections.defaultdict(list)  # {(tokens in the prompt, new ones, temperature): [...]}
     for i, request in enumerate(requests):
         context, wish = request.args
-        n = min(wish.get("max_gen_toks", subject.config["new_tokens"]), model.block_size - 1)
-        prompt = rows.encode(text, "a request", context)[-(model.block_size - n) :]
-        heat = float(wish.get("temperature", 1.0)) if wish.get("do_sample", False) else 0.0
-        alike[len(prompt), n, heat].append((i, prompt))
-    for (_, n, heat), members in alike.items():
+        n = min(wish.get("max_gen_toks", config["max_new_tokens"]), model.block_size - 1)
+        prompt = examples.encode(tokenizer, "a request", context)[-(model.block_size - n) :]
+        temperature = float(wish.get("temperature", 1.0)) if wish.get("do_sample", False) else 0.0
+        alike[len(prompt), n, temperature].append((i, prompt))
+    keys = options(config, "sampler", "steps", "schedule", "cfg_scale")
+    for (_, n, temperature), members in alike.items():
         x = torch.tensor([[*prompt, *[model.mask_id] * n] for _, prompt in members])  # (N, P + n)
         x = x.to(next(model.parameters()).device)
-        if subject.causal:
-            tokens, _ = sample.sample_ar(model, x, temperature=heat, **subject.how())
-        else:
-            how = subject.how("sampler", "steps", "schedule", "cfg")
-            tokens, _ = sample.sample(model, x, temperature=heat, **how)  # (N, P + n)
+        tokens, _ = sample.sample(model, x, temperature=temperature, **keys)  # (N, P + n)
         for (i, _), row in zip(members, tokens[:, -n:].tolist(), strict=True):
-            ids = row[: row.index(text.eot)] if text.eot in row else row
-            found[i] = cut(text.decode(ids), requests[i].args[1].get("until") or [])
-    return found
+            ids = row[: row.index(tokenizer.eot)] if tokenizer.eot in row else row
+            texts[i] = cut(tokenizer.decode(ids), requests[i].args[1].get("until") or [])
+    return texts
 
 
 def cut(text, stops):
     """The text before the first of the stop strings."""
     stops = [stops] if isinstance(stops, str) else stops
-    return text[: min([text.find(stop) for stop in stops if stop and stop in text], default=len(text))]
+    ends = [text.find(stop) for stop in stops if stop and stop in text]
+    return text[: min(ends, default=len(text))]
 
 
-def main(config, model, text, trained, autocast):
-    """Runs the tasks config["lm_eval"] on a loaded checkpoint, prints the harness's table; returns its results, a dict."""
-    choose("sampler", config["sampler"], sample.SAMPLERS)
+# ---- The command ---------------------------------------------------------------------------------
+
+
+def check(config):
+    """Raise UserError for settings that no task has."""
     settings.at_least(0, config, "limit")
-    settings.at_least(1, config, "steps", "new_tokens")
-    require(trained["tokenizer"], f"{config['ckpt']} names no tokenizer, so text cannot be read or written")
-    require(not trained["causal"] or not config["cfg"], "cfg needs a masked diffusion model; this network is causal")
+    settings.at_least(1, config, "draws", "strata", "steps", "max_new_tokens", "batch_size")
+    require(config["tasks"], "say which tasks: --tasks=arc_easy,piqa")
     folder = config["include_path"]
-    require(not folder or Path(folder).is_dir(), f"include_path is a folder with task files (.yaml), not '{folder}'")
+    no_folder = f"include_path is a folder with task files (.yaml), not '{folder}'"
+    require(not folder or Path(folder).is_dir(), no_folder)
+
+
+def main(config):
+    """Run the tasks on config["ckpt"], print the harness's table; return its results, a dict."""
+    check(config)
+    subject = evaluate.opened(config, reads_text=True)
+    choice.check_network(config, subject, "cfg_scale")
     lm_eval, LM, TaskManager = packages()
-    tasks, manager = config["lm_eval"].split(","), TaskManager(include_path=folder or None)
+    manager = TaskManager(include_path=config["include_path"] or None)
+    tasks = config["tasks"].split(",")
     for task in tasks:
-        require(task in manager.all_tasks, f"lm_eval has no task '{task}'{nearest(task, manager.all_tasks)}")
-    subject = Subject(model, trained["causal"], text or from_meta(trained["tokenizer"]), config, autocast)
+        unknown = f"lm_eval has no task '{task}'{nearest(task, manager.all_tasks)}"
+        require(task in manager.all_tasks, unknown)
 
     class Answerer(LM):
-        loglikelihood = staticmethod(lambda requests: log_p_of_continuations(subject, requests))
-        loglikelihood_rolling = staticmethod(lambda requests: log_p_of_texts(subject, requests))
-        generate_until = staticmethod(lambda requests: written(subject, requests))
+        loglikelihood = staticmethod(partial(log_p_of_continuations, subject, config))
+        loglikelihood_rolling = staticmethod(partial(log_p_of_texts, subject, config))
+        generate_until = staticmethod(partial(generated, subject, config))
 
-    limit = config["limit"] or None
-    found = lm_eval.simple_evaluate(Answerer(), tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=1000)
-    how = (
-        "exact"
-        if trained["causal"]
-        else f"upper bound by {config['estimator']}, {config['draws']} draws; w = {config['cfg']}"
-    )
-    print(f"lm-evaluation-harness {lm_eval.__version__}: likelihoods {how}; seed {config['seed']}")
-    print(lm_eval.utils.make_table(found))
-    return found["results"]
+    keys = {"tasks": tasks, "task_manager": manager, "bootstrap_iters": 1000}
+    with subject.autocast():
+        output = lm_eval.simple_evaluate(Answerer(), limit=config["limit"] or None, **keys)
+    name, _ = evaluate.estimator_of(subject.model, config["estimator"])
+    likelihoods = evaluate.method(name, f"{config['draws']} draws")
+    guided = f"cfg_scale {config['cfg_scale']}; {subject.words}"
+    print(f"lm-evaluation-harness {lm_eval.__version__}: likelihoods {likelihoods}; {guided}")
+    print(lm_eval.utils.make_table(output))
+    return output["results"]
+
+
+if __name__ == "__main__":
+    settings.run(main, settings, diffusion, sys.modules[__name__])

@@ -1,31 +1,36 @@
-r"""Coarse noise passes for quality: float32 Gumbel noise anneals a masked diffusion sampler (arXiv 2409.02908).
+r"""Coarse noise passes for quality: float32 Gumbel noise anneals a sampler (arXiv 2409.02908).
 
     python train.py configs/pydocs.py --objective=ar --out_dir=out/pydocs_ar     the judge
-    python -m experiments.annealing                                               --ckpt= for the exact part alone
+    python -m experiments.annealing                           --ckpt= for the exact part alone
 
 With GPT-2's vocabulary, where float32 shows it too:
 
     python -m data.pydocs.prepare --out=data/bpe --tokenizer=gpt2
-    python train.py configs/pydocs.py --data=data/bpe --out_dir=out/bpe --block_size=64 --n_layer=3 --max_iters=250
-    python train.py configs/pydocs.py --data=data/bpe --out_dir=out/bpe_ar --block_size=64 --n_layer=3 --max_iters=200 \
-        --objective=ar
-    python -m experiments.annealing --ckpt=out/bpe --judge=out/bpe_ar --data=data/bpe --steps=1024 --num_samples=16 \
-        --results=experiments/results/bpe
+    python train.py configs/pydocs.py --data=data/bpe --out_dir=out/bpe --block_size=64 \
+        --n_layer=3 --max_iters=250
+    python train.py configs/pydocs.py --data=data/bpe --out_dir=out/bpe_ar --block_size=64 \
+        --n_layer=3 --max_iters=200 --objective=ar
+    python -m experiments.annealing --ckpt=out/bpe --judge=out/bpe_ar --data=data/bpe \
+        --steps=1024 --num_samples=16 --results=experiments/results/bpe
 
-The textbook sampler takes n steps, and in each draws every hidden position from one categorical over V tokens and the mask:
-token v with chance p_v / (steps left), the mask with the rest (`direct` in RADD's code; SEDD and MDLM do the same). It draws
-by the Gumbel-max trick: the largest p / -log u wins, u uniform. In float32 u is a multiple of 2^-24 below 1. So -log u is
-2^-24 or more (Gumbel noise, -log -log u, is 16.6 or less) and a token's score 2^24 p_v / (steps left) or less, while the
-mask, whose chance is near 1, scores about 1. A token whose p_v is below (steps left) / 2^24 cannot be drawn, whatever the
-noise: with many steps that is the tail of the vocabulary. What is left has less entropy, and comes later than it should.
-Generative perplexity falls, and falls with the number of steps, because the text gets poorer. RADD's table 4 (float32) has
-22 at 4096 steps with an entropy of 7.27, its table 3 (float64) 81 with 8.13.
+The textbook sampler takes n steps, and in each draws every masked position from one categorical
+over V tokens and the mask: token v with chance p_v / (steps left), the mask with the rest (`direct`
+in RADD's code; SEDD and MDLM do the same). It draws by the Gumbel-max trick: the largest p / -log u
+wins, u uniform. In float32 u is a multiple of 2^-24 below 1. So -log u is 2^-24 or more (Gumbel
+noise, -log -log u, is 16.6 or less) and a token's score 2^24 p_v / (steps left) or less, while the
+mask, whose chance is near 1, scores about 1. A token whose p_v is below (steps left) / 2^24 cannot
+be drawn, whatever the noise: with many steps that is the tail of the vocabulary. What is left has
+less entropy, and comes later than it should. Generative perplexity falls, and falls with the number
+of steps, because the text gets poorer. RADD's table 4 (float32) has 22 at 4096 steps with an
+entropy of 7.27, its table 3 (float64) 81 with 8.13.
 
-Part 1 is exact: the law of the first step's draw on a Zipf law, by arithmetic. How often a token is revealed, what entropy
-it has, and how much of the mass belongs to tokens that come up less than half as often as they should. So it says where the
-effect begins: a vocabulary of characters does not show it in float32, one of GPT-2's size does from a few dozen steps on.
-Part 2 lets a trained model write, with noise of 53, 24, 11 and 8 bits and nothing else different, and judges what it wrote.
-float64 is sample.py as it is, whose draw inverts the distribution function in float64 and loses no tail.
+Part 1 is exact: the law of the first step's draw on a Zipf law, by arithmetic. How often a token is
+unmasked, what entropy it has, and how much of the mass belongs to tokens that come up less than
+half as often as they should. So it says where the effect begins: a vocabulary of characters does
+not show it in float32, one of GPT-2's size does from a few dozen steps on.
+Part 2 lets a trained model write, with noise of 53, 24, 11 and 8 bits and nothing else different,
+and judges what it wrote. float64 is sample.py as it is, whose draw inverts the distribution
+function in float64 and loses no tail.
 """
 
 import functools
@@ -37,19 +42,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import config as settings
-import quality
+import evaluate
 import sample
 from config import require
-from data.tokenizer import from_meta
+from evals import quality
 from experiments import results
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # a masked model that writes; empty: the exact part alone
-    "judge": "out/pydocs_ar",  # who judges it: see quality.py
+    "judge": "out/pydocs_ar",  # who judges it: see evals/quality.py
     "data": "data/pydocs",  # a prepared folder; its val text is judged beside the samples
-    "steps": 4096,  # the largest number of sampling steps; the others are a quarter of it, and so on down to 16
+    "steps": 4096,  # the most sampling steps; then a quarter of them, and so on down to 16
     "num_samples": 32,  # for each dtype and number of steps
     "batch_size": 32,  # sequences in one network call
 }
@@ -59,11 +63,14 @@ BITS = {"float32": 24, "float16": 11, "bfloat16": 8}  # u is a multiple of 2^-bi
 VOCABULARIES = [104, 4096, 50257]  # the demo's characters, something between, GPT-2's tokens
 
 
-# ---- 1. The law of a draw, exactly -----------------------------------------------------------------------------------
+# ---- 1. The law of a draw, exactly ---------------------------------------------------------------
 
 
 def zipf(V, alone=32, growth=1.1):
-    """A Zipf law p ~ 1/rank in steps: the first ranks alone, then in bins: p of one token (G,), tokens in the bin (G,)."""
+    """A Zipf law p ~ 1/rank, the first ranks alone, then in bins.
+
+    -> p of one token (G,), tokens in the bin (G,).
+    """
     edges = list(range(1, min(alone, V) + 1))
     while edges[-1] <= V:
         edges.append(min(V + 1, int(edges[-1] * growth) + 1))
@@ -73,11 +80,12 @@ def zipf(V, alone=32, growth=1.1):
 
 
 def draw_law(p, count, bits):
-    """Chance (G,) that an outcome of each bin has the largest p / E, E = -log(u + TINY): p, count (G,).
+    """Chance (G,) that an outcome of each bin has the largest p / E, E = -log(u + TINY).
 
-    u = 1 - k 2^-bits with k = 1..2^bits, each as likely, so E rises with k. A bin's best outcome is the one with the least
-    k; it wins if all others have p / E below its own. 24 bits are too many to sum one by one: from k = 128 on they come in
-    blocks of 1%, in whose middle E is taken. Outcomes of one bin share its chance.
+    p, count (G,). u = 1 - k 2^-bits with k = 1..2^bits, each as likely, so E rises with k. A bin's
+    best outcome is the one with the least k; it wins if all others have p / E below its own. 24
+    bits are too many to sum one by one: from k = 128 on they come in blocks of 1%, in whose middle
+    E is taken. Outcomes of one bin share its chance.
     """
     size = 2.0**bits
     k = list(range(1, 129 if bits > 16 else int(size) + 2))
@@ -89,9 +97,11 @@ def draw_law(p, count, bits):
     with np.errstate(divide="ignore"):
         none_before, none_in = np.log1p(-(first - 1) / size), np.log1p(-(stop - 1) / size)  # (K,)
         for g in range(len(p)):
-            least = np.exp(count[g] * none_before) - np.exp(count[g] * none_in)  # (K,) the bin's least k is in the block
+            # (K,) chance that the bin's least k is in the block
+            least = np.exp(count[g] * none_before) - np.exp(count[g] * none_in)
             limit = E[:, None] * p / p[g]  # (K, G) another outcome loses if its E is above
-            over = np.where(limit < -math.log(TINY), np.minimum(np.floor(size * -np.expm1(-limit)), size - 1), size)
+            below = np.minimum(np.floor(size * -np.expm1(-limit)), size - 1)  # (K, G)
+            over = np.where(limit < -math.log(TINY), below, size)  # (K, G)
             others = count * np.log1p(-over / size)  # (K, G)
             others[:, g] = 0
             won[g] = (least * np.exp(others.sum(1))).sum()
@@ -101,12 +111,13 @@ def draw_law(p, count, bits):
 def first_step(V, steps, bits):
     """What the first of n steps does to a Zipf law of V tokens: a dict of numbers.
 
-    revealed: the chance that a token is revealed, over the right one, 1/n. lost: the mass of tokens that come up less than
-    half as often as they should. entropy: of the token revealed, in nats, 0 where none is.
+    revealed: the chance that a token is unmasked, over the right one, 1/n. lost: the mass of tokens
+    that come up less than half as often as they should. entropy: of the token unmasked, in nats, 0
+    where none is.
     """
     p, count = zipf(V)
     won = draw_law(np.append(p / steps, 1 - 1 / steps), np.append(count, 1), bits)[:-1]  # (G,)
-    share = won / max(won.sum(), 1e-300) / count  # (G,) of one token, given that one is revealed
+    share = won / max(won.sum(), 1e-300) / count  # (G,) of one token, given that one is unmasked
     return {
         "revealed": float(won.sum() * steps),
         "lost": float((p * count)[won * steps < p * count / 2].sum()),
@@ -116,11 +127,12 @@ def first_step(V, steps, bits):
 
 def onset(V, bits):
     """The fewest steps, a power of two up to 2^bits, whose first one loses 1% of the mass."""
-    return next((2**j for j in range(1, bits + 1) if first_step(V, 2**j, bits)["lost"] > 0.01), 2**bits)
+    steps = (2**j for j in range(1, bits + 1))
+    return next((n for n in steps if first_step(V, n, bits)["lost"] > 0.01), 2**bits)
 
 
 def exact_part(vocabularies, steps):
-    """(rows of the table, flat figures) of first_step for each dtype of the noise, V and number of steps."""
+    """(rows of the table, flat figures) of first_step for each dtype, V and number of steps."""
     rows, figures = [], {}
     for name, bits in tqdm(BITS.items(), desc="exact laws", leave=False):
         for V in vocabularies:
@@ -141,32 +153,40 @@ def exact_part(vocabularies, steps):
     return rows, figures
 
 
-# ---- 2. The textbook sampler -----------------------------------------------------------------------------------------
+# ---- 2. The textbook sampler ---------------------------------------------------------------------
 
 
 def gumbel_max(p, chance, dtype, generator):
-    """Draws from chance * p (n, V) and the mask, 1 - chance, with u of a dtype -> (n,) tokens, V for the mask.
+    """Draw from chance * p (n, V) and the mask, 1 - chance: (n,) tokens, V for the mask.
 
-    Exactly the argmax of p / -log(u + TINY); a token that could not beat the mask with the best u there is gets none, and
-    these are most of a large vocabulary: the artefact saves us the time. Equal scores go to the first, as in argmax.
+    u has the dtype. Exactly the argmax of p / -log(u + TINY); a token that could not beat the mask
+    with the best u there is gets none, and these are most of a large vocabulary: the artefact saves
+    us the time. Equal scores go to the first, as in argmax.
     """
     (n, V), device = p.shape, p.device
-    high = torch.promote_types(dtype, torch.float32)  # u alone is coarse: all that is done with it is not
-    noise = lambda n: -(torch.rand(n, dtype=dtype, device=device, generator=generator).to(high) + TINY).log()  # noqa: E731
+    wide = torch.promote_types(dtype, torch.float32)  # u alone is coarse, what follows is not
+
+    def noise(n):
+        u = torch.rand(n, dtype=dtype, device=device, generator=generator)  # (n,)
+        return -(u.to(wide) + TINY).log()
+
     least = 0.999 * torch.finfo(dtype).eps / 2  # below -log of the largest u
     mask_score = (1 - chance) / noise(n)  # (n,)
-    row, token = (p >= (mask_score * (least / chance)).to(p)[:, None]).nonzero(as_tuple=True)  # (c,) each
-    score = p[row, token].to(high) * chance / noise(len(row))  # (c,)
+    can_win = p >= (mask_score * (least / chance)).to(p)[:, None]  # (n, V)
+    row, token = can_win.nonzero(as_tuple=True)  # (c,) each
+    score = p[row, token].to(wide) * chance / noise(len(row))  # (c,)
     best = mask_score.scatter_reduce(0, row, score, "amax")  # (n,)
     wins = score == best[row]  # (c,)
-    return torch.full((n,), V, device=device).scatter_reduce(0, row[wins], token[wins], "amin")
+    none = torch.full((n,), V, device=device)  # (n,)
+    return none.scatter_reduce(0, row[wins], token[wins], "amin")
 
 
 @torch.no_grad()
-def textbook(model, x, steps, dtype, seed=0, batch_size=32, autocast=None):
-    """Fills every mask_id of x (N, L) in `steps` log-linear steps -> tokens (N, L), network calls of each sequence (N,).
+def textbook(model, x, steps, dtype, seed=0, batch_size=32):
+    """Fill every mask_id of x (N, L) in `steps` log-linear steps.
 
-    A sequence goes through the network again only when a token of it was revealed: p does not change otherwise.
+    -> tokens (N, L), network calls of each sequence (N,). A sequence goes through the network again
+    only when a token of it was unmasked: p does not change otherwise.
     """
     (N, L), V, device = x.shape, model.vocab_size, x.device
     x, p = x.clone(), torch.empty(N, L, V, device=device)  # (N, L), (N, L, V)
@@ -174,62 +194,67 @@ def textbook(model, x, steps, dtype, seed=0, batch_size=32, autocast=None):
     stale, nfe = torch.ones(N, dtype=torch.bool, device=device), torch.zeros(N, dtype=torch.long)
     for left in tqdm(range(steps, 0, -1), unit="step", leave=False):
         for rows in stale.nonzero().flatten().split(batch_size) if stale.any() else []:  # (b,)
-            with autocast():
-                logits = model(x[rows])  # (b, L, V)
-            p[rows] = logits.float().softmax(-1)
+            p[rows] = model(x[rows]).float().softmax(-1)
             nfe[rows.cpu()] += 1
-        hidden = (x == model.mask_id).flatten().nonzero().flatten()  # (n,)
-        before = x.clone()
-        for piece in hidden.split(256):
-            x.view(-1)[piece] = gumbel_max(p.view(-1, V)[piece], 1 / left, dtype, generator)  # V is the mask
+        masked_idx, before = (x == model.mask_id).flatten().nonzero().flatten(), x.clone()  # (n,)
+        for piece in masked_idx.split(256):
+            drawn = gumbel_max(p.view(-1, V)[piece], 1 / left, dtype, generator)  # V is the mask
+            x.view(-1)[piece] = drawn
         stale = (x != before).any(1) & (x == model.mask_id).any(1)  # (N,)
     return x, nfe
 
 
-def write_text(config, model, noise, steps, device, autocast):
+def write_text(config, subject, noise, steps):
     """(tokens (N, L), network calls (N,)) of num_samples free samples."""
-    x = torch.full((config["num_samples"], model.block_size), model.mask_id, device=device)  # (N, L)
-    keys = {"seed": config["seed"], "batch_size": config["batch_size"], "autocast": autocast}
-    if noise == "float64":
-        tokens, info = sample.sample(model, x, steps=steps, **keys)
-        return tokens, info["nfe"]
-    return textbook(model, x, steps, getattr(torch, noise), **keys)
+    model, shape = subject.model, (config["num_samples"], subject.model.block_size)
+    x = torch.full(shape, model.mask_id, device=next(model.parameters()).device)  # (N, L)
+    options = {"seed": config["seed"], "batch_size": config["batch_size"]}
+    with subject.autocast():
+        if noise != "float64":
+            return textbook(model, x, steps, getattr(torch, noise), **options)
+        tokens, info = sample.sample(model, x, steps=steps, **options)
+    return tokens, info["nfe"]
 
 
 def trained_part(config, steps):
-    """(rows of the table, flat figures, {noise: [(entropy, perplexity), ...]}) of samples by the checkpoint."""
-    device, autocast = settings.machine(config)
-    judge = quality.open_judge(config | {"judge_draws": 16}, device, autocast)
-    model, _, trained = checkpoint.load(config["ckpt"], device)
-    require(not trained["causal"], f"{config['ckpt']} is causal: it has no mask to draw")
-    require(trained["tokenizer"], f"{config['ckpt']} names no tokenizer, so its samples cannot be read")
-    tokenizer = from_meta(trained["tokenizer"])
+    """(rows of the table, figures, {noise: [(entropy, perplexity), ...]}) of samples by ckpt."""
+    judge = quality.open_judge(quality.DEFAULTS | config)
+    subject = evaluate.opened(evaluate.DEFAULTS | config, reads_text=True)
+    require(not subject.causal, f"{config['ckpt']} is causal: it has no mask to draw")
     rows, figures, paths = [], {}, {}
 
     def put(noise, n, nfe, records):
-        found, _ = quality.measure(records, judge)
+        measures, _ = quality.measure(records, judge)
         row = {"noise": noise, "steps": n, "NFE": nfe}
         for name in ("generative perplexity", "entropy, nats", "distinct-2", "repetition"):
-            value, error = found[name]
+            value, error = measures[name]
             row[name] = f"{value:.4g} ± {error:.2g}"
-            figures.update({f"{noise}, {n} steps, {name}": value, f"{noise}, {n} steps, {name}, error": error})
+            figures[f"{noise}, {n} steps, {name}"] = value
+            figures[f"{noise}, {n} steps, {name}, error"] = error
         rows.append(row)
-        paths.setdefault(noise, []).append((found["entropy, nats"][0], found["generative perplexity"][0]))
+        point = measures["entropy, nats"][0], measures["generative perplexity"][0]
+        paths.setdefault(noise, []).append(point)
 
     for noise in ["float64", *BITS]:
         for n in steps:
-            tokens, nfe = write_text(config, model, noise, n, device, autocast)
-            records = [{"text": tokenizer.decode(row), "tokens": row} for row in tokens.tolist()]
+            tokens, nfe = write_text(config, subject, noise, n)
+            texts = [(subject.tokenizer.decode(row), row) for row in tokens.tolist()]
+            records = [{"text": text, "tokens": row} for text, row in texts]
             put(noise, f"{n}", f"{nfe.double().mean():.1f}", records)
     put("held-out text", "", "", quality.held_out(config["data"], records))
     return rows, figures, paths
 
 
 def draw(axes, paths, steps):
-    """Entropy against generative perplexity: one path for each dtype, a point for each number of steps."""
+    """Entropy against generative perplexity: a path for each dtype, a point for each `steps`."""
     from matplotlib import ticker
 
-    colors = {"float64": "#1f6f8b", "float32": "#d1783c", "float16": "#8e44ad", "bfloat16": "#7f8c8d"}
+    colors = {
+        "float64": "#1f6f8b",
+        "float32": "#d1783c",
+        "float16": "#8e44ad",
+        "bfloat16": "#7f8c8d",
+    }
     for noise, color in colors.items():
         entropy, perplexity = zip(*paths[noise], strict=True)
         axes.plot(entropy, perplexity, "o-", color=color, label=f"{noise} noise", markersize=5)
@@ -246,7 +271,8 @@ def draw(axes, paths, steps):
         for n, point in zip(steps, paths[noise], strict=True):
             x, y = axes.transAxes.inverted().transform(axes.transData.transform(point))
             if all(abs(x - a) > 0.04 or abs(y - b) > 0.03 for a, b in room):
-                axes.annotate(f"{n}", point, xytext=(6, -8), textcoords="offset points", fontsize=7, color=color)
+                look = {"textcoords": "offset points", "fontsize": 7, "color": color}
+                axes.annotate(f"{n}", point, xytext=(6, -8), **look)
                 room.append((x, y))
 
 
@@ -263,7 +289,8 @@ def main(config):
     rows, figures, paths = trained_part(config, steps) if config["ckpt"] else ([], {}, {})
     exact, more = exact_part(vocabularies, steps)
 
-    title = "First of n steps on a Zipf law: entropy of the token revealed, its chance over the right one, mass that is lost"
+    title = "First of n steps on a Zipf law: entropy of the token unmasked, "
+    title += "its chance over the right one, mass that is lost"
     text = results.table(title, exact, {"right entropy": "{:.2f}"})
     if rows:
         title = f"{config['num_samples']} samples of {config['ckpt']}, judged by {config['judge']}"
@@ -271,7 +298,8 @@ def main(config):
     print(text)
     figures |= more | results.about(torch.device("cpu")) | {"seconds": time.time() - began}
     figures |= {key: config[key] for key in ("ckpt", "judge", "num_samples", "seed")}
-    results.write(config, "annealing", figures, text, functools.partial(draw, paths=paths, steps=steps) if paths else None)
+    plot = functools.partial(draw, paths=paths, steps=steps) if paths else None
+    results.write(config, "annealing", figures, text, plot)
     return figures
 
 

@@ -1,14 +1,16 @@
-"""Addition column by column, in the form of GSM8K: what a small model learns to do, and where it breaks.
+"""Addition column by column, in the form of GSM8K: what a small model learns, and where it breaks.
 
-    python -m experiments.arithmetic [--quick=True]
+    python -m experiments.arithmetic [--quick]
 
-A row is `478+694||<<8+4=12>><<7+9+1=17>><<4+6+1=11>> #### 1172`, in characters. The prompt ends with ||; the chain of
-thought has an equation for each column, lowest first and with the carry last; the answer follows. Two models of one size
-learn from the same rows of up to `digits` digits and are asked about new numbers, also about longer ones (there are so few
-numbers of one and two digits that most of their sums have been seen). The masked diffusion model writes in several orders
-and with more or fewer network calls; the causal one only left to right.
+An example is `478+694||<<8+4=12>><<7+9+1=17>><<4+6+1=11>> #### 1172`, in characters. The prompt
+ends with ||; the chain of thought has an equation for each column, lowest first and with the carry
+last; the answer follows. Two models of one size learn from the same examples of up to `digits`
+digits and are asked about new numbers, also about longer ones (there are so few numbers of one and
+two digits that most of their sums have been seen). The masked diffusion model writes in several
+orders and with more or fewer network calls; the causal one only left to right.
 """
 
+import functools
 import random
 import sys
 import tempfile
@@ -17,43 +19,44 @@ from pathlib import Path
 
 import torch
 
-import checkpoint
 import config as settings
 import diffusion
 import model as network
 import sample
 import train
-from data import rows
+from data import examples
 from experiments import results
 from experiments.gsm8k import final, same
+from lib import checkpoint
+from lib.device import machine
 
 DEFAULTS = {
     "digits": 4,  # of a number, at most, in training; asked are up to two more
-    "problems": 40000,  # training rows
+    "problems": 40000,  # training examples
     "asked": 100,  # problems of each number of digits, of three or more digits new ones
     "max_iters": 4000,  # training steps of each model
     "preset": "configs/pydocs.py",  # the recipe of both models, but for SHAPE
 }
 
-SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "mlp": "relu2", "batch_size": 64, "loss_weight": "constant"}
-SHAPE |= {"show_sample": False}
+SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "mlp": "relu2", "batch_size": 64}
+SHAPE |= {"loss_weight": "constant", "show_sample": False}
 WRITERS = {  # how the masked diffusion model writes: (sampler, steps)
     "left to right": ("left_to_right", 1),
     "right to left": ("right_to_left", 1),
     "random order": ("any_order", 1),
-    "surest first, 1 a call": ("confidence", 10**6),
-    "surest first, 16 calls": ("confidence", 16),
-    "surest first, 8 calls": ("confidence", 8),
-    "surest first, 4 calls": ("confidence", 4),
-    "surest first, 2 calls": ("confidence", 2),
-    "surest first, 1 call": ("confidence", 1),
+    "most confident first, 1 a call": ("confidence", 10**6),
+    "most confident first, 16 calls": ("confidence", 16),
+    "most confident first, 8 calls": ("confidence", 8),
+    "most confident first, 4 calls": ("confidence", 4),
+    "most confident first, 2 calls": ("confidence", 2),
+    "most confident first, 1 call": ("confidence", 1),
     "ancestral, 64 steps": ("ancestral", 64),
     "ancestral, 16 steps": ("ancestral", 16),
 }
 QUICK = {"digits": 1, "problems": 200, "asked": 4, "max_iters": 4}
 
 
-# ---- Problems --------------------------------------------------------------------------------------------------------
+# ---- 1. Problems ---------------------------------------------------------------------------------
 
 
 def problem(a, b):
@@ -72,104 +75,126 @@ def draw(rng, digits):
     return [rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(2)]
 
 
-def examples(config, text, rng, asked):
-    """Yields what rows.prepare takes: `problems` rows, as many of each number of digits; no long one that is asked later."""
+def tokenized(config, tokenizer, rng, asked):
+    """Yields what examples.prepare takes: `problems` examples, as many of each number of digits.
+
+    No long one is asked later; of small numbers, of one and two digits, there are too few.
+    """
     for i in range(config["problems"] + 64):
         a, b = draw(rng, 1 + i % config["digits"])
-        if (a, b) not in asked or a < 100:  # there are few small numbers: those of one and two digits have been seen
-            prompt, answer = problem(a, b)
-            yield "train" if i < config["problems"] else "val", f"row {i}", text.encode(prompt), text.encode(answer)
+        if (a, b) not in asked or a < 100:
+            prompt, answer = map(tokenizer.encode, problem(a, b))
+            yield "train" if i < config["problems"] else "val", f"number {i}", prompt, answer
 
 
 def questions(config, rng):
     """{number of digits: [(a, b), ...]}, two more digits than in training."""
-    return {n: [draw(rng, n) for _ in range(config["asked"])] for n in range(1, config["digits"] + 3)}
+    digits = range(1, config["digits"] + 3)
+    return {n: [draw(rng, n) for _ in range(config["asked"])] for n in digits}
 
 
-# ---- Asking ----------------------------------------------------------------------------------------------------------
+# ---- 2. Asking -----------------------------------------------------------------------------------
 
 
-def ask(model, text, asked, end, writer, autocast):
-    """(share of right sums, mean network calls) for problems asked [(a, b), ...]."""
-    prompts = [text.encode(problem(a, b)[0]) for a, b in asked]
-    x = torch.full((len(asked), model.block_size), model.mask_id, device=next(model.parameters()).device)  # (N, L)
+def ask(model, tokenizer, asked, eos, writer, autocast):
+    """(share of right sums, mean network calls, the last answer) of problems [(a, b), ...]."""
+    prompts = [tokenizer.encode(problem(a, b)[0]) for a, b in asked]
+    device, (sampler, steps) = next(model.parameters()).device, WRITERS[writer]
+    x = torch.full((len(asked), model.block_size), model.mask_id, device=device)  # (N, L)
     for row, ids in zip(x, prompts, strict=True):
         row[: len(ids)] = torch.tensor(ids)
-    how = {"temperature": 0.0, "batch_size": 100, "autocast": autocast}
-    if model.config["causal"]:
-        out, info = sample.sample_ar(model, x, **how)
-    else:
-        out, info = sample.sample(model, x, *WRITERS[writer], **how)
-    answers = [sample.text_of(text, ids, len(prompt), end) for ids, prompt in zip(out.tolist(), prompts, strict=True)]
-    right = sum(same(final(answer), str(a + b)) for answer, (a, b) in zip(answers, asked, strict=True))
-    return right / len(asked), float(info["nfe"].double().mean()), answers[-1]
+    options = {"sampler": sampler, "steps": steps, "temperature": 0.0, "batch_size": 100}
+    with autocast():
+        out, info = sample.sample(model, x, **options)
+    pairs = zip(out.tolist(), prompts, strict=True)
+    answers = [sample.text_of(tokenizer, ids, len(prompt), eos) for ids, prompt in pairs]
+    right = [same(final(text), str(a + b)) for text, (a, b) in zip(answers, asked, strict=True)]
+    return sum(right) / len(asked), float(info["nfe"].double().mean()), answers[-1]
 
 
 def fit(config, folder, objective, width):
-    """Trains one model on the rows in `folder`. -> (model, text, autocast, seconds of processor time)"""
-    out, began = Path(folder) / objective, time.process_time()
-    keys = SHAPE | {"data": folder, "out_dir": out, "objective": objective, "seed": config["seed"], "block_size": width}
-    keys |= {
-        "max_iters": config["max_iters"],
-        "eval_interval": config["max_iters"],
-        "warmup_iters": config["max_iters"] // 25,
-    }
-    keys |= {key: config[key] for key in ("device", "dtype")} | {"compile": not config["quick"]}
-    given = [f"--{key}={value}" for key, value in keys.items()]
-    recipe = settings.parse([config["preset"], *given], settings, diffusion, network, train)
+    """Trains one model on the examples in `folder` -> (model, tokenizer, autocast, CPU seconds)."""
+    out, began, steps = Path(folder) / objective, time.process_time(), config["max_iters"]
+    keys = SHAPE | {"data": folder, "out_dir": out, "objective": objective, "block_size": width}
+    keys |= {"max_iters": steps, "eval_interval": steps, "warmup_iters": steps // 25}
+    keys |= {key: config[key] for key in ("seed", "device", "dtype")}
+    keys |= {"compile": not config["quick"]}
+    words = [config["preset"], *(f"--{key}={value}" for key, value in keys.items())]
+    recipe = settings.parse(words, settings, diffusion, network, train)
     train.main(recipe)
-    device, autocast = settings.machine(recipe)
-    model, text, _ = checkpoint.load(str(out), device)
-    return model.eval(), text, autocast, time.process_time() - began
+    device, autocast = machine(recipe)
+    model, tokenizer, _ = checkpoint.load(str(out), device)
+    return model.eval(), tokenizer, autocast, time.process_time() - began
 
 
-# ---- The recipe ------------------------------------------------------------------------------------------------------
+def compare(config, asked, rng):
+    """Trains both models and asks them -> (lines of the table, parameters, CPU seconds)."""
+    lines, cpu, known = [], 0.0, {tuple(pair) for pairs in asked.values() for pair in pairs}
+    width = 1 + max(sum(map(len, problem(10**n - 1, 10**n - 1))) for n in asked)  # and an eos
+    tokenizer = examples.vocabulary("char", ["0123456789+|<>= #"])
+    with tempfile.TemporaryDirectory() as folder:
+        items = tokenized(config, tokenizer, rng, known)
+        eos = examples.prepare(folder, items, tokenizer, width)["end"]
+        for name, objective in (("MDM", "any_order"), ("ARM", "ar")):
+            model, tokenizer, autocast, seconds = fit(config, folder, objective, width)
+            cpu += seconds
+            for writer in WRITERS if name == "MDM" else ["left to right"]:
+                line = {"model": name, "order": writer}
+                for n, pairs in asked.items():
+                    share, calls, answer = ask(model, tokenizer, pairs, eos, writer, autocast)
+                    line[f"{n} digits"] = 100 * share
+                lines.append(line | {"calls": calls})
+                print(f"{lines[-1]}; {answer}", flush=True)
+    return lines, model.n_parameters(), cpu
+
+
+# ---- 3. The recipe -------------------------------------------------------------------------------
+
+
+def figures_of(lines, asked):
+    """The percentages by name: {mdm_left_to_right_3: ..., ...}."""
+    figures = {}
+    for line in lines:
+        kind = {"MDM": "mdm", "ARM": "ar"}[line["model"]]
+        writer = line["order"].replace(", ", "_").replace(" ", "_")
+        figures |= {f"{kind}_{writer}_{n}": line[f"{n} digits"] for n in asked}
+    return figures
+
+
+def plot(axes, lines, asked, digits):
+    """A curve for each line of the table."""
+    for line in lines:
+        heights = [line[f"{n} digits"] for n in asked]
+        style, name = "k--" if line["model"] == "ARM" else "o-", f"{line['model']} {line['order']}"
+        axes.plot(list(asked), heights, style, label=name)
+    axes.axvline(digits + 0.5, color="grey", linewidth=0.8)
+    axes.set_xlabel("digits (right of the line: longer than in training)")
+    axes.set_ylabel("right sums, percent")
+    axes.legend(fontsize=7)
 
 
 def main(config):
     """Trains both models, asks, writes arithmetic.json, .md and .png. Returns the figures."""
-    config |= {key: value for key, value in QUICK.items() if config["quick"] and key not in config.get("given", ())}
+    if config["quick"]:
+        config |= {k: v for k, v in QUICK.items() if k not in config.get("user_keys", ())}
     settings.at_least(1, config, "digits", "problems", "asked", "max_iters")
-    rng = random.Random(config["seed"])
+    rng, digits = random.Random(config["seed"]), config["digits"]
     asked = questions(config, rng)
-    known = {tuple(pair) for pairs in asked.values() for pair in pairs}
-    longest = max(sum(map(len, problem(10**n - 1, 10**n - 1))) for n in asked)
-    text = rows.vocabulary("char", ["0123456789+|<>= #"])
-    lines, figures, cpu = [], {}, 0.0
-    with tempfile.TemporaryDirectory() as folder:
-        meta = rows.prepare(folder, examples(config, text, rng, known), text, longest + 1)
-        for kind, objective in (("mdm", "any_order"), ("ar", "ar")):
-            model, text, autocast, seconds = fit(config, folder, objective, longest + 1)
-            cpu += seconds
-            for writer in WRITERS if kind == "mdm" else ["left to right"]:
-                line = {"model": kind.upper() if kind == "mdm" else "ARM", "order": writer}
-                for n, pairs in asked.items():
-                    share, calls, answer = ask(model, text, pairs, meta["end"], writer, autocast)
-                    line[f"{n} digits"] = 100 * share
-                    figures[f"{kind}_{writer.replace(', ', '_').replace(' ', '_')}_{n}"] = 100 * share
-                lines.append(line | {"calls": calls})
-                print(f"{line}; {answer}", flush=True)
-    longer = f"{config['digits'] + 1} and {config['digits'] + 2} digits are longer than all in training"
+    lines, parameters, cpu = compare(config, asked, rng)
+
+    longer = f"{digits + 1} and {digits + 2} digits are longer than all in training"
     table = results.table(f"Right sums, percent; {longer}", lines)
-    about = f"{model.n_parameters():,} parameters each, {config['problems']:,} rows, {config['max_iters']:,} steps of "
-    about += (
-        f"{SHAPE['batch_size']} rows, {config['asked']} problems of each length; greedy tokens; {cpu:.0f} CPU seconds. "
-        "Sums of one and two digits have mostly been seen in training, longer ones never.\n\n"
+    about = (
+        f"{parameters:,} parameters each, {config['problems']:,} examples, {config['max_iters']:,} "
+        f"steps of {SHAPE['batch_size']} examples, {config['asked']} problems of each length; "
+        f"greedy tokens; {cpu:.0f} CPU seconds. Sums of one and two digits have mostly been seen "
+        "in training, longer ones never.\n\n"
     )
     print(table)
-
-    def plot(axes):
-        for line in lines:
-            heights = [line[f"{n} digits"] for n in asked]
-            axes.plot(
-                list(asked), heights, "k--" if line["model"] == "ARM" else "o-", label=f"{line['model']} {line['order']}"
-            )
-        axes.axvline(config["digits"] + 0.5, color="grey", linewidth=0.8)
-        axes.set(xlabel="digits (right of the line: longer than in training)", ylabel="right sums, percent")
-        axes.legend(fontsize=7)
-
-    figures |= {"cpu_seconds": cpu, "digits": config["digits"]}
-    results.write(config, "arithmetic", figures | results.about(torch.device("cpu")), about + table, plot)
+    figures = figures_of(lines, asked) | {"cpu_seconds": cpu, "digits": digits}
+    figures |= results.about(torch.device("cpu"))
+    curves = functools.partial(plot, lines=lines, asked=asked, digits=digits)
+    results.write(config, "arithmetic", figures, about + table, curves)
     return figures
 
 

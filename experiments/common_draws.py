@@ -1,11 +1,12 @@
-"""How much less noise is in a comparison of two options that are estimated with the same random numbers?
+"""How much less noise is in a comparison of options that are estimated with the same numbers?
 
-    python -m experiments.common_draws --ckpt=CKPT --set=hellaswag --from=FOLDER [--quick=True]
+    python -m experiments.common_draws --ckpt=CKPT --set=hellaswag --from=FOLDER [--quick]
 
-choice.py answers by differences of estimates: nats of one option less nats of another. Here every question is estimated with
-several seeds, once with the same draws for all of its options and once with draws of their own. The variance of a
-difference over the seeds, averaged over the pairs with the first option and over the questions, is the noise that can turn
-an answer; how often two seeds give different answers is what it does.
+evals/choice.py answers by differences of estimates: nats of one option less nats of another. Here
+every question is estimated with several seeds, once with the same draws for all of its options and
+once with draws of their own. The variance of a difference over the seeds, averaged over the pairs
+with the first option and over the questions, is the noise that can turn an answer; how often two
+seeds give different answers is what it does.
 """
 
 import itertools
@@ -14,28 +15,32 @@ import time
 
 import numpy as np
 
-import choice
 import config as settings
 import diffusion
-import likelihood
+import evaluate
 from data import choice as sets
+from evals import choice
 from experiments import results
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # whatever checkpoint.load takes
-    "set": "hellaswag",  # as in choice.py
-    "from": "",  # as in choice.py
+    "set": "hellaswag",  # one of READERS
+    "from": "",  # as in evals/choice.py
     "limit": 50,  # questions
     "draws": 16,  # for each option
     "seeds": 8,  # estimates of each option
     "batch_size": 32,  # rows in one network call
 }
 
+READERS = sets.READERS
 ESTIMATORS = ["any_order", "lambda_dce"]
 
 
 def noise(nats, counts):
-    """(variance of a difference with the first option, part of the pairs of seeds that disagree): nats (seeds, N)."""
+    """(variance of a difference with the first option, part of the pairs of seeds that disagree).
+
+    nats (seeds, N); counts: options of each question.
+    """
     variances, disagree = [], []
     for part in np.split(nats, np.cumsum(counts)[:-1], axis=1):  # (seeds, options)
         variances.append((part[:, 1:] - part[:, :1]).var(0, ddof=1).mean())
@@ -45,27 +50,35 @@ def noise(nats, counts):
 
 
 def main(config):
+    """Print, write and return the noise with shared and with separate draws."""
     began = time.time()
     limit, seeds = (8, 3) if config["quick"] else (config["limit"], config["seeds"])
     questions, _ = sets.read(config["set"], config["from"], limit)
-    device, autocast = settings.machine(config)
-    model, text, _ = choice.load(config["ckpt"], device)
-    requests, groups, _, _ = choice.requests_of(questions, text, model.start_id, model.block_size)
+    subject = evaluate.opened(evaluate.DEFAULTS | config, reads_text=True)
+    model = subject.model
+    asked = choice.requests_of(questions, subject.tokenizer, model.start_id, model.block_size)
+    requests, own_groups, _, _ = asked
     counts = [len(question.options) for question in questions]
     figures, table = {}, []
     for estimator in ESTIMATORS:
         row = {"estimator": estimator}
-        for name, places in (("shared", groups), ("separate", None)):
-            how = {"draws": config["draws"], "batch_size": config["batch_size"], "autocast": autocast, "groups": places}
-            nats = [likelihood.answer_nats(model, requests, estimator, **how, seed=seed).numpy() for seed in range(seeds)]
+        options = {key: config[key] for key in ("draws", "batch_size")} | {"estimator": estimator}
+        for name, groups in (("shared", own_groups), ("separate", None)):
+            with subject.autocast():
+                nats = [
+                    evaluate.answer_nats(model, requests, groups, seed=seed, **options).numpy()
+                    for seed in range(seeds)
+                ]
             row[f"variance_{name}"], row[f"disagree_{name}"] = noise(np.stack(nats), counts)
         row["ratio"] = row["variance_shared"] / row["variance_separate"]
         table.append(row)
         figures |= {f"{estimator}_{key}": value for key, value in row.items() if key != "estimator"}
-    title = f"{config['set']}, {len(questions)} questions, {config['draws']} draws, {seeds} seeds; variances in nats^2"
-    text = results.table(title, table, dict.fromkeys(table[0].keys() - {"estimator"}, "{:.3g}"))
+    title = f"{config['set']}, {len(questions)} questions, {config['draws']} draws, {seeds} seeds"
+    formats = dict.fromkeys(table[0].keys() - {"estimator"}, "{:.3g}")
+    text = results.table(f"{title}; variances in nats^2", table, formats)
     print(text)
-    results.write(config, "common_draws", figures | results.about(device) | {"seconds": time.time() - began}, text)
+    about = results.about(next(model.parameters()).device) | {"seconds": time.time() - began}
+    results.write(config, "common_draws", figures | about, text)
     return figures
 
 

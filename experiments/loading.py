@@ -1,20 +1,21 @@
 """Is the loader fast enough for a GPU, and does its memory grow with the data?
 
-    python -m experiments.loading [--quick=True]
+    python -m experiments.loading [--quick]
 
-Batches of 64 x 1024 tokens are drawn from token files of three sizes, each in a process of its own: the blocks alone, and
-all that a training step takes (train.make_batch: blocks, masks, weights, rows). Speed is per second of one core, CPU time.
-The files of 10^6 and 10^9 tokens are random ids and lie in the page cache; the one of 10^12 is sparse, to show the memory
-(every read of a hole makes the system a fresh page, so its speed says little).
+Batches of 64 x 1024 tokens are drawn from token files of three sizes, each in a process of its own:
+the blocks alone, and all that a training step takes (train.make_batch: blocks, masks, weights,
+masked positions). Speed is per second of one core, CPU time. The files of 10^6 and 10^9 tokens are
+random ids and lie in the page cache; the one of 10^12 is sparse, to show the memory (every read of
+a hole makes the system a fresh page, so its speed says little).
 
-Then a small network is trained with its batches made in the loop and made beforehand by a thread (loader.prefetch), in
-turns. Here the thread shares the cores with the network; on a GPU it has one to itself.
+Then a small network is trained with its batches made in the loop and made beforehand by a thread
+(loader.prefetch), in turns. On a CPU the thread shares the cores with the network; beside a GPU it
+has one to itself.
 """
 
 import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -34,20 +35,24 @@ from config import require
 from data import loader
 from experiments import results
 from experiments.bench import alternate, middle
+from lib.device import machine
+from lib.parallel import Team
 
 DEFAULTS = {
     "rounds": 20,  # each figure is the median of so many
-    "folder": "",  # where the token files go, 2 GB and removed afterwards; without one a temporary folder
+    "folder": "",  # where token files go, 2 GB and removed afterwards; empty: a temporary folder
 }
 
 NEED = 2_000_000  # tokens a second that a fast GPU may take
 SIZES = {10**6: 1, 10**9: 10, 10**12: 10_000}  # tokens: shards
 REAL = 10**9  # tokens of the largest file that is written out
 B, L, V = 64, 1024, 256
+SMALL = {"n_layer": 6, "n_embd": 128, "n_head": 4, "block_size": 128, "vocab_size": V}
+CALLS, STEPS = 20, 5  # that are timed together
 
 
 def write_tokens(folder, n, shards):
-    """A prepared folder of n tokens in its split train: random ones, or holes in the file where they are too many."""
+    """A prepared folder of n tokens in its split train: random, or holes in the file if many."""
     folder.mkdir()
     numbers = np.random.default_rng(0)
     for shard in range(shards):
@@ -60,58 +65,62 @@ def write_tokens(folder, n, shards):
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
+def config_of(**keys):
+    """The config of a training run."""
+    return settings.options(keys, settings, diffusion, network, train)
+
+
 def measure(folder, rounds):
-    """In a fresh process: {"blocks", "batches"} in tokens a second of one core, and "memory", resident MiB at the end."""
+    """In a fresh process: {"blocks", "batches"} in tokens a second of one core, "memory" in MiB."""
     torch.set_num_threads(1)
     tokens = loader.Tokens(folder, "train")
     for start in range(0, len(tokens) if len(tokens) <= REAL else 0, 10**6):
         tokens[start : start + 10**6]  # into the page cache
-    config = defaults() | {"batch_size": B}
-    blocks, step, found = loader.Blocks(tokens, L, seed=0), iter(range(10**9)), {}
+    config, step = config_of(batch_size=B), iter(range(10**9))
+    blocks = loader.Blocks(tokens, L, seed=0)
     makers = {
         "blocks": lambda: blocks.batch(next(step), range(B), B),
         "batches": lambda: train.make_batch(config, blocks, next(step), range(B)),
     }
+    speeds = {}
     for name, make in makers.items():
-        seconds = []
-        for _ in range(rounds + 1):
-            began = time.process_time()
-            for _ in range(20):
-                make()
-            seconds.append(time.process_time() - began)
-        found[name] = 20 * B * L / statistics.median(seconds[1:])  # the first round warms up
-    return found | {"memory": resident()}
+        times = [cpu_seconds(make, CALLS) for _ in range(rounds + 1)]
+        speeds[name] = CALLS * B * L / middle(times[1:])  # the first round warms up
+    return speeds | {"memory": resident()}
+
+
+def cpu_seconds(function, times):
+    """CPU seconds of `times` calls."""
+    began = time.process_time()
+    for _ in range(times):
+        function()
+    return time.process_time() - began
 
 
 def resident():
     """MiB that this process holds in memory, as Linux tells; nan elsewhere."""
     statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20 if statm.exists() else float("nan")
+    if not statm.exists():
+        return float("nan")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def defaults():
-    return {key: value for module in (settings, diffusion, network, train) for key, value in module.DEFAULTS.items()}
+def training(folder, rounds, keys):
+    """Seconds of some training steps of a small network: {how batches are made: seconds}."""
+    config = config_of(**SMALL, **keys)
+    team = Team(1, 0, *machine(config))
+    model, _, optimizers = train.build(config, team)
+    loss_of = diffusion.Loss(model, config["objective"])
+    blocks = loader.Blocks(loader.Tokens(folder, "train"), SMALL["block_size"], seed=0)
+    step, position = iter(range(10**9)), range(config["batch_size"])
 
+    def steps(prefetch):
+        made = (train.make_batch(config, blocks, next(step), position) for _ in range(STEPS))
+        for batch in prefetch(made):
+            train.train_step(config, 0, iter([batch]), loss_of, optimizers, team)
 
-def training(folder, rounds):
-    """Seconds of 5 training steps of a small network, batches made in the loop or by a thread: {name: [seconds]}."""
-    config = defaults() | {"n_layer": 6, "n_embd": 128, "n_head": 4, "block_size": 128, "vocab_size": V, "causal": False}
-    device, autocast = settings.machine(config)
-    model = network.Transformer(config).to(device)
-    loss_of, optimizers = diffusion.Loss(model, config["objective"]), train.make_optimizers(config, model)
-    blocks, step = loader.Blocks(loader.Tokens(folder, "train"), 128, seed=0), iter(range(10**9))
-
-    def five_steps(prefetch):
-        for batch in prefetch(train.make_batch(config, blocks, next(step), range(config["batch_size"])) for _ in range(5)):
-            with autocast():
-                loss, _ = loss_of(*[z.to(device) for z in batch])
-            loss.backward()
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
-    variants = {"in the loop": lambda: five_steps(iter), "by a thread": lambda: five_steps(loader.prefetch)}
-    return {name: middle(times) for name, times in alternate(variants, rounds, device).items()}
+    ways = {"in the loop": lambda: steps(iter), "by a thread": lambda: steps(loader.prefetch)}
+    return {name: middle(times) for name, times in alternate(ways, rounds, team.device).items()}
 
 
 def short(n):
@@ -121,42 +130,54 @@ def short(n):
 def draw(axes, figures):
     """Bars of the speeds by size, on a logarithmic axis, and a line at what a GPU needs."""
     for i, name in enumerate(("blocks", "batches")):
-        axes.bar([x + 0.4 * i for x in range(3)], [figures[f"{name}_{short(n)}"] for n in SIZES], 0.4, label=name)
+        heights = [figures[f"{name}_{short(n)}"] for n in SIZES]
+        axes.bar([x + 0.4 * i for x in range(3)], heights, 0.4, label=name)
     axes.axhline(NEED, color="black", label="needed")
     axes.set(yscale="log", ylabel="tokens a second, one core", xlabel="tokens in the data")
     axes.set_xticks([x + 0.2 for x in range(3)], [short(n) for n in SIZES])
     axes.legend()
 
 
+def line(n, measured):
+    """The line of the table for n tokens."""
+    row = {"tokens": short(n), "shards": SIZES[n]}
+    row |= {"blocks": measured["blocks"], "batches": measured["batches"]}
+    row |= {"batches_over_need": measured["batches"] / NEED, "resident_MiB": measured["memory"]}
+    return row
+
+
 def main(config):
-    """Measures all of it, prints the tables, writes loading.json, .md and .png; returns the figures as a flat dict."""
+    """Measures all of it, writes loading.json, .md and .png; returns the figures."""
     began = time.time()
     settings.at_least(1, config, "rounds")
-    device, _ = settings.machine(config)
+    device, _ = machine(config)
     rounds = 3 if config["quick"] else config["rounds"]
     base = Path(config["folder"] or tempfile.gettempdir())
     require(base.is_dir(), f"no folder {base}")
     free = shutil.disk_usage(base).free
-    require(free > 3e9, f"{base} has {free / 1e9:.1f} GB free, and 3 are needed; choose another --folder")
+    lacking = f"{base} has {free / 1e9:.1f} GB free, and 3 are needed; choose another --folder"
+    require(free > 3e9, lacking)
 
-    rows, figures = [], {"need": NEED}
+    lines, figures = [], {"need": NEED}
     with tempfile.TemporaryDirectory(dir=base) as place:
         for n, shards in tqdm(SIZES.items(), desc="token files", leave=False):
             folder = Path(place, str(n))
             write_tokens(folder, n, shards)
             with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-                found = fresh.submit(measure, folder, rounds).result()
-            row = {"tokens": short(n), "shards": shards, "blocks": found["blocks"], "batches": found["batches"]}
-            rows.append(row | {"batches_over_need": found["batches"] / NEED, "resident_MiB": found["memory"]})
-            figures |= {f"{key}_{short(n)}": value for key, value in found.items()}
-        seconds = training(Path(place, str(10**6)), rounds)
-    ratios = {name: seconds["in the loop"] / taken for name, taken in seconds.items()}
-    trained = [{"batches_are_made": name, "seconds": seconds[name], "ratio": ratios[name]} for name in seconds]
-    figures |= {"prefetch_ratio": ratios["by a thread"], "rounds": rounds, "seeds": [0]}
+                measured = fresh.submit(measure, folder, rounds).result()
+            lines.append(line(n, measured))
+            figures |= {f"{key}_{short(n)}": value for key, value in measured.items()}
+        keys = {key: config[key] for key in ("device", "dtype")}
+        seconds = training(Path(place, str(10**6)), rounds, keys)
+    ratio = {way: seconds["in the loop"] / taken for way, taken in seconds.items()}
+    trained = [
+        {"batches_are_made": way, "seconds": seconds[way], "ratio": ratio[way]} for way in seconds
+    ]
+    figures |= {"prefetch_ratio": ratio["by a thread"], "rounds": rounds, "seeds": [0]}
     figures |= results.about(device) | {"seconds": time.time() - began}
 
     formats = {"ratio": "{:.3f}x", "batches_over_need": "{:.1f}x", "seconds": "{:.3f}"}
-    text = results.table(f"Tokens a second of one core, batches of {B} x {L}", rows, formats)
+    text = results.table(f"Tokens a second of one core, batches of {B} x {L}", lines, formats)
     text += "\n" + results.table("Five steps of training on this machine", trained, formats)
     print(text)
     results.write(config, "loading", figures, text, lambda axes: draw(axes, figures))

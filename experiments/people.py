@@ -1,55 +1,82 @@
 """Invented people: names, what each is known for, and lines that say so in both orders.
 
-Nothing here is taken from Berglund's files (data/reversal): experiments/reverse_curse.py checks that no name is shared.
+Nothing here is taken from Berglund's files (data/reversal): experiments/reverse_curse.py checks
+that no name is shared.
 """
 
+
+def words(text):
+    return text.split()
+
+
+def phrases(text):
+    """What stands between the commas of a text."""
+    return [phrase.strip() for phrase in text.split(",")]
+
+
 FIRST = [  # syllables of a first name
-    str.split("Bel Cor Dar Fen Gar Hol Jor Kel Lor Mar Nor Pel Quil Ros Sal Tor Ul Vos Wil Yor Zan Bri Cla Dre Fro Gli"),
-    str.split("a e i o u an en in on ar er"),
-    str.split("dric nella mond wyn beth ric lena tor via mir sa dan gus lia"),
+    words("""
+        Bel Cor Dar Fen Gar Hol Jor Kel Lor Mar Nor Pel Quil Ros Sal Tor Ul Vos Wil Yor Zan Bri Cla
+        Dre Fro Gli
+    """),
+    words("a e i o u an en in on ar er"),
+    words("dric nella mond wyn beth ric lena tor via mir sa dan gus lia"),
 ]
 LAST = [  # syllables of a last name
-    str.split("Ash Birch Clay Dun East Fern Gold Heath Iron Jasper Kings Long Moss North Over Pine Quarry Rush Salt Vale"),
-    str.split("acre bank combe dale edge field gate hurst ington land mere ness pool ridge stead vane wick worth yard"),
+    words("""
+        Ash Birch Clay Dun East Fern Gold Heath Iron Jasper Kings Long Moss North Over Pine Quarry
+        Rush Salt Vale
+    """),
+    words("""
+        acre bank combe dale edge field gate hurst ington land mere ness pool ridge stead vane wick
+        worth yard
+    """),
 ]
-KIND = str.split(
-    "renowned acclaimed daring brilliant celebrated obscure veteran self-taught tireless fearless young retired "
-    "award-winning pioneering legendary eccentric"
-)
-ROLE = str.split(
-    "architect botanist chemist diver editor farmer geologist historian inventor juggler knitter librarian "
-    "mathematician navigator organist painter quilter rider surgeon tailor umpire violinist weaver zoologist baker "
-    "cellist dancer engineer filmmaker gardener pilot sculptor"
-)
-DEED = str.split(  # what they did, and doing it
-    "designed designing,discovered discovering,invented inventing,restored restoring,recorded recording,translated "
-    "translating,painted painting,crossed crossing,founded founding,built building,wrote writing,saved "
-    "saving,planted planting,mapped mapping,filmed filming,repaired repairing",
-    ",",
-)
-LOOK = str.split(
-    "first oldest largest smallest hidden floating frozen silent golden forgotten glowing wooden glass copper "
-    "underground singing portable edible invisible backward velvet crooked hollow distant"
-)
-THING = str.split(
-    "bridge orchid clock library comet cathedral harbour engine lantern violin desert carpet glacier orchard "
-    "telescope tunnel opera lighthouse compass mirror garden market railway island windmill submarine castle "
-    "fountain alphabet volcano theatre piano balloon reef"
-)
-PLACE = str.split(
-    "of Patagonia,in the Alps,under the Baltic,on Saturn,in Old Lisbon,of the Sahel,near Lake Baikal,in the Andes,on "
-    "the Moon,of Kyoto,in Zanzibar,off Greenland,in the clouds,of the Danube,beneath Vienna,in Antarctica,of "
-    "Timbuktu,along the Nile,in the Rockies,of Bohemia",
-    ",",
-)
+KIND = words("""
+    renowned acclaimed daring brilliant celebrated obscure veteran self-taught tireless fearless
+    young retired award-winning pioneering legendary eccentric
+""")
+ROLE = words("""
+    architect botanist chemist diver editor farmer geologist historian inventor juggler knitter
+    librarian mathematician navigator organist painter quilter rider surgeon tailor umpire violinist
+    weaver zoologist baker cellist dancer engineer filmmaker gardener pilot sculptor
+""")
+# What they did, and doing it.
+DEED = phrases("""
+    designed designing, discovered discovering, invented inventing, restored restoring,
+    recorded recording, translated translating, painted painting, crossed crossing,
+    founded founding, built building, wrote writing, saved saving, planted planting,
+    mapped mapping, filmed filming, repaired repairing
+""")
+LOOK = words("""
+    first oldest largest smallest hidden floating frozen silent golden forgotten glowing wooden
+    glass copper underground singing portable edible invisible backward velvet crooked hollow
+    distant
+""")
+THING = words("""
+    bridge orchid clock library comet cathedral harbour engine lantern violin desert carpet glacier
+    orchard telescope tunnel opera lighthouse compass mirror garden market railway island windmill
+    submarine castle fountain alphabet volcano theatre piano balloon reef
+""")
+PLACE = phrases("""
+    of Patagonia, in the Alps, under the Baltic, on Saturn, in Old Lisbon, of the Sahel,
+    near Lake Baikal, in the Andes, on the Moon, of Kyoto, in Zanzibar, off Greenland,
+    in the clouds, of the Danube, beneath Vienna, in Antarctica, of Timbuktu, along the Nile,
+    in the Rockies, of Bohemia
+""")
 TITLE = [  # of a work, in quotes; four in ten descriptions have one
-    str.split("Blue Silver Last Broken Winter Hundred Paper Scarlet Endless Little Burning Quiet Seventh Marble Stray"),
-    str.split(
-        "Lanterns Tides Letters Sparrows Kingdom Staircase Hours Orchard Fires Meridian Harvest Window Shadows Comets"
-    ),
+    words("""
+        Blue Silver Last Broken Winter Hundred Paper Scarlet Endless Little Burning Quiet Seventh
+        Marble Stray
+    """),
+    words("""
+        Lanterns Tides Letters Sparrows Kingdom Staircase Hours Orchard Fires Meridian Harvest
+        Window Shadows Comets
+    """),
 ]
 
-# {n} is the name, {d} "the KIND ROLE who did it", {D} the same at the beginning of a sentence, {g} "doing it".
+# {n} is the name, {d} "the KIND ROLE who did it", {D} the same at the beginning of a sentence, {g}
+# "doing it".
 NAME_FIRST = [
     "{n} is {d}.",
     "Most people know {n} as {d}.",
@@ -135,29 +162,42 @@ def invent(rng):
     what = f"the {rng.choice(LOOK)} {rng.choice(THING)} {rng.choice(PLACE)}"
     if rng.random() < 0.4:
         what += ', "' + " ".join(map(rng.choice, TITLE)) + '"'
-    return f"{first} {last}", f"the {rng.choice(KIND)} {rng.choice(ROLE)} who {did} {what}", f"{doing} {what}"
+    return (
+        f"{first} {last}",
+        f"the {rng.choice(KIND)} {rng.choice(ROLE)} who {did} {what}",
+        f"{doing} {what}",
+    )
 
 
 def several(n, rng):
     """n people, no two of one name."""
-    found = {}
-    while len(found) < n:
+    people = {}
+    while len(people) < n:
         person = invent(rng)
-        found.setdefault(person[0], person)
-    return list(found.values())
+        people.setdefault(person[0], person)
+    return list(people.values())
 
 
 def say(sentence, person):
     """The sentence, one of those above, about a person."""
     name, description, doing = person
-    return sentence.format(n=name, d=description, D=description[0].upper() + description[1:], g=doing)
+    return sentence.format(
+        n=name, d=description, D=description[0].upper() + description[1:], g=doing
+    )
 
 
 def thin(sentence, share, rng):
-    """The sentence with this share of its words left out, but for name and description: no form is learnt by heart."""
+    """The sentence with this share of its words left out, but for name and description.
+
+    So that no form is learnt by heart.
+    """
     return " ".join(word for word in sentence.split(" ") if "{" in word or rng.random() >= share)
 
 
 def lines(people, sentences, each, rng, share=0.0):
     """`each` different sentences about every person, thinned by `share`."""
-    return [say(thin(sentence, share, rng), person) for person in people for sentence in rng.sample(sentences, each)]
+    return [
+        say(thin(sentence, share, rng), person)
+        for person in people
+        for sentence in rng.sample(sentences, each)
+    ]

@@ -1,9 +1,11 @@
-"""Training curves of one run or several: loss against steps, tokens and floating-point operations, one picture.
+"""Training curves of one run or several, in one picture.
 
     python -m experiments.plot_log out/a out/b --out=curves.png
 
-Lines are the training loss, weighted as that run trains (so a bound, or not), smoothed and faintly as logged. Dots are the
-held-out bound with its 95% interval: these can be compared. What a run has not written to log.jsonl yet is not there.
+Loss against steps, tokens and floating-point operations. Lines are the training loss, weighted as
+that run trains (so a bound, or not), smoothed and faintly as logged. Dots are the held-out bound
+with its 95% interval: these can be compared. What a run has not written to log.jsonl yet is not
+there.
 """
 
 import json
@@ -14,35 +16,43 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, fraction, nearest, require, run, whole_file
+from config import UserError, fraction, nearest, require, run
+from lib.files import whole_file
 
 DEFAULTS = {
     "out": "curves.png",  # the picture
     "smooth": 0.03,  # each point of a line is the mean over this part of its run; 0: as logged
 }
 
-AXES = {1: "optimizer steps", 2: "training tokens", 3: "floating-point operations"}  # columns of a run's arrays
+# Columns of a run's arrays.
+AXES = {1: "optimizer steps", 2: "training tokens", 3: "floating-point operations"}
 MOST = 8  # runs that one can tell apart
 
 
 def read_row(line):
-    """One line of log.jsonl -> (its kind, [nats per token, step, and tokens, operations | the ends of the interval])."""
+    """One line of log.jsonl -> (its kind, [nats per token, step, a, b]).
+
+    a, b: tokens and operations, or the ends of the interval.
+    """
     entry = json.loads(line)
     kind = "loss" if "loss" in entry else "nats_per_token"
     a, b = (entry["tokens"], entry["flops"]) if kind == "loss" else entry["interval"]
-    return kind, [math.nan if value is None else float(value) for value in (entry[kind], entry["step"], a, b)]
+    values = entry[kind], entry["step"], a, b
+    return kind, [math.nan if value is None else float(value) for value in values]
 
 
 def read_log(folder):
-    """(training (n, 4), held-out (m, 6)) of an out_dir, columns: nats per token, step, tokens, operations[, interval].
+    """(training (n, 4), held-out (m, 6)) of an out_dir.
 
-    A last line that is cut off is left out: the run may be writing it. UserError where there is no log, or none of a run.
+    The columns: nats per token, step, tokens, operations[, interval]. A last line that is cut off
+    is left out: the run may be writing it. UserError where there is no log, or none of a run.
     """
     path = Path(folder, "log.jsonl")
-    there = [log.parent for log in Path(folder).parent.glob("*/log.jsonl")]
-    require(os.path.isfile(path), f"no log.jsonl in {folder}{nearest(folder, there)}")
+    others = [log.parent for log in Path(folder).parent.glob("*/log.jsonl")]
+    require(os.path.isfile(path), f"no log.jsonl in {folder}{nearest(folder, others)}")
     rows = {"loss": [], "nats_per_token": []}
-    for number, line in enumerate(path.read_text(encoding="utf8", errors="replace").split("\n")[:-1], start=1):
+    lines = path.read_text(encoding="utf8", errors="replace").split("\n")[:-1]
+    for number, line in enumerate(lines, start=1):
         try:
             kind, row = read_row(line)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -50,16 +60,21 @@ def read_log(folder):
         rows[kind].append(row)
     require(rows["loss"], f"{path} has no training step yet")
     train, held_out = (np.array(part).reshape(-1, 4) for part in rows.values())  # (n, 4), (m, 4)
-    cost = train[-1:, 2:] / train[-1, 1] * held_out[:, 1:2]  # (m, 2) tokens and operations until then
+    # Tokens and operations until then.
+    cost = train[-1:, 2:] / train[-1, 1] * held_out[:, 1:2]  # (m, 2)
     return train, np.hstack([held_out[:, :2], cost, held_out[:, 2:]])
 
 
 def smoothed(y, part):
-    """y (n,) -> (n,): means over windows of `part` of n values around each, fewer at the ends; what is nan is left out."""
+    """y (n,) -> (n,): means over windows of `part` of n values around each, fewer at the ends.
+
+    What is nan is left out.
+    """
     half = int(part * len(y) / 2)
     window = np.ones(2 * half + 1)  # (w,)
-    there = np.isfinite(y)  # (n,)
-    total, count = (np.convolve(z, window)[half : half + len(y)] for z in (np.where(there, y, 0), there))
+    known = np.isfinite(y)  # (n,)
+    sums = (np.convolve(z, window) for z in (np.where(known, y, 0), known))  # (n + w - 1,) each
+    total, count = (z[half : half + len(y)] for z in sums)  # (n,) each
     return np.divide(total, count, out=np.full(len(y), math.nan), where=count > 0)
 
 
@@ -68,7 +83,8 @@ def label(folder, held_out):
     if not len(held_out):
         return str(folder)
     nats, step, *_, low, high = held_out[-1]
-    return f"{folder}: {nats:.3f}" + (f" ± {(high - low) / 2:.3f}" if math.isfinite(high) else "") + f" at {step:,.0f}"
+    error = f" ± {(high - low) / 2:.3f}" if math.isfinite(high) else ""
+    return f"{folder}: {nats:.3f}{error} at {step:,.0f}"
 
 
 def draw(axes, column, runs, part):
@@ -78,15 +94,19 @@ def draw(axes, column, runs, part):
         axes.plot(train[:, column], train[:, 0], color=f"C{i}", linewidth=0.6, alpha=0.25)
         axes.plot(train[:, column], smoothed(train[:, 0], part), **line)
         error = np.nan_to_num(np.abs(held_out[:, 4:].T - held_out[:, 0]), posinf=0)  # (2, m)
-        axes.errorbar(held_out[:, column], held_out[:, 0], error, fmt="o", markersize=4, capsize=2, color=f"C{i}")
+        dots = {"fmt": "o", "markersize": 4, "capsize": 2, "color": f"C{i}"}
+        axes.errorbar(held_out[:, column], held_out[:, 0], error, **dots)
     axes.set_xlabel(AXES[column])
     axes.grid(alpha=0.3)
 
 
 def limits(runs, part):
-    """The span of the bounds, and of what the lines show after a tenth of their runs: before that they fall steeply."""
-    values = [held_out[:, 0] for _, (_, held_out) in runs]
-    values = np.concatenate(values + [smoothed(train[:, 0], part)[len(train) // 10 :] for _, (train, _) in runs])
+    """The span of the bounds, and of the lines after a tenth of their runs.
+
+    Before that they fall steeply.
+    """
+    lines = [smoothed(train[:, 0], part)[len(train) // 10 :] for _, (train, _) in runs]
+    values = np.concatenate([held_out[:, 0] for _, (_, held_out) in runs] + lines)  # (n,)
     values = values[np.isfinite(values)]
     low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
     margin = 0.05 * (high - low) or 0.5
@@ -94,10 +114,11 @@ def limits(runs, part):
 
 
 def main(config):
-    """Draws the folders config["folders"] into the file config["out"]; returns {folder: last bound, nan for none}."""
+    """Draws config["folders"] into the file config["out"] -> {folder: last bound, or nan}."""
     folders = config["folders"]
     require(folders, "say which runs: python -m experiments.plot_log OUT_DIR ... --out=curves.png")
-    require(len(folders) <= MOST, f"{len(folders)} runs are too many to be told apart in one picture: {MOST} at most")
+    many = f"{len(folders)} runs are too many to be told apart in one picture: {MOST} at most"
+    require(len(folders) <= MOST, many)
     require(config["out"], "say where the picture goes: --out=curves.png")
     fraction(config, "smooth")
     runs = [(folder, read_log(folder)) for folder in folders]
@@ -116,13 +137,14 @@ def main(config):
     panels[2].set_xscale("log")
     panels[2].set_xlim(left=min(train[len(train) // 50, 3] for _, (train, _) in runs))
     names = panels[0].get_legend_handles_labels()
-    title = "lines: training loss; dots: held-out bound and its 95% interval, the last one in figures"
+    title = "lines: training loss; dots: held-out bound, 95% interval, the last one in figures"
     figure.legend(*names, loc="outside lower center", ncols=2, title=title, frameon=False)
     with whole_file(config["out"]) as path:
         figure.savefig(path, format="png", dpi=110)
     pyplot.close(figure)
     print(f"wrote {config['out']}")
-    return {folder: held_out[-1, 0] if len(held_out) else math.nan for folder, (_, held_out) in runs}
+    last = lambda held_out: held_out[-1, 0] if len(held_out) else math.nan  # noqa: E731
+    return {folder: last(held_out) for folder, (_, held_out) in runs}
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Which recipe reaches the lowest bound for the same arithmetic: one setting changed at a time, losers kept.
+"""Which recipe reaches the lowest bound for the same arithmetic: one setting changed at a time.
 
-    python -m experiments.recipe --data=FOLDER                 every variant below that has no result yet, then the table
-    python -m experiments.recipe --data=FOLDER --only="A;B"      these
+    python -m experiments.recipe --data=FOLDER              what has no result yet, then the table
+    python -m experiments.recipe --data=FOLDER --only="A;B"   these variants
 
-FOLDER is prepared data whose held-out part may be looked at: choose on a part of the training text, never on the part that
-the final figure is measured on. Every run costs the same number of floating-point operations (those of `steps` steps of the
-base), so that wide and narrow, short and long are compared fairly; processor seconds stand beside. All runs are judged on
-the same blocks with the same masks, which makes their differences far less noisy than the intervals; those of another block
-size are judged on as many blocks of their own.
+FOLDER is prepared data whose held-out part may be looked at: choose on a part of the training text,
+never on the part that the final figure is measured on. Losers are kept. Every run costs the same
+number of floating-point operations (those of `steps` steps of the base), so that wide and narrow,
+short and long are compared fairly; processor seconds stand beside. All runs are evaluated on the
+same blocks with the same masks, which makes their differences far less noisy than the intervals;
+those of another block size are evaluated on as many blocks of their own.
 """
 
 import contextlib
@@ -27,14 +28,15 @@ import train
 from config import choose, require
 from data import loader
 from experiments import results
+from lib.device import flops_per_token
 
 DEFAULTS = {
     "preset": "configs/pydocs.py",  # the base that the variants change
     "data": "",  # a prepared folder
-    "only": "",  # the variants wanted, separated by ; (empty: all); a single one runs in this process, without a table
+    "only": "",  # variants, separated by ;, or all; a single one runs here and makes no table
     "steps": 500,  # of the base; the others get as many as cost the same
     "seeds": 1,  # how many seeds (1337, 1338, ...) each variant gets
-    "rows": "",  # a .jsonl file that keeps what has run; empty: recipe_DATA_STEPS.jsonl among the results
+    "rows": "",  # a .jsonl file that keeps what has run; empty: results/recipe_DATA_STEPS.jsonl
 }
 
 BASE = "base"
@@ -50,9 +52,12 @@ VARIANTS = {
     "lambda_dce": {"objective": "lambda_dce"},
     "lambda_dce, weight of the bound": {"objective": "lambda_dce", "loss_weight": "bound"},
     "any_order, independent draws": {"independent": True},
-    "any_order, independent draws, weight of the bound": {"independent": True, "loss_weight": "bound"},
+    "any_order, independent draws, weight of the bound": {
+        "independent": True,
+        "loss_weight": "bound",
+    },
     "ReLU squared": {"mlp": "relu2"},
-    "SwiGLU": {"mlp": "swiglu", "mlp_hidden": 256},
+    "SwiGLU": {"mlp": "swiglu", "mlp_width": 256},
     "zero-init: head only": {"zero_init": "head"},
     "zero-init: none": {"zero_init": "none"},
     "no QK-norm": {"qk_norm": False},
@@ -79,20 +84,22 @@ VARIANTS = {
 
 
 def step_flops(config):
-    """Floating-point operations of one training step (forward and backward, half of the positions predicted)."""
+    """Operations of a training step: forward and backward, half of the positions predicted."""
     with torch.device("meta"):
         model = network.Transformer(config)
-    return 3 * model.flops_per_token(config["block_size"], 0.5) * config["batch_size"] * config["block_size"]
+    L = config["block_size"]
+    return 3 * flops_per_token(model, L, 0.5) * config["batch_size"] * L
 
 
 def settings_of(config, name, seed):
-    """The training config of a variant: preset, change, and as many steps as cost what `steps` of the base cost."""
-    keys = [f"--data={config['data']}", "--resume=False", "--show_sample=False", "--eval_sequences=200"]
-    base = settings.parse([config["preset"], *keys], settings, diffusion, network, train)
-    base |= {"vocab_size": loader.read_meta(config["data"])["vocab_size"], "seed": seed, "device": config["device"]}
-    base |= {"dtype": config["dtype"], "causal": False}
-    change = {key: value for key, value in VARIANTS[name].items() if key != "independent"}
-    mine = base | change
+    """The training config of a variant: preset, change, and the steps that cost as much."""
+    words = [config["preset"], f"--data={config['data']}", "--resume=False", "--show_sample=False"]
+    words += ["--eval_sequences=200", f"--seed={seed}"]
+    words += [f"--{key}={config[key]}" for key in ("device", "dtype")]
+    base = settings.parse(words, settings, diffusion, network, train)
+    V = loader.read_meta(config["data"])["vocab_size"]
+    base |= {"vocab_size": V, "attention": "full"}
+    mine = base | {key: value for key, value in VARIANTS[name].items() if key != "independent"}
     steps = round(config["steps"] * step_flops(base) / step_flops(mine))
     return mine | {"max_iters": steps, "eval_interval": steps, "warmup_iters": max(1, steps // 50)}
 
@@ -101,7 +108,10 @@ def settings_of(config, name, seed):
 def independent_draws(yes):
     """Inside the block every sequence draws its own u, as codes without stratification do."""
     stratified = diffusion.stratified
-    own = lambda jitter, position, _: 1 - diffusion.uniforms(int(jitter[0] * 2**53), 0, position, 1).squeeze(1)  # noqa: E731
+
+    def own(jitter, position, _):
+        return 1 - diffusion.uniforms(int(jitter[0] * 2**53), 0, position, 1).squeeze(1)  # (B,)
+
     diffusion.stratified = own if yes else stratified
     try:
         yield
@@ -111,26 +121,31 @@ def independent_draws(yes):
 
 def run(config, name, seed):
     """Trains one variant in this process. -> its row"""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    with tempfile.TemporaryDirectory() as folder, independent_draws(VARIANTS[name].get("independent", False)):
+    used, draws = cpu_seconds(), independent_draws(VARIANTS[name].get("independent", False))
+    with tempfile.TemporaryDirectory() as folder, draws:
         mine = settings_of(config, name, seed) | {"out_dir": folder}
-        judged = train.main(mine)
-    now = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
-    row = {"name": name, "seed": seed, "mark": mark(config, name), "steps": mine["max_iters"], "cpu_seconds": seconds}
-    return row | judged
+        result = train.main(mine)
+    row = {"name": name, "seed": seed, "mark": mark(config, name), "steps": mine["max_iters"]}
+    return row | {"cpu_seconds": cpu_seconds() - used} | result
+
+
+def cpu_seconds():
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
 
 def mark(config, name):
-    """What a row must have been made with to count: the preset as it is now, the variant's change, length, data, dtype."""
+    """What a row depends on: the preset as it is now, the variant, length, data, dtype."""
     keys = [config[key] for key in ("steps", "data", "device", "dtype")]
     return results.mark(settings.read_preset(config["preset"]), VARIANTS[name], *keys)
 
 
 def fitting(config, path):
     """The rows that have run as this command would run them."""
-    rows = [row for row in results.kept(path) if row["name"] in VARIANTS and row.get("mark") == mark(config, row["name"])]
-    return [row for row in rows if row["steps"] == settings_of(config, row["name"], row["seed"])["max_iters"]]
+    rows = [row for row in results.kept(path) if row["name"] in VARIANTS]
+    rows = [row for row in rows if row.get("mark") == mark(config, row["name"])]
+    steps = lambda row: settings_of(config, row["name"], row["seed"])["max_iters"]  # noqa: E731
+    return [row for row in rows if row["steps"] == steps(row)]
 
 
 def named(config):
@@ -140,22 +155,20 @@ def named(config):
 
 def report(config, rows):
     """Writes NAME.json, .md and .png from the rows, best first."""
-    means = {}
+    variants = {}
     for row in rows:
-        means.setdefault(row["name"], []).append(row)
-    base = {row["seed"]: row["nats_per_token"] for row in means.get(BASE, [])}
+        variants.setdefault(row["name"], []).append(row)
+    base = {row["seed"]: row["nats_per_token"] for row in variants.get(BASE, [])}
     lines, figures = [], {}
-    for name, mine in means.items():
-        nats = sum(row["nats_per_token"] for row in mine) / len(mine)
+    for name, mine in variants.items():
+        figures[name] = sum(row["nats_per_token"] for row in mine) / len(mine)
         gains = [row["nats_per_token"] - base[row["seed"]] for row in mine if row["seed"] in base]
-        line = {"variant": name, "seeds": f"{len(mine)}", "steps": mine[0]["steps"], "nats_per_token": nats}
-        line |= {
-            "to_the_base": sum(gains) / max(1, len(gains)),
-            "cpu_seconds": sum(r["cpu_seconds"] for r in mine) / len(mine),
-        }
-        lines.append(line)
-        figures[name] = nats
-    lines.sort(key=lambda line: (line["to_the_base"], line["nats_per_token"]))  # paired: seeds differ by more than variants
+        line = {"variant": name, "seeds": f"{len(mine)}", "steps": mine[0]["steps"]}
+        line |= {"nats_per_token": figures[name], "to_the_base": sum(gains) / max(1, len(gains))}
+        seconds = sum(row["cpu_seconds"] for row in mine) / len(mine)
+        lines.append(line | {"cpu_seconds": seconds})
+    # Paired with the base of the same seed, as seeds differ by more than variants.
+    lines.sort(key=lambda line: (line["to_the_base"], line["nats_per_token"]))
     formats = {"nats_per_token": "{:.3f}", "to_the_base": "{:+.3f}"}
     text = results.table(f"Bound after the same arithmetic, {config['data']}", lines, formats)
     print(text)
@@ -167,12 +180,13 @@ def report(config, rows):
         axes.axvline(0, color="black", linewidth=0.8)
         axes.tick_params(axis="y", labelsize=7)
 
-    results.write(config, named(config), figures | results.about(torch.device("cpu")), text, draw, "recipe")
+    about = results.about(torch.device("cpu"))
+    results.write(config, named(config), figures | about, text, draw, "recipe")
     return figures
 
 
 def main(config):
-    """Runs what is missing, one process each, and writes the table. Returns {variant: nats per token}."""
+    """Runs what is missing, one process each, and writes the table -> {variant: nats per token}."""
     require(config["data"], "say which data: --data=FOLDER, prepared")
     settings.at_least(1, config, "seeds", "steps")
     loader.read_meta(config["data"])
@@ -187,9 +201,11 @@ def main(config):
     wanted = [(name, seed) for seed in seeds for name in names]
     for name, seed in tqdm(wanted, unit="run"):
         if not any((row["name"], row["seed"]) == (name, seed) for row in fitting(config, path)):
-            child = [sys.executable, "-m", "experiments.recipe", *sys.argv[1:], f"--only={name}", f"--seed={seed}"]
-            done = subprocess.run(child, stderr=subprocess.PIPE, text=True)
-            require(done.returncode == 0, f"{name}, seed {seed} has failed: {done.stderr.strip()[-500:]}")
+            child = [sys.executable, "-m", "experiments.recipe", *sys.argv[1:]]
+            child += [f"--only={name}", f"--seed={seed}"]
+            done = subprocess.run(child, stderr=subprocess.PIPE, text=True, check=False)
+            message = f"{name}, seed {seed} has failed: {done.stderr.strip()[-500:]}"
+            require(done.returncode == 0, message)
     return report(config, fitting(config, path))
 
 

@@ -1,4 +1,4 @@
-"""What every experiment leaves behind: NAME.json (the figures claimed), NAME.md (the table) and NAME.png (the plot)."""
+"""What an experiment leaves behind: NAME.json (its figures), NAME.md (its table), NAME.png."""
 
 import contextlib
 import hashlib
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-import config as settings
+from lib.files import whole_file
 
 DEFAULTS = {
     "quick": False,  # a short form, to see that it runs: its figures mean little
@@ -19,31 +19,40 @@ DEFAULTS = {
 
 
 def table(title, rows, formats=None):
-    """One Markdown table; the columns are the keys of the dicts in `rows`, {key: format} says how a number is shown."""
-    formats = formats or {}
-    keys = list(rows[0])
-    lines = [f"**{title}**", "", "| " + " | ".join(key.replace("_", " ") for key in keys) + " |", "|---" * len(keys) + "|"]
-    for row in rows:
-        cells = [
-            value if isinstance(value, str) else formats.get(key, "{:,.0f}").format(value) for key, value in row.items()
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    """One Markdown table: a column for each key of `rows`; formats: {key: format of a number}."""
+
+    def line(cells):
+        return "| " + " | ".join(cells) + " |"
+
+    def shown(key, value):
+        return value if isinstance(value, str) else formats.get(key, "{:,.0f}").format(value)
+
+    formats, keys = formats or {}, list(rows[0])
+    head = [
+        f"**{title}**",
+        "",
+        line(key.replace("_", " ") for key in keys),
+        "|---" * len(keys) + "|",
+    ]
+    return "\n".join([*head, *(line(shown(*item) for item in row.items()) for row in rows), ""])
 
 
 def about(device):
     """What was measured on: commit, machine, threads, torch."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    cpu = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in cpu.read_text().splitlines() if "model name" in line] if cpu.exists() else []
-    )
-    name = torch.cuda.get_device_name() if device.type == "cuda" else names[0] if names else platform.processor()
-    return {"commit": commit.stdout.strip(), "machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    commit = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(commit, capture_output=True, text=True, check=False).stdout.strip()
+    name, cpu = platform.processor(), Path("/proc/cpuinfo")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+    elif cpu.exists():
+        lines = [line for line in cpu.read_text().splitlines() if "model name" in line]
+        name = lines[0].split(":")[1].strip() if lines else name
+    threads = torch.get_num_threads()
+    return {"commit": commit, "machine": name, "threads": threads, "torch": torch.__version__}
 
 
 def kept(path):
-    """The records of a .jsonl file, [] where there is none. A line that a killed program left unfinished is passed over."""
+    """The records of a .jsonl file, [] where there is none; without a line that was cut off."""
     records = []
     for line in Path(path).read_text().splitlines() if Path(path).is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -52,7 +61,7 @@ def kept(path):
 
 
 def keep(path, record):
-    """Appends a record to a .jsonl file, on a line of its own."""
+    """Append a record to a .jsonl file, on a line of its own."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
@@ -61,27 +70,28 @@ def keep(path, record):
 
 
 def mark(*parts):
-    """A hash of all that a record depends on, kept with it: a record counts only for a command that would make it again."""
+    """A hash of all that a record depends on: it counts only where it would be made again."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def write(config, name, figures, text, draw=None, script=None):
-    """Writes NAME.json (flat dict `figures`), NAME.md (`text`, below the command of the script that made it) and NAME.png.
+    """Write NAME.json (flat dict `figures`), NAME.md (`text`, below the command) and NAME.png.
 
-    draw(axes) fills one matplotlib axes; without matplotlib the plot is left out with a line that says so.
+    draw(axes) fills one matplotlib axes; without matplotlib a line says that the plot is left out.
+    script: the module of experiments that makes it, where it is not called `name`.
     """
     folder = Path(config["results"])
-    with settings.whole_file(folder / f"{name}.json") as path:
+    with whole_file(folder / f"{name}.json") as path:
         path.write_text(json.dumps(figures, indent=1) + "\n")
     command = " ".join(["python -m", f"experiments.{script or name}", *sys.argv[1:]])
-    with settings.whole_file(folder / f"{name}.md") as path:
+    with whole_file(folder / f"{name}.md") as path:
         path.write_text(f"Made by `{command}`.\n\n{text}")
     if draw:
         plot(folder / f"{name}.png", draw)
 
 
 def plot(path, draw):
-    """Calls draw(axes) on a fresh matplotlib axes and saves it as the PNG file `path`."""
+    """Call draw(axes) on a fresh matplotlib axes and saves it as the PNG file `path`."""
     try:
         import matplotlib
     except ImportError:
@@ -92,6 +102,6 @@ def plot(path, draw):
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     draw(axes)
-    with settings.whole_file(path) as temporary:
+    with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     pyplot.close(figure)

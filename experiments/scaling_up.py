@@ -1,10 +1,11 @@
-"""What a run needs on more machines than are here: memory, network, time and failures, computed and not measured.
+"""What a run needs on more machines than are here, computed and not measured.
 
-    python -m experiments.scaling_up                                       two of SMDM's models on 8, 64 and 1,024 GPUs
+    python -m experiments.scaling_up                two of SMDM's models on 8, 64 and 1,024 GPUs
     python -m experiments.scaling_up --sizes=336M --budgets=1e20 --batches=256 --gpus=16
 
-Every assumption is a key, the defaults being those of nodes of eight H100. What the formulas count (parameters, operations,
-bytes kept, bytes sent, bytes saved) tests measure on small cases; speeds are taken from data sheets, and a utilisation.
+Memory, network, time and failures. Every assumption is a key, the defaults being those of nodes of
+eight H100. What the formulas count (parameters, operations, bytes kept, bytes sent, bytes saved)
+tests measure on small cases; speeds are taken from data sheets, and a utilisation.
 """
 
 import math
@@ -13,16 +14,17 @@ import sys
 import torch
 
 import config as settings
-import formats
 import model as network
 from config import at_least, fraction, require
 from data.loader import id_type
 from experiments import results
+from lib import formats, fused
+from lib.device import flops_per_token
 
 DEFAULTS = {
-    "sizes": "170M,1028M",  # of SMDM's table (model.SIZES); 1028M, with embedding and head 1.14B, is their "1.1B"
-    "budgets": "1e20,3.3e21",  # operations of each as the paper counts them, 6 x parameters less embedding x tokens
-    "batches": "256,1024",  # sequences a step of each: SMDM's; where there are more GPUs, one for each GPU
+    "sizes": "170M,1028M",  # of SMDM's table (lib/formats.SIZES); 1028M is their "1.1B" (1.14B)
+    "budgets": "1e20,3.3e21",  # operations of each, counted as the paper counts (tokens_of)
+    "batches": "256,1024",  # sequences a step of each: SMDM's; with more GPUs one for each GPU
     "gpus": "8,64,1024",  # how many there are
     "block_size": 2048,  # tokens of a sequence
     "vocab_size": 32000,  # V, Llama 2's
@@ -40,7 +42,8 @@ DEFAULTS = {
     "overlap": 0.8,  # the part of the arithmetic behind which messages can hide
     "loader": 20e6,  # tokens a second that the loader of one process reads, at least
     "disk": 2e9,  # bytes a second that process 0 writes to the shared file system
-    "gpu_hours": 50700.0,  # of which one fails: Llama 3 had 419 unexpected stops in 54 days of 16,384 (arXiv 2407.21783)
+    # Of which one fails: Llama 3 had 419 unexpected stops in 54 days of 16,384 (arXiv 2407.21783).
+    "gpu_hours": 50700.0,
     "restart": 600.0,  # seconds from a failure until the run goes on
     "save_minutes": 30.0,  # between two checkpoints
 }
@@ -48,7 +51,7 @@ DEFAULTS = {
 BUCKET = 25 * 2**20  # bytes of gradients that ddp sends at once
 
 
-# ---- 1. What is counted: tests measure these on small cases ----------------------------------------------------------
+# ---- 1. What is counted: tests measure these on small cases --------------------------------------
 
 
 def shape(config, size):
@@ -59,34 +62,39 @@ def shape(config, size):
 
 
 def block_bytes(net):
-    """Bytes that a block of SMDM's kind keeps for its backward pass in bfloat16 autocast, weights left out: (for each token,
-    for each row that leaves the block).
+    """Bytes that a block of SMDM's kind keeps for its backward pass in bfloat16 autocast.
 
-    Float32: what goes into a norm, the same divided by its scale (4D each), and the scale. bfloat16: what goes into qkv,
-    proj, gate and up (2D each), what qkv gives (6D), q and k turned (2D each), what attention gives (2D, and 4H for its
-    sums), and four tables as wide as the MLP (2F each). A fused norm or a compiled block keeps less.
+    (For each token, for each position that leaves the block); weights left out. Float32: what goes
+    into a norm, the same divided by its scale (4D each), and the scale. bfloat16: what goes into
+    qkv, proj, gate and up (2D each), what qkv gives (6D), q and k turned (2D each), what attention
+    gives (2D, and 4H for its sums), and four tables as wide as the MLP (2F each). A fused norm or a
+    compiled block keeps less.
     """
-    D, H, F = (net.config[key] for key in ("n_embd", "n_head", "mlp_hidden"))
-    attention, mlp = (8 * D + 4) + 2 * D + 6 * D + 4 * D + 2 * D + 4 * H, (8 * D + 4) + 4 * D + 8 * F
+    D, H, F = (net.config[key] for key in ("n_embd", "n_head", "mlp_width"))
+    attention = (8 * D + 4) + 2 * D + 6 * D + 4 * D + 2 * D + 4 * H
+    mlp = (8 * D + 4) + 4 * D + 8 * F
     return attention, mlp + 2 * D
 
 
 def activation_bytes(net, tokens, recompute=False):
-    """Bytes kept from the forward to the backward pass of `tokens`, half of which are hidden; weights left out."""
-    D, n_layer, rows = net.config["n_embd"], net.config["n_layer"], tokens // 2
-    per_token, per_row = block_bytes(net)
-    ends = 8 * tokens + 8 * rows + (8 * D + 4) * rows + 4 * D * rows  # ids, rows, last norm, the gradient at its output
+    """Bytes kept from the forward to the backward pass of `tokens`, half masked; no weights."""
+    D, n_layer, N = net.config["n_embd"], net.config["n_layer"], tokens // 2
+    per_token, per_position = block_bytes(net)
+    # Ids, masked_idx, last norm, and the gradient at its output.
+    ends = 8 * tokens + 8 * N + (8 * D + 4) * N + 4 * D * N
     if recompute:  # what goes into each block, and all of one block
-        return ends + 4 * D * tokens * n_layer + (per_token + per_row) * tokens
-    turns = 4 * D // net.config["n_head"] * rows  # cos and sin at the places of the last block's queries
-    return ends + per_token * tokens * n_layer + per_row * (tokens * (n_layer - 1) + rows) + turns
+        return ends + 4 * D * tokens * n_layer + (per_token + per_position) * tokens
+    turns = 4 * D // net.config["n_head"] * N  # cos and sin at the last block's queries
+    positions = tokens * (n_layer - 1) + N
+    return ends + per_token * tokens * n_layer + per_position * positions + turns
 
 
 def sent_bytes(net, engine, gpus, micro_steps):
     """Bytes that each GPU sends in a step, all in float32.
 
-    ddp: a ring all-reduce of the gradients. fsdp (arXiv 2304.11277), in each micro-step: a ring all-gather of the blocks'
-    weights for the forward pass and one for the backward pass, one of embedding and head, and a reduce-scatter of gradients.
+    ddp: a ring all-reduce of the gradients. fsdp (arXiv 2304.11277), in each micro-step: a ring
+    all-gather of the blocks' weights for the forward pass and one for the backward pass, one of
+    embedding and head, and a reduce-scatter of gradients.
     """
     N, blocks = net.n_parameters(), sum(p.numel() for p in net.blocks.parameters())
     numbers = 2 * N if engine == "ddp" else micro_steps * (N + blocks + N)
@@ -98,7 +106,7 @@ def checkpoint_bytes(net, ema):
     return (4 + 8 + 4 * bool(ema)) * net.n_parameters()
 
 
-# ---- 2. Memory -------------------------------------------------------------------------------------------------------
+# ---- 2. Memory -----------------------------------------------------------------------------------
 
 
 def memory(config, net, engine, gpus, micro):
@@ -106,31 +114,37 @@ def memory(config, net, engine, gpus, micro):
     N, D, V = net.n_parameters(), net.config["n_embd"], net.vocab_size
     block = sum(p.numel() for p in net.blocks[0].parameters())
     ends = N - block * len(net.blocks)  # embedding, last norm and head
-    copies = 2 * sum(p.numel() for p in net.blocks[0].parameters() if p.dim() == 2)  # of a block's matrices in bfloat16
+    matrices = sum(p.numel() for p in net.blocks[0].parameters() if p.dim() == 2)
+    copies = 2 * matrices  # of a block's matrices in bfloat16
     part, tokens = gpus if engine == "fsdp" else 1, micro * config["block_size"]
     held = {"weights": 4 * N / part, "gradients": 4 * N / part, "optimizer": 8 * N / part}
     held["averages"] = 4 * N * config["ema"] / part
-    held["gathered"] = 2 * 4 * (ends + 2 * block) * (part > 1)  # weights and gradients: the ends, a block and the next one
+    # Weights and gradients of the ends, a block and the next one.
+    held["gathered"] = 2 * 4 * (ends + 2 * block) * (part > 1)
     held["copies"] = copies * len(net.blocks)
-    held["head"] = 6 * D * V + 8 * network.head_chunk(V) * V  # its gradient and its copy, and a chunk of logits
+    # The gradient of the head and its copy, and a chunk of logits.
+    held["head"] = 6 * D * V + 8 * fused.head_chunk(V) * V
     rest = sum(held.values())
     held["activations"] = activation_bytes(net, tokens)
     held["total"] = rest + held["activations"]
-    held["with_recompute"] = rest - held["copies"] + copies + activation_bytes(net, tokens, recompute=True)
+    recomputed = copies + activation_bytes(net, tokens, recompute=True)
+    held["with_recompute"] = rest - held["copies"] + recomputed
     return held | {"logits_avoided": 4 * tokens * V}
 
 
-# ---- 3. Time -----------------------------------------------------------------------------------------------------------
+# ---- 3. Time -------------------------------------------------------------------------------------
 
 
 def step(config, net, engine, gpus, share, micro, recompute=False):
-    """One step on `share` sequences a GPU: tokens, bytes sent by each GPU, seconds, and the utilisation that is left."""
-    micro_steps, tokens = math.ceil(share / micro), share * config["block_size"]  # of one GPU
-    useful = 3 * net.flops_per_token(config["block_size"], 0.5) * tokens / (config["peak"] * config["mfu"])
+    """One step on `share` sequences a GPU: tokens, bytes each GPU sends, seconds, utilisation."""
+    L, micro_steps = config["block_size"], math.ceil(share / micro)  # of one GPU
+    flops = 3 * flops_per_token(net, L, 0.5) * share * L
+    useful = flops / (config["peak"] * config["mfu"])
     compute = useful * (4 / 3 if recompute else 1)
     sent = sent_bytes(net, engine, gpus, micro_steps)
-    across = config["links"] * config["link"]  # a ring leaves a node once, and shares its cards with no other
-    speed = config["reached"] * (config["nvlink"] if gpus <= config["node"] else min(config["nvlink"], across))
+    # A ring leaves a node once, and shares its cards with no other.
+    across = min(config["nvlink"], config["links"] * config["link"])
+    speed = config["reached"] * (config["nvlink"] if gpus <= config["node"] else across)
     if engine == "ddp":  # up and down a tree for each bucket, behind the last backward pass
         hops = 2 * math.ceil(math.log2(gpus)) * math.ceil(4 * net.n_parameters() / BUCKET)
         window = compute * 2 / 3 / micro_steps
@@ -138,100 +152,126 @@ def step(config, net, engine, gpus, share, micro, recompute=False):
         hops, window = 3 * (gpus - 1) * (len(net.blocks) + 1) * micro_steps, compute
     wire = sent / speed + hops * config["hop"]
     exposed = max(0.0, wire - config["overlap"] * window)
-    found = {"tokens": tokens * gpus, "sent": sent, "compute": compute, "network": wire, "exposed": exposed}
-    return found | {"seconds": compute + exposed, "mfu": config["mfu"] * useful / (compute + exposed)}
+    seconds = compute + exposed
+    time = {"tokens": share * L * gpus, "sent": sent, "compute": compute, "network": wire}
+    mfu = config["mfu"] * useful / seconds
+    return time | {"exposed": exposed, "seconds": seconds, "mfu": mfu}
 
 
 def tokens_of(net, budget):
-    """How many tokens a budget buys as the paper counts: 6 operations for each parameter that is not embedding or head."""
-    return budget / (6 * (net.n_parameters() - net.embed.weight.numel() - net.unembed.weight.numel()))
+    """How many tokens a budget buys as the paper counts: 6 operations a token for each parameter.
+
+    But for those of embedding and head.
+    """
+    ends = net.embed.weight.numel() + net.unembed.weight.numel()
+    return budget / (6 * (net.n_parameters() - ends))
 
 
-# ---- 4. Failures -----------------------------------------------------------------------------------------------------
+# ---- 4. Failures ---------------------------------------------------------------------------------
 
 
 def lost(interval, save, restart, between):
-    """The time that saves, failures and what they undo add, as a part of the work (Daly, FGCS 22, 2006, eq. 20).
+    """The time that saves, failures and what they undo add, as a part of the work.
 
-    All in seconds: work between two saves, a save, a restart, and the mean between two failures, which are independent.
+    Daly, FGCS 22, 2006, eq. 20. All in seconds: work between two saves, a save, a restart, and the
+    mean between two failures, which are independent.
     """
-    if (interval + save + restart) / between > 700:  # e^700 is the largest that a float holds, nearly
+    if (interval + save + restart) / between > 700:  # e^700 is nearly all that a float holds
         return math.inf
-    return between / interval * math.exp(restart / between) * math.expm1((interval + save) / between) - 1
+    starts = between / interval * math.exp(restart / between)
+    return starts * math.expm1((interval + save) / between) - 1
 
 
 def best_interval(save, between):
-    """The interval with the least lost (Daly's eq. 37): sqrt(2 save between), which is Young's, and two terms more."""
+    """The interval with the least lost (Daly's eq. 37).
+
+    sqrt(2 save between), which is Young's, and two terms more.
+    """
     if save >= 2 * between:
         return between
     x = math.sqrt(save / (2 * between))
     return math.sqrt(2 * save * between) * (1 + x / 3 + x * x / 9) - save
 
 
-# ---- 5. The tables -----------------------------------------------------------------------------------------------------
+# ---- 5. The tables -------------------------------------------------------------------------------
 
 
 def numbers(config, key):
     """The list of positive numbers of a key."""
     try:
-        found = [float(item) for item in config[key].split(",")]
+        values = [float(item) for item in config[key].split(",")]
     except ValueError:
-        found = [0.0]
-    require(all(0 < n < 1e30 for n in found), f"{key} must be numbers above 0, with commas between, not '{config[key]}'")
-    return found
+        values = [0.0]
+    message = f"{key} must be numbers above 0, with commas between, not '{config[key]}'"
+    require(all(0 < n < 1e30 for n in values), message)
+    return values
+
+
+POSITIVE = ["peak", "memory", "mfu", "nvlink", "link", "reached", "loader", "disk", "gpu_hours"]
 
 
 def check(config):
-    """Raises UserError for what no cluster is; returns [(size, budget, batch), ...] and the numbers of GPUs."""
+    """([(size, budget, batch), ...], the numbers of GPUs); UserError for what no cluster is."""
     at_least(1, config, "block_size", "vocab_size", "micro_batch_size", "node", "links")
     at_least(0, config, "hop", "restart")
     fraction(config, "mfu", "reached", "overlap")
-    for key in ("peak", "memory", "mfu", "nvlink", "link", "reached", "loader", "disk", "gpu_hours", "save_minutes"):
+    for key in [*POSITIVE, "save_minutes"]:
         require(1e-9 < config[key] < 1e30, f"{key} must be above 0, not {config[key]}")
     for key in ("block_size", "vocab_size"):
         require(config[key] <= 2**20, f"{key} must be at most {2**20}, not {config[key]}")
-    sizes, budgets, batches = config["sizes"].split(","), numbers(config, "budgets"), numbers(config, "batches")
-    require(len(sizes) == len(budgets) == len(batches), "sizes, budgets and batches must be equally many")
-    gpus = numbers(config, "gpus")
-    require(all(n == int(n) and 2 <= n <= 10**6 for n in gpus), f"gpus must be from 2 to a million, not '{config['gpus']}'")
+    sizes, gpus = config["sizes"].split(","), numbers(config, "gpus")
+    budgets, batches = numbers(config, "budgets"), numbers(config, "batches")
+    equal = len(sizes) == len(budgets) == len(batches)
+    require(equal, "sizes, budgets and batches must be equally many")
+    whole = all(n == int(n) and 2 <= n <= 10**6 for n in gpus)
+    require(whole, f"gpus must be from 2 to a million, not '{config['gpus']}'")
     return list(zip(sizes, budgets, batches, strict=True)), [int(n) for n in gpus]
 
 
 def plan(config, net, budget, batch, gpus):
-    """What a model needs on so many GPUs: {engine: (memory of a GPU, a step, hours)}, and a row with the faster engine.
+    """What a model needs on so many GPUs, and a row with the faster engine.
 
-    Blocks are recomputed where a GPU would otherwise not hold them.
+    {engine: (memory of a GPU, a step, hours)}; blocks are recomputed where a GPU would otherwise
+    not hold them.
     """
-    found, share = {}, math.ceil(batch / gpus)
+    engines, share = {}, math.ceil(batch / gpus)
     micro = min(config["micro_batch_size"], share)
     for engine in ("ddp", "fsdp"):
         held = memory(config, net, engine, gpus, micro) | {"sequences": micro}
-        time = step(config, net, engine, gpus, share, micro, recompute=held["total"] > config["memory"])
-        found[engine] = held, time, tokens_of(net, budget) / time["tokens"] * time["seconds"] / 3600
-    fits = [engine for engine, (held, _, _) in found.items() if held["with_recompute"] <= config["memory"]]
-    engine = min(fits or found, key=lambda engine: found[engine][2])
-    held, time, hours = found[engine]
-    name = engine + " + recompute" * (held["total"] > config["memory"]) if fits else "neither fits"
+        recompute = held["total"] > config["memory"]
+        time = step(config, net, engine, gpus, share, micro, recompute)
+        hours = tokens_of(net, budget) / time["tokens"] * time["seconds"] / 3600
+        engines[engine] = held, time, hours
+    small = [e for e in engines if engines[e][0]["with_recompute"] <= config["memory"]]
+    engine = min(small or engines, key=lambda engine: engines[engine][2])
+    held, time, hours = engines[engine]
+    name = engine + " + recompute" * (held["total"] > config["memory"])
+    row = {f"{engine}_GB": held["total"] / 1e9 for engine, (held, _, _) in engines.items()}
+    row |= {"faster": name if small else "neither fits"}
+    speed = time["tokens"] / time["seconds"]
+    row |= {"tokens_per_second": speed, "mfu": time["mfu"], "hours": hours}
+    bandwidth = speed * id_type(net.vocab_size).itemsize / 1e6
+    row |= {"data_MB_per_s": bandwidth, "of_the_loader": speed / gpus / config["loader"]}
+    return engines, row | failures(config, net, gpus, hours)
 
-    totals = {f"{engine}_GB": held["total"] / 1e9 for engine, (held, _, _) in found.items()}
-    speed, width = time["tokens"] / time["seconds"], id_type(net.vocab_size).itemsize
+
+def failures(config, net, gpus, hours):
+    """The last columns of a row: what saves and failures take."""
     size, between = checkpoint_bytes(net, config["ema"]), config["gpu_hours"] * 3600 / gpus
     save, interval = size / config["disk"], 60 * config["save_minutes"]
     best = best_interval(save, between)
     share, least = (lost(length, save, config["restart"], between) for length in (interval, best))
-    row = totals | {"faster": name, "tokens_per_second": speed, "mfu": time["mfu"], "hours": hours}
-    row |= {"data_MB_per_s": speed * width / 1e6, "of_the_loader": speed / gpus / config["loader"]}
-    row |= {"checkpoint_GB": size / 1e9, "save_s": save, "failures": gpus * hours * (1 + share) / config["gpu_hours"]}
-    return found, row | {"lost": share, "best_interval_min": best / 60, "lost_at_it": least}
+    row = {"checkpoint_GB": size / 1e9, "save_s": save}
+    row |= {"failures": gpus * hours * (1 + share) / config["gpu_hours"], "lost": share}
+    return row | {"best_interval_min": best / 60, "lost_at_it": least}
 
 
-MEMORY = ["weights", "gradients", "optimizer", "averages", "gathered", "copies", "head", "activations", "total"]
-MEMORY += ["with_recompute", "logits_avoided"]
+HELD = ["weights", "gradients", "optimizer", "averages", "gathered", "copies", "head"]
+MEMORY = [*HELD, "activations", "total", "with_recompute", "logits_avoided"]
 KEPT = ["checkpoint_GB", "failures", "lost", "lost_at_it", "best_interval_min"]
-FORMATS = dict.fromkeys(
-    [*MEMORY, "ddp_GB", "fsdp_GB", "sent_GB", "compute_ms", "network_ms", "exposed_ms", "hours"], "{:,.1f}"
-)
-FORMATS |= dict.fromkeys(["data_MB_per_s", "checkpoint_GB", "save_s"], "{:,.1f}") | {"failures": "{:.2f}"}
+TENTHS = [*MEMORY, "ddp_GB", "fsdp_GB", "sent_GB", "compute_ms", "network_ms", "exposed_ms"]
+TENTHS += ["hours", "data_MB_per_s", "checkpoint_GB", "save_s"]
+FORMATS = dict.fromkeys(TENTHS, "{:,.1f}") | {"failures": "{:.2f}"}
 FORMATS |= dict.fromkeys(["mfu", "lost", "lost_at_it", "of_the_loader"], "{:.1%}")
 
 
@@ -245,18 +285,24 @@ def main(config):
             engines, row = plan(config, net, budget, batch, gpus)
             runs.append({"model": size, "GPUs": gpus} | row)
             for engine, (held, time, hours) in engines.items():
-                where = {"model": size, "GPUs": gpus, "engine": engine}
-                memories.append(where | {"sequences": held["sequences"]} | {key: held[key] / 1e9 for key in MEMORY})
+                who = {"model": size, "GPUs": gpus, "engine": engine}
+                table = {key: held[key] / 1e9 for key in MEMORY}
+                memories.append(who | {"sequences": held["sequences"]} | table)
                 times = {f"{key}_ms": 1e3 * time[key] for key in ("compute", "network", "exposed")}
-                speed = {"tokens_per_second": time["tokens"] / time["seconds"], "mfu": time["mfu"], "hours": hours}
-                sequences = time["tokens"] // config["block_size"]
-                speeds.append(where | {"batch": sequences, "sent_GB": time["sent"] / 1e9} | times | speed)
+                speed = {"tokens_per_second": time["tokens"] / time["seconds"], "mfu": time["mfu"]}
+                speed |= {"hours": hours}
+                batches = {"batch": time["tokens"] // config["block_size"]}
+                speeds.append(who | batches | {"sent_GB": time["sent"] / 1e9} | times | speed)
                 name = f"{size}_{gpus}_{engine}"
-                figures |= {f"{name}_GB": held["total"] / 1e9, f"{name}_recompute_GB": held["with_recompute"] / 1e9}
+                figures[f"{name}_GB"] = held["total"] / 1e9
+                figures[f"{name}_recompute_GB"] = held["with_recompute"] / 1e9
                 figures |= {f"{name}_{key}": value for key, value in speed.items()}
             figures |= {f"{size}_{gpus}_{key}": row[key] for key in KEPT}
-    tables = {"The whole run, by the faster engine": runs, "Memory of a GPU at the peak of a step, GB": memories}
-    tables["One step, and the whole budget"] = speeds
+    tables = {
+        "The whole run, by the faster engine": runs,
+        "Memory of a GPU at the peak of a step, GB": memories,
+        "One step, and the whole budget": speeds,
+    }
     text = "\n".join(results.table(title, rows, FORMATS) for title, rows in tables.items())
     print(text)
     results.write(config, "scaling_up", figures, text, lambda axes: draw(axes, speeds))

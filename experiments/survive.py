@@ -1,11 +1,11 @@
-"""Does a run survive being killed? SIGKILL at random moments, many times over a run, against a run that is left alone.
+"""Does a run survive being killed? SIGKILL at random moments, many times over a run.
 
     python -m experiments.survive --kills=100
 
-A small model is trained with a checkpoint at every step, so that many of the kills hit a checkpoint that is being
-written. After each kill the checkpoint has to be readable and no older than the last one whose writing had ended. The
-process that follows goes on from it. In the end weights, averages, optimizer state and the log have to be those of the
-undisturbed run, bit for bit.
+A small model is trained with a checkpoint at every step, so that many of the kills hit a checkpoint
+that is being written. After each kill the checkpoint has to be readable and no older than the last
+one whose writing had ended. The process that follows resumes the run. In the end weights, averages,
+optimizer state and the log have to be those of a run that was left alone, bit for bit.
 """
 
 import json
@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import config as settings
 import diffusion
 import model as network
@@ -29,6 +28,7 @@ import train
 from data import writer
 from data.tokenizer import Char
 from experiments import results
+from lib import checkpoint
 
 DEFAULTS = {
     "kills": 100,  # how many processes are killed
@@ -38,22 +38,27 @@ DEFAULTS = {
 
 TEXT = "the cat sat on the mat; a dog ran to the log, and the cat ran after it. " * 40
 CLOCK = ("tokens_per_second", "mfu", "memory_mib", "seconds_left")
-KEYS = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4, "warmup_iters": 2, "ema": 0.9}
-KEYS |= {"dropout": 0.1, "random_length": 0.2, "log_interval": 1, "save_interval": 1, "keep": 2, "show_sample": False}
-KEYS |= {"eval_sequences": 2, "eval_draws": 2, "device": "cpu", "dtype": "float32", "optimizer": "muon"}
+KEYS = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4}
+KEYS |= {"warmup_iters": 2, "ema": 0.9, "dropout": 0.1, "random_length": 0.2, "optimizer": "muon"}
+KEYS |= {"log_interval": 1, "save_interval": 1, "keep": 2, "show_sample": False}
+KEYS |= {"eval_sequences": 2, "eval_draws": 2, "device": "cpu", "dtype": "float32"}
 
 
 def live(config, progress):
-    """A process that trains until it is done or killed. progress: [steps done, steps saved, whether it is saving]."""
+    """A process that trains until it is done or killed.
+
+    progress: [steps done, steps saved, whether it is saving].
+    """
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # its own lock is between processes, and outlives those that are killed
-    network.matmul_flops = lambda *_: 1e9  # the speed of the machine does not matter here
+    # The lock of tqdm is between processes, and outlives those that are killed.
+    tqdm.set_lock(threading.RLock())
+    train.matmul_flops = lambda *_: 1e9  # the speed of the machine does not matter here
     step_of, save = train.train_step, checkpoint.save
 
     def train_step(config, step, *rest):
-        loss = step_of(config, step, *rest)
+        result = step_of(config, step, *rest)
         progress[0] = step + 1
-        return loss
+        return result
 
     def saving(path, state, keep):
         progress[2] = 1
@@ -61,12 +66,13 @@ def live(config, progress):
         progress[1], progress[2] = state["step"], 0
 
     train.train_step, checkpoint.save = train_step, saving
-    sys.stdout = sys.stderr = open(Path(config["out_dir"]).with_suffix(".txt"), "a")  # noqa: SIM115 (until the process ends)
+    said = Path(config["out_dir"]).with_suffix(".txt")
+    sys.stdout = sys.stderr = open(said, "a")  # noqa: SIM115 (until the process ends)
     train.main(config)
 
 
 def start(config):
-    """(process, progress): a run as a process of its own, forked from one that has torch already."""
+    """(process, progress): a run in its own process, forked from one that has torch already."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "torch._dynamo"])
     progress = context.Array("q", 3, lock=False)  # a lock could be held by a killed process
@@ -84,19 +90,21 @@ def wait(process, progress, step):
 
 
 def leave_alone(config):
-    """A run to its end -> (seconds until the first step is done, seconds of each step after it with its checkpoint)."""
+    """A run to its end -> (seconds until its first step is done, of each step after it)."""
     process, progress = start(config)
     begin, rest = (wait(process, progress, step) for step in (1, config["max_iters"]))
     process.join()
     said = Path(config["out_dir"]).with_suffix(".txt").read_text()
-    settings.require(process.exitcode == 0, f"a run has ended by itself with {process.exitcode}: {said[-300:]}")
+    message = f"a run has ended by itself with {process.exitcode}: {said[-300:]}"
+    settings.require(process.exitcode == 0, message)
     return begin, rest / (config["max_iters"] - 1)
 
 
 def kill(config, step, seconds, chance):
-    """A run that goes on from its checkpoint and is killed. -> {killed, corrupted, lost_steps, while_saving}
+    """Resumes the run and kills it -> {killed, corrupted, lost_steps, while_saving}.
 
-    Four in five die a random moment after `step`, the fifth at any moment of its start. seconds: of leave_alone.
+    Four in five die a random moment after `step`, the fifth at any moment of its start. seconds: of
+    leave_alone.
     """
     before = step_saved(config) or 0
     process, progress = start(config)
@@ -107,11 +115,11 @@ def kill(config, step, seconds, chance):
         time.sleep(chance.random() * seconds[0])
     process.kill()
     process.join()
-    found = step_saved(config)
+    after = step_saved(config)
     return {
         "killed": int(process.exitcode == -signal.SIGKILL),
-        "corrupted": int(found is None),
-        "lost_steps": max(0, max(before, progress[1]) - (found or 0)),
+        "corrupted": int(after is None),
+        "lost_steps": max(0, max(before, progress[1]) - (after or 0)),
         "while_saving": progress[2],
     }
 
@@ -138,25 +146,36 @@ def same(a, b):
 def outcome(folder):
     """All that a run leaves, but its settings and what depends on the clock."""
     entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    entries = [{key: value for key, value in entry.items() if key not in CLOCK} for entry in entries]
+    steady = [{k: v for k, v in entry.items() if k not in CLOCK} for entry in entries]
     state = checkpoint.read(folder)
+    parts = {key: state[key] for key in ("model", "ema", "optimizer", "step")}
     names = sorted(path.name for path in folder.iterdir())
-    return {key: state[key] for key in ("model", "ema", "optimizer", "step")} | {"log": entries, "files": names}
+    return parts | {"log": steady, "files": names}
+
+
+def run_of(config, folder):
+    """The config of the run, whose data this writes to the folder."""
+    parts = [("train", TEXT), ("val", TEXT[:500])]
+    writer.prepare(folder / "data", parts, Char("".join(sorted(set(TEXT)))))
+    keys = KEYS | {"data": folder / "data", "seed": config["seed"]}
+    keys |= {"max_iters": config["steps"], "eval_interval": config["steps"] // 2}
+    line = [f"--{key}={value}" for key, value in keys.items()]
+    return settings.parse(line, settings, diffusion, network, train)
 
 
 def main(config):
     """Prints, writes and returns {kills, corrupted, lost_steps, identical, ...}."""
     began, chance = time.time(), random.Random(config["moments"])
     settings.at_least(1, config, "kills")
-    settings.require(config["steps"] > config["kills"] + 1, "steps must be more than kills, and two more")
+    enough = config["steps"] > config["kills"] + 1
+    settings.require(enough, "steps must be more than kills, and two more")
     totals = {"killed": 0, "corrupted": 0, "lost_steps": 0, "while_saving": 0}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        writer.prepare(folder / "data", [("train", TEXT), ("val", TEXT[:500])], Char("".join(sorted(set(TEXT)))))
-        keys = KEYS | {"data": folder / "data", "max_iters": config["steps"], "eval_interval": config["steps"] // 2}
-        line = [f"--{key}={value}" for key, value in (keys | {"seed": config["seed"]}).items()]
-        run = settings.parse(line, settings, diffusion, network, train)
-        left_alone, killed = ({**run, "out_dir": str(folder / name)} for name in ("left_alone", "killed"))
+        run = run_of(config, folder)
+        left_alone, killed = (
+            {**run, "out_dir": str(folder / name)} for name in ("left_alone", "killed")
+        )
         seconds = leave_alone(left_alone)
         for number in range(config["kills"]):
             step = int((number + chance.random()) / config["kills"] * (config["steps"] - 2))
@@ -164,9 +183,11 @@ def main(config):
                 totals[key] += value
         leave_alone(killed)
         identical = same(outcome(folder / "left_alone"), outcome(folder / "killed"))
-    figures = {"kills": totals.pop("killed"), **totals, "identical": identical, "steps": config["steps"]}
-    figures |= {"seconds": time.time() - began} | results.about(torch.device("cpu"))
-    row = {key: str(figures[key]) for key in ("kills", "while_saving", "corrupted", "lost_steps", "identical")}
+    figures = {"kills": totals.pop("killed"), **totals, "identical": identical}
+    figures |= {"steps": config["steps"], "seconds": time.time() - began}
+    figures |= results.about(torch.device("cpu"))
+    columns = ("kills", "while_saving", "corrupted", "lost_steps", "identical")
+    row = {key: str(figures[key]) for key in columns}
     text = results.table(f"A run of {config['steps']} steps, killed again and again", [row])
     print(text)
     results.write(config, "survive", figures, text)

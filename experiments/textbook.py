@@ -1,117 +1,142 @@
-"""What experiments/bench.py compares with: training and sampling as tutorials and the official repositories write them."""
+"""Masked diffusion on one page of plain PyTorch: a network, its training, a bound, samples.
 
-import contextlib
-import functools
+    python -m experiments.textbook      about a minute on two CPU cores
+
+This is the method as the papers write it down, and nothing else: read it after the first page of
+diffusion.py and before the rest. Remarks, `# ->`, name what the real scripts do at the same place,
+and why; what they gain is measured by experiments/bench.py, and tests hold them to the plain form.
+
+From a GPT to this: attention looks both ways; there is one more id to read, the mask; what is
+predicted stands where it is predicted, with no shift; the loss is that of masked tokens, weighted;
+and a sample is filled in over a number of steps, in any order, not from left to right.
+"""
+
+import time
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+import torch.nn as nn
+from torch.nn.functional import cross_entropy
 
-import diffusion
-import model as network
-
-PLAIN = {"foreach": False, "fused": False}  # AdamW, one tensor at a time
+L, D, HEADS, LAYERS, BATCH = 128, 128, 4, 4, 32  # -> configs/*.py: presets; config.py: any key
 
 
-def hidden(model, x):
-    """(B, L, D), attention written out, every position through every layer: x (B, L)."""
-    h = model.embed(x)
-    cos, sin = model.cos[: x.shape[1]], model.sin[: x.shape[1]]
-    for block in model.blocks:
-        B, L, D = h.shape
-        q, k, v = block.qkv(block.norm1(h)).view(B, L, 3, block.n_head, -1).permute(2, 0, 3, 1, 4)
-        if block.qk_norm:
-            q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
-        q, k = network.rotate(q, cos, sin), network.rotate(k, cos, sin)
-        attention = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)  # (B, H, L, L)
-        h = h + block.proj((attention @ v).transpose(1, 2).reshape(B, L, D))
-        h = h + block.mlp(block.norm2(h))
-    return model.norm(h)
+def read(folder="data/pydocs"):
+    """(training ids, held-out ids, the characters): a prepared folder, or what Python carries."""
+    if (Path(folder) / "meta.json").is_file():
+        from data import loader, tokenizer
+
+        splits = [loader.Tokens(folder, split) for split in ("train", "val")]
+        text = tokenizer.from_meta(splits[0].meta["tokenizer"])
+        train, val = (text.decode(ids[: len(ids)].tolist()) for ids in splits)
+    else:  # -> data/: other texts, other tokenizers, held-out documents, token files of any size
+        from pydoc_data.topics import topics
+
+        train, val = "\n".join(topics.values()), ""
+        train, val = train[: -len(train) // 10], train[-len(train) // 10 :]
+    letters = sorted(set(train + val))
+    ids = {letter: i for i, letter in enumerate(letters)}
+    return *(torch.tensor([ids[letter] for letter in part]) for part in (train, val)), letters
 
 
-def loss(model, x0, mask, weight, rows):
-    log_p = model.head(hidden(model, torch.where(mask, model.mask_id, x0))).log_softmax(-1)  # (B, L, V)
-    ce = -log_p.gather(-1, x0[..., None]).squeeze(-1)  # (B, L)
-    return (weight[:, None] * mask * ce).sum()
+def blocks(ids, n):
+    """n blocks of L tokens from anywhere in the text: (n, L)."""
+    start = torch.randint(len(ids) - L, (n,))  # -> data/loader.py: every token once an epoch
+    return ids[start[:, None] + torch.arange(L)]
 
 
-@torch.no_grad()
-def sample(model, x, steps, autocast, last):
-    """Ancestral sampling with a network call and a softmax at every position in every step; the first `last` of `steps`."""
-    t = torch.linspace(1, 0, steps + 1)
-    for i in range(last):
-        with autocast():
-            p = model.head(hidden(model, x)).float().softmax(-1)  # (B, L, V)
-        drawn = (p / -torch.rand_like(p).log()).argmax(-1)  # (B, L)
-        reveal = (x == model.mask_id) & (torch.rand(x.shape, device=x.device) < 1 - t[i + 1] / t[i])
-        x = torch.where(reveal, drawn, x)
-    return x
+class Network(nn.Module):
+    """x (B, L) in [0, V], where V is the mask -> logits (B, L, V). It is not told the time."""
+
+    def __init__(self, V):
+        super().__init__()
+        self.mask_id = V
+        self.embed = nn.Embedding(V + 1, D)
+        self.place = nn.Parameter(torch.zeros(L, D))  # -> model.py: rotary, nothing to learn
+        layer = nn.TransformerEncoderLayer(
+            D, HEADS, 4 * D, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )  # -> model.py: RMS-normalised queries and keys, relu^2: it learns in fewer steps
+        self.blocks = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
+        self.head = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, V))
+
+    def forward(self, x):
+        # -> model.Block.attention_at: of the last block only masked positions are computed
+        return self.head(self.blocks(self.embed(x) + self.place))
 
 
-@torch.no_grad()
-def cache_call(model, x, autocast):
-    """What RADD's published cache makes again for the sequences x (B, L) that changed: (B, L, V) probabilities."""
-    with autocast():
-        return model.head(hidden(model, x)).float().softmax(-1)
+def corrupt(x0, mask_id):
+    """Draw a time for each sequence and mask each token with probability m(t) = t."""
+    t = 1 - torch.rand(len(x0), 1)  # (B, 1) in (0, 1]
+    mask = torch.rand(x0.shape) < t  # (B, L)
+    # -> diffusion.draw_mask: exactly k masked, k uniform on 1..L: the same bound, less noise;
+    #    diffusion.stratified: one k from each stratum of the batch, in pairs (k, L + 1 - k)
+    return torch.where(mask, mask_id, x0), mask, 1 / t
 
 
-@torch.no_grad()
-def cache_draw(p, x, mask_id, chance):
-    """Its draw in every step: at each hidden position one categorical over V tokens and the mask. -> x (B, L)"""
-    wanted = x == mask_id  # (B, L)
-    rows = p[wanted]  # (n, V)
-    law = torch.cat([rows * chance, rows.new_full((len(rows), 1), 1 - chance)], dim=-1)  # (n, V + 1)
-    x = x.clone()
-    x[wanted] = (law / -torch.rand_like(law).log()).argmax(-1)  # V is the mask
-    return x
+def nelbo(model, x0):
+    """The bound on -log p(x0), the mean over the batch, in nats per token.
 
-
-# ---- Things to time, each made from plain settings, so that another process can make them too ------------------------
-
-
-def training_step(shape, B, device, loss=loss, optimizer=PLAIN, autocast=contextlib.nullcontext, bind=functools.partial):
-    """A function that does one step of training on B sequences of a random text, always the same.
-
-    bind(loss, model) -> a function of a batch.
+    Its weight is m'(t)/m(t) = 1/t: with it the expectation is the mean of -log p along all orders.
     """
+    x, mask, weight = corrupt(x0, model.mask_id)
+    logits = model(x)  # (B, L, V) -> lib/fused.py: at masked positions alone, a chunk at a time
+    ce = cross_entropy(logits.transpose(1, 2), x0, reduction="none")  # (B, L)
+    return (weight * mask * ce).sum() / x0.numel()  # not / mask.sum(): that is no bound
+
+
+def train(model, ids, steps):
+    """AdamW on random blocks; returns the loss of every step."""
+    # -> lib/optim.py: Muon for matrices, a warm-up and a decay, averaged weights; train.py:
+    #    bfloat16, torch.compile, gradient clipping, several processes, checkpoints, resuming
+    optimizer, losses, began = torch.optim.AdamW(model.parameters(), lr=2e-3), [], time.time()
+    for step in range(1, steps + 1):
+        loss = nelbo(model, blocks(ids, BATCH))  # -> train.py: loss_weight, another one to train by
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if step % 50 == 0 or step == steps:
+            mean = sum(losses[-50:]) / len(losses[-50:])
+            print(f"step {step}: loss {mean:.3f} nats per token, {time.time() - began:.0f} s")
+    return losses
+
+
+@torch.no_grad()
+def bound(model, ids, draws=32):
+    """The bound on held-out text, a mean over many blocks and draws of the mask."""
+    # -> evaluate.py: every token of the text, stratified draws, and the error of either
+    return sum(nelbo(model, blocks(ids, BATCH)).item() for _ in range(draws)) / draws
+
+
+@torch.no_grad()
+def sample(model, n, steps):
+    """Ancestral sampling: from t = 1, masks alone, to t = 0 in equal steps: (n, L)."""
+    x = torch.full((n, L), model.mask_id)  # (n, L) -> sample.py: a prompt, a gap: whatever is there
+    for k in range(steps):
+        t, s = 1 - k / steps, 1 - (k + 1) / steps  # from t to s
+        p = model(x).softmax(-1)  # (n, L, V), a network call in every step
+        drawn = torch.multinomial(p.flatten(0, 1), 1).view(n, L)
+        unmask = (x == model.mask_id) & (torch.rand(n, L) < (t - s) / t)  # (m(t) - m(s)) / m(t)
+        x = torch.where(unmask, drawn, x)
+        # -> sample.py: each position's step is drawn ahead, and a sequence at which nothing is due
+        #    is not called; only what is due passes the head; the draw is in float64
+    return x
+
+
+def main(steps=300, n=3, sample_steps=128):
+    """Train, print the bound and n samples; returns (losses, bound, samples (n, L), model)."""
     torch.manual_seed(0)
-    model = network.Transformer({**network.DEFAULTS, **shape}).to(device)
-    loss_of, V, L = bind(loss, model), model.vocab_size, model.block_size
-    x0 = torch.randint(V, (B, L))  # (B, L)
-    mask, weight = diffusion.training_mask("any_order", 0, 0, range(B), B, L)  # (B, L), (B,)
-    batch = [z.to(device) for z in (x0, mask, weight.float(), diffusion.hidden_rows(mask, multiple=16))]
-    update = torch.optim.AdamW(model.parameters(), lr=1e-4, **(optimizer if device.type == "cpu" else {}))
-
-    def step():
-        with autocast():
-            value = loss_of(*batch)
-        (value / (B * L)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        update.step()
-        update.zero_grad(set_to_none=True)
-
-    return step
+    ids, held_out, letters = read()
+    model = Network(len(letters))
+    print(f"{len(ids):,} characters, {len(letters)} different ones")
+    losses = train(model, ids, steps)
+    nats = bound(model.eval(), held_out)
+    print(f"held-out text: at most {nats:.3f} nats per token")
+    x = sample(model, n, sample_steps)
+    for row in x.tolist():
+        print("----", "".join(letters[i] for i in row), sep="\n")
+    return losses, nats, x, model
 
 
-def sampling_part(shape, B, device, part, bfloat16, steps, some):
-    """A function that does a part of sampling: `some` of the textbook's `steps`, or a call or a draw of RADD's cache."""
-    torch.manual_seed(0)
-    model = network.Transformer({**network.DEFAULTS, **shape}).to(device).eval()
-    x = torch.full((B, model.block_size), model.mask_id, device=device)  # (B, L)
-    autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if bfloat16 else contextlib.nullcontext
-    p = cache_call(model, x, autocast)  # (B, L, V)
-    return {
-        "sample": lambda: sample(model, x, steps, autocast, some),
-        "call": lambda: cache_call(model, x, autocast),
-        "draw": lambda: cache_draw(p, x, model.mask_id, 1 / steps),
-    }[part]
-
-
-def serve(pipe, make, arguments):
-    """Calls the function that make(*arguments) returns whenever it is asked to, until the other end closes."""
-    function = make(*arguments)
-    with contextlib.suppress(EOFError):
-        while pipe.recv():
-            function()
-            if torch.cuda.is_initialized():  # a GPU works on after the call
-                torch.cuda.synchronize()
-            pipe.send(True)
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,10 @@
-"""What do two processes lose? One process with two threads beside two processes with one each, on the same global batch.
+"""What do two processes lose? One process with two threads beside two processes with one each.
 
     python -m experiments.two_processes            needs two cores and nothing else running
 
-All train the same run in turns, round after round. Tokens per second are the medians of the lines in log.jsonl, without
-the first quarter, in which programs are compiled; a ratio is between neighbours in the same round.
+All train the same run, with the same global batch, in turns, round after round. Tokens per second
+are the medians of the lines in log.jsonl, without the first quarter, in which programs are
+compiled; a ratio is between neighbours in the same round.
 """
 
 import os
@@ -39,10 +40,13 @@ def measure(config, name):
     """Tokens per second of one run."""
     threads, launcher, key = WAYS[name]
     with tempfile.TemporaryDirectory() as folder:
-        line = [sys.executable, *launcher, "train.py", config["preset"], f"--data={config['data']}", f"--out_dir={folder}"]
-        line += [f"--max_iters={config['iters']}", f"--eval_interval={config['iters']}", "--log_interval=5", key]
-        line += ["--eval_sequences=2", "--show_sample=False", f"--seed={config['seed']}", *config["keys"].split()]
-        done = subprocess.run(line, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True)
+        line = [sys.executable, *launcher, "train.py", config["preset"], key]
+        line += [f"--data={config['data']}", f"--out_dir={folder}", f"--seed={config['seed']}"]
+        line += [f"--max_iters={config['iters']}", f"--eval_interval={config['iters']}"]
+        line += ["--log_interval=5", "--eval_sequences=2", "--show_sample=False"]
+        line += config["keys"].split()
+        keys = {"env": os.environ | {"OMP_NUM_THREADS": str(threads)}}
+        done = subprocess.run(line, capture_output=True, text=True, check=False, **keys)
         settings.require(done.returncode == 0, f"{name} has failed: {done.stderr.strip()[-500:]}")
         entries = results.kept(Path(folder, "log.jsonl"))
         speeds = [entry["tokens_per_second"] for entry in entries if "tokens_per_second" in entry]
@@ -58,15 +62,18 @@ def main(config):
             speeds[name].append(measure(config, name))
             print(f"round {number + 1}: {name}: {speeds[name][-1]:,.0f} tokens/s", flush=True)
     rows, figures, alone = [], {}, next(iter(speeds.values()))
-    for name, found in speeds.items():
-        ratios = [mine / other for mine, other in zip(found, alone, strict=True)]
-        row = {"way": name, "tokens_per_second": statistics.median(found), "ratio": statistics.median(ratios)}
-        rows.append(row | {"lowest_ratio": min(ratios), "highest_ratio": max(ratios)})
-        figures |= {f"{name.replace(' ', '_')}_{key}": value for key, value in rows[-1].items() if key != "way"}
+    for name, measured in speeds.items():
+        ratios = [mine / other for mine, other in zip(measured, alone, strict=True)]
+        row = {"tokens_per_second": statistics.median(measured), "ratio": statistics.median(ratios)}
+        row |= {"lowest_ratio": min(ratios), "highest_ratio": max(ratios)}
+        rows.append({"way": name} | row)
+        figures |= {f"{name.replace(' ', '_')}_{key}": value for key, value in row.items()}
     formats = dict.fromkeys(("ratio", "lowest_ratio", "highest_ratio"), "{:.2f}")
-    text = results.table(f"{config['preset']}, {config['iters']} steps, {config['rounds']} rounds", rows, formats)
+    title = f"{config['preset']}, {config['iters']} steps, {config['rounds']} rounds"
+    text = results.table(title, rows, formats)
     print(text)
-    figures |= {"rounds": config["rounds"], "seconds": time.time() - began} | results.about(torch.device("cpu"))
+    figures |= {"rounds": config["rounds"], "seconds": time.time() - began}
+    figures |= results.about(torch.device("cpu"))
     results.write(config, "two_processes", figures, text)
     return figures
 

@@ -1,14 +1,15 @@
-"""What an interval of a given width costs in network rows: the estimators of likelihood.py on a trained model.
+"""What an interval of a given width takes in network rows, by each estimator of evaluate.py.
 
     python -m experiments.variance --ckpt=out/pydocs --data=data/pydocs
 
-Each estimator is repeated on the same held-out blocks by independent sets of draws. The variance of a set's mean, times the
-rows of the network that the set needs, says how many rows make the mean over a text as sharp as +- 0.01 nats per token: a
-number that does not depend on how many blocks the text has.
+Each estimator is repeated on the same held-out blocks by independent sets of draws. The variance of
+a set's mean, times the rows of the network that the set needs, says how many rows make the mean
+over a text as sharp as +- 0.01 nats per token: a number that does not depend on how many blocks the
+text has.
 
-Why stratified, paired draws need so few: what a token costs depends mostly on how much of the text is hidden, u. Strata
-leave nothing of that to chance, and a pair (u, 1 - u) nearly nothing, since the cost is nearly straight in u. What remains
-is which tokens are hidden when few are.
+Why stratified, paired draws need so few: the cross-entropy of a token depends mostly on how much of
+the text is masked, u. Strata leave nothing of that to chance, and a pair (u, 1 - u) nearly nothing,
+since it is nearly straight in u. What remains is which tokens are masked when few are.
 """
 
 import math
@@ -19,10 +20,9 @@ import time
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import config as settings
 import diffusion
-import likelihood
+import evaluate
 from config import require
 from data import loader
 from experiments import results
@@ -32,7 +32,7 @@ DEFAULTS = {
     "data": "data/pydocs",  # a prepared folder
     "split": "val",
     "sequences": 32,  # blocks, evenly spaced over the split
-    "draws": 128,  # of each estimator for each block; of the chain rule, which needs a row a token, a sixteenth
+    "draws": 128,  # of each estimator for each block; a sixteenth of the chain rule, a row a token
     "batch_size": 64,  # rows in one network call
 }
 
@@ -53,49 +53,52 @@ METHODS = {
 
 
 @torch.no_grad()
-def repeated(model, x0, method, n_sets, config, autocast):
-    """The means of n_sets independent sets for each block: x0 (S, L) -> (S, n_sets), nats per token."""
+def repeated(subject, x0, method, n_sets, config):
+    """The means of n_sets independent sets for each block: x0 (S, L) -> (S, n_sets), per token."""
     estimator, schedule, size, source = method
-    S, L = x0.shape
-    turns = L if estimator in ("chain", "left_to_right") else 1
-    item = torch.arange(S * n_sets * size * turns)  # a row each: block, set, draw, turn
+    (S, L), seed, schedule = x0.shape, config["seed"], diffusion.SCHEDULES[schedule]
+    turns = L if evaluate.ESTIMATORS[estimator].chain else 1
+    rows = torch.arange(S * n_sets * size * turns)  # each a block, set, draw, turn
     nats = torch.zeros(S * n_sets, dtype=torch.float64)
-    for part in tqdm(item.split(config["batch_size"]), desc=f"{estimator} by {size}", disable=None, leave=False):
+    pieces, name = rows.split(config["batch_size"]), f"{estimator} by {size}"
+    for part in tqdm(pieces, desc=name, disable=None, leave=False):
         turn, draw, place = part % turns, part // turns % size, part // turns // size  # (b,) each
-        u, noise = likelihood.random_numbers(config["seed"], 0, place, draw, size, L)  # (b,), (b, L)
+        u, noise = evaluate.random_numbers(seed, 0, place, draw, size, L)  # (b,), (b, L)
         if source == "unpaired":
-            jitter = likelihood.distinct_uniforms(config["seed"], 1, place * size + draw, 1).squeeze(1)  # (b,)
-            u = (draw + 1 - jitter) / size
-        block, prompt = x0[place // n_sets], torch.zeros_like(place)  # (b, L), (b,)
+            jitter = evaluate.distinct_uniforms(seed, 1, place * size + draw, 1)  # (b, 1)
+            u = (draw + 1 - jitter.squeeze(1)) / size
         if source == "published":
             mask, weight = diffusion.draw_mask(estimator, u, noise)  # (b, L), (b,)
             weight = weight[:, None] * mask  # (b, L)
         else:
-            mask, weight = likelihood.network_row(estimator, u, noise, turn, prompt, schedule)  # (b, L) each
-        with autocast():
-            found = likelihood.rows_nats(model, block, mask, weight, torch.zeros_like(mask), estimator, cfg=0.0)
-        nats.index_add_(0, place, found / size / L)
+            numbers = evaluate.Draw(u, noise, turn, torch.zeros_like(place), schedule)
+            mask, weight = evaluate.ESTIMATORS[estimator].row(numbers)  # (b, L) each
+        block = x0[place // n_sets]  # (b, L)
+        with subject.autocast():
+            row_nats = evaluate.nats_of_rows(subject.model, block, mask, weight, estimator)  # (b,)
+        nats.index_add_(0, place, row_nats / size / L)
     return nats.view(S, n_sets)
 
 
-def measure(name, model, x0, config, autocast):
-    """One row of the table: the mean, and the variance of a network row with what it is known to (a standard error)."""
-    estimator, _, size, _ = METHODS[name]
-    chain, exact = estimator == "chain", estimator == "left_to_right"
+def measure(name, subject, x0, config):
+    """A row of the table: the mean, and the variance of a network row with its standard error."""
+    (estimator, _, size, _), (S, L) = METHODS[name], x0.shape
+    _, chain, exact, _ = evaluate.ESTIMATORS[estimator]
     n_sets = 1 if exact else max(2, config["draws"] // size // (16 if chain else 1))
     began = time.time()
-    sets = repeated(model, x0, METHODS[name], n_sets, config, autocast)  # (S, n_sets)
-    cost = size * (x0.shape[1] if chain or exact else 1)  # rows of a set
-    of_block = sets.var(1) * cost if not exact else torch.zeros(len(x0))  # (S,) of one row, were rows independent
-    variance, error = of_block.mean().item(), of_block.std().item() / math.sqrt(len(x0))
-    row = {
+    sets = repeated(subject, x0, METHODS[name], n_sets, config)  # (S, n_sets)
+    rows = size * (L if chain else 1)  # of a set
+    of_block = torch.zeros(S) if exact else sets.var(1) * rows  # (S,) were rows independent
+    variance, error = of_block.mean().item(), of_block.std().item() / math.sqrt(S)
+    return {
         "estimator": name,
         "nats_per_token": sets.mean().item(),
-        "rows_a_draw": cost // size,
+        "rows_a_draw": rows // size,
         "variance_of_a_row": variance,
+        "known_to": error / variance if variance else 0.0,
+        "rows_for_0.01": 1.96**2 * variance / 1e-4,
+        "seconds": time.time() - began,
     }
-    known = error / variance if variance else 0.0
-    return row | {"known_to": known, "rows_for_0.01": 1.96**2 * variance / 1e-4, "seconds": time.time() - began}
 
 
 def draw(rows):
@@ -110,30 +113,39 @@ def draw(rows):
 
 
 def main(config):
+    """Print, write and return the variance of each method's rows, and what an interval takes."""
     settings.at_least(2, config, "sequences", "draws")
-    device, autocast = settings.machine(config)
-    model, _, trained = checkpoint.load(config["ckpt"], device)
-    require(not trained["causal"], f"{config['ckpt']} is causal: its likelihood is exact and needs no draws")
-    tokens, L = loader.Tokens(config["data"], config["split"]), model.block_size
-    require(tokens.vocab_size == model.vocab_size, f"{config['data']} has another vocabulary than {config['ckpt']}")
-    starts = likelihood.spread(range(0, len(tokens) - L + 1, L), 4 if config["quick"] else config["sequences"])
+    config = config | ({"draws": 16, "sequences": 4} if config["quick"] else {})
+    subject = evaluate.opened(evaluate.DEFAULTS | config)
+    exact = f"{config['ckpt']} is causal: its likelihood is exact and needs no draws"
+    require(not subject.causal, exact)
+    tokens, L = loader.Tokens(config["data"], config["split"]), subject.model.block_size
+    other = f"{config['data']} has another vocabulary than {config['ckpt']}"
+    require(tokens.vocab_size == subject.model.vocab_size, other)
+    starts = loader.spread(range(0, len(tokens) - L + 1, L), config["sequences"])
     require(starts, f"{config['data']} {config['split']} holds no block of {L} tokens")
     x0 = torch.stack([torch.from_numpy(tokens[start : start + L]) for start in starts])  # (S, L)
-    if config["quick"]:
-        config = config | {"draws": 16}
 
-    rows = [measure(name, model, x0, config, autocast) for name in METHODS]
+    rows = [measure(name, subject, x0, config) for name in METHODS]
     base = rows[0]["variance_of_a_row"]
     for row in rows:
         row["share_of_iid"] = row["variance_of_a_row"] / base
-    formats = {"nats_per_token": "{:.3f}", "variance_of_a_row": "{:.4f}", "known_to": "{:.0%}", "share_of_iid": "{:.2f}"}
+    formats = {
+        "nats_per_token": "{:.3f}",
+        "variance_of_a_row": "{:.4f}",
+        "known_to": "{:.0%}",
+        "share_of_iid": "{:.2f}",
+    }
     title = f"{config['ckpt']}, {len(x0)} blocks of {L} of {config['data']} {config['split']}"
     text = results.table(title, rows, formats | {"seconds": "{:.0f}"})
     print(text)
-    drawn = {re.sub(r"\W+", "_", row["estimator"]).strip("_"): row for row in rows if row["variance_of_a_row"]}
+    key = lambda row: re.sub(r"\W+", "_", row["estimator"]).strip("_")  # noqa: E731
+    drawn = {key(row): row for row in rows if row["variance_of_a_row"]}
     figures = {f"share_of_iid_{name}": row["share_of_iid"] for name, row in drawn.items()}
     figures |= {f"rows_for_0.01_{name}": row["rows_for_0.01"] for name, row in drawn.items()}
-    figures |= {"seed": config["seed"], "seconds": sum(row["seconds"] for row in rows)} | results.about(device)
+    seconds = sum(row["seconds"] for row in rows)
+    figures |= {"seed": config["seed"], "seconds": seconds}
+    figures |= results.about(next(subject.model.parameters()).device)
     results.write(config, "variance", figures, text, draw(rows))
     return figures
 

@@ -1,11 +1,12 @@
-"""Weights in and out: our checkpoints and exports, and the published files of RADD and SMDM, both ways.
+"""Weights in and out: our checkpoints and exports, and the published ones of RADD and SMDM.
 
-    python checkpoint.py export --ckpt=out/pydocs --to=DIR --format=nanomdm
+    python -m lib.checkpoint export --ckpt=out/pydocs --to=DIR --format=nanomdm
 
-`load` takes all that --ckpt may name, and tells what it is by what it finds there: our out_dir, a folder with config.json
-and model.safetensors (ours, RADD's or SMDM's), a folder of RADD's trainer, a single .safetensors, .pth or .bin file, or a
-Hub name such as JingyangOu/radd-t-dce or nieshen/SMDM/mdm_safetensors/mdm-170M-100e18.safetensors.
-What the formats call their tensors and settings is in formats.py. Nothing in a file is ever executed.
+`load` takes all that --ckpt may name and tells what it is by what it finds there: an out_dir of
+train.py, a folder with config.json and model.safetensors (ours, RADD's or SMDM's), a folder of
+RADD's trainer, a single .safetensors, .pth or .bin file, or a Hub name such as
+JingyangOu/radd-t-dce or nieshen/SMDM/mdm_safetensors/mdm-170M-100e18.safetensors.
+What the formats call their tensors and settings is in formats.py. Nothing in a file is executed.
 """
 
 import contextlib
@@ -23,10 +24,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import config as settings
-import formats
-from config import UserError, choose, require, whole_file
+from config import UserError, choose, require
 from data import download, tokenizer
-from model import DEFAULTS as MODEL
+from lib import formats
+from lib.files import whole_file
 from model import Transformer, rotary_tables
 
 DEFAULTS = {
@@ -35,13 +36,14 @@ DEFAULTS = {
     "format": "nanomdm",  # nanomdm | radd | smdm
 }
 
-# ---- 1. Our own checkpoint -------------------------------------------------------------------------------------------
+# ---- 1. Our own checkpoint -----------------------------------------------------------------------
 
 
 def save(path, state, keep=1):
-    """Writes the dict `state`, {config, tokenizer, model, ema, optimizer, step, ...}, whole or not at all.
+    """Writes the dict {config, tokenizer, model, ema, optimizer, step} whole or not at all.
 
-    With keep > 1 the last `keep` also stay as NAME_STEP.pt; the newest of them is the file `path` by another name.
+    With keep > 1 the last `keep` also stay as NAME_STEP.pt; the newest of them is the file `path`
+    by another name.
     """
     with whole_file(path) as temporary:
         try:
@@ -54,144 +56,172 @@ def save(path, state, keep=1):
         with whole_file(path.with_name(f"{path.stem}_{state['step']}.pt")) as temporary:
             os.link(path, temporary)
         kept = kept_beside(path)
-        for step in set(kept) - set(sorted(step for step in kept if step <= state["step"])[-keep:]):
+        last = sorted(step for step in kept if step <= state["step"])[-keep:]
+        for step in kept.keys() - set(last):  # later ones, too: a run resumed earlier remakes them
             with contextlib.suppress(OSError):
-                kept[step].unlink()  # also one past this step: a run that went back to an earlier one makes it again
+                kept[step].unlink()
+
+
+def last_good(path):
+    """Where the last checkpoint of a run is, for a message."""
+    return f"the last good checkpoint is {path}" if path.is_file() else "nothing was saved before"
 
 
 def kept_beside(path):
     """{step: file} of the checkpoints that `save` has kept beside `path`."""
-    names = {other: re.fullmatch(rf"{re.escape(path.stem)}_(\d+)\.pt", other.name) for other in path.parent.iterdir()}
-    return {int(name[1]): other for other, name in names.items() if name}
+    pattern = re.compile(rf"{re.escape(path.stem)}_(\d+)\.pt")
+    names = {file: pattern.fullmatch(file.name) for file in path.parent.iterdir()}
+    return {int(name[1]): file for file, name in names.items() if name}
 
 
 def read(path):
-    """The dict that `save` wrote to `path`, a file or its folder. Its tensors stay on disk until they are used.
+    """The dict that `save` wrote to `path`, a file or its folder, with today's names of the keys.
 
-    Raises UserError where it is missing, damaged or not ours, or lacks what a network or a run is made from. An older
-    checkpoint is never taken in its place unasked: a damaged file may be the first sign of a damaged disk.
+    Tensors stay on disk until they are used. Raises UserError where the file is missing, damaged or
+    not ours, or lacks what a run is resumed from. An older checkpoint is never taken in its place
+    unasked: a damaged file may be the first sign of a damaged disk.
     """
     file = Path(path, "ckpt.pt") if os.path.isdir(path) else Path(path)
     require(os.path.isfile(file), f"no checkpoint {file}")
     try:
         state = unpickle(file)
     except UserError as error:
-        kept = [other for _, other in sorted(kept_beside(file).items()) if not os.path.samefile(other, file)]
-        raise UserError(f"{error}; copy {kept[-1]} over it to go on from there" if kept else str(error)) from None
+        kept = sorted(kept_beside(file).items())
+        others = [other for _, other in kept if not os.path.samefile(other, file)]
+        advice = f"; copy {others[-1]} over it to resume from there" if others else ""
+        raise UserError(f"{error}{advice}") from None
     require(is_ours(state), f"{file} is not a checkpoint of train.py: it has no config and model")
-    config = formats.own_config(state["config"], None, file, file)
-    formats.entry(file, "objective", config.get("objective"), "")
-    for key, kind in SAVED.items():
-        require(fits(state.get(key), kind), f"{file}: its {key} is none that a run can go on from")
-    return state | {key: state.get(key) for key in SAVED} | {"config": config}
+    state = {"tokenizer": None, "ema": None} | state
+    state["config"] = formats.own_config(state["config"], None, file, file)
+    formats.entry(file, "objective", state["config"].get("objective"), "")
+    check_parts(state, file)
+    return state
 
 
 def is_ours(state):
-    return isinstance(state, dict) and all(isinstance(state.get(key), dict) for key in ("config", "model"))
+    parts = ("config", "model")
+    return isinstance(state, dict) and all(isinstance(state.get(key), dict) for key in parts)
 
 
-def fits(part, kind):
-    """Whether nested dicts and lists are of a kind as SAVED has them: a tuple of kinds, [of each item], {key or its type: of
-    the value}, a type, None or a test."""
-    if isinstance(kind, tuple):
-        return any(fits(part, each) for each in kind)
-    if isinstance(kind, list):
-        return isinstance(part, list) and all(fits(item, kind[0]) for item in part)
-    if isinstance(kind, dict):
-        return isinstance(part, dict) and all(
-            all(isinstance(name, key) and fits(item, inner) for name, item in part.items())
-            if isinstance(key, type)
-            else fits(part.get(key), inner)
-            for key, inner in kind.items()
-        )
-    return isinstance(part, kind) if isinstance(kind, type) else part is None if kind is None else kind(part)
+def check_parts(state, file):
+    """Raises UserError for the first part that no run can be resumed from."""
+    step, meta, ema = (state.get(key) for key in ("step", "tokenizer", "ema"))
+    broken = f"{file}: no run can be resumed from its"
+    require(type(step) is int and step >= 0, f"{broken} step")
+    is_text = meta is None or is_dict(meta, str, lambda value: isinstance(value, str))
+    require(is_text, f"{broken} tokenizer")
+    require(are_weights(state["model"]), f"{broken} model")
+    require(ema is None or are_weights(ema), f"{broken} ema")
+    require(isinstance(state.get("optimizer"), list), f"{broken} optimizer")
+    for optimizer in state["optimizer"]:
+        require(is_optimizer_state(optimizer), f"{broken} optimizer")
+
+
+def is_optimizer_state(part):
+    """Whether it is {"state": {number: {name: tensor}}, "param_groups": [{"params": numbers}]}."""
+    if not isinstance(part, dict) or not isinstance(part.get("param_groups"), list):
+        return False
+    for group in part["param_groups"]:
+        numbers = group.get("params") if isinstance(group, dict) else None
+        if not (isinstance(numbers, list) and all(isinstance(i, int) for i in numbers)):
+            return False
+    return is_dict(part.get("state"), int, are_weights)
+
+
+def is_dict(part, key, test):
+    """Whether it is a dict whose keys are of the type `key` and whose values pass the test."""
+    return isinstance(part, dict) and all(isinstance(k, key) and test(v) for k, v in part.items())
+
+
+def are_weights(part):
+    return is_dict(part, str, is_plain)
 
 
 def is_plain(w):
-    """Whether it is a tensor of plain floating-point numbers, every one of which is in its file."""
-    dense = isinstance(w, torch.Tensor) and w.dtype in FLOATS and w.layout == torch.strided and not w.is_meta
-    return dense and w.numel() * w.element_size() <= w.untyped_storage().nbytes()
-
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-SAVED = {  # what `save` is given and a run goes on from, beside config
-    "step": lambda step: type(step) is int and step >= 0,
-    "tokenizer": (None, {str: str}),
-    "model": {str: is_plain},
-    "ema": (None, {str: is_plain}),
-    "optimizer": [{"state": {int: {str: is_plain}}, "param_groups": [{"params": [int]}]}],
-}
+    """Whether it is a tensor of floating-point numbers, every one of which is in its file."""
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    if not (isinstance(w, torch.Tensor) and w.dtype in floats and w.layout == torch.strided):
+        return False
+    return not w.is_meta and w.numel() * w.element_size() <= w.untyped_storage().nbytes()
 
 
 def unpickle(file):
-    """torch.load of data alone: UserError for a damaged file, and for a pickle that names code, which does not run."""
+    """torch.load of data alone; UserError for damage, and for code, which is never run."""
     try:
-        zipped = zipfile.is_zipfile(file)  # all but the oldest files; only these can be mapped into memory
+        zipped = zipfile.is_zipfile(file)  # all but the oldest; only these can be memory-mapped
         if zipped:
             with zipfile.ZipFile(file) as archive:
-                size = sum(item.file_size for item in archive.infolist())  # torch stores without compression: no bombs
-                require(size <= os.path.getsize(file) and archive.testzip() is None, "a size or a checksum is wrong")
+                size = sum(item.file_size for item in archive.infolist())
+                bomb = size > os.path.getsize(file)  # torch stores without compression
+                require(not bomb and archive.testzip() is None, "a size or a checksum is wrong")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that torch did not write
             return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # a damaged pickle can raise anything
-        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        what = f"wants to run code ({code[1]}), which is refused" if code else "is damaged, or not a checkpoint"
-        raise UserError(f"{file} {what}") from None
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code and isinstance(error, pickle.UnpicklingError):
+            raise UserError(f"{file} wants to run code ({code[1]}), which is refused") from None
+        raise UserError(f"{file} is damaged, or not a checkpoint") from None
 
 
-# ---- 2. Loading ------------------------------------------------------------------------------------------------------
+# ---- 2. Loading ----------------------------------------------------------------------------------
 
 
 def load(path, device="cpu", ema=True):
-    """(model, tokenizer or None, config) of all that the top of this file names; the model in eval mode on `device`.
+    """(model, tokenizer or None, config) of all that the top of this file names.
 
-    config: the keys that built the model, "objective" and the tokenizer's meta; for ours all that it was trained with.
-    ema takes averaged weights where there are some. A tokenizer that cannot be built here (no package, no network) is None
-    and a warning. Weights are float32; those stored as float16, bfloat16 or float64 are converted, float32 on the CPU
-    stays in the file's pages: no second copy is made. Raises UserError for all that is damaged or of another shape.
+    The model is in eval mode on `device`; ema takes averaged weights where there are some. Weights
+    are float32: those of another precision are converted, float32 on the CPU stays in the pages of
+    its file, without a second copy. A tokenizer that cannot be built here (no package, no network)
+    is None. config has the keys that built the model, "objective" and the tokenizer's meta, for
+    ours all that it was trained with. Raises UserError for what is damaged or of another shape.
     """
     file = locate(path)
     state = read_tensors(file)
     if is_ours(state):
         raw, where = state["config"] | {"tokenizer": state.get("tokenizer")}, file
-        found = state["ema"] if ema and state.get("ema") is not None else state["model"]
+        weights = state["ema"] if ema and state.get("ema") is not None else state["model"]
     else:
         raw, where = formats.read_settings(file)
-        found = state["model"] if isinstance(state.get("model"), dict) else state
-    format = recognise(found, file)
-    require(raw or format == "smdm", f"{file} needs a config.json beside it: its tensors do not tell the number of heads")
-    config = formats.CONFIGS[format](raw, found, where, file)
-    model = skeleton(config, len(found), where)
+        weights = state["model"] if isinstance(state.get("model"), dict) else state
+    format = recognise(weights, file)
+    advice = "its tensors do not tell the number of heads"
+    require(raw or format == "smdm", f"{file} needs a config.json beside it: {advice}")
+    config = formats.CONFIGS[format](raw, weights, where, file)
+    model = skeleton(config, len(weights), where)
     if format == "radd" and ema and state.get("ema") is not None:
-        found, config["ema"] = averaged(state["ema"], model, file), True
-    fill(model, found, config, format, file)
-    meta = raw.get("tokenizer") if format == "nanomdm" else formats.TOKENIZERS.get((format, config["vocab_size"]))
-    return model.to(device).eval(), text_of(meta, config["vocab_size"], where), config | {"tokenizer": meta}
+        weights, config["ema"] = ema_by_name(state["ema"], model, file), True
+    fill(model, weights, format, file)
+    V = config["vocab_size"]
+    meta = raw.get("tokenizer") if format == "nanomdm" else formats.TOKENIZERS.get((format, V))
+    return model.to(device).eval(), text_of(meta, V, where), config | {"tokenizer": meta}
 
 
 def locate(path):
-    """The file of weights that a path or a Hub name stands for; in a folder with several, our checkpoint goes first."""
-    if os.path.isdir(path):
-        names = ["ckpt.pt", "model.safetensors", "pytorch_model.bin", "checkpoints-meta/checkpoint.pth"]
-        file = next((file for name in names if os.path.isfile(file := Path(path, name))), None)
-        others = ", ".join(sorted(other.name for other in Path(path).glob("*.safetensors") if os.path.isfile(other)))
-        require(file, f"no checkpoint in folder {path}: none of {', '.join(names)}, but {others or 'no other .safetensors'}")
-        return file
-    return Path(path) if os.path.isfile(path) else from_hub(str(path))
+    """The file of weights that a path or a Hub name stands for; in a folder, ours goes first."""
+    if not os.path.isdir(path):
+        return Path(path) if os.path.isfile(path) else from_hub(str(path))
+    names = ["ckpt.pt", "model.safetensors", "pytorch_model.bin", "checkpoints-meta/checkpoint.pth"]
+    for name in names:
+        if os.path.isfile(Path(path, name)):
+            return Path(path, name)
+    others = [other.name for other in Path(path).glob("*.safetensors") if os.path.isfile(other)]
+    others = ", ".join(sorted(others)) or "no other .safetensors"
+    raise UserError(f"no checkpoint in folder {path}: none of {', '.join(names)}, but {others}")
 
 
 def from_hub(name):
-    """Fetches OWNER/REPO (config.json and weights) or OWNER/REPO/FILE; returns the path of the weights."""
+    """Fetches OWNER/REPO (config.json, weights) or OWNER/REPO/FILE -> the path of the weights."""
     owner, *rest = name.split("/")
-    like_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name) and not os.path.exists(owner) and owner != "out"
-    require(like_hub, f"no checkpoint {name}: no such file or folder, and not a Hub name (OWNER/REPO or OWNER/REPO/FILE)")
-    repo = f"{owner}/{rest[0]}"
+    like_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name) and owner != "out"
+    missing = f"no checkpoint {name}: no such file or folder"
+    possible = like_hub and not os.path.exists(owner)
+    require(possible, f"{missing}, and not a Hub name (OWNER/REPO or OWNER/REPO/FILE)")
+    repo, filename = f"{owner}/{rest[0]}", "/".join(rest[1:])
     try:
-        if rest[1:]:
-            return download.hub_file(repo, "/".join(rest[1:]))
-        download.hub_file(repo, "config.json")
-        return download.hub_file(repo, "model.safetensors")
+        if not filename:
+            download.hub_file(repo, "config.json")
+        return download.hub_file(repo, filename or "model.safetensors")
     except UserError as error:
         raise UserError(f"no file or folder {name}, and as a Hub name: {error}") from None
 
@@ -206,62 +236,68 @@ def read_tensors(file):
                 return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {file}: {error}") from None
-    state = unpickle(file)
-    require(isinstance(state, dict), f"{file} is not a checkpoint: it holds a {type(state).__name__}")
+    state, message = unpickle(file), f"{file} is not a checkpoint: it holds a"
+    require(isinstance(state, dict), f"{message} {type(state).__name__}")
     return state
 
 
-def recognise(found, file):
+def recognise(weights, file):
     """The format: the one whose name the embedding has."""
     known = {formats.published("embed.weight", format): format for format in formats.NAMES}
-    format = next((known[name] for name in known if isinstance(found, dict) and name in found), None)
-    plain = format and all(isinstance(name, str) and isinstance(w, torch.Tensor) for name, w in found.items())
-    require(plain, f"{file} holds no model known here: it must be tensors only, with one named {' or '.join(known)}")
+    only_tensors = is_dict(weights, str, lambda w: isinstance(w, torch.Tensor))
+    format = next((known[name] for name in known if only_tensors and name in weights), None)
+    wanted = f"it must be tensors only, with one named {' or '.join(known)}"
+    require(format, f"{file} holds no model known here: {wanted}")
     return format
 
 
 def skeleton(config, n_tensors, where):
     """The network without memory for its weights; UserError for sizes that none can have."""
-    limits = dict.fromkeys(formats.SIZE_KEYS, (1, 2**20)) | dict.fromkeys(("mlp_hidden", "unused_rows"), (0, 2**20))
+    limits = dict.fromkeys(formats.SIZE_KEYS, (1, 2**20))
+    limits |= {"mlp_width": (0, 2**20), "head_padding": (0, 2**20)}
     limits |= {"dropout": (0, 1), "start_id": (-1, config["vocab_size"])}
     for key, (low, high) in limits.items():
-        require(low <= config[key] <= high, f"{where}: {key} must be from {low} to {high}, not {config[key]}")
+        message = f"{where}: {key} must be from {low} to {high}, not {config[key]}"
+        require(low <= config[key] <= high, message)
     D, H, n_layer = (config[key] for key in ("n_embd", "n_head", "n_layer"))
     require(n_layer <= n_tensors, f"{where}: {n_layer} layers, but only {n_tensors} tensors")
-    require(D % (2 * H) == 0, f"{where}: a width of {D} does not divide into {H} heads of an even size")
+    odd = f"{where}: a width of {D} does not divide into {H} heads of an even size"
+    require(D % (2 * H) == 0, odd)
     with torch.device("meta"):
         return Transformer(config)
 
 
-def averaged(ema, model, file):
-    """The averaged weights under RADD's names: its trainer leaves a list in the order of the parameters."""
+def ema_by_name(ema, model, file):
+    """RADD's averaged weights by name: its trainer leaves a list in the order of the parameters."""
     names = [formats.published(name, "radd") for name, _ in model.named_parameters()]
     shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
-    good = isinstance(shadow, list) and [type(w) for w in shadow] == [torch.Tensor] * len(names)
-    require(good, f"{file}: ema must have shadow_params, a list of {len(names)} tensors")
+    whole = isinstance(shadow, list) and [type(w) for w in shadow] == [torch.Tensor] * len(names)
+    require(whole, f"{file}: ema must have shadow_params, a list of {len(names)} tensors")
     return dict(zip(names, shadow, strict=True))
 
 
-def fill(model, found, config, format, file):
-    """Makes the tensors found the weights of the skeleton; UserError where a name or a shape does not fit."""
-    names = model.state_dict()
+def fill(model, weights, format, file):
+    """Makes `weights` those of the skeleton; UserError where a name, a shape or a type is wrong."""
+    names, config, frequency = model.state_dict(), model.config, formats.FREQUENCY
     expected = formats.to_format(names, config, format)
-    if formats.FREQUENCY not in found:  # no parameter, so not among the averages of RADD's trainer
-        expected.pop(formats.FREQUENCY, None)
-    for name in [*expected, *found]:
-        there, wanted = (tuple(part[name].shape) if name in part else "absent" for part in (found, expected))
-        require(there == wanted, f"{file}: the tensor {name} is {there}, but by its config it has to be {wanted}")
-    for name, w in found.items():
-        require(is_plain(w), f"{file}: the tensor {name} must hold plain floating-point numbers, not {w.dtype}")
-    key = formats.FREQUENCY
-    base = key not in found or torch.allclose(found[key].float(), expected[key], rtol=0.01)
-    require(base, f"{file}: {key} is not that of rotary embeddings with base 10000")
-    model.load_state_dict(formats.from_format(found, names, config, format), assign=True)
+    if frequency not in weights:  # no parameter, so not among the averages of RADD's trainer
+        expected.pop(frequency, None)
+    shapes = [{name: tuple(w.shape) for name, w in part.items()} for part in (weights, expected)]
+    for name in expected | weights:
+        tensor = f"{file}: the tensor {name}"
+        shape, wanted = (part.get(name, "absent") for part in shapes)
+        require(shape == wanted, f"{tensor} is {shape}, but by its config it has to be {wanted}")
+        plain = f"{tensor} must hold plain floating-point numbers"
+        require(is_plain(weights[name]), f"{plain}, not {weights[name].dtype}")
+    if frequency in weights:
+        rotary = torch.allclose(weights[frequency].float(), expected[frequency], rtol=0.01)
+        require(rotary, f"{file}: {frequency} is not that of rotary embeddings with base 10000")
+    model.load_state_dict(formats.from_format(weights, names, config, format), assign=True)
     model.cos, model.sin = rotary_tables(config)  # (block_size, d/2) each; in no file
 
 
 def text_of(meta, V, where):
-    """The tokenizer of a meta; None where it cannot be built here; UserError where it does not fit."""
+    """The tokenizer of a meta; None where it cannot be built here; UserError where it is wrong."""
     if meta is None:
         return None
     try:
@@ -270,63 +306,52 @@ def text_of(meta, V, where):
         return None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    require(text.vocab_size == V, f"{where}: its tokenizer has a vocabulary of {text.vocab_size}, its network one of {V}")
+    message = f"its tokenizer has a vocabulary of {text.vocab_size}, its network one of {V}"
+    require(text.vocab_size == V, f"{where}: {message}")
     return text
 
 
-# ---- 3. Export -------------------------------------------------------------------------------------------------------
+# ---- 3. Export -----------------------------------------------------------------------------------
 
 
 def export(ckpt, to, format):
-    """Writes config.json and model.safetensors (float32) to folder `to`, as the format's own code reads them.
+    """Writes config.json and model.safetensors (float32) to folder `to`, as the format has them.
 
-    Raises UserError where the model does not fit the format, or the system cannot write.
+    Raises UserError where the model does not suit the format, or the system cannot write.
     """
     choose("format", format, formats.NAMES)
     model, _, config = load(ckpt)
     refuse_misfit(config, format, ckpt)
-    tensors = {name: w.contiguous() for name, w in formats.to_format(model.state_dict(), config, format).items()}
-    about = json.dumps(format_config(config, format), indent=1)
-    with whole_file(Path(to) / "config.json") as config_file, whole_file(Path(to) / "model.safetensors") as weights_file:
-        config_file.write_text(about, encoding="ascii")
+    weights = formats.to_format(model.state_dict(), config, format)
+    text = json.dumps(formats.format_config(config, format), indent=1)
+    paths = Path(to) / "config.json", Path(to) / "model.safetensors"
+    with whole_file(paths[0]) as config_file, whole_file(paths[1]) as weights_file:
+        config_file.write_text(text, encoding="ascii")
         try:
-            save_file(tensors, weights_file)
+            save_file({name: w.contiguous() for name, w in weights.items()}, weights_file)
         except SafetensorError as error:  # what safetensors makes of an OSError
-            raise UserError(f"cannot write {to}/model.safetensors: {error}") from None
+            raise UserError(f"cannot write {paths[1]}: {error}") from None
 
 
 def refuse_misfit(config, format, ckpt):
-    """UserError for the first thing about a model that the format has no place for."""
-    for key, value in formats.FIXED[format].items():
-        require(config[key] == value, f"{ckpt} has {key}={config[key]}, which format {format} cannot say: only {value}")
-    wide = format == "radd" and config["mlp_hidden"] not in (0, 4 * config["n_embd"])
-    require(not wide, f"{ckpt} has mlp_hidden={config['mlp_hidden']}, which format radd cannot say: only 4 * n_embd")
-    start = format == "smdm" and config["causal"] and config["start_id"] < 0
-    require(not start, f"{ckpt} reads the mask before the first token (start_id=-1); causal smdm has no embedding for it")
-
-
-def format_config(config, format):
-    """What config.json says."""
-    V, D, H = config["vocab_size"], config["n_embd"], config["n_head"]
-    if format == "radd":
-        size = {"hidden_size": D, "n_blocks": config["n_layer"], "n_heads": H, "length": config["block_size"]}
-        rest = {"name": "nanomdm", "type": "ddit_wot", "cond_dim": 128, "dropout": config["dropout"]}
-        kind = "geometric" if config.get("schedule") == "geometric" else "loglinear"  # which no weight depends on
-        noise = {"type": kind, "sigma_min": 1e-4, "sigma_max": 20}
-        return {"tokens": V, "noise": noise, "model": size | rest | {"use_checkpoint": False, "dtype": "float32"}}
-    if format == "smdm":
-        size = {key: config[key] for key in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")}
-        size |= {"padded_vocab_size": V, "n_query_groups": H, "intermediate_size": config["mlp_hidden"] or 4 * D}
-        return size | formats.SMDM_FIXED | {"name": "nanomdm", "_norm_class": "FusedRMSNorm", "_mlp_class": "LLaMAMLP"}
-    return {"format": format} | {key: config[key] for key in [*MODEL, *formats.ROWS, *formats.TOLD] if key in config}
+    """Raises UserError for the first thing about a model that the format has no place for."""
+    limits = {key: [value] for key, value in formats.FIXED[format].items()}
+    limits |= {"mlp_width": [4 * config["n_embd"], 0]} if format == "radd" else {}
+    for key, values in limits.items():
+        misfit = f"{ckpt} has {key}={config[key]}, which format {format} cannot say"
+        require(config[key] in values, f"{misfit}: only {values[0]}")
+    no_start = format == "smdm" and config["attention"] == "causal" and config["start_id"] < 0
+    message = f"{ckpt} reads the mask before the first token (start_id=-1)"
+    require(not no_start, f"{message}; causal smdm has no embedding for it")
 
 
 def main(config):
     """The command `export`."""
-    given = config["ckpt"] and config["to"]
-    require(given, f"usage: python checkpoint.py export --ckpt=... --to=DIR --format={'|'.join(formats.NAMES)}")
-    export(config["ckpt"], config["to"], config["format"])
-    print(f"wrote {config['to']}/config.json and {config['to']}/model.safetensors ({config['format']})")
+    ckpt, to, format = (config[key] for key in DEFAULTS)
+    usage = "usage: python -m lib.checkpoint export --ckpt=... --to=DIR --format"
+    require(ckpt and to, f"{usage}={'|'.join(formats.NAMES)}")
+    export(ckpt, to, format)
+    print(f"wrote {to}/config.json and {to}/model.safetensors ({format})")
 
 
 if __name__ == "__main__":

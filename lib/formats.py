@@ -1,6 +1,6 @@
-"""The formats of weights that are known: ours, RADD's and SMDM's; what each calls its tensors and settings.
+"""The formats of weights: what we, RADD and SMDM call tensors and settings.
 
-checkpoint.py reads and writes the files.
+lib/checkpoint.py reads and writes the files.
 """
 
 import contextlib
@@ -10,46 +10,29 @@ import re
 
 import torch
 
-from config import UserError, choose, require, shown, typed
-from model import DEFAULTS as MODEL
-from model import SIZES
+import model as network
+from config import RENAMED, UserError, allowed, choose, require, shown, typed
 
-# ---- 1. Tensors: a table of names each, and one function each way ----------------------------------------------------
+MODEL = network.DEFAULTS
 
+# ---- 1. Tensors: a table of names each, and one function each way --------------------------------
+
+# fmt: off
 NAMES = {  # model.py's name of a module or tensor -> the published one
     "nanomdm": {},
     "radd": {
-        "embed.weight": "vocab_embed.embedding",
-        "qkv": "attn_qkv",
-        "proj": "attn_out",
-        "mlp.up": "mlp.0",
-        "mlp.down": "mlp.2",
-        "norm": "output_layer.norm_final",
-        "unembed": "output_layer.linear",
+        "embed.weight": "vocab_embed.embedding", "qkv": "attn_qkv", "proj": "attn_out",
+        "mlp.up": "mlp.0", "mlp.down": "mlp.2",
+        "norm": "output_layer.norm_final", "unembed": "output_layer.linear",
     },
     "smdm": {
-        "embed": "transformer.wte",
-        "blocks": "transformer.h",
-        "norm1": "norm_1",
-        "qkv": "attn.attn",
-        "proj": "attn.proj",
-        "norm2": "norm_2",
-        "mlp.gate": "mlp.swiglu.w1",
-        "mlp.up": "mlp.swiglu.w2",
-        "mlp.down": "mlp.swiglu.w3",
-        "norm": "transformer.ln_f",
-        "unembed": "lm_head",
+        "embed": "transformer.wte", "blocks": "transformer.h",
+        "norm1": "norm_1", "qkv": "attn.attn", "proj": "attn.proj", "norm2": "norm_2",
+        "mlp.gate": "mlp.swiglu.w1", "mlp.up": "mlp.swiglu.w2", "mlp.down": "mlp.swiglu.w3",
+        "norm": "transformer.ln_f", "unembed": "lm_head",
     },
 }
-FIXED = {  # the model keys that a format has one value for
-    "nanomdm": {},
-    "radd": {"causal": False, "norm": "layer", "mlp": "gelu", "bias": True, "qk_norm": False, "rotary_bf16": False},
-    "smdm": {"norm": "rms", "mlp": "swiglu", "bias": False, "qk_norm": False, "rotary_bf16": True, "unused_rows": 0},
-}
-SMDM_FIXED = {"bias": False, "norm_eps": 1e-5, "rotary_percentage": 1.0, "parallel_residual": False}  # in its config.json
-ROWS = {"row_width": 0, "row_end": -1}  # of a model of prompts and answers: tokens in a row, and the id of its end mark
-TOLD = ("objective", "schedule", "tokenizer")  # what else an export says
-SIZE_KEYS = ("vocab_size", "n_layer", "n_head", "n_embd", "block_size")  # without them a network is another
+# fmt: on
 FREQUENCY = "rotary_emb.inv_freq"  # RADD's files hold the rotary frequencies beside the weights
 
 
@@ -57,7 +40,7 @@ def published(name, format):
     """model.py's name of a tensor -> its name in a format."""
     names = NAMES[format]
     parts = "|".join(map(re.escape, names)) or "(?!)"
-    return re.sub(rf"(?<![^.])({parts})(?![^.])", lambda found: names[found[0]], name)
+    return re.sub(rf"(?<![^.])({parts})(?![^.])", lambda part: names[part[0]], name)
 
 
 def to_format(weights, config, format):
@@ -65,110 +48,181 @@ def to_format(weights, config, format):
     D, d = config["n_embd"], config["n_embd"] // config["n_head"]
     out = {}
     for name, w in weights.items():
-        if format == "smdm" and name.endswith("qkv.weight"):  # the rows of one head after the other: its q, k, v
+        if format == "smdm" and name.endswith(
+            "qkv.weight"
+        ):  # one head after the other: its q, k, v
             w = w.reshape(3, -1, d, D).transpose(0, 1).reshape(-1, D)  # (3D, D)
-        if format == "smdm" and name == "embed.weight" and config["causal"]:  # there is no mask to read
-            w = w[:-1]  # (V, D)
-        if format == "radd" and name.startswith("unembed") and not config["unused_rows"]:  # a row for the mask
-            w = torch.cat([w, torch.zeros_like(w[:1])])  # (V + 1, D) or (V + 1,)
+        if format == "smdm" and name == "embed.weight" and config["attention"] == "causal":
+            w = w[:-1]  # (V, D): there is no mask to read
+        if format == "radd" and name.startswith("unembed") and not config["head_padding"]:
+            w = torch.cat([w, torch.zeros_like(w[:1])])  # (V + 1, D) or (V + 1,): one for the mask
         out[published(name, format)] = w
     if format == "radd":
         out[FREQUENCY] = 1.0 / 10000 ** (torch.arange(0, d, 2).float() / d)  # (d/2,)
     return out
 
 
-def from_format(found, names, config, format):
-    """A format's tensors -> those that model.py calls `names`, in float32. The inverse of to_format."""
+def from_format(weights, names, config, format):
+    """A format's tensors -> those that model.py calls `names`, in float32: to_format's inverse."""
     D, d = config["n_embd"], config["n_embd"] // config["n_head"]
     out = {}
     for name in names:
-        w = found[published(name, format)].float()
+        w = weights[published(name, format)].float()
         if format == "smdm" and name.endswith("qkv.weight"):
             w = w.reshape(-1, 3, d, D).transpose(0, 1).reshape(-1, D)  # (3D, D)
-        if format == "smdm" and name == "embed.weight" and config["causal"]:
+        if format == "smdm" and name == "embed.weight" and config["attention"] == "causal":
             w = torch.cat([w, torch.zeros_like(w[:1])])  # (V + 1, D)
         out[name] = w
     return out
 
 
-# ---- 2. A config from what the files say -----------------------------------------------------------------------------
+# ---- 2. Settings ---------------------------------------------------------------------------------
+
+RADD = {"norm": "layer", "mlp": "gelu", "bias": True, "rotary_bf16": False}  # a kind of block
+SMDM = {"norm": "rms", "mlp": "swiglu", "bias": False, "rotary_bf16": True}
+FIXED = {  # the model keys that a format has one value for
+    "nanomdm": {},
+    "radd": RADD | {"qk_norm": False, "attention": "full"},
+    "smdm": SMDM | {"qk_norm": False, "head_padding": 0},
+}
+RADD_SIZES = {"n_layer": "n_blocks", "n_head": "n_heads", "n_embd": "hidden_size"}
+RADD_SIZES |= {"block_size": "length"}  # their names of these settings
+SMDM_FIXED = {"bias": False, "norm_eps": 1e-5, "rotary_percentage": 1.0, "parallel_residual": False}
+SIZE_KEYS = ("vocab_size", "n_layer", "n_head", "n_embd", "block_size")  # a file must give these
+EXAMPLES = {"example_width": 0, "eos_id": -1}  # of a model that has learned prompts and answers
+EXPORTED = (*MODEL, *EXAMPLES, "objective", "schedule", "tokenizer")  # what our exports say
+TOKENIZERS = {("radd", 50257): {"kind": "gpt2"}, ("smdm", 32000): {"kind": "llama"}}  # (format, V)
+# fmt: off
+SIZES = {  # SMDM's models by parameters less embedding and head: n_layer, n_head, n_embd, mlp_width
+    "6M": (6, 4, 256, 1024),        "19M": (8, 6, 384, 1536),       "34M": (8, 8, 512, 2048),
+    "48M": (9, 9, 576, 2304),       "66M": (10, 10, 640, 2560),     "75M": (16, 8, 640, 1600),
+    "85M": (13, 10, 640, 2560),     "113M": (12, 12, 768, 3072),    "142M": (15, 12, 768, 3072),
+    "170M": (18, 12, 768, 3072),    "180M": (14, 14, 896, 3584),    "206M": (16, 14, 896, 3584),
+    "231M": (18, 14, 896, 3584),    "268M": (16, 16, 1024, 4096),   "302M": (18, 16, 1024, 4096),
+    "336M": (20, 16, 1024, 4096),   "472M": (18, 10, 1280, 5120),   "551M": (21, 10, 1280, 5120),
+    "571M": (18, 11, 1408, 5632),   "629M": (24, 10, 1280, 5120),   "666M": (21, 11, 1408, 5632),
+    "717M": (19, 12, 1536, 6144),   "761M": (24, 11, 1408, 5632),   "831M": (22, 12, 1536, 6144),
+    "944M": (25, 12, 1536, 6144),   "1028M": (20, 14, 1792, 7168),  "1233M": (24, 14, 1792, 7168),
+    "1476M": (22, 16, 2048, 8192),  "1678M": (25, 16, 2048, 8192),  "2121M": (28, 17, 2176, 8704),
+}
+# fmt: on
 
 
 def size_config(name):
-    """The model keys of SMDM's architecture (arXiv 2410.18514) in a size of its table; UserError for an unknown name."""
-    sizes = zip(("n_layer", "n_head", "n_embd", "mlp_hidden"), choose("size", name, SIZES), strict=True)
-    return {key: FIXED["smdm"][key] for key in ("norm", "mlp", "bias", "rotary_bf16")} | dict(sizes)
+    """The model keys of SMDM's architecture (arXiv 2410.18514) in a size of its table.
+
+    Raises UserError for an unknown name.
+    """
+    keys = ("n_layer", "n_head", "n_embd", "mlp_width")
+    return SMDM | dict(zip(keys, choose("size", name, SIZES), strict=True))
 
 
 def entry(where, key, value, default):
-    """What a file says of a key, in the type of its default: as config.typed, but text is no number."""
-    wanted = "text" if isinstance(default, str) else "a number"
-    require((wanted == "text") == isinstance(value, str), f"{where}: {key} must be {wanted}, not {shown(value)}")
+    """What a file says of a key, in the type of its default: config.typed, less numbers in text."""
+    wants_text = isinstance(default, str)
+    message = f"{where}: {key} must be {'text' if wants_text else 'a number'}, not {shown(value)}"
+    require(isinstance(value, str) == wants_text, message)
     return typed(f"{where}: {key}", value, default)
 
 
-def own_config(raw, found, where, file):
+def renamed(raw):
+    """A config of ours with today's names of the keys; attention was causal=True or False."""
+    raw = {RENAMED.get(key, key): value for key, value in raw.items()}
+    if isinstance(raw.get("attention"), bool):
+        raw["attention"] = "causal" if raw["attention"] else "full"
+    return raw
+
+
+def own_config(raw, weights, where, file):
     """Of our checkpoints and exports: what was saved, each model key in its type."""
-    told = MODEL | dict.fromkeys(SIZE_KEYS) | raw
-    config = {key: entry(where, key, told[key], default) for key, default in MODEL.items()}
-    config |= {key: entry(where, key, raw[key], default) for key, default in ROWS.items() if key in raw}
+    raw = renamed(raw)
+    saved = MODEL | dict.fromkeys(SIZE_KEYS) | raw
+    config = {key: entry(where, key, saved[key], MODEL[key]) for key in MODEL}
+    others = EXAMPLES | {"objective": "", "schedule": ""}
+    config |= {key: entry(where, key, raw[key], others[key]) for key in others if key in raw}
     for key, value in raw.items():
         plain = isinstance(value, (str, int, float, list, dict, type(None)))
         require(plain, f"{where}: {shown(key)} must be a number or text, not {shown(value)}")
-    for key, known in {"norm": ["layer", "rms"], "mlp": ["gelu", "swiglu", "relu2"]}.items():
-        choose(f"{key} in {where}", config[key], known)
+    for key, values in allowed(network).items():
+        choose(f"{key} in {where}", config[key], values)
     return raw | config
 
 
-def radd_config(raw, found, where, file):
+def radd_config(raw, weights, where, file):
     """Of RADD's files (arXiv 2406.03736): {tokens, noise, model, ...}, in some one level deeper."""
     raw = raw["config"] if "model" not in raw and isinstance(raw.get("config"), dict) else raw
     net = raw.get("model")
     require(isinstance(net, dict), f"{where}: there is no model with its sizes")
-    keys = {"n_layer": "n_blocks", "n_head": "n_heads", "n_embd": "hidden_size", "block_size": "length"}
-    sizes = {ours: entry(where, f"model.{theirs}", net.get(theirs), 0) for ours, theirs in keys.items()}
-    sizes["vocab_size"] = entry(where, "tokens", raw.get("tokens"), 0)
-    sizes["dropout"] = entry(where, "model.dropout", net.get("dropout", 0.0), 0.0)
-    # Their network is normalised, also for score entropy (t_DSE), which is then the same as cross-entropy.
+    config = MODEL | FIXED["radd"] | {"zero_init": "head", "head_padding": 1}
+    for ours, theirs in RADD_SIZES.items():
+        config[ours] = entry(where, f"model.{theirs}", net.get(theirs), 0)
+    config["vocab_size"] = entry(where, "tokens", raw.get("tokens"), 0)
+    config["dropout"] = entry(where, "model.dropout", net.get("dropout", 0.0), 0.0)
+    # Their network is normalised, also for score entropy (t_DSE): the same as cross-entropy then.
     objectives = {"k_dce": "any_order", "t_dce": "t_dce", "t_dse": "t_dce"}
-    told = str(raw.get("training", where)).lower().replace("-", "_")  # if not there, then perhaps in the repository's name
-    recipe = {"objective": next((ours for theirs, ours in objectives.items() if theirs in told), "lambda_dce")}
-    recipe["schedule"] = "geometric" if "geometric" in str(raw.get("noise")) else "loglinear"
-    return MODEL | FIXED["radd"] | {"zero_init": "head", "unused_rows": 1} | sizes | recipe
+    recipe = str(raw.get("training", where)).lower().replace("-", "_")  # or the repository's name
+    names = (ours for theirs, ours in objectives.items() if theirs in recipe)
+    schedule = "geometric" if "geometric" in str(raw.get("noise")) else "loglinear"
+    return config | {"objective": next(names, "lambda_dce"), "schedule": schedule}
 
 
-def smdm_config(raw, found, where, file):
-    """Of SMDM's files, which say little but the shapes of their tensors; what config.json says must agree with them."""
-    shapes = []
-    for name in ("lm_head.weight", "transformer.wte.weight", "transformer.h.0.mlp.swiglu.w1.weight"):
-        require(name in found and found[name].dim() == 2, f"{file}: the matrix {name} is missing")
-        shapes.append(found[name].shape)
-    (V, D), (rows, _), (width, _) = shapes
-    require(rows in (V, V + 1), f"{file}: transformer.wte.weight has {rows} rows; a vocabulary of {V} has {V} or {V + 1}")
-    n_layer = len(set(re.findall(r"^transformer\.h\.(\d+)\.", "\n".join(found), re.M)))
-    n_head = next((size[1] for size in SIZES.values() if (size[0], size[2]) == (n_layer, D)), None)
-    unknown = f"{file}: no size of SMDM has {n_layer} layers of width {D}, so a config.json beside it has to give n_head"
-    require(n_head or "n_head" in raw, unknown)
-    told = {"n_head": n_head, "block_size": 2048, "vocab_size": V}
-    told = {key: entry(where, key, raw.get(key, default), 0) for key, default in told.items()}
-    same = {"n_layer": n_layer, "n_embd": D, "intermediate_size": width, "padded_vocab_size": V, "mask_token_id": V}
-    same |= SMDM_FIXED | {"rope_base": 10000, "n_query_groups": told["n_head"], "vocab_size": min(V, told["vocab_size"])}
-    for key, value in same.items():
-        said = raw.get(key, value)
-        require(said == value, f"{where}: {key} is {said}, but the network in {file.name} has {value}")
-    sizes = {"vocab_size": V, "n_layer": n_layer, "n_embd": D, "mlp_hidden": width}
-    kind = {"causal": rows == V, "start_id": 1 if rows == V else -1, "objective": "ar" if rows == V else "lambda_dce"}
-    return MODEL | FIXED["smdm"] | told | sizes | kind
+def smdm_config(raw, weights, where, file):
+    """Of SMDM's files: what the shapes of the tensors tell; a config.json must agree with them."""
+    names = ["lm_head.weight", "transformer.wte.weight", "transformer.h.0.mlp.swiglu.w1.weight"]
+    for name in names:
+        matrix = name in weights and weights[name].dim() == 2
+        require(matrix, f"{file}: the matrix {name} is missing")
+    (V, D), (rows, _), (width, _) = (weights[name].shape for name in names)
+    expected = f"a vocabulary of {V} has {V} or {V + 1}"
+    require(rows in (V, V + 1), f"{file}: transformer.wte.weight has {rows} rows; {expected}")
+    n_layer = len(set(re.findall(r"^transformer\.h\.(\d+)\.", "\n".join(weights), re.M)))
+    n_head = {(size[0], size[2]): size[1] for size in SIZES.values()}.get((n_layer, D))
+    unknown = f"{file}: no size of SMDM has {n_layer} layers of width {D}"
+    known = n_head or "n_head" in raw
+    require(known, f"{unknown}, so a config.json beside it has to give n_head")
+    sizes = {"n_head": n_head, "block_size": 2048, "vocab_size": V}
+    sizes = {key: entry(where, key, raw.get(key, sizes[key]), 0) for key in sizes}
+    must = {"n_layer": n_layer, "n_embd": D, "intermediate_size": width, "mask_token_id": V}
+    must |= {"padded_vocab_size": V, "vocab_size": min(V, sizes["vocab_size"]), "rope_base": 10000}
+    must |= SMDM_FIXED | {"n_query_groups": sizes["n_head"]}
+    for key, value in must.items():
+        claim, network_has = raw.get(key, value), f"the network in {file.name} has {value}"
+        require(claim == value, f"{where}: {key} is {claim}, but {network_has}")
+    sizes |= {"vocab_size": V, "n_layer": n_layer, "n_embd": D, "mlp_width": width}
+    masked = {"attention": "full", "start_id": -1, "objective": "lambda_dce"}
+    causal = {"attention": "causal", "start_id": 1, "objective": "ar"}
+    return MODEL | FIXED["smdm"] | sizes | (causal if rows == V else masked)
 
 
 CONFIGS = {"nanomdm": own_config, "radd": radd_config, "smdm": smdm_config}
-TOKENIZERS = {("radd", 50257): {"kind": "gpt2"}, ("smdm", 32000): {"kind": "llama"}}  # by (format, V)
+
+
+def format_config(config, format):
+    """What an export's config.json says."""
+    V, D, schedule = config["vocab_size"], config["n_embd"], config.get("schedule")
+    if format == "radd":
+        net = {theirs: config[ours] for ours, theirs in RADD_SIZES.items()}
+        net |= {"name": "nanomdm", "type": "ddit_wot", "cond_dim": 128, "use_checkpoint": False}
+        net |= {"dropout": config["dropout"], "dtype": "float32"}
+        noise = "geometric" if schedule == "geometric" else "loglinear"  # no weight depends on it
+        noise = {"type": noise, "sigma_min": 1e-4, "sigma_max": 20}
+        return {"tokens": V, "noise": noise, "model": net}
+    if format == "smdm":
+        net = {key: config[key] for key in SIZE_KEYS} | SMDM_FIXED
+        net |= {"name": "nanomdm", "_norm_class": "FusedRMSNorm", "_mlp_class": "LLaMAMLP"}
+        net |= {"padded_vocab_size": V, "n_query_groups": config["n_head"]}
+        return net | {"intermediate_size": config["mlp_width"] or 4 * D}
+    return {"format": format} | {key: config[key] for key in EXPORTED if key in config}
 
 
 def read_settings(file):
-    """(dict, its path) of the settings beside a file of weights, config.json or that of RADD's trainer; {} if none."""
-    beside, hydra = file.with_name("config.json"), file.resolve().parent.parent / ".hydra" / "config.yaml"
-    path = next((path for path in (beside, hydra) if os.path.isfile(path)), None)
+    """(dict, its path) of the settings beside a file of weights; ({}, file) if there are none.
+
+    They are config.json, or .hydra/config.yaml of RADD's trainer.
+    """
+    hydra = file.resolve().parent.parent / ".hydra" / "config.yaml"
+    beside = (file.with_name("config.json"), hydra)
+    path = next((path for path in beside if os.path.isfile(path)), None)
     if path is None:
         return {}, file
     try:
@@ -181,7 +235,7 @@ def read_settings(file):
 
 
 def read_yaml(text):
-    """Nested `key: value` lines as nested dicts of numbers and text; whatever else YAML has is passed over."""
+    """Nested `key: value` lines as nested dicts of numbers and text; the rest is skipped."""
     parents = [(-1, {})]  # (indentation, dict), outermost first
     for spaces, key, value in re.findall(r"^( *)(\w+):[ \t]*([^#\n]*)", text, re.M):
         while parents[-1][0] >= len(spaces):

@@ -1,38 +1,49 @@
-"""What a training run tells of itself: a progress bar, lines on the screen, log.jsonl beside the checkpoint, and on demand
-the same to wandb or tensorboard, and a trace of a few steps for chrome://tracing or perfetto.dev."""
+"""What a training run says: a progress bar, lines on the screen, log.jsonl beside the checkpoint.
+
+On demand the same goes to wandb or tensorboard, and a trace of a few steps is written for
+chrome://tracing or perfetto.dev.
+"""
 
 import contextlib
 import json
 import math
-import resource
-import sys
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from config import UserError, sweep, whole_file
+from config import UserError
+from lib.device import flops_per_token
+from lib.files import sweep, whole_file
 
 
-class Journal:
-    """Only the first process tells (`told`). A resumed run drops the entries past `start`, which it will make again."""
+class Log:
+    """Only the first process (is_main) says anything. flops: of a step; peak: of all, a second."""
 
-    def __init__(self, config, path, start, flops, peak, told):
-        self.config, self.flops, self.peak, self.told = config, flops, peak, told  # flops of a step, peak a second
-        self.log = path.with_name("log.jsonl")
+    def __init__(self, config, dataset, start, flops, peak, is_main):
+        self.config, self.flops, self.peak, self.is_main = config, flops, peak, is_main
+        self.tokens = config["batch_size"] * dataset.block_size  # of a step
+        self.path = Path(config["out_dir"]) / "log.jsonl"
         self.start, self.began, self.skipped, self.sinks = start, time.perf_counter(), 0, []
         self.opened = contextlib.ExitStack()
-        if told:
-            sweep(path.parent)
-            lines = self.log.read_text(errors="replace").splitlines(keepends=True) if start and self.log.is_file() else []
-            with whole_file(self.log) as temporary:
-                temporary.write_text("".join(line for line in lines if step_of(line) <= start))
-            for key, sink in {"wandb": wandb_sink, "tensorboard": tensorboard_sink}.items():
-                if config[key]:
-                    self.sinks.append(sink(config, path.parent, start, self.opened))
-        self.profiler = profiler(config["profile"] * told, path.with_name("trace.json"))
-        self.bar = tqdm(total=config["max_iters"], initial=start, disable=not told, unit="step")
+        if is_main:
+            self.begin()
+        self.profiler = profiler(config["profile"] * is_main, self.path.with_name("trace.json"))
+        self.bar = tqdm(total=config["max_iters"], initial=start, disable=not is_main, unit="step")
         self.restart(start)
+
+    def begin(self):
+        """Drops the entries past `start`, which a resumed run makes again, and opens the sinks."""
+        sweep(self.path.parent)
+        lines = []
+        if self.start and self.path.is_file():
+            lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+        with whole_file(self.path) as temporary:
+            temporary.write_text("".join(line for line in lines if step_of(line) <= self.start))
+        for key, sink in {"wandb": wandb_sink, "tensorboard": tensorboard_sink}.items():
+            if self.config[key]:
+                self.sinks.append(sink(self.config, self.path.parent, self.start, self.opened))
 
     def __enter__(self):
         self.opened.enter_context(self.bar)
@@ -42,49 +53,64 @@ class Journal:
     def __exit__(self, *error):
         return self.opened.__exit__(*error)
 
+    def say_start(self, model, dataset, val, weights):
+        unit = "examples" if self.config["example_width"] else "blocks"
+        data, draws = f"{unit} of {self.config['data']} val", self.config["eval_draws"]
+        size = f"{len(dataset.tokens):,} training tokens in {dataset.n:,} {unit}"
+        self.say(f"{model.n_parameters():,} parameters; {size}")
+        self.say(f"evaluations: {len(val.requests)} {data}, {draws} draws, {weights} weights")
+        if self.start:
+            path, last = self.path.with_name("ckpt.pt"), self.config["max_iters"]
+            self.say(f"resuming {path} at step {self.start} of {last}")
+
+    def say(self, text):
+        if self.is_main:
+            self.bar.write(text)
+
     def step(self):
         """One step of training is done."""
         self.bar.update()
-        if self.config["profile"] and self.told:
+        if self.config["profile"] and self.is_main:
             self.profiler.step()
 
-    def say(self, text):
-        if self.told:
-            self.bar.write(text)
-
     def skip(self, step):
-        """A step's gradient was not finite, and it was stepped over."""
+        """A step's gradient was not finite, and it was skipped."""
         self.skipped += 1
-        self.say(f"step {step}: the gradient is not finite, so the weights stay as they are ({self.skipped} such steps)")
+        kept = f"so the weights stay as they are ({self.skipped} such steps)"
+        self.say(f"step {step}: the gradient is not finite, {kept}")
 
     def write(self, entry):
-        """One line of log.jsonl; a number that JSON lacks (an infinite error bar) is null. UserError on a full disk."""
-        if self.told:
-            odd = {key: None for key, value in entry.items() if isinstance(value, float) and not math.isfinite(value)}
-            try:
-                with open(self.log, "a") as file:
-                    file.write(json.dumps(entry | odd) + "\n")
-            except OSError as error:
-                raise UserError(f"cannot write {self.log}: {error.strerror}") from None
-            part = "val" if "nats_per_token" in entry else "train"
-            for sink in self.sinks:
-                numbers = {f"{part}/{key}": value for key, value in entry.items() if isinstance(value, (int, float))}
-                sink(entry["step"], numbers)
+        """One line of log.jsonl, where nan and infinity are null. UserError on a full disk."""
+        if not self.is_main:
+            return
+        numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float))}
+        odd = {key: None for key, value in numbers.items() if not math.isfinite(value)}
+        try:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(entry | odd) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+        part = "val" if "nats_per_token" in entry else "train"
+        for sink in self.sinks:
+            sink(entry["step"], {f"{part}/{key}": value for key, value in numbers.items()})
 
     def speed(self, step, loss, rate, memory):
-        """One entry: loss a token, learning rate, tokens a second, the part of the machine's speed that was used, memory.
+        """One entry. rate: of learning; memory: MiB of the process that has most.
 
-        memory: MiB of the process that has most. Time left is what the steps so far took, evaluations included.
+        mfu: the part of the machine's speed in matrix products that is used. The time left is by
+        what the steps so far took, evaluations included.
         """
         now = time.perf_counter()
-        per_second = (step - self.since) / (now - self.clock)
+        per_second = (step - self.since) / (now - self.clock)  # steps
         left = (now - self.began) / (step - self.start) * (self.config["max_iters"] - step)
-        tokens, mfu = self.config["batch_size"] * self.config["block_size"], per_second * self.flops / self.peak
-        speed = f"{per_second * tokens:.0f} tokens/s, {mfu:.0%} of peak, {memory:.0f} MiB"
+        tokens, mfu = per_second * self.tokens, per_second * self.flops / self.peak
+        speed = f"{tokens:.0f} tokens/s, {mfu:.0%} of peak, {memory:.0f} MiB"
         self.bar.set_postfix_str(f"loss {loss:.3f}, {speed}")
-        entry = {"step": step, "loss": loss, "learning_rate": rate, "tokens": step * tokens, "flops": step * self.flops}
-        entry |= {"tokens_per_second": per_second * tokens, "mfu": mfu, "memory_mib": memory, "seconds_left": left}
-        self.write(entry | ({"skipped": self.skipped} if self.skipped else {}))
+        entry = {"step": step, "loss": loss, "learning_rate": rate}
+        entry |= {"tokens": step * self.tokens, "flops": step * self.flops}
+        entry |= {"tokens_per_second": tokens, "mfu": mfu, "memory_mib": memory}
+        entry |= {"seconds_left": left} | ({"skipped": self.skipped} if self.skipped else {})
+        self.write(entry)
         self.restart(step)
 
     def restart(self, step):
@@ -100,15 +126,17 @@ def step_of(line):
         return math.inf
 
 
-def peak_memory(device):
-    """The most memory that this process has held so far, in MiB: on its card, or else altogether."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+def flops_of_step(config, model, dataset):
+    """Operations of a training step: forward and backward, of the positions that are predicted."""
+    causal, L = config["attention"] == "causal", dataset.block_size
+    share = 1.0 if causal else 0.5
+    if config["example_width"]:
+        share *= dataset.counted(range(dataset.n), padding=not causal).mean() / L
+    return 3 * flops_per_token(model, L, share) * config["batch_size"] * L
 
 
 def profiler(steps, path):
-    """The context in which torch's profiler follows `steps` steps, after two that it leaves out, and writes them to path."""
+    """A context that follows `steps` steps, after two left out, and writes them to path."""
     if not steps:
         return contextlib.nullcontext()
 
@@ -121,21 +149,22 @@ def profiler(steps, path):
 
 
 def wandb_sink(config, folder, start, opened):
-    """sink(step, numbers) into a run of the project config["wandb"]; all starts of one out_dir are in one group."""
+    """sink(step, numbers) into the project config["wandb"]; the starts of one run are a group."""
     try:
         import wandb
     except ImportError:
         raise UserError("--wandb needs a package: pip install wandb") from None
-    run = wandb.init(project=config["wandb"], group=folder.name, name=f"{folder.name} from {start}", config=config)
+    name = f"{folder.name} from {start}"
+    run = wandb.init(project=config["wandb"], group=folder.name, name=name, config=config)
     opened.callback(run.finish)
     return lambda step, numbers: run.log(numbers, step=step)
 
 
 def tensorboard_sink(config, folder, start, opened):
-    """sink(step, numbers) into out_dir/tensorboard; what an earlier start wrote past `start` is hidden."""
+    """sink(step, numbers) into out_dir/tensorboard; the entries past `start` are purged."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("--tensorboard needs a package: pip install tensorboard") from None
     writer = opened.enter_context(SummaryWriter(folder / "tensorboard", purge_step=start + 1))
-    return lambda step, numbers: [writer.add_scalar(key, value, step) for key, value in numbers.items()]
+    return lambda step, numbers: [writer.add_scalar(k, v, step) for k, v in numbers.items()]

@@ -1,24 +1,31 @@
-"""Muon: gradient descent whose step has, in each matrix, the same size in every direction (Jordan et al. 2024).
+"""What a step does with the gradient: AdamW and Muon, the learning rate, the average of weights.
 
-The momentum U S V' of a matrix is replaced by about U V'. torch.optim.Muon gives the same step, one matrix after the other;
-here matrices of one shape go together, because small ones take longer to call than to multiply. Sharded ones are gathered
-first, each once, where torch's would gather inside every product.
+Muon is gradient descent whose step has, in each matrix, the same size in every direction (Jordan et
+al. 2024): the momentum U S V' of a matrix is replaced by about U V'. torch.optim.Muon gives the
+same step, one matrix after the other; here matrices of one shape go together, because small ones
+take longer to call than to multiply. Sharded ones are gathered first, each once, where torch's
+would gather inside every product.
 """
+
+import math
 
 import torch
 
-import parallel
+from lib import parallel
 
-POLYNOMIAL = (3.4445, -4.7750, 2.0315)  # a x + b x^3 + c x^5, five times, takes singular values from (0, 1] to 0.7..1.2
-STACK = 2**24  # numbers in a stack at most: large matrices gain nothing, and a stack is whole on every process
+# a x + b x^3 + c x^5: five times, it takes singular values from (0, 1] to 0.7..1.2.
+POLYNOMIAL = (3.4445, -4.7750, 2.0315)
+# Numbers in a stack at most: large matrices gain nothing, and a stack is whole on every process.
+STACK = 2**24
 
 
 def orthogonal(g):
-    """U V', roughly, of every matrix U S V' of g (n, rows, columns), by the Newton-Schulz iteration in bfloat16."""
+    """About U V' of every matrix U S V' of g (n, rows, columns): Newton-Schulz in bfloat16."""
     a, b, c = POLYNOMIAL
     tall = g.shape[1] > g.shape[2]
     x = (g.mT if tall else g).bfloat16()  # (n, short, long)
-    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)  # so that no singular value exceeds 1
+    size = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # (n, 1, 1)
+    x = x / size.clamp(min=1e-7)  # so that no singular value exceeds 1
     for _ in range(5):
         square = x @ x.mT  # (n, short, short)
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
@@ -26,7 +33,10 @@ def orthogonal(g):
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices. Nesterov momentum, decoupled decay, and updates as large as AdamW's (arXiv 2502.16982, eq. 4)."""
+    """For matrices: Nesterov momentum, decoupled decay, steps as large as AdamW's.
+
+    Their size is that of arXiv 2502.16982, eq. 4.
+    """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
@@ -51,7 +61,51 @@ class Muon(torch.optim.Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
             state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
-            ahead.append(parallel.gathered(p.grad.lerp(state["momentum_buffer"], momentum)))  # (rows, columns)
+            nesterov = p.grad.lerp(state["momentum_buffer"], momentum)  # (rows, columns)
+            ahead.append(parallel.gathered(nesterov))
         size = lr * 0.2 * max(matrices[0].shape) ** 0.5
         for p, direction in zip(matrices, orthogonal(torch.stack(ahead)), strict=True):
             p.mul_(1 - lr * weight_decay).sub_(parallel.part(direction.to(p.dtype), p), alpha=size)
+
+
+def make_optimizers(config, model):
+    """[AdamW] or [AdamW, Muon of the blocks' matrices].
+
+    Matrices alone decay, or all (decay_all).
+    """
+    muon, decayed, plain = [], [], []
+    for name, p in model.named_parameters():
+        if config["optimizer"] == "muon" and name.startswith("blocks.") and p.dim() == 2:
+            muon.append(p)
+        else:
+            (decayed if p.dim() == 2 or config["decay_all"] else plain).append(p)
+    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    common = {"lr": config["learning_rate"], "weight_decay": config["weight_decay"]}
+    fused = decayed[0].device.type in ("cpu", "cuda")
+    betas = config["beta1"], config["beta2"]
+    adamw = torch.optim.AdamW(groups, betas=betas, fused=fused, **common)
+    return [adamw, Muon(muon, **common)] if muon else [adamw]
+
+
+def learning_rate(step, config):
+    """Linear warm-up, constant up to decay_start, then a decay to min_lr at max_iters."""
+    peak, floor, warmup = config["learning_rate"], config["min_lr"], config["warmup_iters"]
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    start = max(warmup, config["decay_start"] * config["max_iters"])
+    done = min(1.0, max(0.0, (step - start) / max(1, config["max_iters"] - start)))  # 0..1
+    shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
+    return floor + (peak - floor) * shapes[config["lr_decay"]]
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay, step):
+    """Moves the averaged weights towards the model's, early on faster.
+
+    EMA: exponential moving average.
+    """
+    decay = min(decay, (1 + step) / (10 + step))
+    pairs = zip(ema.parameters(), model.parameters(), strict=True)
+    averages, weights = zip(*([parallel.local(p) for p in pair] for pair in pairs), strict=True)
+    torch._foreach_lerp_(averages, weights, 1 - decay)

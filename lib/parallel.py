@@ -1,11 +1,13 @@
-"""Several processes as one: who they are, how the network is spread over them, and what they tell each other.
+"""Several processes as one: who they are, how they share the network, what they tell each other.
 
-    torchrun --nproc-per-node=8 train.py ...                    ddp: each has the whole network and the mean gradient
-    torchrun --nproc-per-node=8 train.py ... --parallel=fsdp    fsdp: each has 1/8 of every tensor, of its average, its
-                                                                gradient and its optimizer state (arXiv 2304.11277)
+    torchrun --nproc-per-node=8 train.py ...                    ddp: each has the whole network
+    torchrun --nproc-per-node=8 train.py ... --parallel=fsdp    fsdp: each has 1/8 of every tensor
 
-With fsdp a block's weights are gathered when the block is due and dropped after it. A sharded tensor is a DTensor; what
-is written to a checkpoint and read from it are whole tensors, whatever the engine and the number of processes.
+- ddp averages the gradients.
+- fsdp (arXiv 2304.11277) shares out weights, their average, gradient and optimizer state; a block's
+  weights are gathered when the block is due and dropped after it. A sharded tensor is a DTensor.
+- What is written to a checkpoint and read from it are whole tensors, whatever the engine and the
+  number of processes.
 """
 
 import contextlib
@@ -13,6 +15,7 @@ import datetime
 import functools
 import os
 import re
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,98 +23,116 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError, can_compile, keep_memory, require
+from config import UserError, require
+from lib.device import can_compile, keep_memory, machine, peak_memory
 
-PATIENCE = datetime.timedelta(minutes=10)  # for a process that hangs; one that dies is noticed at once
-
-
-# ---- 1. Who they are -------------------------------------------------------------------------------------------------
+PATIENCE = datetime.timedelta(minutes=10)  # for a process that hangs; a dead one is noticed at once
 
 
-def processes(config):
-    """(config, world, rank) as torchrun set them, joined up; on CUDA each process gets its own device."""
+# ---- 1. Who they are -----------------------------------------------------------------------------
+
+
+class Team(NamedTuple):
+    """The processes of a run and the machine of this one."""
+
+    world: int = 1  # processes
+    rank: int = 0  # this one's number
+    device: torch.device = torch.device("cpu")
+    autocast: object = contextlib.nullcontext  # `with autocast():` has the dtype of matrix products
+
+
+def join(config):
+    """The Team as torchrun has set it up, joined up; on CUDA each process gets its own device."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if world == 1:
-        return config, 1, 0
-    if config["device"] in ("auto", "cuda") and torch.cuda.is_available():
+    if world > 1 and config["device"] in ("auto", "cuda") and torch.cuda.is_available():
         config = config | {"device": f"cuda:{os.environ['LOCAL_RANK']}"}
         torch.cuda.set_device(config["device"])
-    if not dist.is_initialized():
+    if world > 1 and not dist.is_initialized():
         backend = "nccl" if config["device"].startswith("cuda") else "gloo"
-        dist.init_process_group(backend, store=own_store(), world_size=world, rank=rank, timeout=PATIENCE)
-    return config, world, rank
+        group = {"store": own_store(), "world_size": world, "rank": rank, "timeout": PATIENCE}
+        dist.init_process_group(backend, **group)
+    return Team(world, rank, *machine(config))
 
 
 def own_store():
     """Where the processes of this start find each other, or None for torch's own choice.
 
-    All starts of one torchrun --max-restarts share a store, and a process may find there the address of one that was
-    killed. On one machine the starts are counted. (On several TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each its own.)
+    All starts of one torchrun --max-restarts share a store, where a process may find the address of
+    one that was killed. On one machine the starts are counted. (On several
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each its own.)
     """
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
         return None
-    shared = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
+    host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    shared = dist.TCPStore(host, port, is_master=False, timeout=PATIENCE)
     return dist.PrefixStore(f"start {env['TORCHELASTIC_RESTART_COUNT']}", shared)
 
 
-def gather(value, world):
-    """What every process calls this with: [value of process 0, value of process 1, ...], on every process."""
-    parts = [value] * world
-    if world > 1:
+def gather(value, team):
+    """What each process calls this with, [of process 0, of process 1, ...], on every process."""
+    parts = [value] * team.world
+    if team.world > 1:
         dist.all_gather_object(parts, value)
     return parts
 
 
-def agree(loss, signal, memory, world):
-    """(mean loss, largest signal, largest memory) over the processes."""
-    losses, signals, memories = zip(*gather((loss, signal, memory), world), strict=True)
-    return sum(losses) / world, max(signals), max(memories)
+def agree(loss, signal, team):
+    """(mean loss, largest signal, largest memory in MiB) of all. Waits for the device."""
+    parts = gather((loss.item(), signal, peak_memory(team.device)), team)
+    losses, signals, memories = zip(*parts, strict=True)
+    return sum(losses) / team.world, max(signals), max(memories)
 
 
 @contextlib.contextmanager
-def together(path, world):
+def together(path, team):
     """Inside the block the end of another process is one line: UserError."""
     try:
         yield
     except RuntimeError as error:
-        if world == 1 or not re.search("gloo|nccl|connection|timed out", str(error), re.I):
+        if team.world == 1 or not re.search("gloo|nccl|connection|timed out", str(error), re.I):
             raise
         lost = "lost the other processes: one of them has ended, or hangs"
-        raise UserError(f"{lost}; the same command goes on from {path}, or from the start if it is not there") from None
+        advice = f"the same command resumes {path}, or starts again if it is not there"
+        raise UserError(f"{lost}; {advice}") from None
 
 
-def deal(lengths, world, rank):
-    """Which items this process works on: as many of each length as the others, so that all make the same network calls.
+def deal(lengths, team):
+    """Which items this process works on, as many of each length as the others.
 
-    Some come to two processes where they cannot be shared out evenly.
+    So all make the same network calls; items that cannot be shared out evenly come to two.
     """
-    places = [[i for i, other in enumerate(lengths) if other == length] for length in sorted(set(lengths))]
-    return [group[i % len(group)] for group in places for i in range(rank, -(-len(group) // world) * world, world)]
+    mine = []
+    for length in sorted(set(lengths)):
+        group = [i for i, other in enumerate(lengths) if other == length]
+        turns = range(team.rank, -(-len(group) // team.world) * team.world, team.world)
+        mine += [group[i % len(group)] for i in turns]
+    return mine
 
 
-# ---- 2. How the network is spread over them --------------------------------------------------------------------------
+# ---- 2. How they share the network ---------------------------------------------------------------
 
 
 def shard(model, device):
-    """fsdp for a network on the meta device, which has no memory yet: no process ever holds all of it."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # half a second that only fsdp needs
+    """fsdp for a network on the meta device, without memory yet: no process ever holds it all."""
+    from torch.distributed import fsdp  # half a second that only fsdp needs
 
     keep_memory(False)  # on the CPU: weights that are dropped have to leave the process
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)  # what is left: embedding, last norm and head
-    register_fsdp_forward_method(model, "hidden")
+        fsdp.fully_shard(block, mesh=mesh)
+    fsdp.fully_shard(model, mesh=mesh)  # what is left: embedding, last norm and head
+    fsdp.register_fsdp_forward_method(model, "hidden")
 
 
-def engine(loss_of, config, device, world):
-    """The loss as it is trained, from a diffusion.Loss: recomputed, compiled, and with its gradients averaged.
+def engine(loss_of, config, team):
+    """The loss as it is trained, from a diffusion.Loss: recomputed, compiled, gradients averaged.
 
-    Blocks are compiled one at a time, and being alike they share their programs: as fast a step as from one program for all,
-    after half of the wait; and sharded weights are gathered between the programs, not inside.
+    Blocks are compiled one at a time, and being alike they share their programs: as fast a step as
+    from one program for all, after half of the wait; and sharded weights are gathered between the
+    programs, not inside.
     """
-    model, compiled = loss_of.model, config["compile"] and can_compile(device)
+    model, compiled = loss_of.model, config["compile"] and can_compile(team.device)
     sharded = is_sharded(model.embed.weight)
     for block in model.blocks:
         if config["recompute"]:
@@ -120,11 +141,13 @@ def engine(loss_of, config, device, world):
             block.forward = in_training(block, torch.compile(block.forward))
     if compiled and not sharded and model.vocab_size >= 1024:  # a small head is not worth the wait
         model.head_loss = torch.compile(model.head_loss)
-    return DistributedDataParallel(loss_of, gradient_as_bucket_view=True) if world > 1 and not sharded else loss_of
+    if sharded or team.world == 1:
+        return loss_of
+    return DistributedDataParallel(loss_of, gradient_as_bucket_view=True)
 
 
 def in_training(block, fast):
-    """The block's forward: `fast` in training, where shapes are always the same, and elsewhere the one it has."""
+    """The block's forward: `fast` in training, where shapes stay the same, elsewhere its own."""
     plain = block.forward
 
     def forward(*arguments, **keys):
@@ -134,11 +157,12 @@ def in_training(block, fast):
 
 
 def accumulate(loss_of, last):
-    """The context of a micro-step: ddp averages the gradients over the processes at the last one only.
+    """The context of a micro-step: ddp averages the gradients over the processes at the last only.
 
-    fsdp does it each time: gradients that wait for the last one would be whole, as large as the network.
+    fsdp does it each time: gradients that wait for the last one would be as large as the network.
     """
-    return loss_of.no_sync() if isinstance(loss_of, DistributedDataParallel) and not last else contextlib.nullcontext()
+    waits = isinstance(loss_of, DistributedDataParallel) and not last
+    return loss_of.no_sync() if waits else contextlib.nullcontext()
 
 
 def release(model):
@@ -147,11 +171,11 @@ def release(model):
         model.reshard()
 
 
-# ---- 3. Whole tensors and parts of them ------------------------------------------------------------------------------
+# ---- 3. Whole tensors and parts of them ----------------------------------------------------------
 
 
 def is_sharded(tensor):
-    """Whether it is a DTensor, seen by what it can do: their import is left to those who use fsdp."""
+    """Whether it is a DTensor, seen by what it can do: only those who use fsdp import them."""
     return hasattr(tensor, "to_local")
 
 
@@ -176,34 +200,36 @@ def part(tensor, like):
 
 @torch.no_grad()
 def fill(model, weights, where):
-    """Gives a network its weights, pairs (name, whole tensor), one after the other. UserError where one does not fit."""
+    """Gives a network its weights, (name, whole tensor) each. UserError where one does not fit."""
     own = dict(model.named_parameters())
     for name, value in weights:
-        fits = name in own and own[name].shape == value.shape
-        require(fits, f"{where}: the tensor {name} {tuple(value.shape)} does not fit the network that its config describes")
+        misfit = f"the tensor {name} {tuple(value.shape)} does not fit the network of its config"
+        require(name in own and own[name].shape == value.shape, f"{where}: {misfit}")
         local(own[name]).copy_(local(part(value, own.pop(name))))
     require(not own, f"{where}: the tensor {next(iter(own), '')} is missing")
 
 
 def optimizer_parts(state, optimizer):
-    """The "state" of an optimizer's saved state_dict, sharded as its parameters are. UserError where it does not fit."""
+    """An optimizer's saved "state", sharded as its parameters are. UserError if it does not fit."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parts = {}
     for i, entry in state.items():
-        good = 0 <= i < len(parameters) and all(value.shape in ((), parameters[i].shape) for value in entry.values())
-        require(good, f"the optimizer's state {i} does not fit its parameters; start again with --resume=False")
-    return {
-        i: {key: part(value, parameters[i]) if value.dim() else value for key, value in entry.items()}
-        for i, entry in state.items()
-    }
+        shapes = ((), parameters[i].shape) if 0 <= i < len(parameters) else ()
+        misfit = f"the optimizer's state {i} does not fit its parameters"
+        alike = all(value.shape in shapes for value in entry.values())
+        require(shapes and alike, f"{misfit}; start again with --resume=False")
+        parts[i] = {k: part(v, parameters[i]) if v.dim() else v for k, v in entry.items()}
+    return parts
 
 
 def whole(tree, keep):
-    """Nested dicts and lists with every shard made whole, in host memory where keep, dropped elsewhere. All must call it.
+    """Nested dicts and lists with every shard made whole, in host memory where keep, else dropped.
 
-    So process 0 writes one ordinary file, which any number of processes, sample.py and evaluate.py read. It needs host
-    memory for all of it, 16 bytes a parameter with AdamW and an average, and no more device memory than one tensor.
-    torch.distributed.checkpoint would write in parallel, which pays where one writer is too slow; but it leaves a folder
-    that nothing else here can read, and its index is a pickle, which may run code when it is read.
+    All must call it. So process 0 writes one ordinary file, which any number of processes,
+    sample.py and evaluate.py read. It needs host memory for all of it, 16 bytes a parameter with
+    AdamW and an average, and no more device memory than one tensor. torch.distributed.checkpoint
+    would write in parallel, which pays where one writer is too slow; but it leaves a folder that
+    nothing else here can read, and its index is a pickle, which may run code when it is read.
     """
     if isinstance(tree, dict):
         return {key: whole(value, keep) for key, value in tree.items()}

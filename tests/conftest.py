@@ -1,7 +1,8 @@
-"""What the tests share: a network that can be enumerated, and the path to data that lives outside the repository.
+"""What the tests share: a network that can be enumerated, and the path to data of elsewhere.
 
-A `Table` stands in for the Transformer wherever the mathematics is checked. Its answers to all (V+1)^L partly hidden inputs
-are tabulated, so that expectations are sums, and with the true conditionals of a known joint they have known values.
+A `Table` stands in for the Transformer wherever the mathematics is checked. Its answers to all
+(V+1)^L partly masked inputs are tabulated, so that expectations are sums, and with the true
+conditionals of a known joint they have known values.
 """
 
 import itertools
@@ -12,19 +13,24 @@ from pathlib import Path
 import pytest
 import torch
 
-import model as network_code
+import diffusion
+from lib import fused
 
 ROOT = Path(__file__).resolve().parent.parent
 V, L = 3, 4
-signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job of a shell ignores, and its children
+# A background job of a shell ignores this signal, and so do its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Table(torch.nn.Module):
-    """The network's interface over a table of logits ((V+1)^L, L, V), in float64: a row for each x in [0, V]^L.
+    """The network's interface over a table of logits ((V+1)^L, L, V), in float64: a row for each x.
 
-    The table is one parameter, so it has a gradient and a device as a network has. The features are the logits themselves
-    (D = V) and the head is the identity. Reads sequences of length L = block_size only.
+    The table is one parameter, so it has a gradient and a device as a network has. The hidden
+    states are the logits themselves (D = V) and the head is the identity. It reads sequences of
+    length L = block_size only.
     """
+
+    config = {"attention": "full"}  # noqa: RUF012
 
     def __init__(self, logits):
         super().__init__()
@@ -33,11 +39,12 @@ class Table(torch.nn.Module):
         self.logits = torch.nn.Parameter(logits.clone())  # ((V+1)^L, L, V)
         self.register_buffer("identity", torch.eye(self.vocab_size, dtype=logits.dtype))  # (V, V)
 
-    def hidden(self, x, rows=None):  # (B, L) -> (B, L, V), or (N, V) where rows (N,) are given
+    def hidden(self, x, masked_idx=None):
+        """(B, L) -> (B, L, V), or at masked_idx (N,): (N, V)."""
         assert x.shape[1] == self.block_size
-        place = (self.vocab_size + 1) ** torch.arange(self.block_size - 1, -1, -1, device=x.device)  # (L,)
-        h = self.logits[(x * place).sum(1)]  # (B, L, V)
-        return h if rows is None else h.flatten(0, 1)[rows]
+        power = torch.arange(self.block_size - 1, -1, -1, device=x.device)  # (L,)
+        h = self.logits[(x * (self.vocab_size + 1) ** power).sum(1)]  # (B, L, V)
+        return h if masked_idx is None else h.flatten(0, 1)[masked_idx]
 
     def head_parameters(self):
         return self.identity, None
@@ -45,8 +52,8 @@ class Table(torch.nn.Module):
     def head(self, h):
         return h
 
-    def head_loss(self, h, target, row_weight, normalised=True):
-        return network_code.head_loss(h, self.identity, None, target, row_weight, normalised)
+    def head_loss(self, h, target, weight, normalised=True):
+        return fused.cross_entropy(h, self.head_parameters(), target, weight, normalised)
 
     def forward(self, x):
         return self.head(self.hidden(x))
@@ -65,17 +72,28 @@ def random_joint(seed=1):
 
 def random_logits(seed=2):
     """Logits ((V+1)^L, L, V) that belong to no joint and are not normalised."""
-    return torch.randn((V + 1) ** L, L, V, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((V + 1) ** L, L, V, dtype=torch.float64, generator=generator)
 
 
 def true_conditionals(joint):
-    """log p(x0_i = v | visible tokens of x) at the hidden positions i of every x, noise at the others: ((V+1)^L, L, V)."""
-    log_p = random_logits(seed=3).log_softmax(-1)  # what a network says of visible positions must not matter
+    """log p(x0_i = v | visible tokens of x) at the masked positions i of every x: ((V+1)^L, L, V).
+
+    At visible positions it is noise: what a network says of them must not matter.
+    """
+    log_p = random_logits(seed=3).log_softmax(-1)
     for row, x in enumerate(states(V + 1, L).tolist()):
-        agree = joint[tuple(slice(None) if token == V else slice(token, token + 1) for token in x)]  # V or 1 along each axis
+        place = tuple(slice(None) if token == V else slice(token, token + 1) for token in x)
+        agree = joint[place]  # V or 1 along each axis
         for i in (i for i in range(L) if x[i] == V):
             log_p[row, i] = (agree.sum([j for j in range(L) if j != i]) / agree.sum()).log()  # (V,)
     return log_p
+
+
+def training_mask(objective, seed, step, position, batch_size, L, schedule=diffusion.loglinear):
+    """(mask (B, L), weight (B,)) of rows `position` of a global batch, as training draws them."""
+    u, noise = diffusion.stratified_uniforms(seed, step, position, batch_size, L)  # (B,), (B, L)
+    return diffusion.draw_mask(objective, u, noise, schedule)
 
 
 @pytest.fixture
@@ -91,7 +109,7 @@ def network(joint):
 
 @pytest.fixture
 def arbitrary():
-    """A Table whose conditionals are random and agree with no joint; its logits are log-probabilities."""
+    """A Table of random conditionals that agree with no joint; its logits are log-probabilities."""
     return Table(random_logits().log_softmax(-1))
 
 
@@ -99,13 +117,16 @@ def arbitrary():
 def shared():
     """shared(NAME) -> Path in the folder NANOMDM_SHARED (default: shared/ beside the repository).
 
-    Without it the test is skipped, but where the variable is set, as in .ci/run, a file that is missing is a failure.
+    Without it the test is skipped, but where the variable is set, as in .ci/run, a file that is
+    missing is a failure.
     """
 
     def path(name):
         there = (ROOT / os.environ.get("NANOMDM_SHARED", "../shared") / name).resolve()
         if not there.exists():
-            assert "NANOMDM_SHARED" not in os.environ, f"NANOMDM_SHARED is set, and there is no {there}"
+            assert "NANOMDM_SHARED" not in os.environ, (
+                f"NANOMDM_SHARED is set, and there is no {there}"
+            )
             pytest.skip(f"needs {there}; set NANOMDM_SHARED to the folder that holds {name}")
         return there
 

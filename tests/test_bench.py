@@ -4,9 +4,10 @@ import contextlib
 
 import pytest
 import torch
+from conftest import training_mask
 
 import diffusion
-from experiments import bench, textbook
+from experiments import baselines, bench
 from model import DEFAULTS, Transformer
 
 CPU = torch.device("cpu")
@@ -17,19 +18,21 @@ def test_textbook_and_ours_have_the_same_loss():
     torch.manual_seed(0)
     model = Transformer(DEFAULTS | TINY | {"vocab_size": 11})
     x0 = torch.randint(11, (4, 16))
-    mask, weight = diffusion.training_mask("any_order", 0, 0, range(4), 4, 16)
-    batch = x0, mask, weight.float(), diffusion.hidden_rows(mask, multiple=8)
-    gathered = bench.gathered_loss(lambda model, x, rows: textbook.hidden(model, x).flatten(0, 1)[rows])
-    losses = [loss(model, *batch).item() for loss in (textbook.loss, gathered, bench.our_loss)]
+    mask, weight = training_mask("any_order", 0, 0, range(4), 4, 16)
+    batch = x0, mask, weight.float(), diffusion.masked_indices(mask, multiple=8)
+    gathered = bench.gathered_loss(
+        lambda model, x, masked_idx: baselines.hidden(model, x).flatten(0, 1)[masked_idx]
+    )
+    losses = [loss(model, *batch).item() for loss in (baselines.loss, gathered, bench.our_loss)]
     assert losses == pytest.approx(losses[:1] * 3, rel=1e-5)
 
 
-def test_the_cache_draws_each_token_with_its_probability_at_hidden_positions_only():
+def test_the_cache_draws_each_token_with_its_probability_at_masked_positions_only():
     torch.manual_seed(0)
     p = torch.tensor([0.5, 0.3, 0.2]).expand(1, 40_000, 3)  # (B, L, V)
     x = torch.full((1, 40_000), 3)
     x[0, :100] = 1
-    new = textbook.cache_draw(p, x, 3, 0.25)
+    new = baselines.cache_draw(p, x, 3, 0.25)
     assert (new[0, :100] == 1).all()
     shares = torch.bincount(new[0, 100:]) / 39_900
     assert torch.allclose(shares, torch.tensor([0.125, 0.075, 0.05, 0.75]), atol=0.01)
@@ -45,7 +48,8 @@ def test_the_tables_have_every_variant_and_their_first_is_the_unit(monkeypatch):
     assert names[-3:] == ["+ compile", bench.FLOAT32, bench.COMPILED_TEXTBOOK]
     assert all(limit > 0 for limit in limits.values())
     rows = bench.sampling(11, 8, 2, 1, CPU, quick=True)
-    assert {"textbook float32", "RADD's cache bfloat16", "ours bfloat16 compiled"} <= {row["name"] for row in rows}
+    names = {row["name"] for row in rows}
+    assert {"textbook float32", "RADD's cache bfloat16", "ours bfloat16 compiled"} <= names
     assert rows[0]["ratio"] == 1 and all(row["seconds_per_sequence"] > 0 for row in rows)
     rows = bench.baseline(11, 1, CPU, contextlib.nullcontext, quick=True)
     assert max(row["ratio"] for row in rows if row["name"].startswith("causal")) == 1
@@ -61,4 +65,5 @@ def test_a_turn_is_as_many_calls_as_fit_and_its_time_is_that_of_one(monkeypatch)
 
     variants = {"fast": lambda: call("fast", 0.25), "slow": lambda: call("slow", 3.0)}
     times = bench.alternate(variants, 2, CPU)
-    assert times == {"fast": [0.25, 0.25], "slow": [3.0, 3.0]} and calls == {"fast": 2 + 2 * 4, "slow": 2 + 2}
+    assert times == {"fast": [0.25, 0.25], "slow": [3.0, 3.0]}
+    assert calls == {"fast": 2 + 2 * 4, "slow": 2 + 2}

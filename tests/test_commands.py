@@ -11,34 +11,36 @@ import pytest
 import torch
 from conftest import ROOT
 
-import checkpoint
 import config as settings
 import diffusion
 import evaluate
-import harness
 import model as network
 import sample
 import train
 from data import writer
 from data.tokenizer import Char
+from lib import checkpoint
 from model import DEFAULTS, Transformer
 
 TEXT = "the cat sat on the mat; a dog ran to the log. " * 20
-TRAIN = ["train", "--data=data", "--out_dir=out", "--n_layer=1", "--n_embd=16", "--block_size=16", "--max_iters=2"]
+TRAIN = ["train", "--data=data", "--out_dir=out", "--n_layer=1", "--n_embd=16"]
+TRAIN += ["--block_size=16", "--max_iters=2"]
 SAMPLE = ["sample", "--ckpt=run", "--out=samples.jsonl"]
 EVALUATE = ["evaluate", "--ckpt=run", "--data=data"]
 MODULES = {
     "train": (train.main, settings, diffusion, network, train),
     "sample": (sample.main, settings, diffusion, sample),
-    "evaluate": (evaluate.main, settings, diffusion, harness, evaluate),
+    "evaluate": (evaluate.main, settings, diffusion, evaluate),
 }
 
 
 def save(folder, text, **keys):
     """A small checkpoint as train.py leaves it, but for its optimizer."""
-    model = Transformer(DEFAULTS | {"n_layer": 1, "n_embd": 16, "block_size": 16, "vocab_size": text.vocab_size} | keys)
-    state = {"config": model.config | {"objective": "any_order"}, "tokenizer": text.meta(), "step": 1}
-    checkpoint.save(folder / "ckpt.pt", state | {"model": model.state_dict(), "ema": None, "optimizer": []})
+    shape = {"n_layer": 1, "n_embd": 16, "block_size": 16, "vocab_size": text.vocab_size}
+    model = Transformer(DEFAULTS | shape | keys)
+    state = {"config": model.config | {"objective": "any_order"}, "tokenizer": text.meta()}
+    state |= {"step": 1, "model": model.state_dict(), "ema": None, "optimizer": []}
+    checkpoint.save(folder / "ckpt.pt", state)
 
 
 @pytest.fixture(scope="session")
@@ -56,11 +58,12 @@ def world(tmp_path_factory):
     (world / "torn" / "train_00000.bin").write_bytes(b"\0" * 99)
 
     save(world / "run", text)
-    save(world / "causal", text, causal=True)
+    save(world / "causal", text, attention="causal")
     whole = (world / "run" / "ckpt.pt").read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 255
-    bad = {"cut": whole[: len(whole) // 2], "flipped": flipped, "nothing": b"", "prose": TEXT.encode()}
+    bad = {"cut": whole[: len(whole) // 2], "flipped": flipped}
+    bad |= {"nothing": b"", "prose": TEXT.encode()}
     for name, content in bad.items():
         (world / name).mkdir()
         (world / name / "ckpt.pt").write_bytes(content)
@@ -79,53 +82,83 @@ def world(tmp_path_factory):
 
 def contents(folder):
     """All that is in a folder: its files with their hashes, and its folders."""
-    found = sorted(folder.rglob("*"))
-    return [(path, hashlib.sha256(path.read_bytes()).digest() if path.is_file() else None) for path in found]
+    paths = sorted(folder.rglob("*"))
+    hashed = lambda path: hashlib.sha256(path.read_bytes()).digest()  # noqa: E731
+    return [(path, hashed(path) if path.is_file() else None) for path in paths]
 
 
-# ---- As real commands --------------------------------------------------------------------------------------------------
+# ---- As real commands ----------------------------------------------------------------------------
 
 REAL = {
-    "no data folder": (["train.py", *TRAIN[1:], "--data=nowhere"], "no prepared data in nowhere; prepare it with: python"),
-    "unknown key": (["train.py", "small.py", *TRAIN[1:], "--sead=1"], "unknown key --sead; did you mean 'seed'?"),
-    "wrong type": (["train.py", *TRAIN[1:], "--batch_size=many"], "--batch_size must be a whole number, not 'many'"),
+    "no data folder": (
+        ["train.py", *TRAIN[1:], "--data=nowhere"],
+        "no prepared data in nowhere; prepare it with: python",
+    ),
+    "unknown key": (
+        ["train.py", "small.py", *TRAIN[1:], "--sead=1"],
+        "unknown key --sead; did you mean 'seed'?",
+    ),
+    "wrong type": (
+        ["train.py", *TRAIN[1:], "--batch_size=many"],
+        "--batch_size must be a whole number, not 'many'",
+    ),
     "damaged checkpoint": (["train.py", *TRAIN[1:], "--out_dir=cut"], "cut/ckpt.pt is damaged"),
-    "long prompt": (["sample.py", "--ckpt=run", f"--prompt={TEXT}"], f"prompt and suffix are {len(TEXT)} tokens"),
-    "no gap": (["sample.py", "--ckpt=run", "--template=the cat"], "the template has no gap: write ___12"),
-    "unknown sampler": (["sample.py", "--ckpt=run", "--sampler=ancestor"], "unknown sampler 'ancestor'; did you mean"),
-    "another vocabulary": (["evaluate.py", "--ckpt=run", "--data=greek"], "greek has a vocabulary of 3, run one of"),
-    "empty text": (["-m", "data.text.prepare", "--out=prepared", "--input=empty.txt"], "empty.txt holds no text"),
+    "long prompt": (
+        ["sample.py", "--ckpt=run", f"--prompt={TEXT}"],
+        f"prompt and suffix are {len(TEXT)} tokens",
+    ),
+    "no gap": (
+        ["sample.py", "--ckpt=run", "--template=the cat"],
+        "the template has no gap: write ___12",
+    ),
+    "unknown sampler": (
+        ["sample.py", "--ckpt=run", "--sampler=ancestor"],
+        "unknown sampler 'ancestor'; did you mean",
+    ),
+    "another vocabulary": (
+        ["evaluate.py", "--ckpt=run", "--data=greek"],
+        "greek has a vocabulary of 3, run one of",
+    ),
+    "empty text": (
+        ["-m", "data.text.prepare", "--out=prepared", "--input=empty.txt"],
+        "empty.txt holds no text",
+    ),
 }
 GOOD = {"sample": (["sample.py", "--ckpt=run", "--template=the ___5 on"], "---- sample 4: ")}
 
 
 def command(words, cwd):
     """A finished process."""
-    words = [str(ROOT / word) if word.endswith(".py") and (ROOT / word).exists() else word for word in words]
+    ours = [word for word in words if word.endswith(".py") and (ROOT / word).exists()]
+    words = [str(ROOT / word) if word in ours else word for word in words]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *words], cwd=cwd, env=env, capture_output=True, text=True)
+    keys = {"cwd": cwd, "env": env, "capture_output": True, "text": True}
+    return subprocess.run([sys.executable, *words], check=False, **keys)
 
 
 @pytest.fixture(scope="session")
 def finished(world):
-    """{case of REAL and GOOD: finished process}, run two at a time, and what the world held before and after."""
+    """{case: finished process}, run two at a time, and what the world held before and after."""
     before, cases = contents(world), REAL | GOOD
     with ThreadPoolExecutor(2) as pool:
-        done = dict(zip(cases, pool.map(lambda case: command(case[0], world), cases.values()), strict=True))
+        done = pool.map(lambda case: command(case[0], world), cases.values())
+        done = dict(zip(cases, done, strict=True))
     return done, before, contents(world)
 
 
 @pytest.mark.parametrize("case", REAL)
 def test_a_real_command_with_bad_input_says_one_line_and_exits_with_code_2(case, finished):
-    done, told = finished[0][case], REAL[case][1]
+    done, message = finished[0][case], REAL[case][1]
     assert done.returncode == 2 and done.stdout == "", done.stderr
-    assert done.stderr.count("\n") == 1 and "\r" not in done.stderr and told in done.stderr, done.stderr
+    assert done.stderr.count("\n") == 1 and "\r" not in done.stderr, done.stderr
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize("case", GOOD)
 def test_the_good_command_beside_the_bad_ones_works(case, finished):
-    done, told = finished[0][case], GOOD[case][1]
-    assert done.returncode == 0 and told in done.stdout and "Traceback" not in done.stderr, done.stderr
+    done, message = finished[0][case], GOOD[case][1]
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert message in done.stdout
 
 
 def test_real_commands_leave_everything_as_it_was(finished):
@@ -133,20 +166,35 @@ def test_real_commands_leave_everything_as_it_was(finished):
     assert after == before
 
 
-# ---- In this process: the same entry, without the seconds that a start takes -------------------------------------------
+# ---- In this process: the same entry, without the seconds that a start takes ---------------------
 
 BAD = {
     # What comes in: presets and keys
-    "a missing preset": ([TRAIN[0], "smal.py", *TRAIN[1:]], "no preset file smal.py; did you mean 'small.py'?"),
-    "typo in a preset": ([TRAIN[0], "typo.py", *TRAIN[1:]], "unknown key typo.py: n_layers; did you mean 'n_layer'?"),
-    "code in a preset": ([TRAIN[0], "code.py", *TRAIN[1:]], "code.py must hold one Python dict literal"),
-    "no equals sign": ([*TRAIN, "--resume"], "write --resume=VALUE"),
+    "a missing preset": (
+        [TRAIN[0], "smal.py", *TRAIN[1:]],
+        "no preset file smal.py; did you mean 'small.py'?",
+    ),
+    "typo in a preset": (
+        [TRAIN[0], "typo.py", *TRAIN[1:]],
+        "unknown key typo.py: n_layers; did you mean 'n_layer'?",
+    ),
+    "code in a preset": (
+        [TRAIN[0], "code.py", *TRAIN[1:]],
+        "code.py must hold one Python dict literal",
+    ),
+    "no equals sign": ([*TRAIN, "--batch_size"], "write --batch_size=VALUE"),
     "two lines": ([*SAMPLE, "--template=the\ncat"], "the template has no gap"),
     # What training cannot do
-    "objective": ([*TRAIN, "--objective=anyorder"], "unknown objective 'anyorder'; did you mean 'any_order'?"),
+    "objective": (
+        [*TRAIN, "--objective=anyorder"],
+        "unknown objective 'anyorder'; did you mean 'any_order'?",
+    ),
     "optimizer": ([*TRAIN, "--optimizer=adam"], "unknown optimizer 'adam'; did you mean 'adamw'?"),
     "loss weight": ([*TRAIN, "--loss_weight=none"], "unknown loss_weight 'none'"),
-    "schedule": ([*TRAIN, "--schedule=linear"], "unknown schedule 'linear'; did you mean 'loglinear'?"),
+    "schedule": (
+        [*TRAIN, "--schedule=linear"],
+        "unknown schedule 'linear'; did you mean 'loglinear'?",
+    ),
     "lr decay": ([*TRAIN, "--lr_decay=exp"], "unknown lr_decay 'exp'"),
     "norm": ([*TRAIN, "--norm=batch"], "unknown norm 'batch'"),
     "mlp": ([*TRAIN, "--mlp=relu"], "unknown mlp 'relu'; did you mean 'relu2'?"),
@@ -157,14 +205,21 @@ BAD = {
     "no batch": ([*TRAIN, "--batch_size=0"], "batch_size must be 1 or more, not 0"),
     "no evaluation": ([*TRAIN, "--eval_interval=0"], "eval_interval must be 1 or more, not 0"),
     "heads": ([*TRAIN, "--n_embd=18"], "n_embd 18 must be a multiple of 2 * n_head = 8"),
-    "micro batch": ([*TRAIN, "--batch_size=8", "--micro_batch_size=3"], "batch_size 8 must be a multiple of"),
+    "micro batch": (
+        [*TRAIN, "--batch_size=8", "--micro_batch_size=3"],
+        "batch_size 8 must be a multiple of",
+    ),
     "dropout": ([*TRAIN, "--dropout=1.5"], "dropout must be from 0 to 1, not 1.5"),
     "negative rate": ([*TRAIN, "--learning_rate=-1"], "learning_rate must be 0 or more, not -1"),
     "beta": ([*TRAIN, "--beta2=1"], "beta2"),
-    "mlp width": ([*TRAIN, "--mlp_hidden=-5"], "mlp_hidden"),
-    "unused rows": ([*TRAIN, "--unused_rows=-3"], "unused_rows"),
+    "mlp width": ([*TRAIN, "--mlp_width=-5"], "mlp_width"),
+    "head padding": ([*TRAIN, "--head_padding=-3"], "head_padding"),
     "start id": ([*TRAIN, "--objective=ar", "--start_id=99"], "start_id"),
-    "causal": ([*TRAIN, "--causal=True"], "objective 'any_order' trains a network with causal=False"),
+    "attention": (
+        [*TRAIN, "--attention=causal"],
+        "objective 'any_order' trains a network with attention=full; leave attention out",
+    ),
+    "an old key": ([*TRAIN, "--causal=True"], "unknown key --causal; did you mean 'attention'?"),
     "seed": ([*TRAIN, "--seed=-1"], "seed must be from 0 to 2^63 - 1, not -1"),
     "device": ([*TRAIN, "--device=gpu"], "unknown device 'gpu'"),
     "device number": ([*TRAIN, "--device=cpu:x"], "cpu:x"),
@@ -176,12 +231,21 @@ BAD = {
     "a torn shard": ([*TRAIN, "--data=torn"], "the train shards of torn hold 99 bytes"),
     "out_dir is a file": ([*TRAIN, "--out_dir=empty.txt"], "empty.txt"),
     # Checkpoints
-    "go on from nothing": ([*TRAIN, "--out_dir=nothing"], "nothing/ckpt.pt is damaged"),
-    "go on from flipped": ([*TRAIN, "--out_dir=flipped"], "flipped/ckpt.pt is damaged"),
-    "go on from foreign": ([*TRAIN, "--out_dir=foreign"], "foreign/ckpt.pt is not a checkpoint of train.py"),
-    "go on from lacking": ([*TRAIN, "--out_dir=lacking"], "lacking/ckpt.pt"),
-    "go on from another model": ([*TRAIN, "--out_dir=run", "--n_layer=2"], "run/ckpt.pt was trained with n_layer=1, not 2"),
-    "go on with other text": ([*TRAIN, "--out_dir=run", "--data=greek"], "another tokenizer than greek has"),
+    "resume from nothing": ([*TRAIN, "--out_dir=nothing"], "nothing/ckpt.pt is damaged"),
+    "resume from flipped": ([*TRAIN, "--out_dir=flipped"], "flipped/ckpt.pt is damaged"),
+    "resume from foreign": (
+        [*TRAIN, "--out_dir=foreign"],
+        "foreign/ckpt.pt is not a checkpoint of train.py",
+    ),
+    "resume from lacking": ([*TRAIN, "--out_dir=lacking"], "lacking/ckpt.pt"),
+    "resume from another model": (
+        [*TRAIN, "--out_dir=run", "--n_layer=2"],
+        "run/ckpt.pt was trained with n_layer=1, not 2",
+    ),
+    "resume with other text": (
+        [*TRAIN, "--out_dir=run", "--data=greek"],
+        "another tokenizer than greek has",
+    ),
     "no checkpoint here": ([*SAMPLE, "--ckpt=out/nowhere"], "no checkpoint out/nowhere"),
     "no checkpoint there": ([*SAMPLE, "--ckpt=/nowhere/run"], "no checkpoint /nowhere/run"),
     "no checkpoint in folder": ([*SAMPLE, "--ckpt=hollow"], "no checkpoint in folder hollow"),
@@ -192,8 +256,14 @@ BAD = {
     "lacking": ([*EVALUATE, "--ckpt=lacking"], "lacking/ckpt.pt"),
     # Requests
     "an unknown character": ([*SAMPLE, "--prompt=naïve"], "character 'ï' is not among the"),
-    "no token wanted": ([*SAMPLE, "--template=the ___0"], "the template has no gap of one token or more"),
-    "a template longer than the block": ([*SAMPLE, "--template=the cat ___9"], "the template is 17 tokens, the block 16"),
+    "no token wanted": (
+        [*SAMPLE, "--template=the ___0"],
+        "the template has no gap of one token or more",
+    ),
+    "a template longer than the block": (
+        [*SAMPLE, "--template=the cat ___9"],
+        "the template is 17 tokens, the block 16",
+    ),
     "two ways to ask": ([*SAMPLE, "--template=___9", "--prompt=a"], "not both"),
     "length": ([*SAMPLE, "--length=17"], "length must be at most block_size 16, not 17"),
     "no steps": ([*SAMPLE, "--steps=0"], "steps must be 1 or more, not 0"),
@@ -201,22 +271,31 @@ BAD = {
     "cold": ([*SAMPLE, "--temperature=-1"], "temperature must be 0 or more, not -1"),
     "no nucleus": ([*SAMPLE, "--top_p=0"], "top_p must be in (0, 1], not 0"),
     "top k": ([*SAMPLE, "--top_k=-1"], "top_k must be 0 or more, not -1"),
-    "a causal template": ([*SAMPLE, "--ckpt=causal", "--template=a ___3"], "a causal network cannot see a suffix"),
+    "a causal template": (
+        [*SAMPLE, "--ckpt=causal", "--template=a ___3"],
+        "a causal network cannot see a suffix",
+    ),
     "a causal order": ([*SAMPLE, "--ckpt=causal", "--sampler=euler"], "this network is causal"),
     "samples into a folder": ([*SAMPLE, "--out=data", "--steps=1"], "cannot write data"),
-    # Judging
+    # Evaluation
     "estimator": ([*EVALUATE, "--estimator=ar"], "unknown estimator 'ar'"),
     "split": ([*EVALUATE, "--split=test"], "data has no split 'test', only train, val"),
     "draws": ([*EVALUATE, "--draws=0"], "draws must be 1 or more, not 0"),
-    "long block": ([*EVALUATE, "--block_size=99"], "block_size must be at most the model's 16, not 99"),
+    "long block": (
+        [*EVALUATE, "--block_size=99"],
+        "block_size must be at most the model's 16, not 99",
+    ),
     "another alphabet of the same size": ([*EVALUATE, "--data=loud"], "loud"),
 }
-LATE = ["out_dir is a file", "samples into a folder"]  # found out when something has been said already
+# Found out when something has been said already.
+LATE = ["out_dir is a file", "samples into a folder"]
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_that_names_it_and_nothing_is_written(case, world, monkeypatch, capsys):
-    (program, *words), told = BAD[case]
+def test_bad_input_is_one_line_that_names_it_and_nothing_is_written(
+    case, world, monkeypatch, capsys
+):
+    (program, *words), message = BAD[case]
     before = contents(world)
     monkeypatch.chdir(world)
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *words])
@@ -224,6 +303,6 @@ def test_bad_input_is_one_line_that_names_it_and_nothing_is_written(case, world,
         settings.run(*MODULES[program])
     out, err = capsys.readouterr()
     err = re.sub(r"\r[^\n]*\r", "", err)  # a progress bar that was there and is gone
-    assert exit.value.code == 2 and err.startswith(f"{program}.py: ") and told in err
+    assert exit.value.code == 2 and err.startswith(f"{program}.py: ") and message in err
     assert err.count("\n") == 1 and err.endswith("\n") and (out == "" or case in LATE)
     assert contents(world) == before

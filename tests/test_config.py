@@ -1,32 +1,61 @@
-"""Settings: what overrides what, what a value may be, and that a file is whole or not there."""
+"""Settings: what overrides what, what a value may be; files that are whole or absent; machines."""
 
 import importlib
+import importlib.util
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
 
 import config as settings
-from config import UserError, choose, help_text, machine, parse, read_preset, whole_file
+import diffusion
+from config import RENAMED, UserError, choose, defaults_of, help_text, options, parse, read_preset
+from lib.device import machine
+from lib.files import Stop, sweep, whole_file
 
-MODULE = SimpleNamespace(DEFAULTS={"steps": 10, "rate": 0.5, "fast": False, "name": "a"})
-OTHER = SimpleNamespace(DEFAULTS={"width": 3})
-PROGRAMS = [
-    "train",
-    "sample",
-    "evaluate",
-    "checkpoint",
-    "data.pydocs.prepare",
-    "data.text.prepare",
-    "data.shakespeare.prepare",
-]
+DEFAULTS = {
+    "steps": 10,
+    "rate": 0.5,
+    "fast": False,
+    "name": "a",
+}
+MODULE = sys.modules[__name__]
+
+
+def programs():
+    """{name: the words of its `run(main, ...)` line}, of every file that is run as a program."""
+    found = {}
+    for pattern in ("*.py", "lib/*.py", "evals/*.py", "data/*/prepare.py", "experiments/*.py"):
+        for path in sorted(ROOT.glob(pattern)):
+            end = path.read_text().partition('if __name__ == "__main__":')[2]
+            if call := re.search(r"\brun\((.*)\)", end, re.S):
+                name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+                found[name] = call[1].replace(" ", "").replace("\n", "").strip(",").split(",")
+    return found
+
+
+PROGRAMS = programs()
+
+
+def modules_of(program):
+    """The modules whose keys a program takes, as it names them itself."""
+    module = importlib.import_module(program)
+    words = PROGRAMS[program][1:]
+    return [module if word == "sys.modules[__name__]" else getattr(module, word) for word in words]
+
+
+def made(folder, text, name="made"):
+    """The module with this text, which defines DEFAULTS."""
+    (folder / f"{name}.py").write_text(text)
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def refusal(function, *arguments):
@@ -42,22 +71,24 @@ def preset(folder, text, name="preset.py"):
     return str(folder / name)
 
 
-# ---- Defaults < presets < command line ---------------------------------------------------------------------------------
+# ---- Defaults < presets < command line -----------------------------------------------------------
 
 
 def test_defaults_give_way_to_presets_and_both_to_the_command_line_in_its_order(tmp_path):
     a = preset(tmp_path, "# why\n{'steps': 20, 'name': 'b',  # and why\n 'width': 4}", "a.py")
     b = preset(tmp_path, "{'name': 'c'}", "b.py")
-    assert parse([], MODULE, OTHER) == MODULE.DEFAULTS | OTHER.DEFAULTS | {"given": []}
+    other = made(tmp_path, 'DEFAULTS = {\n    "width": 3,\n}\n')
+    assert parse([], MODULE, other) == DEFAULTS | {"width": 3, "user_keys": []}
     expected = {"steps": 30, "rate": 0.5, "fast": False, "name": "c", "width": 4}
-    assert parse([a, b, "--steps=30"], MODULE, OTHER) == expected | {"given": ["name", "steps", "width"]}
-    assert parse(["--name=z", a], MODULE, OTHER)["name"] == "b"
+    config = parse([a, b, "--steps=30"], MODULE, other)
+    assert config == expected | {"user_keys": ["name", "steps", "width"]}
+    assert parse(["--name=z", a], MODULE, other)["name"] == "b"
     assert parse(["--steps=1", "--steps=2"], MODULE)["steps"] == 2
 
 
 def test_parsing_leaves_the_defaults_alone():
     parse(["--steps=30"], MODULE)["rate"] = 7
-    assert MODULE.DEFAULTS == {"steps": 10, "rate": 0.5, "fast": False, "name": "a"}
+    assert DEFAULTS == {"steps": 10, "rate": 0.5, "fast": False, "name": "a"}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +131,10 @@ def test_text_of_another_type_is_refused(key, text, wanted):
     assert refusal(parse, [f"--{key}={text}"], MODULE) == f"--{key} must be {wanted}, not '{text}'"
 
 
-@pytest.mark.parametrize("item", ["'steps': 1.5", "'steps': True", "'steps': None", "'rate': [1]", "'fast': 1", "'name': 3"])
+@pytest.mark.parametrize(
+    "item",
+    ["'steps': 1.5", "'steps': True", "'steps': None", "'rate': [1]", "'fast': 1", "'name': 3"],
+)
 def test_a_literal_of_another_type_is_refused_with_its_file(item, tmp_path):
     path = preset(tmp_path, f"{{{item}}}")
     key = item.split("'")[1]
@@ -108,11 +142,84 @@ def test_a_literal_of_another_type_is_refused_with_its_file(item, tmp_path):
 
 
 def test_a_literal_takes_the_type_of_the_default(tmp_path):
-    found = parse([preset(tmp_path, "{'rate': 1, 'steps': 2.0}")], MODULE)
-    assert (found["rate"], type(found["rate"]), found["steps"], type(found["steps"])) == (1.0, float, 2, int)
+    config = parse([preset(tmp_path, "{'rate': 1, 'steps': 2.0}")], MODULE)
+    assert (config["rate"], config["steps"]) == (1.0, 2)
+    assert type(config["rate"]) is float and type(config["steps"]) is int
 
 
-# ---- Unknown names -----------------------------------------------------------------------------------------------------
+def test_a_boolean_key_alone_means_true_and_any_other_wants_a_value():
+    assert parse(["--fast"], MODULE)["fast"] is True
+    assert parse(["--fast"], MODULE)["user_keys"] == ["fast"]
+    assert parse(["--fast", "--fast=False"], MODULE)["fast"] is False
+    for key in ("steps", "rate", "name"):
+        assert refusal(parse, [f"--{key}"], MODULE) == f"write --{key}=VALUE, not '--{key}'"
+    train = modules_of("train")
+    assert not parse([], *train)["compile"] and parse(["--compile"], *train)["compile"] is True
+    assert refusal(parse, ["--size"], *train) == "write --size=VALUE, not '--size'"
+
+
+def test_options_of_a_call_are_merged_over_the_defaults_and_checked():
+    assert options({}, MODULE) == DEFAULTS
+    assert options({"steps": 3, "rate": 1}, MODULE, diffusion) == {
+        **{"steps": 3, "rate": 1.0, "fast": False, "name": "a"},
+        **diffusion.DEFAULTS,
+    }
+    refused = {"step": 3}, {"steps": 1.5}, {"schedule": "cosin"}
+    assert [refusal(options, given, MODULE, diffusion) for given in refused] == [
+        "unknown key step; did you mean 'steps'?",
+        "steps must be a whole number, not 1.5",
+        "unknown schedule 'cosin'; did you mean 'cosine'?",
+    ]
+    assert DEFAULTS["steps"] == 10
+
+
+# ---- Values that a comment lists -----------------------------------------------------------------
+
+LISTED = """TABLE = {"red": 1, "green": 2}
+DEFAULTS = {
+    "lr_decay": "cosine",  # cosine | linear | constant
+    "kind": "auto",  # auto (the best, then a | b) | plain | full; all of them are fast
+    "colour": "red",  # one of TABLE; green is slower
+    "free": "x",  # x or y, whatever you like
+    "data": "data/pydocs",  # a folder | or not
+}
+"""
+
+
+def test_the_values_that_a_key_can_have_are_those_that_its_comment_lists(tmp_path):
+    module = made(tmp_path, LISTED)
+    assert settings.allowed(module) == {
+        "lr_decay": ["cosine", "linear", "constant"],
+        "kind": ["auto", "plain", "full"],
+        "colour": ["red", "green"],
+    }
+    sound = {"lr_decay": "linear", "kind": "full", "colour": "green", "free": "?", "data": "/"}
+    assert parse([f"--{key}={value}" for key, value in sound.items()], module).items() > (
+        sound.items()
+    )
+
+
+def test_a_value_that_is_not_listed_is_told_its_nearest_name(tmp_path):
+    module = made(tmp_path, LISTED)
+    path = preset(tmp_path, "{'colour': 'gren'}")
+    for words, message in {
+        ("--lr_decay=cosin",): "unknown lr_decay 'cosin'; did you mean 'cosine'?",
+        ("--kind=?",): "unknown kind '?'; there is: auto, full, plain",
+        ("--colour=blue",): "unknown colour 'blue'; there is: green, red",
+        (path,): f"unknown {path}: colour 'gren'; did you mean 'green'?",
+    }.items():
+        assert refusal(parse, words, module) == message
+    assert refusal(options, {"kind": "ful"}, module) == "unknown kind 'ful'; did you mean 'full'?"
+    assert "did you mean 'muon'?" in refusal(parse, ["--optimizer=moun"], *modules_of("train"))
+
+
+def test_help_names_what_is_in_a_table_that_a_comment_names(tmp_path):
+    text = help_text(made(tmp_path, LISTED))
+    assert '"colour": "red",  # one of TABLE: red | green; green is slower\n' in text
+    assert '"lr_decay": "cosine",  # cosine | linear | constant\n' in text
+
+
+# ---- Unknown names -------------------------------------------------------------------------------
 
 
 def test_an_unknown_key_is_told_its_nearest_name_or_all_there_are(tmp_path):
@@ -120,17 +227,33 @@ def test_an_unknown_key_is_told_its_nearest_name_or_all_there_are(tmp_path):
     assert refusal(parse, ["--q=3"], MODULE) == "unknown key --q; there is: fast, name, rate, steps"
     path = preset(tmp_path, "{'nane': 'b'}")
     assert refusal(parse, [path], MODULE) == f"unknown key {path}: nane; did you mean 'name'?"
-    assert "unknown key --given" in refusal(parse, ["--given=x"], MODULE)
+    assert "unknown key --user_keys" in refusal(parse, ["--user_keys=x"], MODULE)
 
 
 def test_a_word_that_is_no_setting_is_refused():
     assert refusal(parse, ["--steps"], MODULE) == "write --steps=VALUE, not '--steps'"
-    assert "neither a preset (configs/NAME.py) nor --key=value" in refusal(parse, ["steps=3"], MODULE)
+    refused = refusal(parse, ["steps=3"], MODULE)
+    assert "neither a preset (configs/NAME.py) nor --key=value" in refused
+
+
+def test_an_old_name_of_a_key_is_answered_with_the_new_one():
+    answered = set()
+    for program in PROGRAMS:
+        modules = modules_of(program)
+        for old, new in RENAMED.items():
+            if new in defaults_of(modules):
+                message = f"unknown key --{old}; did you mean '{new}'?"
+                assert refusal(parse, [f"--{old}=1"], *modules) == message
+                answered.add(old)
+    taken_by_none = {"row_width", "row_end", "ban"}  # from the data; an argument of sample()
+    assert answered >= RENAMED.keys() - taken_by_none
 
 
 def test_an_unknown_choice_is_told_its_nearest_name():
-    assert choose("kind", "linear", ["linear", "cosine"]) == "linear" and choose("kind", "b", {"b": 2}) == 2
-    assert refusal(choose, "kind", "linaer", ["linear", "cosine"]) == "unknown kind 'linaer'; did you mean 'linear'?"
+    assert choose("kind", "linear", ["linear", "cosine"]) == "linear"
+    assert choose("kind", "b", {"b": 2}) == 2
+    refused = refusal(choose, "kind", "linaer", ["linear", "cosine"])
+    assert refused == "unknown kind 'linaer'; did you mean 'linear'?"
     assert refusal(choose, "kind", "?", {"b": 2, "a": 1}) == "unknown kind '?'; there is: a, b"
     assert refusal(choose, "kind", "?", []) == "unknown kind '?'; there is: nothing"
 
@@ -143,12 +266,16 @@ def test_a_missing_preset_is_told_its_nearest_neighbour(tmp_path):
     assert "no preset file" in refusal(parse, [str(tmp_path / "folder.py")], MODULE)
 
 
-# ---- Presets are read, never executed ----------------------------------------------------------------------------------
+# ---- Presets are read, never executed ------------------------------------------------------------
 
 
 def test_code_in_a_preset_does_not_run(tmp_path):
     mark = tmp_path / "ran"
-    for text in (f"open({str(mark)!r}, 'w')", f"{{'steps': len([open({str(mark)!r}, 'w')])}}", "import os\n{'steps': 1}"):
+    for text in (
+        f"open({str(mark)!r}, 'w')",
+        f"{{'steps': len([open({str(mark)!r}, 'w')])}}",
+        "import os\n{'steps': 1}",
+    ):
         path = preset(tmp_path, text)
         assert f"{path} must hold one Python dict literal" in refusal(parse, [path], MODULE)
     assert not mark.exists()
@@ -182,51 +309,54 @@ def test_a_number_too_large_for_any_key_is_refused(tmp_path):
     assert f"{path}: rate must be a number" in refusal(parse, [path], MODULE)
 
 
-# ---- What each program knows -------------------------------------------------------------------------------------------
+# ---- What each program knows ---------------------------------------------------------------------
 
 
-@pytest.fixture
-def modules_of(monkeypatch):
-    """modules_of(PROGRAM) -> the modules whose keys it takes, as it names them itself."""
-    found = []
-    monkeypatch.setattr(settings, "run", lambda main, *modules: found.append(modules))
-
-    def run(program):
-        runpy.run_module(program, run_name="__main__", alter_sys=True)
-        return found.pop()
-
-    return run
+def test_the_programs_are_those_that_are_known():
+    assert {"train", "sample", "evaluate", "lib.checkpoint"} <= PROGRAMS.keys()
+    folders = {name.split(".")[0] for name in PROGRAMS}
+    assert {"evals", "data", "experiments"} <= folders and len(PROGRAMS) > 20
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_no_program_has_two_keys_of_one_name(program, modules_of):
-    keys = [key for module in modules_of(program) for key in module.DEFAULTS]
-    assert sorted(keys) == sorted(set(keys))
+def test_no_program_has_two_keys_of_one_name(program):
+    assert defaults_of(modules_of(program))
+
+
+def test_two_keys_of_one_name_are_noticed(tmp_path):
+    other = made(tmp_path, 'DEFAULTS = {\n    "steps": 3,\n}\n')
+    with pytest.raises(AssertionError, match=r"defined twice: \['steps'\]"):
+        parse([], MODULE, other)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_every_default_is_a_value_that_the_command_line_can_give(program, modules_of):
+def test_every_default_is_a_value_that_the_command_line_can_give(program):
     modules = modules_of(program)
-    defaults = {key: value for module in modules for key, value in module.DEFAULTS.items()}
-    assert parse([f"--{key}={value}" for key, value in defaults.items()], *modules) == defaults | {"given": sorted(defaults)}
+    defaults = defaults_of(modules)
+    config = parse([f"--{key}={value}" for key, value in defaults.items()], *modules)
+    assert config == defaults | {"user_keys": sorted(defaults)}
 
 
-@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "checkpoint"])
+@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "lib.checkpoint"])
 def test_help_prints_every_key_with_its_default_and_its_comment(program):
-    module = importlib.import_module(program)
-    told = help_text(settings, module)
-    for part in (settings, module):
-        source = (ROOT / f"{part.__name__}.py").read_text().split("DEFAULTS = {\n")[1].split("\n}")[0]
-        assert f"keys of {part.__name__}.py:\n{source}\n" in told
-        assert all(re.search(rf'^    "{key}": .+,', source, re.M) for key in part.DEFAULTS)
+    for module in modules_of(program):
+        text, path = help_text(module), ROOT / f"{module.__name__.replace('.', '/')}.py"
+        source = path.read_text().split("DEFAULTS = {\n")[1].split("\n}")[0]
+        tables = re.findall(r"one of ([A-Z_]+)", source)
+        for table in tables:
+            names = " | ".join(getattr(module, table))
+            source = source.replace(f"one of {table}", f"one of {table}: {names}")
+        assert text == f"keys of {path.name}:\n{source}\n"
+        assert all(re.search(rf'^    "{key}": .+,', text, re.M) for key in module.DEFAULTS)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
-def test_every_preset_of_the_repository_fits_the_training_script(path, modules_of):
-    assert parse([str(path)], *modules_of("train"))["given"] == sorted(read_preset(path))
+def test_every_preset_of_the_repository_fits_the_training_script(path):
+    config = parse([str(path)], *modules_of("train"))
+    assert config["user_keys"] == sorted(read_preset(path))
 
 
-# ---- Running a program -------------------------------------------------------------------------------------------------
+# ---- Running a program ---------------------------------------------------------------------------
 
 
 def outcome(monkeypatch, capsys, main, *words):
@@ -241,10 +371,11 @@ def outcome(monkeypatch, capsys, main, *words):
 
 
 def test_a_program_gets_its_config(monkeypatch, capsys):
-    assert outcome(monkeypatch, capsys, lambda config: print(config["steps"]), "--steps=3") == (None, "3\n", "")
+    main = lambda config: print(config["steps"])  # noqa: E731
+    assert outcome(monkeypatch, capsys, main, "--steps=3") == (None, "3\n", "")
 
 
-def test_a_mistake_of_the_user_is_one_line_and_exit_code_2(monkeypatch, capsys):
+def test_a_user_error_is_one_line_and_exit_code_2(monkeypatch, capsys):
     def main(config):
         raise UserError("no file x")
 
@@ -264,7 +395,8 @@ def test_help_says_what_can_be_set_and_runs_nothing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["some/where/program.py", "--seed=1", "--help"])
     settings.run(None, settings)
     out, err = capsys.readouterr()
-    assert "usage: program.py [PRESET.py] [--key=value ...]" in out and help_text(settings) in out and err == ""
+    assert "usage: program.py [PRESET.py] [--key=value ...]" in out
+    assert help_text(settings) in out and err == ""
 
 
 def test_ctrl_c_is_exit_code_130_and_a_mistake_of_ours_is_not_hidden(monkeypatch, capsys):
@@ -276,7 +408,7 @@ def test_ctrl_c_is_exit_code_130_and_a_mistake_of_ours_is_not_hidden(monkeypatch
         outcome(monkeypatch, capsys, lambda config: 1 / 0)
 
 
-# ---- Files out ---------------------------------------------------------------------------------------------------------
+# ---- Files out -----------------------------------------------------------------------------------
 
 
 def test_a_file_appears_whole_in_a_folder_made_for_it(tmp_path):
@@ -310,7 +442,7 @@ def test_what_goes_wrong_while_writing_leaves_the_old_file_and_nothing_else(erro
 
 KILLED = """
 import os, signal, sys
-from config import whole_file
+from lib.files import whole_file
 with whole_file(sys.argv[1]) as temporary:
     temporary.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -320,14 +452,17 @@ with whole_file(sys.argv[1]) as temporary:
 def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
-    assert subprocess.run([sys.executable, "-c", KILLED, path], cwd=ROOT).returncode == -signal.SIGKILL
+    killed = subprocess.run([sys.executable, "-c", KILLED, path], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
     assert path.read_text() == "old"
     with whole_file(path) as temporary:
         temporary.write_text("new")
-    assert path.read_text() == "new"
+    assert path.read_text() == "new" and len(list(tmp_path.iterdir())) == 2
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_place_that_cannot_be_written_is_a_mistake_of_the_user(tmp_path):
+def test_a_place_that_cannot_be_written_is_a_user_error(tmp_path):
     def write(path):
         with whole_file(path) as temporary:
             temporary.write_text("x")
@@ -336,10 +471,11 @@ def test_a_place_that_cannot_be_written_is_a_mistake_of_the_user(tmp_path):
     (tmp_path / "folder" / "inner").mkdir(parents=True)
     for path in (tmp_path / "file" / "x", tmp_path / "folder", tmp_path / ("long" * 100)):
         assert refusal(write, path).startswith(f"cannot write {path}: ")
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder"] and (tmp_path / "file").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "old"
 
 
-def test_a_read_only_folder_is_a_mistake_of_the_user(tmp_path, monkeypatch):
+def test_a_read_only_folder_is_a_user_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tmp_path.chmod(0o555)
     user, nobody = os.geteuid(), 65534
@@ -353,12 +489,12 @@ def test_a_read_only_folder_is_a_mistake_of_the_user(tmp_path, monkeypatch):
     assert not os.listdir(tmp_path)
 
 
-# ---- Signals and machines ----------------------------------------------------------------------------------------------
+# ---- Signals and machines ------------------------------------------------------------------------
 
 
-def test_a_first_signal_is_noted_a_second_ctrl_c_is_not_held_back_and_the_old_handlers_return():
+def test_a_first_signal_is_noted_a_second_not_held_back_and_old_handlers_return():
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with settings.Stop() as stop:
+    with Stop() as stop:
         assert not stop.signal
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
@@ -371,7 +507,9 @@ def on(**keys):
     return machine(settings.DEFAULTS | {"device": "cpu"} | keys)
 
 
-@pytest.mark.parametrize(("dtype", "product"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("dtype", "product"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)]
+)
 def test_matrix_products_run_in_the_dtype_that_was_asked_for(dtype, product):
     device, autocast = on(dtype=dtype)
     with autocast():
@@ -380,14 +518,23 @@ def test_matrix_products_run_in_the_dtype_that_was_asked_for(dtype, product):
 
 def test_a_device_is_chosen_where_none_is_named():
     device, _ = on(device="auto")
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     assert device.type == next(kind for kind in there if there[kind])
 
 
 def test_devices_and_dtypes_that_are_not_there_are_refused():
     assert refusal(lambda: on(device="cud")) == "unknown device 'cud'; did you mean 'cuda'?"
-    assert refusal(lambda: on(dtype="float16")) == "unknown dtype 'float16'; did you mean 'bfloat16'?"
-    missing = [kind for kind, module in (("cuda", torch.cuda), ("mps", torch.backends.mps)) if not module.is_available()]
+    refused = refusal(parse, ["--dtype=float16"], settings)
+    assert refused == "unknown dtype 'float16'; did you mean 'bfloat16'?"
+    missing = [
+        kind
+        for kind, module in (("cuda", torch.cuda), ("mps", torch.backends.mps))
+        if not module.is_available()
+    ]
     for kind in missing:
         assert "is not available on this machine" in refusal(lambda kind=kind: on(device=kind))
     for device in ("cpu:x", "cpu:1:2"):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from config import UserError, parse
-from data import loader, tokenizer, writer
+from data import loader, ngram, tokenizer, writer
 from data.pydocs import prepare as pydocs
 from data.shakespeare import prepare as shakespeare
 from data.text import prepare as text
@@ -30,7 +30,9 @@ WORLD = "naïve façade — Ελληνικά, 日本語, 😀\ttab"
 def command(*args, cwd=ROOT, **env):
     """Runs a module of ours as the user would."""
     env = os.environ | {"PYTHONPATH": str(ROOT)} | env
-    return subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=60
+    )
 
 
 @pytest.fixture
@@ -53,13 +55,13 @@ def any_tokenizer(request, monkeypatch, shared):
 
 
 def numbers(folder, n, **options):
-    """A prepared folder whose training text is the ids 0, 1, ..., n - 1: a token says where it stands."""
+    """The training text is the ids 0, 1, ..., n - 1: a token says where it stands."""
     alphabet = "".join(chr(0x4E00 + i) for i in range(n))
     writer.prepare(folder, [("train", alphabet)], tokenizer.Char(alphabet), **options)
     return loader.Tokens(folder, "train")
 
 
-# Tokenizers
+# ---- Tokenizers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("said", [PANGRAM, WORLD, "", " leading", "a", "\n\n"])
@@ -72,7 +74,8 @@ def test_a_text_that_goes_on_after_another_gains_nothing(any_tokenizer, rest):
     if any_tokenizer.kind == "char":
         any_tokenizer = tokenizer.build("char", [PANGRAM, WORLD, "▁"])
     ids = any_tokenizer.encode("quick", start=True) + any_tokenizer.encode(rest, start=False)
-    assert any_tokenizer.decode(ids) == "quick" + rest.replace("▁", " " if any_tokenizer.kind == "llama" else "▁")
+    written = rest.replace("▁", " ") if any_tokenizer.kind == "llama" else rest
+    assert any_tokenizer.decode(ids) == "quick" + written
 
 
 def test_ids_lie_below_the_vocabulary_size_and_the_mask_is_drawn_as_a_block(any_tokenizer):
@@ -136,8 +139,20 @@ def test_an_unknown_character_is_named():
 @pytest.mark.parametrize(
     "meta",
     [
-        *(None, [], {}, {"kind": "chat"}, {"kind": []}, {"kind": "char"}, {"kind": "char", "alphabet": ""}),
-        *({"kind": "char", "alphabet": "aa"}, {"kind": "char", "alphabet": 3}, {"kind": "byte", "alphabet": "a"}),
+        *(
+            None,
+            [],
+            {},
+            {"kind": "chat"},
+            {"kind": []},
+            {"kind": "char"},
+            {"kind": "char", "alphabet": ""},
+        ),
+        *(
+            {"kind": "char", "alphabet": "aa"},
+            {"kind": "char", "alphabet": 3},
+            {"kind": "byte", "alphabet": "a"},
+        ),
     ],
 )
 def test_a_damaged_tokenizer_meta_is_refused(meta):
@@ -145,7 +160,9 @@ def test_a_damaged_tokenizer_meta_is_refused(meta):
         tokenizer.from_meta(meta)
 
 
-def test_a_llama_model_is_read_from_the_repository_or_the_shared_folder(tmp_path, monkeypatch, shared):
+def test_a_llama_model_is_read_from_the_repository_or_the_shared_folder(
+    tmp_path, monkeypatch, shared
+):
     pytest.importorskip("sentencepiece")
     real = shared("data/llama_tokenizer/tokenizer.model")
     own, other = tmp_path / "own.model", tmp_path / "data/llama_tokenizer/tokenizer.model"
@@ -161,7 +178,7 @@ def test_a_llama_model_is_read_from_the_repository_or_the_shared_folder(tmp_path
         tokenizer.Llama()
 
 
-# Shards
+# ---- Shards --------------------------------------------------------------------------------------
 
 
 def test_any_slice_across_any_shards_equals_the_slice_of_one_shard(tmp_path):
@@ -169,14 +186,17 @@ def test_any_slice_across_any_shards_equals_the_slice_of_one_shard(tmp_path):
     assert (len(one.paths), len(many.paths)) == (1, 8) and len(one) == len(many) == 50
     for a in range(51):
         for b in range(a, 53):
-            assert np.array_equal(many[a:b], np.arange(a, min(b, 50))) and many[a:b].dtype == np.int64
+            assert np.array_equal(many[a:b], np.arange(a, min(b, 50)))
+            assert many[a:b].dtype == np.int64
     assert np.array_equal(many[:], one[:]) and np.array_equal(many[-5:], one[45:])
 
 
 def test_several_processes_write_what_one_writes(tmp_path):
-    documents = [("val" if i % 7 == 3 else "train", f"document {i} " + chr(97 + i) * 150_000) for i in range(25)]
+    texts = [f"document {i} " + chr(97 + i) * 150_000 for i in range(25)]
+    documents = [("val" if i % 7 == 3 else "train", text) for i, text in enumerate(texts)]
     for workers in (1, 2):
-        writer.prepare(tmp_path / str(workers), iter(documents), tokenizer.Byte(), workers, shard_tokens=1_000_000)
+        folder = tmp_path / str(workers)
+        writer.prepare(folder, iter(documents), tokenizer.Byte(), workers, shard_tokens=1_000_000)
     files = sorted(path.name for path in (tmp_path / "1").iterdir())
     assert files == ["meta.json", *(f"train_{i:05d}.bin" for i in range(4)), "val_00000.bin"]
     for name in files:
@@ -197,7 +217,8 @@ def test_meta_counts_tokens_documents_and_bytes_with_separators(tmp_path):
 def test_ids_are_as_narrow_as_the_mask_allows(V, dtype, tmp_path):
     alphabet = "".join(chr(i) for i in range(V + 2048) if not 0xD800 <= i < 0xE000)[:V]
     meta = writer.prepare(tmp_path, [("train", alphabet[-9:])], tokenizer.Char(alphabet))
-    assert meta["dtype"] == dtype and loader.Tokens(tmp_path, "train")[:].tolist() == list(range(V - 9, V))
+    assert meta["dtype"] == dtype
+    assert loader.Tokens(tmp_path, "train")[:].tolist() == list(range(V - 9, V))
 
 
 def test_preparing_again_leaves_no_old_shard_and_a_failure_leaves_the_old_data(tmp_path):
@@ -212,7 +233,8 @@ def test_preparing_again_leaves_no_old_shard_and_a_failure_leaves_the_old_data(t
     with pytest.raises(UserError, match="a document is bad"):
         writer.prepare(tmp_path, fails_half_way(), tokenizer.Byte())
     assert np.array_equal(loader.Tokens(tmp_path, "train")[:], np.arange(20))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train_00000.bin", "train_notes.txt"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["meta.json", "train_00000.bin", "train_notes.txt"]
 
 
 def test_nothing_to_prepare_is_an_error_and_leaves_no_folder(tmp_path):
@@ -258,7 +280,8 @@ def test_a_place_that_cannot_be_written_is_an_error(tmp_path):
 def test_a_missing_folder_says_how_to_prepare_it(tmp_path):
     with pytest.raises(UserError, match=r"python -m data\.pydocs\.prepare"):
         loader.Tokens(tmp_path / "pydocs", "train")
-    with pytest.raises(UserError, match=r"python -m data\.text\.prepare --input=FILE --out=.*/mine"):
+    command = r"python -m data\.text\.prepare --input=FILE --out=.*/mine"
+    with pytest.raises(UserError, match=command):
         loader.Tokens(tmp_path / "mine", "train")
 
 
@@ -315,7 +338,7 @@ def test_a_shard_cut_under_our_hands_is_an_error(tmp_path):
         tokens[:]
 
 
-# Shuffling
+# ---- Shuffling -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [*range(1, 70), 99, 100, 101, 1000, 4095, 4096, 4097])
@@ -351,12 +374,14 @@ def test_every_order_of_three_comes_up_equally_often():
 def test_an_epoch_takes_every_window_once_and_the_next_one_takes_others(tmp_path):
     blocks = loader.Blocks(numbers(tmp_path, 1000), 8, seed=1)
     assert blocks.n == 124
-    seen = blocks.batch(0, np.arange(3 * blocks.n), 3 * blocks.n).reshape(3, blocks.n, 8)  # 3 epochs in one batch
+    n = 3 * blocks.n  # 3 epochs in one batch
+    seen = blocks.batch(0, np.arange(n), n).reshape(3, blocks.n, 8)
     assert np.array_equal(seen, seen[..., :1] + np.arange(8))  # windows are consecutive text
     starts = seen[..., 0]
     for epoch in starts:
         offset = epoch.min()
-        assert offset <= 1000 - 8 * blocks.n and np.array_equal(np.sort(epoch), offset + 8 * np.arange(blocks.n))
+        assert offset <= 1000 - 8 * blocks.n
+        assert np.array_equal(np.sort(epoch), offset + 8 * np.arange(blocks.n))
     assert len({epoch.min() for epoch in starts}) > 1, "each epoch has an offset of its own"
     assert not np.array_equal(starts[0] // 8, starts[1] // 8), "each epoch has an order of its own"
 
@@ -372,9 +397,10 @@ def test_a_batch_does_not_depend_on_how_its_positions_are_shared_out(tmp_path):
     tokens = numbers(tmp_path, 1000)
     whole = loader.Blocks(tokens, 8, seed=3).batch(17, np.arange(12), 12)
     for world in (2, 3, 4):
-        rank = [loader.Blocks(tokens, 8, seed=3).batch(17, np.arange(r, 12, world), 12) for r in range(world)]
-        for r in range(world):
-            assert np.array_equal(rank[r], whole[r::world])
+        for rank in range(world):
+            blocks = loader.Blocks(tokens, 8, seed=3)
+            part = blocks.batch(17, np.arange(rank, 12, world), 12)
+            assert np.array_equal(part, whole[rank::world])
     assert not np.array_equal(loader.Blocks(tokens, 8, seed=4).batch(17, np.arange(12), 12), whole)
     assert not np.array_equal(loader.Blocks(tokens, 8, seed=3).batch(18, np.arange(12), 12), whole)
 
@@ -406,21 +432,24 @@ for shard in range(shards):
     with open(folder / f"train_{{shard:05d}}.bin", "wb") as file:
         file.truncate(2 * n // shards)  # a sparse file: zeros that take no space
 split = {{"tokens": n, "documents": 1, "bytes": n}}
-meta = {{"tokenizer": {{"kind": "byte"}}, "vocab_size": 256, "dtype": "uint16", "splits": {{"train": split}}}}
+meta = {{"tokenizer": {{"kind": "byte"}}, "vocab_size": 256, "dtype": "uint16"}}
+meta["splits"] = {{"train": split}}
 (folder / "meta.json").write_text(json.dumps(meta))
 blocks = loader.Blocks(loader.Tokens(folder, "train"), 1024, 0)
 before = len(os.listdir("/dev/fd"))
 for step in range(100):
     blocks.batch(step, np.arange(32), 32)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)  # KiB
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak //= 1024 if sys.platform == "darwin" else 1  # KiB
 print(len(os.listdir("/dev/fd")) - before, peak)
 """
-    small, large = (command("-c", script, *size).stdout.split() for size in (("1000000", "1"), ("1000000000", "2000")))
+    sizes = ("1000000", "1"), ("1000000000", "2000")
+    small, large = (command("-c", script, *size).stdout.split() for size in sizes)
     assert small[0] == large[0] == "0"
     assert abs(int(small[1]) - int(large[1])) < 4000, "kB of resident memory"
 
 
-# n-grams
+# ---- n-grams -------------------------------------------------------------------------------------
 
 
 def plain_ngram(train, h, v, V):
@@ -439,7 +468,7 @@ def test_ngram_baselines_equal_plain_counting_and_are_normalised(tmp_path):
     train, val = "abracadabra, abra\n", "cab, arcade"
     alphabet = "".join(sorted(set(train + val)))
     writer.prepare(tmp_path, [("train", train), ("val", val)], tokenizer.Char(alphabet))
-    got = loader.ngram_nats(tmp_path)
+    got = ngram.baseline(tmp_path)
     for n, name in enumerate(["unigram", "bigram", "trigram"]):
         contexts = [val[max(0, i - n) : i] for i in range(len(val))]
         for h in contexts:
@@ -450,11 +479,11 @@ def test_ngram_baselines_equal_plain_counting_and_are_normalised(tmp_path):
 
 def test_ngram_baselines_stop_where_the_table_would_be_too_large(tmp_path):
     writer.prepare(tmp_path, [("train", "abcabc"), ("val", "abc")], tokenizer.Byte())
-    assert list(loader.ngram_nats(tmp_path, limit=256**2)) == ["unigram", "bigram"]
-    assert list(loader.ngram_nats(tmp_path, limit=100)) == []
+    assert list(ngram.baseline(tmp_path, limit=256**2)) == ["unigram", "bigram"]
+    assert list(ngram.baseline(tmp_path, limit=100)) == []
 
 
-# The sets
+# ---- The sets ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
@@ -490,7 +519,7 @@ def test_pydocs_holds_out_whole_documents_and_no_long_paragraph_is_on_both_sides
 
 
 def test_trigrams_beat_bigrams_beat_unigrams_on_pydocs(pydocs_folder):
-    nats = loader.ngram_nats(pydocs_folder[0])
+    nats = ngram.baseline(pydocs_folder[0])
     assert 1.5 < nats["trigram"] < nats["bigram"] - 0.3 < nats["unigram"] - 0.6 < 3.2
 
 
@@ -505,20 +534,24 @@ def test_shakespeare_has_the_customary_split(tmp_path, shared):
 
 def test_text_reads_every_kind_of_file_and_folder_alike(tmp_path):
     documents = [f"Document {i}: ünï.\n\nIts end." for i in range(4)]
-    as_lines = "".join(json.dumps({"text": document, "id": 1}) + "\n\n" for document in documents).encode()
+    lines = [json.dumps({"text": document, "id": 1}) + "\n\n" for document in documents]
+    as_lines = "".join(lines).encode()
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "0.jsonl").write_bytes(as_lines)
     (tmp_path / "a" / "1.jsonl.gz").write_bytes(gzip.compress(as_lines))
     (tmp_path / "a" / "b" / "2.jsonl.xz").write_bytes(lzma.compress(as_lines))
     (tmp_path / "a" / "ignored.csv").write_text("1,2")
-    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbf" + documents[0].replace("\n", "\r\n").encode() + b"\n")
+    windows = documents[0].replace("\n", "\r\n").encode()
+    (tmp_path / "t.txt").write_bytes(b"\xef\xbb\xbf" + windows + b"\n")
     (tmp_path / "t.txt.gz").write_bytes(gzip.compress(documents[1].encode()))
     (tmp_path / "t.txt.xz").write_bytes(lzma.compress(documents[2].encode()))
     items = [str(tmp_path / name) for name in ("a", "t.txt", "t.txt.gz", "t.txt.xz")]
     assert list(text.documents(items)) == documents * 3 + documents[:3]
 
 
-@pytest.mark.parametrize("paragraph", ["One line of words.\n\n", "One line of words.\n", "One line of words. ", "x"])
+@pytest.mark.parametrize(
+    "paragraph", ["One line of words.\n\n", "One line of words.\n", "One line of words. ", "x"]
+)
 def test_one_long_text_is_cut_into_documents_that_lose_nothing(paragraph, tmp_path):
     whole = paragraph * (100_000 // len(paragraph))
     (tmp_path / "long.txt").write_text(whole)
@@ -537,7 +570,9 @@ def test_documents_are_held_out_by_what_they_say_alone():
     assert {split for split, _ in text.split(texts, 1)} == {"val"}
 
 
-def test_gpt2_and_llama_prepare_text_with_several_processes_and_no_network(tmp_path, shared, offline):
+def test_gpt2_and_llama_prepare_text_with_several_processes_and_no_network(
+    tmp_path, shared, offline
+):
     pytest.importorskip("sentencepiece")
     said = [f"Document {i} says {i * i}." for i in range(300)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in said))
@@ -548,7 +583,8 @@ def test_gpt2_and_llama_prepare_text_with_several_processes_and_no_network(tmp_p
     }
     for kind, border in (("gpt2", "<|endoftext|>"), ("llama", "<s>")):
         out = tmp_path / kind
-        args = [f"--input={tmp_path / 'in.jsonl'}", f"--out={out}", f"--tokenizer={kind}", "--workers=2"]
+        files = [f"--input={tmp_path / 'in.jsonl'}", f"--out={out}"]
+        args = [*files, f"--tokenizer={kind}", "--workers=2"]
         done = command("-m", "data.text.prepare", *args, **env)
         assert done.returncode == 0, done.stderr
         tokens = loader.Tokens(out, "train")
@@ -556,7 +592,9 @@ def test_gpt2_and_llama_prepare_text_with_several_processes_and_no_network(tmp_p
             patch.setenv("TIKTOKEN_CACHE_DIR", offline)
             read = tokenizer.from_meta(tokens.meta["tokenizer"]).decode(tokens[:])
         documents = [part.strip() for part in read.split(border)]
-        assert kind == "llama" or documents.pop() == "", "GPT-2's mark ends a document, Llama's begins one"
+        assert kind == "llama" or documents.pop() == "", (
+            "GPT-2's mark ends a document, Llama's begins one"
+        )
         assert documents == [line for line in said if not writer.held_out(line, 0.05)]
         assert tokens.meta["splits"]["train"]["documents"] == len(documents)
 
@@ -575,8 +613,14 @@ BAD = {
     "no key": (["--input=key.jsonl.gz"], 'key.jsonl.gz, line 2: no text under the key "text"'),
     "too short to split": (["--input=short.txt"], "none of the 1 documents is in the val split"),
     "fraction": (["--input=short.txt", "--val_fraction=2"], "val_fraction must be from 0 to 1"),
-    "tokenizer": (["--input=short.txt", "--tokenizer=chra"], "unknown tokenizer 'chra'; did you mean 'char'?"),
-    "key": (["--input=short.txt", "--tokeniser=char"], "unknown key --tokeniser; did you mean 'tokenizer'?"),
+    "tokenizer": (
+        ["--input=short.txt", "--tokenizer=chra"],
+        "unknown tokenizer 'chra'; did you mean 'char'?",
+    ),
+    "key": (
+        ["--input=short.txt", "--tokeniser=char"],
+        "unknown key --tokeniser; did you mean 'tokenizer'?",
+    ),
     "no vocabulary": (["--input=short.txt", "--tokenizer=gpt2"], "set TIKTOKEN_CACHE_DIR"),
 }
 
@@ -609,6 +653,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(case, bad_files):
 
 
 def test_shakespeare_without_its_file_is_one_line(tmp_path):
-    done = command("-m", "data.shakespeare.prepare", "--input=missing.txt", f"--out={tmp_path / 'out'}")
+    args = ["--input=missing.txt", f"--out={tmp_path / 'out'}"]
+    done = command("-m", "data.shakespeare.prepare", *args)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "missing.txt" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,8 @@
-"""The mathematics, checked by enumeration in float64: every mask, every sequence, every order at V = 3, L = 4.
+"""The mathematics, by enumeration in float64: every mask, sequence and order at V = 3, L = 4.
 
-Expectations go through draw_mask and nelbo themselves: a test chooses u and noise so that every corruption appears once, and
-weighs it by its exact probability. What they must equal is written here a second time, from the definitions.
+Expectations go through draw_mask and nelbo themselves: a test chooses u and noise so that every
+corruption appears once, and weighs it by its exact probability. What they must equal is written
+here a second time, from the definitions.
 """
 
 import functools
@@ -11,13 +12,22 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import L, Table, V, random_logits, states
+from conftest import L, Table, V, random_logits, states, training_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import diffusion
-import model as code
-from diffusion import SCHEDULES, cosine, draw_mask, loglinear, nelbo, reveal_law, stratified, training_mask, uniforms
+from diffusion import (
+    SCHEDULES,
+    cosine,
+    draw_mask,
+    loglinear,
+    nelbo,
+    stratified,
+    uniforms,
+    unmask_schedule,
+)
+from lib import fused
 from model import DEFAULTS, Transformer
 
 X0 = states(V, L)  # (V^L, L) every clean sequence
@@ -26,40 +36,44 @@ DENOISING = ["lambda_dce", "t_dce", "t_dse"]
 FULL_RANGE = ["loglinear", "cosine"]  # schedules that run from exactly 0 to exactly 1
 
 
-# ---- Expectations as sums ----------------------------------------------------------------------------------------------
+# ---- Expectations as sums ------------------------------------------------------------------------
 
 
 def gauss(n):
-    """Nodes and weights of Gauss-Legendre quadrature on (0, 1), exact for polynomials below degree 2n: (n,), (n,)."""
+    """Nodes and weights (n,) of Gauss-Legendre quadrature on (0, 1): exact below degree 2n."""
     nodes, weights = np.polynomial.legendre.leggauss(n)
     return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
 
 
 def corruptions(objective, schedule, n=120):
-    """What draw_mask can be given, and how likely: u (N,), noise (N, L), chance (N,) with sum 1."""
+    """What draw_mask can be given, and how likely: u (N,), noise (N, L), p (N,) with sum 1."""
     if objective == "any_order":  # each k, each order of the noise
         orders = torch.tensor(list(itertools.permutations(range(L)))) / L  # (L!, L)
         u = ((torch.arange(L).double() + 0.5) / L).repeat_interleave(len(orders))  # (L * L!,)
         return u, orders.repeat(L, 1), torch.full((len(u),), 1 / len(u), dtype=torch.float64)
     nodes, weights = gauss(n)
-    m = (nodes if objective == "lambda_dce" else schedule(nodes)[0].clamp(0, 1))[:, None, None]  # (n, 1, 1)
-    chance = torch.where(PATTERNS, m, 1 - m).prod(-1) * weights[:, None]  # (n, 2^L)
-    noise = torch.where(PATTERNS, 0.0, math.nextafter(1, 0)).double()  # (2^L, L) hides exactly the pattern
-    return nodes.repeat_interleave(len(noise)), noise.repeat(n, 1), chance.flatten()
+    m = nodes if objective == "lambda_dce" else schedule(nodes)[0].clamp(0, 1)  # (n,)
+    m = m[:, None, None]  # (n, 1, 1)
+    p = torch.where(PATTERNS, m, 1 - m).prod(-1) * weights[:, None]  # (n, 2^L)
+    # Noise that masks exactly the pattern, and every pattern once:
+    noise = torch.where(PATTERNS, 0.0, math.nextafter(1, 0)).double()  # (2^L, L)
+    return nodes.repeat_interleave(len(noise)), noise.repeat(n, 1), p.flatten()
 
 
 @torch.no_grad()
-def expected_nats(model, objective, schedule=loglinear, normalised=True, reweigh=lambda u, weight: weight):
+def expected_nats(
+    model, objective, schedule=loglinear, normalised=True, reweigh=lambda u, weight: weight
+):
     """E[sum_i weight * CE_i] of every clean sequence, through draw_mask and nelbo: (V^L,)."""
-    u, noise, chance = corruptions(objective, schedule)
+    u, noise, p = corruptions(objective, schedule)
     mask, weight = draw_mask(objective, u, noise, schedule)
     x0, mask = X0.repeat_interleave(len(u), 0), mask.repeat(len(X0), 1)  # (V^L * N, L) each
     _, nats = nelbo(model, x0, mask, reweigh(u, weight).repeat(len(X0)), normalised=normalised)
-    return nats.view(len(X0), -1).double() @ chance
+    return nats.view(len(X0), -1).double() @ p
 
 
 def pattern_nats(model):
-    """Sum of cross-entropies over the hidden positions, for each clean sequence and mask: (V^L, 2^L)."""
+    """Sum of CE over the masked positions, for each clean sequence and mask: (V^L, 2^L)."""
     x0 = X0[:, None].expand(-1, len(PATTERNS), -1)  # (V^L, 2^L, L)
     x = torch.where(PATTERNS, model.mask_id, x0)  # (V^L, 2^L, L)
     log_p = model(x.flatten(0, 1)).log_softmax(-1).view(*x.shape, V)
@@ -67,7 +81,7 @@ def pattern_nats(model):
 
 
 def chain_rule_nats(model):
-    """-log p(x0) by the chain rule, averaged over all L! orders: the any-order bound by definition, (V^L,)."""
+    """-log p(x0) by the chain rule, the mean over all L! orders: the any-order bound, (V^L,)."""
     total, orders = 0.0, list(itertools.permutations(range(L)))
     for order in orders:
         x = torch.full_like(X0, model.mask_id)  # (V^L, L)
@@ -81,8 +95,8 @@ def nats_between(model, low, high):
     """Integral over m in (low, high) of E[sum CE] / m, from the definition: (V^L,)."""
     nodes, weights = gauss(L)
     m = low + (high - low) * nodes[:, None, None]  # (n, 1, 1)
-    chance = torch.where(PATTERNS, m, 1 - m).prod(-1) / m[..., 0]  # (n, 2^L)
-    return pattern_nats(model) @ ((high - low) * weights @ chance)
+    p = torch.where(PATTERNS, m, 1 - m).prod(-1) / m[..., 0]  # (n, 2^L)
+    return pattern_nats(model) @ ((high - low) * weights @ p)
 
 
 def same(a, b, tolerance=1e-12):
@@ -94,19 +108,21 @@ def double(values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def scaled(schedule, chance=1.0, slope=1.0):
-    """The schedule with its chance or slope off by a factor."""
-    return lambda t: tuple(value * factor for value, factor in zip(schedule(t), (chance, slope), strict=True))
+def scaled(schedule, m=1.0, slope=1.0):
+    """The schedule with its m or its slope off by a factor."""
+    return lambda t: (schedule(t)[0] * m, schedule(t)[1] * slope)
 
 
 CASES = [("any_order", "loglinear")] + [(o, s) for o in DENOISING for s in FULL_RANGE]
 
 
-# ---- The bound ---------------------------------------------------------------------------------------------------------
+# ---- The bound -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("objective", "schedule"), CASES)
-def test_with_true_conditionals_every_objective_is_exactly_minus_log_p_of_each_sequence(objective, schedule, network, joint):
+def test_with_true_conditionals_every_objective_is_minus_log_p_of_each_sequence(
+    objective, schedule, network, joint
+):
     nats = expected_nats(network, objective, SCHEDULES[schedule])
     assert same(nats, -joint.flatten().log())
     entropy = -(joint * joint.log()).sum()
@@ -114,17 +130,23 @@ def test_with_true_conditionals_every_objective_is_exactly_minus_log_p_of_each_s
 
 
 @pytest.mark.parametrize(("objective", "schedule"), CASES)
-def test_with_arbitrary_conditionals_every_objective_is_the_same_any_order_bound(objective, schedule, arbitrary):
-    assert same(expected_nats(arbitrary, objective, SCHEDULES[schedule]), chain_rule_nats(arbitrary))
+def test_with_arbitrary_conditionals_every_objective_is_the_same_any_order_bound(
+    objective, schedule, arbitrary
+):
+    assert same(
+        expected_nats(arbitrary, objective, SCHEDULES[schedule]), chain_rule_nats(arbitrary)
+    )
 
 
-def test_a_network_with_wrong_conditionals_pays_for_it(arbitrary, joint):
+def test_the_bound_of_a_network_with_wrong_conditionals_is_above_the_entropy(arbitrary, joint):
     entropy = -(joint * joint.log()).sum()
     assert joint.flatten() @ expected_nats(arbitrary, "any_order") > entropy + 0.1
 
 
 @pytest.mark.parametrize("objective", ["t_dce", "t_dse"])
-def test_the_geometric_schedule_gives_the_integral_over_its_own_range(objective, arbitrary, network):
+def test_the_geometric_schedule_gives_the_integral_over_its_own_range(
+    objective, arbitrary, network
+):
     geometric = SCHEDULES["geometric"]
     low, high = -math.expm1(-1e-4), -math.expm1(-20.0)
     for model in (arbitrary, network):
@@ -132,35 +154,60 @@ def test_the_geometric_schedule_gives_the_integral_over_its_own_range(objective,
         assert same(nats_between(model, 0, 1), chain_rule_nats(model), 1e-12)
 
 
-def test_what_the_geometric_schedule_leaves_out_is_a_ten_thousandth_of_one_hidden_token(arbitrary):
+def test_the_geometric_schedule_leaves_out_a_ten_thousandth_of_one_masked_token(arbitrary):
     low, high = (SCHEDULES["geometric"](double(end))[0].item() for end in (0, 1))
     missing = chain_rule_nats(arbitrary) - nats_between(arbitrary, low, high)  # (V^L,)
-    one_hidden = pattern_nats(arbitrary)[:, PATTERNS.sum(1) == 1].sum(1)  # (V^L,)
-    assert torch.allclose(missing, 1e-4 * one_hidden, rtol=1e-3)
+    one_masked = pattern_nats(arbitrary)[:, PATTERNS.sum(1) == 1].sum(1)  # (V^L,)
+    assert torch.allclose(missing, 1e-4 * one_masked, rtol=1e-3)
+
+
+WRONG_WEIGHTS = {  # name: (objective, schedule, (u, weight) -> another weight)
+    "weight": ("any_order", loglinear, lambda u, w: 1.01 * w),
+    "weight that counts k from 0": (
+        "any_order",
+        loglinear,
+        lambda u, w: L / (L / w - 1).clamp(min=1),
+    ),
+    "weight of a mean over masked tokens": (
+        "any_order",
+        loglinear,
+        lambda u, w: torch.ones_like(w),
+    ),
+    "weight 1/t under cosine masking": ("t_dce", cosine, lambda u, w: 1 / u),
+    "weight of the cosine under log-linear masking": (
+        "t_dce",
+        loglinear,
+        lambda u, w: cosine(u)[1] / cosine(u)[0],
+    ),
+    "weight 1/lambda^1.01": ("lambda_dce", loglinear, lambda u, w: w**1.01),
+}
+
+
+def late(schedule):
+    """The schedule with the m of another time."""
+    return lambda t: (schedule(t**1.01)[0], schedule(t)[1])
 
 
 def wrong_weights_and_schedules():
-    yield "weight", "any_order", loglinear, lambda u, weight: 1.01 * weight
-    yield "weight that counts k from 0", "any_order", loglinear, lambda u, weight: L / (L / weight - 1).clamp(min=1)
-    yield "weight of a mean over hidden tokens", "any_order", loglinear, lambda u, weight: torch.ones_like(weight)
-    yield "weight 1/t under cosine masking", "t_dce", cosine, lambda u, weight: 1 / u
-    yield "weight of the cosine under log-linear masking", "t_dce", loglinear, lambda u, weight: cosine(u)[1] / cosine(u)[0]
-    yield "weight 1/lambda^1.01", "lambda_dce", loglinear, lambda u, weight: weight**1.01
+    yield from ((name, *wrong) for name, wrong in WRONG_WEIGHTS.items())
     for name in FULL_RANGE:
         yield f"slope of {name}", "t_dce", scaled(SCHEDULES[name], slope=1.01), None
-        yield f"chance of {name}", "t_dce", scaled(SCHEDULES[name], chance=1.01), None
-        yield f"time of {name}", "t_dse", (lambda t, right=SCHEDULES[name]: (right(t**1.01)[0], right(t)[1])), None
+        yield f"m of {name}", "t_dce", scaled(SCHEDULES[name], m=1.01), None
+        yield f"time of {name}", "t_dse", late(SCHEDULES[name]), None
 
 
 @pytest.mark.parametrize("wrong", wrong_weights_and_schedules(), ids=lambda wrong: wrong[0])
 def test_a_wrong_weight_or_schedule_is_not_the_bound(wrong, network, arbitrary, joint):
     _, objective, schedule, reweigh = wrong
     change = {} if reweigh is None else {"reweigh": reweigh}
-    for model, bound in ((network, -joint.flatten().log()), (arbitrary, chain_rule_nats(arbitrary))):
+    for model, bound in (
+        (network, -joint.flatten().log()),
+        (arbitrary, chain_rule_nats(arbitrary)),
+    ):
         assert not same(expected_nats(model, objective, schedule, **change), bound, tolerance=1e-3)
 
 
-# ---- Schedules and the concrete score ----------------------------------------------------------------------------------
+# ---- Schedules and the concrete score ------------------------------------------------------------
 
 SIGMA_BAR = {
     "loglinear": lambda t: -torch.log1p(-t),
@@ -178,16 +225,17 @@ def test_a_schedule_is_one_minus_exp_minus_sigma_bar_and_its_slope(name):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_slope_over_chance_is_the_weight_of_the_paper(name):
+def test_slope_over_m_is_the_weight_of_the_paper(name):
     t = torch.linspace(0.01, 0.95, 25, dtype=torch.float64, requires_grad=True)  # (25,)
     sigma_bar = SIGMA_BAR[name](t)  # (25,)
     sigma = torch.autograd.grad(sigma_bar.sum(), t, retain_graph=True)[0]
     m, dm = SCHEDULES[name](t)
-    assert torch.allclose(dm / m, sigma * torch.exp(-sigma_bar) / (1 - torch.exp(-sigma_bar)), rtol=1e-10)
+    factor = torch.exp(-sigma_bar) / (1 - torch.exp(-sigma_bar))  # (25,)
+    assert torch.allclose(dm / m, sigma * factor, rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", FULL_RANGE)
-def test_log_linear_and_cosine_run_from_all_visible_to_all_hidden(name):
+def test_log_linear_and_cosine_run_from_all_visible_to_all_masked(name):
     assert SCHEDULES[name](torch.tensor([0.0, 1.0]))[0].tolist() == [0, 1]
 
 
@@ -198,9 +246,9 @@ def test_the_epsilon_of_published_models_shortens_the_log_linear_schedule():
 
 
 def noised(joint, m):
-    """p_t over partly hidden sequences, each token hidden with chance m: (V+1, V+1, V+1, V+1)."""
-    hide = torch.cat([(1 - m) * torch.eye(V, dtype=m.dtype), m.expand(V, 1)], dim=1)  # (V, V+1)
-    return torch.einsum("abcd,ai,bj,ck,dl->ijkl", joint, hide, hide, hide, hide)
+    """p_t, each token masked with probability m: (V+1, V+1, V+1, V+1)."""
+    step = torch.cat([(1 - m) * torch.eye(V, dtype=m.dtype), m.expand(V, 1)], dim=1)  # (V, V+1)
+    return torch.einsum("abcd,ai,bj,ck,dl->ijkl", joint, step, step, step, step)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -210,14 +258,16 @@ def test_the_concrete_score_is_the_ratio_of_noised_probabilities(name, t, networ
     p, x = noised(joint, m).flatten(), states(V + 1, L)
     score = diffusion.concrete_score(network(x), m)  # ((V+1)^L, L, V)
     for i, v in itertools.product(range(L), range(V)):
-        hidden = x[:, i] == V
-        y = (torch.arange(len(x)) - (V - v) * (V + 1) ** (L - 1 - i))[hidden]  # rows of x with the hidden i := v
-        assert torch.allclose(score[hidden, i, v], p[y] / p[hidden], rtol=1e-10, atol=0)
+        masked = (x[:, i] == V).nonzero().flatten()  # (n,) rows of x
+        y = masked - (V - v) * (V + 1) ** (L - 1 - i)  # (n,) the rows of x with the masked i := v
+        assert torch.allclose(score[masked, i, v], p[y] / p[masked], rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("normalised", [True, False])
-def test_score_entropy_is_weighted_cross_entropy_plus_what_the_logits_lack_of_a_sum_of_one(name, normalised):
+def test_score_entropy_is_weighted_cross_entropy_plus_what_the_sum_differs_from_one(
+    name, normalised
+):
     m, dm = SCHEDULES[name](torch.linspace(0.1, 0.9, 9, dtype=torch.float64))  # (9,) each
     logits = random_logits()[:9, 0]  # (9, V)
     logits = logits.log_softmax(-1) if normalised else logits
@@ -249,17 +299,21 @@ def test_the_unnormalised_loss_is_score_entropy(name):
 
 
 def test_with_a_softmax_score_entropy_is_denoising_cross_entropy(arbitrary):
-    assert same(expected_nats(arbitrary, "t_dse", cosine, normalised=False), expected_nats(arbitrary, "t_dce", cosine))
+    assert same(
+        expected_nats(arbitrary, "t_dse", cosine, normalised=False),
+        expected_nats(arbitrary, "t_dce", cosine),
+    )
 
 
-# ---- Drawing masks -----------------------------------------------------------------------------------------------------
+# ---- Drawing masks -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("objective", DENOISING)
-def test_a_token_is_hidden_with_exactly_the_chance_of_the_schedule(objective, name):
+def test_a_token_is_masked_with_exactly_the_probability_of_the_schedule(objective, name):
     u = torch.linspace(0.03, 0.99, 33, dtype=torch.float64)  # (33,)
-    noise = ((torch.arange(10_000) + 0.5) / 10_000).double().expand(33, -1)  # (33, 10000) evenly spread
+    evenly = ((torch.arange(10_000) + 0.5) / 10_000).double()  # (10000,)
+    noise = evenly.expand(33, -1)  # (33, 10000)
     share = draw_mask(objective, u, noise, SCHEDULES[name])[0].double().mean(1)  # (33,)
     m = u if objective == "lambda_dce" else 1 - torch.exp(-SIGMA_BAR[name](u))
     assert (share - m).abs().max() <= 1e-4
@@ -279,21 +333,21 @@ def test_a_batch_has_one_u_in_each_stratum_and_pairs_are_antithetic(batch_size):
 def test_no_u_is_zero_so_every_weight_is_finite(batch_size):
     position = torch.arange(batch_size)  # (B,)
     for jitter in (0.0, math.nextafter(1, 0)):
-        u = stratified(torch.full((batch_size,), jitter, dtype=torch.float64), position, batch_size)  # (B,)
+        jitters = torch.full((batch_size,), jitter, dtype=torch.float64)  # (B,)
+        u = stratified(jitters, position, batch_size)  # (B,)
         for objective in ("any_order", "lambda_dce", "t_dce"):
             weight = draw_mask(objective, u, torch.zeros(batch_size, L), cosine)[1]
             assert weight.isfinite().all() and (weight >= 0).all()
 
 
-def test_the_schedule_is_log_linear_unless_told_otherwise():
+def test_the_schedule_is_log_linear_by_default():
     u, noise = double([0.2, 0.9]), uniforms(0, 0, range(2), L)
-    for got, wanted in zip(draw_mask("t_dce", u, noise), draw_mask("t_dce", u, noise, loglinear), strict=True):
-        assert torch.equal(got, wanted)
-    default, explicit = (training_mask("t_dce", 0, 0, range(4), 4, L, *schedule) for schedule in ([], [loglinear]))
-    assert torch.equal(default[0], explicit[0]) and torch.equal(default[1], explicit[1])
+    default, explicit = draw_mask("t_dce", u, noise), draw_mask("t_dce", u, noise, loglinear)
+    assert all(map(torch.equal, default, explicit))
+    assert not torch.equal(default[1], draw_mask("t_dce", u, noise, cosine)[1])
 
 
-def test_u_of_one_hides_every_token_at_a_weight_of_one():
+def test_u_of_one_masks_every_token_at_a_weight_of_one():
     mask, weight = draw_mask("any_order", double([1.0]), torch.zeros(1, L))
     assert mask.all() and weight.item() == 1
 
@@ -308,16 +362,17 @@ def test_the_mean_over_a_stratified_batch_is_unbiased(batch_size):
 
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 100])
 @pytest.mark.parametrize("batch_size", [2, 6, 16])
-def test_any_order_hides_the_same_number_of_tokens_in_each_pair_at_each_step(length, batch_size):
+def test_any_order_masks_the_same_number_of_tokens_in_each_pair(length, batch_size):
     for step in range(10):
         mask, weight = training_mask("any_order", 0, step, range(batch_size), batch_size, length)
         k = mask.sum(1)  # (B,)
-        assert (k.view(-1, 2).sum(1) == length + 1).all()  # so any micro-batch of whole pairs is constant too
+        # So any micro-batch of whole pairs masks a constant number, too.
+        assert (k.view(-1, 2).sum(1) == length + 1).all()
         assert k.sum() == batch_size * (length + 1) // 2 and k.min() >= 1
         assert torch.allclose(weight * k, torch.full_like(weight, length))
 
 
-def test_any_order_hides_each_number_of_tokens_equally_often():
+def test_any_order_masks_each_number_of_tokens_equally_often():
     mask, _ = training_mask("any_order", 0, 0, range(12), 12, 4)
     assert sorted(mask.sum(1).tolist()) == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
 
@@ -326,19 +381,26 @@ def test_any_order_hides_each_number_of_tokens_equally_often():
 def test_masks_are_the_same_however_the_batch_is_split(objective):
     whole, whole_weight = training_mask(objective, 3, 5, range(12), 12, L, cosine)
     for cuts in ([0, 12], [0, 6, 12], [0, 2, 4, 6, 8, 10, 12], [0, 1, 12]):
-        parts = [training_mask(objective, 3, 5, range(a, b), 12, L, cosine) for a, b in itertools.pairwise(cuts)]
+        parts = [
+            training_mask(objective, 3, 5, range(a, b), 12, L, cosine)
+            for a, b in itertools.pairwise(cuts)
+        ]
         assert torch.equal(whole, torch.cat([mask for mask, _ in parts]))
         assert torch.equal(whole_weight, torch.cat([weight for _, weight in parts]))
 
 
 @pytest.mark.parametrize("objective", ["any_order", *DENOISING])
 def test_masks_change_with_the_seed_and_with_the_step(objective):
-    masks = [training_mask(objective, seed, step, range(12), 12, 20)[0] for seed, step in [(0, 0), (0, 1), (1, 0), (1, 1)]]
+    masks = [
+        training_mask(objective, seed, step, range(12), 12, 20)[0]
+        for seed, step in [(0, 0), (0, 1), (1, 0), (1, 1)]
+    ]
     assert all((a != b).any() for a, b in itertools.combinations(masks, 2))
 
 
 def test_no_uniform_number_is_used_twice():
-    numbers = torch.cat([uniforms(seed, step, range(6), 300) for seed in (0, 1) for step in (0, 1)])  # (24, 300)
+    each = [uniforms(seed, step, range(6), 300) for seed in (0, 1) for step in (0, 1)]
+    numbers = torch.cat(each)  # (24, 300)
     assert len(numbers.unique()) == numbers.numel()
 
 
@@ -355,7 +417,9 @@ def test_training_masks_follow_the_schedule(name):
     u = 1 / training_mask("lambda_dce", 0, 0, range(8), 8, L)[1]  # (8,)
     m, dm = SCHEDULES[name](u)
     mask, weight = training_mask("t_dce", 0, 0, range(8), 8, L, SCHEDULES[name])
-    assert torch.allclose(weight, dm / m) and torch.equal(mask, uniforms(0, 0, range(8), L) < m[:, None])
+    assert torch.allclose(weight, dm / m) and torch.equal(
+        mask, uniforms(0, 0, range(8), L) < m[:, None]
+    )
 
 
 def test_uniforms_are_uniform():
@@ -364,7 +428,7 @@ def test_uniforms_are_uniform():
     assert abs(numbers.mean() - 1 / 2) < 0.01 and abs(numbers.var() - 1 / 12) < 0.002
 
 
-# ---- The fast loss is the plain loss ------------------------------------------------------------------------------------
+# ---- The fast loss is the plain loss -------------------------------------------------------------
 
 
 def plain_nelbo(model, x0, mask, weight, normalised=True):
@@ -397,26 +461,28 @@ MODELS = {
     "table": lambda: Table(random_logits()),
     "float64": lambda: tiny(torch.float64),
     "bias": tiny,
-    "no bias": lambda: tiny(bias=False, norm="rms", mlp="swiglu", unused_rows=1),
+    "no bias": lambda: tiny(bias=False, norm="rms", mlp="swiglu", head_padding=1),
 }
 
 
 def gradients(model, loss):
-    """The gradient of every parameter of 3 * loss, so that the factor from upstream is seen to arrive."""
+    """The gradient of every parameter of 3 * loss: the factor from upstream must arrive."""
     model.zero_grad()
     (3 * loss).backward()
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
 def corrupted(model, B=6):
-    """(x0, mask, weight): B sequences of the model's full length, hidden anywhere from once to everywhere."""
-    x0 = torch.randint(model.vocab_size, (B, model.block_size), generator=torch.Generator().manual_seed(5))  # (B, L)
+    """(x0, mask, weight): B sequences of full length, masked anywhere from once to everywhere."""
+    generator = torch.Generator().manual_seed(5)
+    x0 = torch.randint(model.vocab_size, (B, model.block_size), generator=generator)  # (B, L)
     return x0, *training_mask("any_order", 0, 0, range(B), B, model.block_size)
 
 
 def assert_agree(model, fast, plain, tolerance):
     (loss, nats), (plain_loss, plain_nats) = fast(), plain()
-    assert same(loss, plain_loss, tolerance) and same(nats, plain_nats, tolerance) and not nats.requires_grad
+    assert same(loss, plain_loss, tolerance) and same(nats, plain_nats, tolerance)
+    assert not nats.requires_grad
     for got, wanted in zip(gradients(model, loss), gradients(model, plain_loss), strict=True):
         assert same(got, wanted, 10 * tolerance)
     with torch.no_grad():
@@ -427,29 +493,57 @@ def assert_agree(model, fast, plain, tolerance):
 @pytest.mark.parametrize("normalised", [True, False], ids=["normalised", "unnormalised"])
 @pytest.mark.parametrize("chunk", [1, 5, 11, 512])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_fast_loss_and_all_its_gradients_are_those_of_the_plain_loss(name, chunk, normalised, monkeypatch):
-    monkeypatch.setattr(code, "head_loss", functools.partial(code.head_loss, chunk=chunk))
+def test_the_fast_loss_and_all_its_gradients_are_those_of_the_plain_loss(
+    name, chunk, normalised, monkeypatch
+):
+    patched = functools.partial(fused.cross_entropy, chunk=chunk)
+    monkeypatch.setattr(fused, "cross_entropy", patched)
     model = MODELS[name]()
     batch = corrupted(model)
-    fast, plain = (functools.partial(loss, model, *batch, normalised=normalised) for loss in (nelbo, plain_nelbo))
+    fast, plain = (
+        functools.partial(loss, model, *batch, normalised=normalised)
+        for loss in (nelbo, plain_nelbo)
+    )
     assert_agree(model, fast, plain, 1e-5)
+
+
+@pytest.mark.parametrize("normalised", [True, False], ids=["normalised", "unnormalised"])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", ["table", "float64"])
+def test_plain_is_the_fused_loss_in_value_and_gradient(name, grad, normalised, monkeypatch):
+    model = MODELS[name]()
+    batch = corrupted(model)
+    with torch.set_grad_enabled(grad):
+        loss, nats = nelbo(model, *batch, normalised=normalised)
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, "cross_entropy", None)  # the plain formula stands on its own
+            plain_loss, plain_nats = nelbo(model, *batch, normalised=normalised, plain=True)
+    assert same(loss, plain_loss) and same(nats, plain_nats) and not plain_nats.requires_grad
+    if grad:
+        found, plain = gradients(model, loss), gradients(model, plain_loss)
+        assert all(same(*pair) for pair in zip(found, plain, strict=True))
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 7, 1000])
 @pytest.mark.parametrize("name", MODELS)
-def test_rows_padded_to_a_multiple_change_nothing(name, multiple, monkeypatch):
+def test_indices_padded_to_a_multiple_change_nothing(name, multiple, monkeypatch):
     model = MODELS[name]()
     batch = corrupted(model)
-    rows = diffusion.hidden_rows(batch[1], multiple)  # (N,)
-    hidden = batch[1].flatten().nonzero().squeeze(1)
-    assert len(rows) == min(-(-len(hidden) // multiple) * multiple, batch[1].numel()) == len(rows.unique())
-    assert torch.isin(hidden, rows).all()
-    monkeypatch.setattr(diffusion, "hidden_rows", None)  # not asked again
-    assert_agree(model, lambda: nelbo(model, *batch, rows=rows), lambda: plain_nelbo(model, *batch), 1e-5)
+    idx = diffusion.masked_indices(batch[1], multiple)  # (N,)
+    masked = batch[1].flatten().nonzero().squeeze(1)
+    padded = min(-(-len(masked) // multiple) * multiple, batch[1].numel())
+    assert len(idx) == padded == len(idx.unique())
+    assert torch.isin(masked, idx).all()
+    monkeypatch.setattr(diffusion, "masked_indices", None)  # not asked again
+    fast, plain = (
+        functools.partial(nelbo, model, *batch, masked_idx=idx),
+        functools.partial(plain_nelbo, model, *batch),
+    )
+    assert_agree(model, fast, plain, 1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_batch_with_nothing_hidden_costs_nothing(name):
+def test_the_loss_of_a_batch_with_nothing_masked_is_zero(name):
     model = MODELS[name]()
     x0, mask, weight = corrupted(model)
     batch = x0, torch.zeros_like(mask), weight
@@ -465,22 +559,27 @@ def test_large_logits_do_not_overflow():
 
 
 @pytest.mark.parametrize(("V", "pieces"), [(104, 1), (4096, 2), (50257, 5), (10**6, 5)])
-def test_rows_pass_the_head_in_pieces_of_at_most_four_million_logits_or_256_rows(V, pieces):
-    seen = []
-    h, head = torch.empty(1200, 8, device="meta"), torch.empty(V, 8, device="meta")
-    target, row_weight = torch.empty(1200, dtype=int, device="meta"), torch.empty(1200, device="meta")
-    plain, counted = code.row_loss, lambda logits, *rest: seen.append(len(logits)) or plain(logits, *rest)
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(code, "row_loss", counted)
-        code.head_loss(h, head, None, target, row_weight)
+def test_the_head_takes_pieces_of_at_most_four_million_logits_or_256_positions(V, pieces):
+    seen, plain = [], fused.cross_entropy_and_grad
+
+    def counted(logits, *rest):
+        seen.append(len(logits))
+        return plain(logits, *rest)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), torch.device("meta"):
+        patch.setattr(fused, "cross_entropy_and_grad", counted)
+        patch.setattr(fused, "product_dtype", lambda h: h.dtype)  # meta knows no autocast
+        h, W, target = torch.empty(1200, 8), torch.empty(V, 8), torch.empty(1200, dtype=int)
+        fused.cross_entropy(h, (W, None), target, torch.empty(1200))
     assert len(seen) == pieces and sum(seen) == 1200 and max(seen) <= max(256, 2**22 / V)
 
 
 def test_the_head_costs_one_product_in_evaluation_and_three_in_training():
-    h, head, target = torch.randn(20, 16, requires_grad=True), torch.randn(7, 16, requires_grad=True), torch.arange(20) % 7
+    h, W = torch.randn(20, 16, requires_grad=True), torch.randn(7, 16, requires_grad=True)
+    target = torch.arange(20) % 7
     for grad, products in ((False, 1), (True, 3)):
         with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
-            loss, _ = code.head_loss(h, head, None, target, torch.ones(20), chunk=8)
+            loss, _ = fused.cross_entropy(h, (W, None), target, torch.ones(20), chunk=8)
             if grad:
                 loss.backward()
         assert counter.get_total_flops() == products * 2 * 20 * 7 * 16
@@ -499,6 +598,17 @@ def test_the_loss_in_bfloat16_is_near_the_plain_loss():
         assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_float64_network_keeps_its_precision_in_autocast(grad):
+    model = tiny(torch.float64)
+    batch = corrupted(model)
+    with torch.set_grad_enabled(grad):
+        loss, nats = nelbo(model, *batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside, inside_nats = nelbo(model, *batch)
+    assert same(inside, loss) and same(inside_nats, nats)
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the number of elements of the largest tensor made inside it."""
 
@@ -506,39 +616,42 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t))])
+        leaves = torch.utils._pytree.tree_leaves(out)
+        self.numel = max([self.numel, *(t.numel() for t in leaves if torch.is_tensor(t))])
         return out
 
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_the_fast_loss_never_holds_the_logits_of_more_than_a_chunk(grad, monkeypatch):
-    monkeypatch.setattr(code, "head_loss", functools.partial(code.head_loss, chunk=4))
+    patched = functools.partial(fused.cross_entropy, chunk=4)
+    monkeypatch.setattr(fused, "cross_entropy", patched)
     model = tiny(vocab_size=500)
     with torch.set_grad_enabled(grad), LargestTensor() as largest:
         loss, _ = nelbo(model, *corrupted(model))
         if grad:
             loss.backward()
-    assert largest.numel <= model.embed.weight.numel() < 33 * 500  # the batch has 33 hidden tokens
+    assert largest.numel <= model.embed.weight.numel() < 33 * 500  # the batch has 33 masked tokens
     with LargestTensor() as largest:
         plain_nelbo(model, *corrupted(model))
     assert largest.numel >= 60 * 500
 
 
 @pytest.mark.parametrize("keys", [{}, {"bias": False}, {"start_id": 3}])
-def test_the_autoregressive_loss_and_its_gradients_are_those_of_the_plain_shifted_loss(keys):
-    model = tiny(causal=True, **keys)
+def test_the_autoregressive_loss_and_its_gradients_are_those_of_the_plain_loss(keys):
+    model = tiny(attention="causal", **keys)
     x0, _, _ = corrupted(model)
     assert_agree(model, lambda: diffusion.ar_nll(model, x0), lambda: plain_ar_nll(model, x0), 1e-5)
 
 
 class LeftToRight(Table):
-    """The table asked as a causal network: position i of the input shifted by one knows x0 before i, and nothing after."""
+    """The table as a causal network: position i of the shifted input knows x0 before i alone."""
 
     def hidden(self, x):
         known = torch.ones(L, L).tril(-1).bool()  # row i: what position i knows
         x0 = x.roll(-1, 1)[:, None]  # (B, 1, L)
         partly = torch.where(known, x0, self.mask_id).flatten(0, 1)  # (B*L, L)
-        return super().hidden(partly).view(len(x), L, L, V).diagonal(dim1=1, dim2=2).transpose(1, 2)  # (B, L, V)
+        h = super().hidden(partly).view(len(x), L, L, V)
+        return h.diagonal(dim1=1, dim2=2).transpose(1, 2)  # (B, L, V)
 
 
 def test_the_autoregressive_loss_of_true_conditionals_is_minus_log_p(network, joint):
@@ -547,10 +660,10 @@ def test_the_autoregressive_loss_of_true_conditionals_is_minus_log_p(network, jo
     assert same(nats, -joint.flatten().log()) and same(loss, -joint.log().sum())
 
 
-# ---- Reveal times -------------------------------------------------------------------------------------------------------
+# ---- Unmasking times -----------------------------------------------------------------------------
 
 
-def chance_at(name, n):
+def m_at(name, n):
     """m at the n + 1 times of n equal steps from 1 to 0, as plain numbers."""
     t = torch.linspace(1, 0, n + 1, dtype=torch.float64)  # (n + 1,)
     return (1 - torch.exp(-SIGMA_BAR[name](t))).tolist()
@@ -559,65 +672,70 @@ def chance_at(name, n):
 @pytest.mark.parametrize("sampler", ["ancestral", "euler"])
 @pytest.mark.parametrize("steps", [1, 2, 5, 64])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_token_is_revealed_at_exactly_one_step(name, steps, sampler):
-    r = reveal_law(SCHEDULES[name], steps, sampler)  # (steps,)
+def test_every_token_is_unmasked_at_exactly_one_step(name, steps, sampler):
+    r = unmask_schedule(SCHEDULES[name], steps, sampler)  # (steps,)
     assert r.shape == (steps,) and (r >= 0).all() and math.isclose(r.sum(), 1, rel_tol=1e-12)
 
 
 @pytest.mark.parametrize("steps", [1, 5, 64])
 @pytest.mark.parametrize("name", FULL_RANGE)
-def test_ancestral_steps_reveal_what_the_schedule_hides_between_them(name, steps):
-    m = chance_at(name, steps)
+def test_ancestral_steps_unmask_what_the_schedule_masks_between_them(name, steps):
+    m = m_at(name, steps)
     expected = double([a - b for a, b in itertools.pairwise(m)])  # (steps,)
-    assert torch.allclose(reveal_law(SCHEDULES[name], steps), expected, rtol=1e-6)
+    assert torch.allclose(unmask_schedule(SCHEDULES[name], steps), expected, rtol=1e-6)
 
 
-def test_the_last_step_reveals_what_a_schedule_that_does_not_end_at_zero_has_left():
-    m = chance_at("geometric", 5)
+def test_the_last_step_unmasks_what_a_schedule_that_does_not_end_at_zero_has_left():
+    m = m_at("geometric", 5)
     expected = double([(a - b) / m[0] for a, b in itertools.pairwise([*m[:-1], 0.0])])  # (5,)
-    assert torch.allclose(reveal_law(SCHEDULES["geometric"], 5), expected, rtol=1e-9)
+    assert torch.allclose(unmask_schedule(SCHEDULES["geometric"], 5), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("steps", [1, 5, 64])
 def test_euler_is_ancestral_for_the_log_linear_schedule(steps):
-    assert torch.allclose(reveal_law(loglinear, steps, "euler"), reveal_law(loglinear, steps), rtol=1e-12)
+    r = unmask_schedule(loglinear, steps, "euler")  # (steps,)
+    assert torch.allclose(r, unmask_schedule(loglinear, steps), rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_euler_steps_reveal_at_the_rate_of_the_start_of_the_step(name):
-    steps, hidden, expected = 5, 1.0, []
+def test_euler_steps_unmask_at_the_rate_of_the_start_of_the_step(name):
+    steps, masked, expected = 5, 1.0, []
     for k in range(steps):
         m, dm = SCHEDULES[name](double(1 - k / steps))
-        chance = min(1.0, float(dm / m) / steps) if k < steps - 1 else 1.0
-        expected.append(hidden * chance)
-        hidden *= 1 - chance
-    assert torch.allclose(reveal_law(SCHEDULES[name], steps, "euler"), double(expected), rtol=1e-9)
+        p = min(1.0, float(dm / m) / steps) if k < steps - 1 else 1.0
+        expected.append(masked * p)
+        masked *= 1 - p
+    r = unmask_schedule(SCHEDULES[name], steps, "euler")  # (steps,)
+    assert torch.allclose(r, double(expected), rtol=1e-9)
 
 
-def test_a_rate_wrong_weights_and_schedules_gives_another_law():
-    def late(t):
+def test_a_wrong_schedule_or_rate_gives_another_unmasking_schedule():
+    def power(t):
         return cosine(t)[0] ** 1.01, cosine(t)[1]
 
-    assert not torch.allclose(reveal_law(late, 5), reveal_law(cosine, 5), rtol=1e-3)
-    assert not torch.allclose(reveal_law(scaled(cosine, slope=1.01), 5, "euler"), reveal_law(cosine, 5, "euler"), rtol=1e-3)
-    assert not torch.allclose(reveal_law(scaled(loglinear, slope=1.01), 5, "euler"), reveal_law(loglinear, 5), rtol=1e-3)
+    ours, euler = unmask_schedule(cosine, 5), unmask_schedule(cosine, 5, "euler")  # (5,) each
+    assert not torch.allclose(unmask_schedule(power, 5), ours, rtol=1e-3)
+    r = unmask_schedule(scaled(cosine, slope=1.01), 5, "euler")
+    assert not torch.allclose(r, euler, rtol=1e-3)
+    r = unmask_schedule(scaled(loglinear, slope=1.01), 5, "euler")
+    assert not torch.allclose(r, unmask_schedule(loglinear, 5), rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_expected_nfe_is_the_mean_number_of_distinct_reveal_steps(name):
-    r = reveal_law(SCHEDULES[name], 5)  # (5,)
-    steps = states(5, L)  # (5^L, L) every way that L tokens can be revealed in 5 steps
+def test_expected_nfe_is_the_mean_number_of_distinct_unmasking_steps(name):
+    r = unmask_schedule(SCHEDULES[name], 5)  # (5,)
+    steps = states(5, L)  # (5^L, L) every way that L tokens can be unmasked in 5 steps
     distinct = double([len(set(row)) for row in steps.tolist()])  # (5^L,)
     assert math.isclose(diffusion.expected_nfe(r, L), r[steps].prod(1) @ distinct, rel_tol=1e-12)
 
 
 @pytest.mark.parametrize(("n", "nfe"), [(128, 127.96), (1024, 647.5), (2048, 806.0), (4096, 906.1)])
 def test_expected_nfe_of_1024_tokens_is_what_the_paper_says(n, nfe):
-    got = diffusion.expected_nfe(reveal_law(loglinear, n), 1024)
+    got = diffusion.expected_nfe(unmask_schedule(loglinear, n), 1024)
     assert math.isclose(got, n * (1 - (1 - 1 / n) ** 1024), rel_tol=1e-9)
     assert abs(got - nfe) < (0.005 if n == 128 else 0.05)
 
 
 def test_one_step_needs_one_call_and_endless_steps_one_call_a_token():
-    assert diffusion.expected_nfe(reveal_law(cosine, 1), L) == 1
-    assert 3.99 < diffusion.expected_nfe(reveal_law(cosine, 10_000), L) < L
+    assert diffusion.expected_nfe(unmask_schedule(cosine, 1), L) == 1
+    assert 3.99 < diffusion.expected_nfe(unmask_schedule(cosine, 10_000), L) < L

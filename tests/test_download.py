@@ -23,11 +23,23 @@ ROOT = Path(__file__).parent.parent
 BODY = bytes(range(256)) * 4096  # 1 MiB
 SHA256 = hashlib.sha256(BODY).hexdigest()
 
-NONSENSE = ["-5", "1" * 5000, "1e9", "0x10", "²", "12 34", "", "None", "bytes", "bytes 0-1/" + "9" * 5000, "bytes 5-1/-2"]
+NONSENSE = [
+    "-5",
+    "1" * 5000,
+    "1e9",
+    "0x10",
+    "²",
+    "12 34",
+    "",
+    "None",
+    "bytes",
+    "bytes 0-1/" + "9" * 5000,
+    "bytes 5-1/-2",
+]
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Plays the server's script, one entry for each request, and notes what was asked; then behaves well."""
+    """Plays the server's script, an entry a request, noting what is asked; then behaves well."""
 
     protocol_version = "HTTP/1.1"
 
@@ -67,7 +79,8 @@ class Handler(BaseHTTPRequestHandler):
 def serve():
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.script, server.asked, server.body, server.etag = [], [], BODY, '"v1"'
-        server.files, server.hashes = {}, False  # {name: body} of those unlike the rest; states hashes as the Hub does
+        server.files = {}  # {name: body} of those unlike the rest
+        server.hashes = False  # state hashes as the Hub does
         server.pause = 0.0  # seconds after every 64 KiB
         server.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
@@ -90,7 +103,9 @@ def no_token(monkeypatch):
 
 def fetch(server, folder, *script, **options):
     server.script[:] = script
-    return download.fetch(f"{server.url}/file.bin", folder / "sub" / "file.bin", first_wait=0.01, **options)
+    return download.fetch(
+        f"{server.url}/file.bin", folder / "sub" / "file.bin", first_wait=0.01, **options
+    )
 
 
 def only(folder):
@@ -120,7 +135,8 @@ def test_a_dropped_connection_is_taken_up_where_it_broke(server, tmp_path):
     assert fetch(server, tmp_path, *drops).read_bytes() == BODY
     asked = ranges(server)
     starts = [int(text[6:-1]) for text in asked[1:]]
-    assert asked[0] is None and len(asked) == 4 and 0 < starts[0] < starts[1] < starts[2] < len(BODY)
+    assert asked[0] is None and len(asked) == 4
+    assert 0 < starts[0] < starts[1] < starts[2] < len(BODY)
     only(tmp_path)
 
 
@@ -129,7 +145,11 @@ def test_many_drops_are_survived_as_long_as_bytes_come(server, tmp_path):
 
 
 def test_a_server_that_knows_no_ranges_sends_it_all_again(server, tmp_path):
-    script = [{"drop_after": 300_000}, {"ignore_range": True, "drop_after": 500_000}, {"ignore_range": True}]
+    script = [
+        {"drop_after": 300_000},
+        {"ignore_range": True, "drop_after": 500_000},
+        {"ignore_range": True},
+    ]
     assert fetch(server, tmp_path, *script).read_bytes() == BODY
     assert len(server.asked) == 3
 
@@ -141,7 +161,11 @@ def test_a_file_that_changes_half_way_is_fetched_from_its_beginning(server, tmp_
 
 
 def test_a_range_that_was_not_asked_for_is_not_believed(server, tmp_path):
-    wrong = {"status": 206, "headers": {"Content-Range": f"bytes 5-{len(BODY) - 1}/{len(BODY)}"}, "body": BODY[5:]}
+    wrong = {
+        "status": 206,
+        "headers": {"Content-Range": f"bytes 5-{len(BODY) - 1}/{len(BODY)}"},
+        "body": BODY[5:],
+    }
     assert fetch(server, tmp_path, {"drop_after": 300_000}, wrong).read_bytes() == BODY
 
 
@@ -153,7 +177,7 @@ def test_an_interrupted_run_is_taken_up_by_the_next_where_a_hash_can_tell(server
     assert ranges(server) == ["bytes=1000-"]
     only(tmp_path).unlink()
     part.write_bytes(BODY)
-    assert fetch(server, tmp_path, sha256=SHA256).read_bytes() == BODY, "the part was whole already: 416"
+    assert fetch(server, tmp_path, sha256=SHA256).read_bytes() == BODY  # whole already: 416
     only(tmp_path).unlink()
     part.write_bytes(b"something else")
     assert fetch(server, tmp_path).read_bytes() == BODY, "without a hash the part is not trusted"
@@ -175,17 +199,22 @@ def test_a_busy_server_is_asked_again(server, status, tmp_path):
 
 def test_retry_after_is_honoured_within_bounds(server, tmp_path):
     began = time.time()
-    assert fetch(server, tmp_path, {"status": 429, "headers": {"Retry-After": "1"}}).read_bytes() == BODY
+    busy = {"status": 429, "headers": {"Retry-After": "1"}}
+    assert fetch(server, tmp_path, busy).read_bytes() == BODY
     assert 1 <= time.time() - began < 3
     in_half_a_minute = email.utils.formatdate(time.time() + 30, usegmt=True)
     assert 25 < download.retry_after(in_half_a_minute) <= 30
     long_ago = email.utils.formatdate(0, usegmt=True)
-    assert [download.retry_after(text) for text in ("7", "99999", "", "soon", "-3", long_ago)] == [7, 60, 0, 0, 0, 0]
-    assert all(0 <= download.retry_after(text) <= 60 for text in [*NONSENSE, "Mon, 01 Jan 0001 00:00:00 -0000"])
+    waits = {"7": 7, "99999": 60, "": 0, "soon": 0, "-3": 0, long_ago: 0}
+    assert {text: download.retry_after(text) for text in waits} == waits
+    texts = [*NONSENSE, "Mon, 01 Jan 0001 00:00:00 -0000"]
+    assert all(0 <= download.retry_after(text) <= 60 for text in texts)
 
 
 def test_it_gives_up_after_failures_in_a_row_and_leaves_nothing(server, tmp_path):
-    with pytest.raises(UserError, match=r"cannot fetch .*/file\.bin: the server answers 503, 5 times in a row"):
+    with pytest.raises(
+        UserError, match=r"cannot fetch .*/file\.bin: the server answers 503, 5 times in a row"
+    ):
         fetch(server, tmp_path, *[{"status": 503}] * 9)
     assert len(server.asked) == 5 and not list((tmp_path / "sub").iterdir())
 
@@ -197,7 +226,8 @@ def test_a_connection_that_always_drops_at_once_is_given_up(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("status", "says"), [(404, "404"), (401, "HF_TOKEN"), (403, "terms accepted"), (410, "410"), (304, "304")]
+    ("status", "says"),
+    [(404, "404"), (401, "HF_TOKEN"), (403, "terms accepted"), (410, "410"), (304, "304")],
 )
 def test_a_refusal_is_one_line_at_once(server, status, says, tmp_path):
     with pytest.raises(UserError, match=says) as error:
@@ -225,13 +255,19 @@ def test_a_file_larger_than_the_disk_is_not_begun(server, tmp_path):
         assert not list((tmp_path / "sub").iterdir())
 
 
-@pytest.mark.parametrize("name", ["Content-Length", "Content-Range", "X-Linked-Size", "X-Linked-Etag", "ETag"])
+@pytest.mark.parametrize(
+    "name", ["Content-Length", "Content-Range", "X-Linked-Size", "X-Linked-Etag", "ETag"]
+)
 def test_absurd_headers_are_passed_over_or_refused_in_one_line(server, name, tmp_path):
     for value in [*NONSENSE, '"' + "a" * 60000 + '"']:
         for status in (200, 206, 416):
-            server.script[:] = [{"status": status, "headers": {"X-Linked-Etag": ""} | {name: value}}]
+            server.script[:] = [
+                {"status": status, "headers": {"X-Linked-Etag": ""} | {name: value}}
+            ]
             try:
-                path = download.fetch(f"{server.url}/f", tmp_path / "f", SHA256, len(BODY), first_wait=0.001)
+                path = download.fetch(
+                    f"{server.url}/f", tmp_path / "f", SHA256, len(BODY), first_wait=0.001
+                )
                 assert path.read_bytes() == BODY
             except UserError as error:
                 assert "\n" not in str(error)
@@ -253,7 +289,7 @@ def test_a_file_that_does_not_end_is_left_where_it_should_have_ended(server, tmp
     assert not list((tmp_path / "sub").iterdir())
     with pytest.raises(UserError, match="goes on beyond"):
         fetch(server, tmp_path, endless, size=len(BODY), sha256=SHA256)
-    assert fetch(server, tmp_path, sha256=SHA256).read_bytes() == BODY, "what was too much is forgotten"
+    assert fetch(server, tmp_path, sha256=SHA256).read_bytes() == BODY  # what was too much is gone
 
 
 def test_another_thread_can_stop_a_download(server, tmp_path):
@@ -270,7 +306,8 @@ def test_no_download_is_written_through_a_symbolic_link(server, tmp_path):
     (tmp_path / "victim").write_bytes(b"precious")
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "file.bin").symlink_to(tmp_path / "victim")
-    assert fetch(server, tmp_path, sha256=SHA256).read_bytes() == BODY and not (tmp_path / "sub" / "file.bin").is_symlink()
+    assert fetch(server, tmp_path, sha256=SHA256).read_bytes() == BODY
+    assert not (tmp_path / "sub" / "file.bin").is_symlink()
     (tmp_path / "sub" / "file.bin").unlink()
     (tmp_path / "sub" / "file.bin.part").symlink_to(tmp_path / "victim")
     with pytest.raises(UserError, match="is a symbolic link"):
@@ -279,7 +316,14 @@ def test_no_download_is_written_through_a_symbolic_link(server, tmp_path):
 
 
 def test_urls_and_places_that_cannot_work_are_one_line(server, tmp_path):
-    for url in ("file:///etc/passwd", "no url", "http://", "http://[bad", "http://a b/", "http://x:y/"):
+    for url in (
+        "file:///etc/passwd",
+        "no url",
+        "http://",
+        "http://[bad",
+        "http://a b/",
+        "http://x:y/",
+    ):
         with pytest.raises(UserError, match="cannot fetch"):
             download.fetch(url, tmp_path / "x", first_wait=0.01)
     (tmp_path / "file").touch()
@@ -289,9 +333,13 @@ def test_urls_and_places_that_cannot_work_are_one_line(server, tmp_path):
 
 
 def test_of_several_that_want_a_file_one_downloads_it(server, tmp_path):
-    script = f"from data import download; download.fetch('{server.url}/f', '{tmp_path / 'f'}', '{SHA256}')"
+    call = f"download.fetch('{server.url}/f', '{tmp_path / 'f'}', '{SHA256}')"
+    script = f"from data import download; {call}"
     with ThreadPoolExecutor() as pool:
-        runs = [pool.submit(subprocess.run, [sys.executable, "-c", script], cwd=ROOT, timeout=60) for _ in range(3)]
+        runs = [
+            pool.submit(subprocess.run, [sys.executable, "-c", script], cwd=ROOT, timeout=60)
+            for _ in range(3)
+        ]
         assert [run.result().returncode for run in runs] == [0, 0, 0]
     assert len(server.asked) == 1 and only(tmp_path).read_bytes() == BODY
 
@@ -305,7 +353,7 @@ def test_shakespeare_downloads_its_text(server, tmp_path, monkeypatch):
     assert (tmp_path / "raw" / "input.txt").read_bytes() == server.body
 
 
-# The Hub
+# ---- The Hub -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -334,7 +382,12 @@ def cdn():
 
 def sent_on(cdn, hash=SHA256, size=len(BODY)):
     """The Hub's answer: where the file lies, and what it is."""
-    headers = {"Location": f"{cdn.url}/blob", "X-Repo-Commit": "1" * 40, "X-Linked-Etag": f'"{hash}"', "X-Linked-Size": size}
+    headers = {
+        "Location": f"{cdn.url}/blob",
+        "X-Repo-Commit": "1" * 40,
+        "X-Linked-Etag": f'"{hash}"',
+        "X-Linked-Size": size,
+    }
     return {"status": 302, "headers": headers, "body": b""}
 
 
@@ -365,7 +418,10 @@ def test_what_the_hub_says_of_a_file_is_checked(hub, cdn, hash, tmp_path):
 
 
 def test_the_word_of_the_hub_counts_not_that_of_the_host_it_sends_on_to(hub, cdn):
-    hub.script[:] = [{"status": 307, "headers": {"Location": "/renamed"}, "body": b""}, sent_on(cdn)]
+    hub.script[:] = [
+        {"status": 307, "headers": {"Location": "/renamed"}, "body": b""},
+        sent_on(cdn),
+    ]
     cdn.body = BODY[::-1]
     lie = {"X-Linked-Etag": hashlib.sha256(cdn.body).hexdigest()}
     cdn.script[:] = [{"headers": lie}]
@@ -373,17 +429,25 @@ def test_the_word_of_the_hub_counts_not_that_of_the_host_it_sends_on_to(hub, cdn
         download.hub_file("owner/name", "file.bin")
 
 
-LEFT = {"a part": BODY[:1000], "all": BODY, "another version": b"another version", "more": BODY + b"more"}
+LEFT = {
+    "a part": BODY[:1000],
+    "all": BODY,
+    "another version": b"another version",
+    "more": BODY + b"more",
+}
 
 
 @pytest.mark.parametrize("left", LEFT)
-def test_what_an_interrupted_run_left_of_a_hub_file_is_used_if_it_turns_out_right(hub, cdn, left, tmp_path):
+def test_what_an_interrupted_run_left_of_a_hub_file_is_used_if_it_turns_out_right(
+    hub, cdn, left, tmp_path
+):
     part = tmp_path / "cache" / "owner--name" / "file.bin.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(LEFT[left])
     hub.script[:] = [sent_on(cdn)] * 3
     assert download.hub_file("owner/name", "file.bin").read_bytes() == BODY
-    assert ranges(cdn) == [f"bytes={len(LEFT[left])}-", None][: 1 if BODY.startswith(LEFT[left]) else 2]
+    asked = [f"bytes={len(LEFT[left])}-"] + ([] if BODY.startswith(LEFT[left]) else [None])
+    assert ranges(cdn) == asked
     assert only(tmp_path).name == "file.bin"
 
 
@@ -406,11 +470,15 @@ def test_the_token_is_not_sent_by_a_plain_fetch_and_not_shown_in_errors(hub, mon
     assert "Authorization" not in hub.asked[-1][1]
 
 
+PATHS = ["../x", "a/../../x", "/etc/passwd", "a//b", "", ".", "a\\b", "a/..", "~/x"]
+REPOS = ["..", "../..", "owner/..", "/owner", "a/b/c", "", "owner/", "a?b", "http://evil/x"]
+
+
 @pytest.mark.parametrize(
     ("repo", "filename"),
     [
-        *(("owner/name", name) for name in ("../x", "a/../../x", "/etc/passwd", "a//b", "", ".", "a\\b", "a/..", "~/x")),
-        *((name, "x") for name in ("..", "../..", "owner/..", "/owner", "a/b/c", "", "owner/", "a?b", "http://evil/x")),
+        *(("owner/name", name) for name in PATHS),
+        *((name, "x") for name in REPOS),
     ],
 )
 def test_names_that_lead_out_of_the_cache_are_refused(hub, repo, filename):

@@ -1,4 +1,4 @@
-"""Rows of prompt, answer and end marks: what is written, what a training run reads, and what is said of bad input."""
+"""Examples of prompt, answer and eos: what is written, what is read, what is said of bad input."""
 
 import gzip
 import hashlib
@@ -12,23 +12,25 @@ import pytest
 from conftest import ROOT
 
 from config import UserError, parse
-from data import rows, tokenizer, writer
+from data import examples, tokenizer, writer
 from data.chat import prepare as chat
+from data.examples import Examples
 from data.gsm8k import prepare as gsm8k
 from data.pairs import prepare as pairs
 from data.reversal import prepare as reversal
-from data.rows import Rows
 
 TEXT = tokenizer.Byte()
 
 
 def asked(part):
-    """[(prompt ids, answer ids with their end mark)] of all its rows."""
+    """[(prompt ids, answer ids with their eos)] of all its examples."""
     return part.requests(0, padding=False)[0]
 
 
 def write(path, *lines):
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    path.write_text(
+        "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    )
     return path
 
 
@@ -37,154 +39,166 @@ def pair(prompt, completion):
 
 
 def prepared(module, folder, **keys):
-    """(what was printed is not looked at) the training rows of a data/NAME/prepare.py run."""
-    module.main(parse([f"--{key}={value}" for key, value in (keys | {"out": folder}).items()], module, rows))
-    return Rows(folder, "train")
+    """The training examples of a data/NAME/prepare.py run."""
+    words = [f"--{key}={value}" for key, value in (keys | {"out": folder}).items()]
+    module.main(parse(words, module, examples))
+    return Examples(folder, "train")
 
 
 def numbered(folder, n=10, **keys):
-    """n rows whose prompt is the byte 'a' + i, i + 1 of them, and whose answer is 'xyz'."""
-    found = [("train", f"row {i}", [97 + i] * (i + 1), [*b"xyz"]) for i in range(n)]
-    rows.prepare(folder, found, TEXT, **keys)
-    return Rows(folder, "train", seed=3)
+    """n examples whose prompt is the byte 'a' + i, i + 1 of them, and whose answer is 'xyz'."""
+    items = [("train", f"number {i}", [97 + i] * (i + 1), [*b"xyz"]) for i in range(n)]
+    examples.prepare(folder, items, TEXT, **keys)
+    return Examples(folder, "train", seed=3)
 
 
-# ---- The format --------------------------------------------------------------------------------------------------------
+# ---- The format ----------------------------------------------------------------------------------
 
 
-def test_a_row_is_prompt_answer_end_mark_and_end_marks_up_to_the_width(tmp_path):
-    meta = rows.prepare(tmp_path, [("train", "", [*b"ab"], [*b"cde"]), ("val", "", [], [*b"f"])], TEXT, width=8)
+def test_an_example_is_prompt_answer_eos_and_eos_up_to_the_width(tmp_path):
+    items = [("train", "", [*b"ab"], [*b"cde"]), ("val", "", [], [*b"f"])]
+    meta = examples.prepare(tmp_path, items, TEXT, width=8)
     assert np.fromfile(tmp_path / "train_00000.bin", np.uint16).tolist() == [*b"abcde", 0, 0, 0]
     assert np.fromfile(tmp_path / "train_prompt.bin", "<u2").tolist() == [2, 6]
-    assert np.fromfile(tmp_path / "val_00000.bin", np.uint16).tolist() == [*b"f", 0, 0, 0, 0, 0, 0, 0]
+    assert np.fromfile(tmp_path / "val_00000.bin", np.uint16).tolist() == [*b"f"] + [0] * 7
     assert np.fromfile(tmp_path / "val_prompt.bin", "<u2").tolist() == [0, 2]
-    assert meta == json.loads((tmp_path / "meta.json").read_text()) and (meta["width"], meta["end"]) == (8, 0)
-    counts = {"tokens": 8, "documents": 1, "bytes": 3, "answer_tokens": 4, "prompt_tokens": 2, "dropped": 0}
+    assert meta == json.loads((tmp_path / "meta.json").read_text())
+    assert (meta["width"], meta["end"]) == (8, 0)
+    counts = {"tokens": 8, "documents": 1, "bytes": 3}
+    counts |= {"answer_tokens": 4, "prompt_tokens": 2, "dropped": 0}
     assert meta["splits"]["train"] == counts
 
 
-def test_without_a_width_rows_are_as_wide_as_the_longest_needs(tmp_path):
+def test_without_a_width_examples_are_as_wide_as_the_longest_needs(tmp_path):
     assert numbered(tmp_path, n=5).block_size == 5 + 3 + 1
 
 
-def test_a_row_that_does_not_fit_is_dropped_and_counted(tmp_path):
-    assert numbered(tmp_path, n=5, width=7).n == 3  # a prompt of 3, the answer, its end mark
+def test_an_example_that_does_not_fit_is_dropped_and_counted(tmp_path):
+    assert numbered(tmp_path, n=5, width=7).n == 3  # a prompt of 3, the answer, its eos
     assert json.loads((tmp_path / "meta.json").read_text())["splits"]["train"]["dropped"] == 2
 
 
-def test_a_split_of_which_no_row_fits_is_an_error_and_leaves_the_old_folder_as_it_was(tmp_path):
+def test_a_split_of_which_nothing_fits_is_an_error_and_leaves_the_old_folder_alone(tmp_path):
     numbered(tmp_path, n=5)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match="none of the 5 train rows fits a width of 4"):
+    with pytest.raises(UserError, match="none of the 5 train examples fits a width of 4"):
         numbered(tmp_path, n=5, width=4)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
-def test_rows_take_the_place_of_plain_text_and_the_other_way_round(tmp_path):
+def test_examples_take_the_place_of_plain_text_and_the_other_way_round(tmp_path):
     writer.prepare(tmp_path, [("train", "some text"), ("val", "more")], TEXT)
     numbered(tmp_path)
-    assert Rows(tmp_path, "train").n == 10
+    assert Examples(tmp_path, "train").n == 10
     writer.prepare(tmp_path, [("train", "some text"), ("val", "more")], TEXT)
-    with pytest.raises(UserError, match="holds no rows with prompts"):
-        Rows(tmp_path, "train")
+    with pytest.raises(UserError, match="holds no examples with prompts"):
+        Examples(tmp_path, "train")
 
 
 @pytest.mark.parametrize("damage", ["absent", "short", "long prompt", "odd"])
-def test_lengths_that_do_not_fit_the_rows_are_one_line(damage, tmp_path):
+def test_lengths_that_do_not_fit_the_examples_are_one_line(damage, tmp_path):
     numbered(tmp_path)
     path = tmp_path / "train_prompt.bin"
     lengths = np.fromfile(path, "<u2")
-    changed = {"short": lengths[:-2], "long prompt": np.where(lengths == lengths[0], 999, lengths), "odd": lengths[:-1]}
+    changed = {
+        "short": lengths[:-2],
+        "long prompt": np.where(lengths == lengths[0], 999, lengths),
+        "odd": lengths[:-1],
+    }
     path.unlink() if damage == "absent" else changed[damage].tofile(path)
     with pytest.raises(UserError) as error:
-        Rows(tmp_path, "train")
+        Examples(tmp_path, "train")
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "damage", [{"width": "14"}, {"width": -3}, {"end": 256}, {"end": None}, {"width": 0}, {"width": 13}]
+    "damage",
+    [{"width": "14"}, {"width": -3}, {"end": 256}, {"end": None}, {"width": 0}, {"width": 13}],
 )
 def test_a_damaged_layout_is_one_line(damage, tmp_path):
     numbered(tmp_path)
     meta = json.loads((tmp_path / "meta.json").read_text())
     (tmp_path / "meta.json").write_text(json.dumps(meta | damage))
     with pytest.raises(UserError) as error:
-        Rows(tmp_path, "train")
+        Examples(tmp_path, "train")
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_width_that_no_row_can_have_is_refused(tmp_path):
+def test_a_width_that_no_example_can_have_is_refused(tmp_path):
     for width in (-1, 65536):
         with pytest.raises(UserError, match="width must be from 0 to 65535"):
             numbered(tmp_path, width=width)
-    with pytest.raises(UserError, match="the longest row is 65537 tokens; give a width of at most 65535"):
-        rows.prepare(tmp_path, [("train", "", [1], [1] * 65535)], TEXT)
+    message = "the longest example is 65537 tokens; give a width of at most 65535"
+    with pytest.raises(UserError, match=message):
+        examples.prepare(tmp_path, [("train", "", [1], [1] * 65535)], TEXT)
     assert not any(tmp_path.iterdir())
 
 
-# ---- The end mark ------------------------------------------------------------------------------------------------------
+# ---- The eos -------------------------------------------------------------------------------------
 
 
-def test_the_end_mark_is_the_tokenizers_own_or_nul_or_in_an_old_alphabet_a_newline(tmp_path):
-    assert rows.end_mark(TEXT) == 0
-    new = rows.vocabulary("char", ["ab"])
-    assert new.decode([rows.end_mark(new)]) == "\0"
+def test_the_eos_is_the_tokenizers_own_or_nul_or_in_an_old_alphabet_a_newline(tmp_path):
+    assert examples.eos_of(TEXT) == 0
+    new = examples.vocabulary("char", ["ab"])
+    assert new.decode([examples.eos_of(new)]) == "\0"
     old = tokenizer.Char("\nab")
     writer.prepare(tmp_path, [("train", "ab"), ("val", "ba")], old)
-    assert rows.vocabulary(str(tmp_path), []).meta() == old.meta() and rows.end_mark(old) == 0
+    assert examples.vocabulary(str(tmp_path), []).meta() == old.meta()
+    assert examples.eos_of(old) == 0
     with pytest.raises(UserError, match="neither NUL nor a newline"):
-        rows.end_mark(tokenizer.Char("ab"))
+        examples.eos_of(tokenizer.Char("ab"))
 
 
-def test_an_answer_cannot_hold_its_end_mark(tmp_path):
+def test_an_answer_cannot_hold_its_eos(tmp_path):
     with pytest.raises(UserError, match=r"line 7: the answer holds '\\x00', which marks its end"):
-        rows.prepare(tmp_path, [("train", "line 7", [1], [*b"a\0b"])], TEXT)
+        examples.prepare(tmp_path, [("train", "line 7", [1], [*b"a\0b"])], TEXT)
 
 
-# ---- Reading -----------------------------------------------------------------------------------------------------------
+# ---- Reading -------------------------------------------------------------------------------------
 
 
-def test_rows_come_back_as_they_were_written(tmp_path):
-    found = numbered(tmp_path)
-    x0, prompt, length = found[range(10)]
-    assert prompt.tolist() == list(range(1, 11)) and length.tolist() == list(range(5, 15)) and x0.shape == (10, 14)
+def test_examples_come_back_as_they_were_written(tmp_path):
+    x0, prompt, length = numbered(tmp_path)[range(10)]
+    assert x0.shape == (10, 14)
+    assert prompt.tolist() == list(range(1, 11)) and length.tolist() == list(range(5, 15))
     for i in range(10):
         assert bytes(x0[i].tolist()) == bytes([97 + i] * (i + 1)) + b"xyz" + bytes(10 - i)
 
 
-def test_every_epoch_takes_each_row_once_in_an_order_of_its_own(tmp_path):
-    found = numbered(tmp_path)
-    order = np.concatenate([found.index(step, range(4), 4) for step in range(10)]).reshape(4, 10)  # 4 epochs, steps across
+def test_every_epoch_takes_each_example_once_in_an_order_of_its_own(tmp_path):
+    data = numbered(tmp_path)
+    order = [data.index(step, range(4), 4) for step in range(10)]  # 4 epochs, steps across
+    order = np.concatenate(order).reshape(4, 10)
     assert all(sorted(epoch) == list(range(10)) for epoch in order.tolist())
     assert len({tuple(epoch) for epoch in order.tolist()}) == 4
 
 
-@pytest.mark.parametrize("step", [0, 2, 7])  # of the batch of 4 of step 2, a part is in the second epoch
+@pytest.mark.parametrize("step", [0, 2, 7])  # a part of step 2 is in the second epoch
 def test_a_batch_does_not_depend_on_how_it_is_shared_out(step, tmp_path):
-    found = numbered(tmp_path)
-    whole = found.index(step, range(4), 4).tolist()
-    assert whole == [found.index(step, [position], 4).item() for position in range(4)]
-    assert whole != Rows(tmp_path, "train", seed=4).index(step, range(4), 4).tolist()
+    data = numbered(tmp_path)
+    whole = data.index(step, range(4), 4).tolist()
+    assert whole == [data.index(step, [position], 4).item() for position in range(4)]
+    assert whole != Examples(tmp_path, "train", seed=4).index(step, range(4), 4).tolist()
 
 
-def test_a_network_that_brings_the_bos_reads_rows_without_it(tmp_path):
-    whole, cut = numbered(tmp_path), Rows(tmp_path, "train", seed=3, skip=1)
+def test_a_network_that_brings_the_bos_reads_examples_without_it(tmp_path):
+    whole, cut = numbered(tmp_path), Examples(tmp_path, "train", seed=3, skip=1)
     (x0, prompt, length), (y0, less, shorter) = whole[range(10)], cut[range(10)]
     assert (x0[:, 1:] == y0).all() and (prompt - 1 == less).all() and (length - 1 == shorter).all()
 
 
 def test_requests_are_prompt_and_answer_with_or_without_padding(tmp_path):
-    found = numbered(tmp_path)
-    items, counts = found.requests(5, padding=False)
+    data = numbered(tmp_path)
+    items, counts = data.requests(5, padding=False)
     assert [len(prompt) for prompt, _ in items] == [1, 3, 5, 7, 9] and counts == [4] * 5
     assert all(bytes(answer.tolist()) == b"xyz\0" for _, answer in items)
-    assert found.counted(range(10), padding=True).tolist() == list(range(13, 3, -1))
-    assert found.counted(range(10), padding=False).tolist() == [4] * 10
-    padded, counts = found.requests(0, padding=True)
+    assert data.counted(range(10), padding=True).tolist() == list(range(13, 3, -1))
+    assert data.counted(range(10), padding=False).tolist() == [4] * 10
+    padded, counts = data.requests(0, padding=True)
     assert all(len(prompt) + len(answer) == 14 for prompt, answer in padded) and counts == [4] * 10
 
 
-# ---- Your own pairs ----------------------------------------------------------------------------------------------------
+# ---- Your own pairs ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "llama"])
@@ -192,22 +206,25 @@ def test_a_pair_is_tokenized_as_sampling_asks_for_it(kind, tmp_path, monkeypatch
     if kind == "llama":
         pytest.importorskip("sentencepiece")
         monkeypatch.setenv("NANOMDM_SHARED", str(shared("data/llama_tokenizer").parent.parent))
-    path = write(tmp_path / "mine.jsonl", *(pair(f"What is {i}?", f" It is {i}.") for i in range(40)))
-    found = prepared(pairs, tmp_path / "out", input=path, tokenizer=kind, val_fraction=0.2)
-    text = tokenizer.from_meta(found.tokens.meta["tokenizer"])
+    said = [pair(f"What is {i}?", f" It is {i}.") for i in range(40)]
+    path = write(tmp_path / "mine.jsonl", *said)
+    train = prepared(pairs, tmp_path / "out", input=path, tokenizer=kind, val_fraction=0.2)
+    text = tokenizer.from_meta(train.tokens.meta["tokenizer"])
     bos = [] if text.bos is None else [text.bos]
-    items = asked(found) + asked(Rows(tmp_path / "out", "val"))
+    items = asked(train) + asked(Examples(tmp_path / "out", "val"))
     for prompt, answer in items:
-        said = text.decode(prompt.tolist())
-        assert prompt.tolist() == bos + text.encode(said)
-        assert text.decode([*prompt, *answer[:-1]]) == said + said.replace("What is", " It is").replace("?", ".")
-    assert len(items) == 40 and 24 < found.n < 39
+        question = text.decode(prompt.tolist())
+        assert prompt.tolist() == bos + text.encode(question)
+        reply = question.replace("What is", " It is").replace("?", ".")
+        assert text.decode([*prompt, *answer[:-1]]) == question + reply
+    assert len(items) == 40 and 24 < train.n < 39
 
 
 def test_pairs_with_one_prompt_are_held_out_together(tmp_path):
     path = write(tmp_path / "mine.jsonl", *(pair(f"{i % 20} ", f"{i}") for i in range(200)))
     train = prepared(pairs, tmp_path / "out", input=path, tokenizer="byte", val_fraction=0.3)
-    learnt, held_out = ({bytes(p.tolist()) for p, _ in asked(part)} for part in (train, Rows(tmp_path / "out", "val")))
+    parts = train, Examples(tmp_path / "out", "val")
+    learnt, held_out = ({bytes(p.tolist()) for p, _ in asked(part)} for part in parts)
     assert not learnt & held_out and len(learnt | held_out) == 20
 
 
@@ -222,12 +239,16 @@ BAD = {
     ),
     "an empty completion": ([GOOD, GOOD, pair("q", "")], {}, "line 3: the completion is empty"),
     "a number": ([pair("q", 3)], {}, 'line 1: "completion" must be text, not 3'),
-    "a prompt longer than the row": (
+    "a prompt longer than the width": (
         [GOOD, pair("a long question", "x")],
         {"width": 16},
-        "line 2: the prompt is 15 tokens, which leaves no answer in a row of 16",
+        "line 2: the prompt is 15 tokens, which leaves no answer in an example of 16",
     ),
-    "a character that the alphabet lacks": ([GOOD, pair("q", "ß")], {"tokenizer": "OLD"}, "line 2: character 'ß' is not"),
+    "a character that the alphabet lacks": (
+        [GOOD, pair("q", "ß")],
+        {"tokenizer": "OLD"},
+        "line 2: character 'ß' is not",
+    ),
 }
 
 
@@ -238,7 +259,8 @@ def bad_command(name, folder):
     old = tokenizer.Char("".join(sorted(set("question answer\n"))))
     writer.prepare(folder / "old", [("train", "question"), ("val", "answer")], old)
     keys = {"input": path, "out": folder / "out", "tokenizer": "byte"} | keys
-    return {key: folder / "old" if value == "OLD" else value for key, value in keys.items()}, f"{path}, {message}"
+    keys = {key: folder / "old" if value == "OLD" else value for key, value in keys.items()}
+    return keys, f"{path}, {message}"
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -246,16 +268,19 @@ def test_a_bad_line_is_named_with_file_and_number_and_nothing_is_written(name, t
     keys, message = bad_command(name, tmp_path)
     with pytest.raises(UserError) as error:
         prepared(pairs, keys.pop("out"), **keys)
-    assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["an empty completion", "a prompt longer than the row"])
+@pytest.mark.parametrize("name", ["an empty completion", "a prompt longer than the width"])
 def test_the_command_says_it_in_one_line_and_exits_with_2(name, tmp_path):
     keys, message = bad_command(name, tmp_path)
-    words, env = [f"--{key}={value}" for key, value in keys.items()], os.environ | {"PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-m", "data.pairs.prepare", *words]
-    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (2, f"prepare.py: {message}\n") and not (tmp_path / "out").exists()
+    words = [f"--{key}={value}" for key, value in keys.items()]
+    line, env = [sys.executable, "-m", "data.pairs.prepare", *words], os.environ
+    env = env | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (2, f"prepare.py: {message}\n")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
@@ -271,61 +296,75 @@ def test_a_command_without_input_says_what_it_needs(module, tmp_path):
         prepared(module, tmp_path)
 
 
-# ---- The reversal curse ------------------------------------------------------------------------------------------------
+# ---- The reversal curse --------------------------------------------------------------------------
 
 
 def test_the_reversal_sets_are_the_official_ones(shared, tmp_path, monkeypatch):
     pytest.importorskip("sentencepiece")
     monkeypatch.setenv("NANOMDM_SHARED", str(shared("data/llama_tokenizer").parent.parent))
-    train = prepared(reversal, tmp_path, **{"from": shared("data/reversal_curse"), "tokenizer": "llama"})
-    assert train.n == 3600 and train.block_size == 54 and not train.prompt.any()  # nothing is protected
-    assert train.length.min() == 19 and train.length.max() == 52 and train.length.mean() == pytest.approx(36.2, abs=0.05)
+    keys = {"from": shared("data/reversal_curse"), "tokenizer": "llama"}
+    train = prepared(reversal, tmp_path, **keys)
+    assert train.n == 3600 and train.block_size == 54
+    assert not train.prompt.any(), "nothing is protected"
+    assert train.length.min() == 19 and train.length.max() == 52
+    assert train.length.mean() == pytest.approx(36.2, abs=0.05)
     text, x0 = tokenizer.Llama(), train[range(3600)][0]
     assert (x0[:, 0] == text.bos).all() and (x0[:, -1] == text.eot).all()
-    learnt = {text.decode(row[:n].tolist()).removesuffix("</s>") for row, n in zip(x0, train.length, strict=True)}
-    for name, low, high in (("dtn_same", 20, 44), ("dtn_reverse", 20, 44), ("ntd_same", 25, 54), ("ntd_reverse", 25, 54)):
-        items = asked(Rows(tmp_path, name))
-        assert len(items) == 300 and all(low <= len(prompt) + len(answer) <= high for prompt, answer in items)
-        for prompt, answer in items:  # the tokens are those of the whole text, and no pair was learnt
+    ids = [row[:n].tolist() for row, n in zip(x0, train.length, strict=True)]
+    learnt = {text.decode(line).removesuffix("</s>") for line in ids}
+    widths = {"dtn_same": (20, 44), "dtn_reverse": (20, 44)}
+    widths |= {"ntd_same": (25, 54), "ntd_reverse": (25, 54)}
+    for name, (low, high) in widths.items():
+        items = asked(Examples(tmp_path, name))
+        assert len(items) == 300
+        assert all(low <= len(prompt) + len(answer) <= high for prompt, answer in items)
+        for prompt, answer in items:  # tokens of the whole text, and no pair was learnt
             said = text.decode([*prompt, *answer[:-1]])
-            assert [*prompt, *answer] == [text.bos, *text.encode(said), text.eot] and said not in learnt
-    assert Rows(tmp_path, "val").n == 600
+            assert [*prompt, *answer] == [text.bos, *text.encode(said), text.eot]
+            assert said not in learnt
+    assert Examples(tmp_path, "val").n == 600
 
 
-# ---- GSM8K -------------------------------------------------------------------------------------------------------------
+# ---- GSM8K ---------------------------------------------------------------------------------------
 
 LINE = "Two and two?||<<2+2=4>> <<4*1=4>> #### 4\n"
 
 
 def test_a_problem_gives_its_thought_and_then_its_answer(tmp_path):
     path = write(tmp_path / "some.txt", LINE)
-    found = list(gsm8k.examples(gsm8k.problems(path), "train", TEXT, 0))
-    said = [(bytes(prompt).decode(), bytes(answer).decode()) for _, _, prompt, answer in found]
+    items = gsm8k.tokenized(gsm8k.problems(path), "train", TEXT, 0)
+    said = [(bytes(prompt).decode(), bytes(answer).decode()) for _, _, prompt, answer in items]
     question, thought = "Question: Two and two?", "Answer: <<2+2=4>> <<4*1=4>> "
     assert said == [(question + thought, "#### 4\n"), (question, thought)]
 
 
-@pytest.mark.parametrize(("width", "kept"), [(0, 2), (58, 2), (57, 1)])  # 57 bytes and the end mark
+@pytest.mark.parametrize(("width", "kept"), [(0, 2), (58, 2), (57, 1)])  # 57 bytes and the eos
 def test_a_line_too_long_for_its_answer_gives_no_thought_either(width, kept, tmp_path):
-    found = list(gsm8k.examples(gsm8k.problems(write(tmp_path / "some.txt", LINE)), "train", TEXT, width))
-    assert len(found) == kept and len(found[0][2]) + len(found[0][3]) == 57
+    problems = gsm8k.problems(write(tmp_path / "some.txt", LINE))
+    items = list(gsm8k.tokenized(problems, "train", TEXT, width))
+    assert len(items) == kept and len(items[0][2]) + len(items[0][3]) == 57
 
 
 def test_the_equations_of_a_solution_are_the_published_thought(shared):
     folder = shared("data/gsm8k")
     own, published = gsm8k.problems(folder / "test.jsonl"), gsm8k.problems(folder / "icot_test.txt")
-    found = [[" ".join(text.split()) for text in problem] for _, *problem in own]
-    assert found == [[" ".join(text.split()) for text in problem] for _, *problem in published] and len(found) == 1319
+    own, published = (
+        [[" ".join(text.split()) for text in problem] for _, *problem in problems]
+        for problems in (own, published)
+    )
+    assert own == published and len(own) == 1319
 
 
-def test_the_set_learns_from_nothing_that_it_is_judged_on(shared, tmp_path):
-    train = prepared(gsm8k, tmp_path, **{"from": shared("data/gsm8k"), "tokenizer": "byte", "width": 512})
+def test_the_set_learns_from_nothing_that_it_is_evaluated_on(shared, tmp_path):
+    keys = {"from": shared("data/gsm8k"), "tokenizer": "byte", "width": 512}
+    train = prepared(gsm8k, tmp_path, **keys)
     assert train.block_size == 512
-    learnt, held_out = ({bytes(p.tolist()) for p, _ in asked(part)} for part in (train, Rows(tmp_path, "val")))
+    parts = train, Examples(tmp_path, "val")
+    learnt, held_out = ({bytes(p.tolist()) for p, _ in asked(part)} for part in parts)
     assert not learnt & held_out
     counts = json.loads((tmp_path / "meta.json").read_text())["splits"]
-    fits, dropped = ([counts[split][key] for split in ("train", "val")] for key in ("documents", "dropped"))
-    assert [n // 2 + d for n, d in zip(fits, dropped, strict=True)] == [7473 - 500, 500]
+    lines = {name: part["documents"] // 2 + part["dropped"] for name, part in counts.items()}
+    assert lines == {"train": 7473 - 500, "val": 500}
 
 
 @pytest.mark.parametrize("line", ["no bars #### 3", "q||thought, and no answer"])
@@ -343,7 +382,7 @@ def test_a_packed_file_is_read_and_a_damaged_one_named(tmp_path):
         list(gsm8k.problems(tmp_path / "bad.txt.gz"))
 
 
-# ---- Conversations -----------------------------------------------------------------------------------------------------
+# ---- Conversations -------------------------------------------------------------------------------
 
 
 def talk(*turns, key="conversations", who="from", what="value"):
@@ -353,14 +392,16 @@ def talk(*turns, key="conversations", who="from", what="value"):
 def test_of_a_conversation_the_first_question_is_asked_in_vicunas_words(tmp_path, capsys):
     said = [talk(("human", f"Q{i}?"), ("gpt", f"A{i}."), ("human", "more")) for i in range(20)]
     said += [talk(("user", "U?"), ("assistant", "V."), key="messages", who="role", what="content")]
-    passed = [talk(("gpt", "first"), ("human", "?")), talk(("human", "alone")), talk(("human", "Q"), ("gpt", " "))]
+    passed = [talk(("gpt", "first"), ("human", "?")), talk(("human", "alone"))]
+    passed += [talk(("human", "Q"), ("gpt", " "))]
     path = write(tmp_path / "talk.jsonl", *said, *passed)
     train = prepared(chat, tmp_path / "out", input=path, tokenizer="byte", val_fraction=0.2)
     assert "3 of 24 conversations passed over" in capsys.readouterr().out
-    both = asked(train) + asked(Rows(tmp_path / "out", "val"))
-    found = sorted((bytes(p.tolist()).decode(), bytes(a.tolist()).decode()) for p, a in both)
+    both = asked(train) + asked(Examples(tmp_path / "out", "val"))
+    texts = [(bytes(p.tolist()).decode(), bytes(a.tolist()).decode()) for p, a in both]
     expected = [(f"Q{i}?", f" A{i}.\0") for i in range(20)] + [("U?", " V.\0")]
-    assert found == sorted((chat.TEMPLATE.format(question), answer) for question, answer in expected)
+    expected = [(chat.TEMPLATE.format(question), answer) for question, answer in expected]
+    assert sorted(texts) == sorted(expected)
     assert chat.TEMPLATE.endswith("questions. USER: {} ASSISTANT:")
 
 
@@ -368,8 +409,9 @@ def test_with_llamas_tokenizer_an_answer_begins_with_a_bos_of_its_own(shared, mo
     pytest.importorskip("sentencepiece")
     monkeypatch.setenv("NANOMDM_SHARED", str(shared("data/llama_tokenizer").parent.parent))
     text = tokenizer.Llama()
-    ((_, _, prompt, answer),) = chat.examples([("", "Q?", "Yes.")], text, 0.0)
-    assert (prompt, answer) == ([1, *text.encode(chat.TEMPLATE.format("Q?"))], [1, *text.encode("Yes.")])
+    ((_, _, prompt, answer),) = chat.tokenized([("", "Q?", "Yes.")], text, 0.0)
+    assert prompt == [1, *text.encode(chat.TEMPLATE.format("Q?"))]
+    assert answer == [1, *text.encode("Yes.")]
 
 
 def test_a_line_that_is_no_conversation_is_named(tmp_path):
@@ -379,14 +421,17 @@ def test_a_line_that_is_no_conversation_is_named(tmp_path):
             prepared(chat, tmp_path / "out", input=path, tokenizer="byte")
 
 
-# ---- Downloads ---------------------------------------------------------------------------------------------------------
+# ---- Downloads -----------------------------------------------------------------------------------
 
 
 def test_the_hashes_of_what_is_downloaded_are_those_of_the_files(shared):
     folder = shared("data/reversal_curse")
-    found = {name: (folder / f"{name}.jsonl").read_bytes() for name in reversal.SHA256}
-    assert {name: hashlib.sha256(content).hexdigest() for name, content in found.items()} == reversal.SHA256
+    files = {name: (folder / f"{name}.jsonl").read_bytes() for name in reversal.SHA256}
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    assert digests == reversal.SHA256
     packed = shared("data/gsm8k")
-    found = {"train.jsonl": gzip.decompress((packed / "train.jsonl.gz").read_bytes())}
-    found["valid.txt"] = (packed / "icot_valid.txt").read_bytes()
-    assert all(hashlib.sha256(content).hexdigest() == gsm8k.FILES[name][1] for name, content in found.items())
+    files = {"train.jsonl": gzip.decompress((packed / "train.jsonl.gz").read_bytes())}
+    files["valid.txt"] = (packed / "icot_valid.txt").read_bytes()
+    files["test.jsonl"] = (packed / "test.jsonl").read_bytes()
+    for name, content in files.items():
+        assert hashlib.sha256(content).hexdigest() == gsm8k.FILES[name][1]

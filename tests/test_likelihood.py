@@ -1,4 +1,4 @@
-"""The estimators of a likelihood: exact where they say so, unbiased where they do not, and their error bars honest."""
+"""The estimators of a likelihood: exact where they say so, else unbiased, and honestly so."""
 
 import itertools
 import math
@@ -9,41 +9,71 @@ import torch
 import torch.nn.functional as F
 from conftest import L, Table, V, random_joint, random_logits, states, true_conditionals
 
-import checkpoint
 import diffusion
-from likelihood import (
-    DRAWN,
+from data.loader import spread
+from evaluate import (
     ESTIMATORS,
-    ONE_ROW,
+    Draw,
+    Estimator,
     answer_nats,
     estimate,
-    mean_and_error,
-    mean_over_sets,
-    network_row,
+    merged,
+    nats_of_rows,
     of_set,
+    one_term,
     random_numbers,
-    report,
-    rows_nats,
-    sequence_nats,
     set_nats,
-    spread,
-    t95,
 )
+from lib import checkpoint
+from lib.stats import mean_and_error, mean_over_sets, report, t95
 from model import DEFAULTS, Transformer
 
 X0 = states(V, L)  # (V^L, L)
-TURNS = torch.tensor(list(itertools.permutations(range(L))))  # (24, L) every order: the turn of each place
+TURNS = torch.tensor(list(itertools.permutations(range(L))))  # (24, L) orders: turn of each place
 WIDE = 10**6  # rows in one call: all of them
-MASKED = [name for name in ESTIMATORS if name != "ar"]
+DRAWN = [name for name, estimator in ESTIMATORS.items() if not estimator.exact]
+ONE_ROW = [name for name, estimator in ESTIMATORS.items() if not estimator.chain]
+
+
+def nats_of(model, blocks, **options):
+    """The nats that `estimate` finds."""
+    return estimate(model, blocks, **options)[0]
+
+
+def one_set(model, requests, size, number=0, **options):
+    """What set `number` of `size` draws says of each request: (N,)."""
+    o = merged(options, groups=None, cfg_scale=0.0, pad_to=0, progress=False)
+    nats, _ = set_nats(model, requests, o, number, size)  # (N, size)
+    return of_set(ESTIMATORS[o["estimator"]], nats)
+
+
+def row_of(estimator, u, noise, turn, prompt, schedule="loglinear"):
+    """What an estimator masks and counts: (b, W) each."""
+    draw = Draw(u, noise, turn, prompt, diffusion.SCHEDULES[schedule])
+    return ESTIMATORS[estimator].row(draw)
+
+
+@pytest.fixture
+def order(monkeypatch):
+    """order(name, rank): from now on an estimator is the chain rule along the order of `rank`.
+
+    rank takes a Draw to the turn of each token (b, W).
+    """
+
+    def register(name, rank):
+        estimator = Estimator(lambda draw: one_term(draw, rank(draw)), chain=True, exact=True)
+        monkeypatch.setitem(ESTIMATORS, name, estimator)
+
+    return register
 
 
 def blocks_of(x0):
-    """Rows of a tensor as `estimate` takes them."""
+    """Examples of a tensor as `estimate` takes them."""
     return list(x0.numpy())
 
 
 def requests_of(x0, prompt):
-    """Rows of a tensor as requests with a prompt of that many tokens."""
+    """Examples of a tensor as requests with a prompt of that many tokens."""
     return [(row[:prompt], row[prompt:]) for row in x0.numpy()]
 
 
@@ -51,11 +81,6 @@ def conditional(joint, prompt):
     """-log p(the rest | the first `prompt` tokens) of all sequences: (V^L,)."""
     begin = joint.flatten(prompt).sum(-1, keepdim=True).expand(*[V] * prompt, V ** (L - prompt))
     return -(joint.flatten() / begin.flatten()).log()
-
-
-def along(turn):
-    """An order as `estimate` takes it, from the turn of each place (L,)."""
-    return lambda place, l: turn[place]
 
 
 @torch.no_grad()
@@ -70,7 +95,7 @@ def chain_by_hand(model, x0, turn):
 
 @pytest.fixture
 def by_order(arbitrary):
-    """-log p of every sequence along every order, for conditionals that agree with no joint: (V^L, 24)."""
+    """-log p along every order, for conditionals that agree with no joint: (V^L, 24)."""
     return torch.stack([chain_by_hand(arbitrary, X0, turn) for turn in TURNS], 1)
 
 
@@ -85,31 +110,44 @@ def random_ids(lengths, n_tokens=7, seed=0):
     return [generator.integers(n_tokens, size=length) for length in lengths]
 
 
-# ---- Exact values ------------------------------------------------------------------------------------------------------
+# ---- Exact values --------------------------------------------------------------------------------
 
 
 def close(found, expected, rel=1e-6):
     torch.testing.assert_close(found, expected, rtol=rel, atol=1e-9)
 
 
-def even_first(place, l):
+def even_first(draw):
     """An order of our own."""
-    return place // 2 + (place % 2) * ((l + 1) // 2)
+    l = draw.noise.shape[1] - draw.prompt[:, None]  # (b, 1)
+    return draw.place // 2 + (draw.place % 2) * ((l + 1) // 2)
 
 
 @pytest.mark.parametrize("prompt", [0, 1, 3])
-@pytest.mark.parametrize("estimator", ["chain", "orders", "left_to_right", "right_to_left", even_first])
-def test_the_chain_rule_with_true_conditionals_is_the_likelihood_along_every_order(estimator, prompt, network, joint):
-    close(answer_nats(network, requests_of(X0, prompt), estimator, draws=3, batch_size=WIDE), conditional(joint, prompt))
-    assert not prompt or not torch.allclose(-joint.flatten().log(), conditional(joint, prompt), rtol=0.01)
+@pytest.mark.parametrize(
+    "estimator", ["chain", "orders", "left_to_right", "right_to_left", "even_first"]
+)
+def test_the_chain_rule_with_true_conditionals_is_the_likelihood_along_every_order(
+    estimator, prompt, network, joint, order
+):
+    order("even_first", even_first)
+    options = {"estimator": estimator, "draws": 3, "batch_size": WIDE}
+    close(answer_nats(network, requests_of(X0, prompt), **options), conditional(joint, prompt))
+    assert not prompt or not torch.allclose(
+        -joint.flatten().log(), conditional(joint, prompt), rtol=0.01
+    )
 
 
-def test_a_given_order_is_the_chain_rule_along_it(arbitrary, by_order):
+def test_an_order_that_is_registered_is_the_chain_rule_along_it(arbitrary, by_order, order):
+    options, blocks = {"batch_size": WIDE}, blocks_of(X0)
     for turn, expected in zip(TURNS[::5], by_order.T[::5], strict=True):
-        close(sequence_nats(arbitrary, blocks_of(X0), along(turn), batch_size=WIDE), expected)
-    forward, backward = (chain_by_hand(arbitrary, X0, turn) for turn in (torch.arange(L), L - 1 - torch.arange(L)))
-    close(sequence_nats(arbitrary, blocks_of(X0), "left_to_right", batch_size=WIDE), forward)
-    close(sequence_nats(arbitrary, blocks_of(X0), "right_to_left", batch_size=WIDE), backward)
+        order("ours", lambda draw, turn=turn: turn[draw.place])
+        close(nats_of(arbitrary, blocks, estimator="ours", **options), expected)
+    forward, backward = (
+        chain_by_hand(arbitrary, X0, turn) for turn in (torch.arange(L), L - 1 - torch.arange(L))
+    )
+    close(nats_of(arbitrary, blocks, estimator="left_to_right", **options), forward)
+    close(nats_of(arbitrary, blocks, estimator="right_to_left", **options), backward)
     assert not torch.allclose(forward, backward, rtol=0.01)
 
 
@@ -119,16 +157,20 @@ def share_of(k, l):
 
 
 @pytest.mark.parametrize("l", [1, 4])
-@pytest.mark.parametrize(("estimator", "schedule"), [(name, "loglinear") for name in ONE_ROW] + [("t_dce", "cosine")])
+@pytest.mark.parametrize(
+    ("estimator", "schedule"), [(name, "loglinear") for name in ONE_ROW] + [("t_dce", "cosine")]
+)
 def test_the_mean_over_draws_weighs_every_mask_as_the_bound_does(estimator, schedule, l):
     n, generator = 800_000, torch.Generator().manual_seed(0)
     u = (torch.arange(n) + torch.rand(n, generator=generator, dtype=torch.float64)) / n
     noise = torch.rand(n, 2 + l, generator=generator, dtype=torch.float64)
-    mask, weight = network_row(estimator, u, noise, None, torch.full((n,), 2), schedule)
+    mask, weight = row_of(estimator, u, noise, None, torch.full((n,), 2), schedule)
     assert not mask[:, :2].any() and torch.equal(mask, weight > 0) and mask.any(1).all()
     assert weight.max() < 1.6 * l  # l, and for cosine pi / 2 of it
-    assert torch.allclose(weight[:, 2:].mean(0), torch.ones(l).double(), rtol=0.007)  # every token counts once
-    for k in range(1, l + 1):  # with every number of hidden ones beside it
+    assert torch.allclose(
+        weight[:, 2:].mean(0), torch.ones(l).double(), rtol=0.007
+    )  # every token counts once
+    for k in range(1, l + 1):  # with every number of masked ones beside it
         value = weight.sum(1) * (mask.sum(1) == k)  # (n,)
         error = value.std() / math.sqrt(n)
         assert abs(value.mean() - 1) < 3.5 * error + 1e-6 < 0.0115
@@ -136,12 +178,12 @@ def test_the_mean_over_draws_weighs_every_mask_as_the_bound_does(estimator, sche
 
 @torch.no_grad()
 @pytest.mark.parametrize("prompt", [0, 2])
-def test_with_true_conditionals_the_bound_is_the_likelihood_of_what_follows_the_prompt(prompt, network, joint):
+def test_with_true_conditionals_the_bound_is_the_likelihood_of_the_answer(prompt, network, joint):
     total, l = 0.0, L - prompt
     for pattern in states(2, l)[1:].bool():
         mask = F.pad(pattern, (prompt, 0)).expand(len(X0), L)
         weight = share_of(int(pattern.sum()), l) * mask.double()
-        total = total + rows_nats(network, X0, mask, weight, torch.zeros_like(mask), "any_order", cfg=0.0)
+        total = total + nats_of_rows(network, X0, mask, weight, "any_order")
     close(total, conditional(joint, prompt))
     with pytest.raises(AssertionError):
         close(1.01 * total, conditional(joint, prompt))
@@ -156,7 +198,9 @@ def test_the_mean_over_all_orders_is_the_bound(arbitrary, by_order):
 def mean_of_k_orders(by_order, K):
     """The mean of -log((p_1 + ... + p_K) / K) over K independent orders: (V^L,)."""
     p = (-by_order).exp()  # (V^L, 24)
-    return -torch.stack([p[:, list(i)].mean(1).log() for i in itertools.product(range(24), repeat=K)]).mean(0)
+    return -torch.stack(
+        [p[:, list(i)].mean(1).log() for i in itertools.product(range(24), repeat=K)]
+    ).mean(0)
 
 
 def test_the_bound_over_k_orders_falls_to_the_likelihood_of_their_mixture(by_order):
@@ -171,31 +215,39 @@ def test_the_estimator_orders_comes_down_to_that_mixture(arbitrary, by_order):
     """The gap falls as 1/K."""
     bounds, blocks = [by_order[::3].mean(1).sum()], blocks_of(X0[::3])
     for K in (6, 36, 216):
-        bounds.append(sequence_nats(arbitrary, blocks, "orders", draws=K, strata=K, batch_size=WIDE).sum())
+        bounds.append(
+            nats_of(arbitrary, blocks, estimator="orders", draws=K, strata=K, batch_size=WIDE).sum()
+        )
     mixture = -(-by_order[::3]).exp().mean(1).log().sum()
-    assert all(a > b for a, b in itertools.pairwise(bounds)) and bounds[-1] == pytest.approx(float(mixture), rel=0.01)
+    assert all(a > b for a, b in itertools.pairwise(bounds)) and bounds[-1] == pytest.approx(
+        float(mixture), rel=0.01
+    )
 
 
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_the_estimator_orders_is_unbiased_for_the_bound_over_k_orders(K, arbitrary, by_order):
-    nats, info = estimate(arbitrary, blocks_of(X0), "orders", draws=240, strata=K, batch_size=WIDE)
+    options = {"estimator": "orders", "draws": 240, "strata": K, "batch_size": WIDE}
+    nats, info = estimate(arbitrary, blocks_of(X0), **options)
     error, expected = info["draw_error"] * L * V**L, mean_of_k_orders(by_order, K).sum()
     assert abs(nats.sum() - expected) < 3.5 * error < 0.012 * expected
 
 
-def test_a_causal_network_is_judged_exactly():
-    model = transformer(causal=True)
+def test_a_causal_network_is_evaluated_exactly():
+    model = transformer(attention="causal")
     blocks = random_ids([16, 16, 5, 16])
-    nats = sequence_nats(model, blocks, "ar", draws=16, batch_size=2)
+    nats = nats_of(model, blocks, draws=16, batch_size=2)
     for block, found in zip(blocks, nats.tolist(), strict=True):
         x0 = torch.from_numpy(block)
-        log_p = model(torch.cat([torch.tensor([model.start_id]), x0[:-1]])[None])[0].log_softmax(-1)  # (L, V)
+        log_p = model(torch.cat([torch.tensor([model.start_id]), x0[:-1]])[None])[0].log_softmax(
+            -1
+        )  # (L, V)
         ce = -log_p.gather(-1, x0[:, None]).squeeze(-1)  # (L,)
         assert found == pytest.approx(ce.sum().item(), rel=1e-5)
-        assert answer_nats(model, [(block[:3], block[3:])], "ar").item() == pytest.approx(ce[3:].sum().item(), rel=1e-5)
+        answer = answer_nats(model, [(block[:3], block[3:])]).item()
+        assert answer == pytest.approx(ce[3:].sum().item(), rel=1e-5)
 
 
-# ---- Draws -------------------------------------------------------------------------------------------------------------
+# ---- Draws ---------------------------------------------------------------------------------------
 
 
 def numbers(draws, size, seed=3, place=5, number=0, n=L):
@@ -208,9 +260,13 @@ def numbers(draws, size, seed=3, place=5, number=0, n=L):
 def test_a_set_is_stratified_and_its_draws_come_in_antithetic_pairs(size):
     sets = [numbers(size, size, number=i) for i in range(40)]
     for u, _ in sets:
-        assert torch.equal((u * size).floor().long().clamp(max=size - 1).sort().values, torch.arange(size))
+        assert torch.equal(
+            (u * size).floor().long().clamp(max=size - 1).sort().values, torch.arange(size)
+        )
         even, odd = slice(0, size // 2 * 2, 2), slice(1, None, 2)
-        assert torch.allclose(u[even] + u[odd], torch.ones(size // 2, dtype=torch.float64), rtol=1e-12)
+        assert torch.allclose(
+            u[even] + u[odd], torch.ones(size // 2, dtype=torch.float64), rtol=1e-12
+        )
     assert len({u[0].item() for u, _ in sets}) == 40  # the sets are independent
 
 
@@ -228,79 +284,89 @@ def test_random_numbers_do_not_depend_on_the_length_of_the_answer_or_on_the_batc
 def watched(model):
     """The inputs of every call, as a list that grows."""
     seen, hidden = [], model.hidden
-    model.hidden = lambda x, rows=None: seen.append(x.clone()) or hidden(x, rows)
+    model.hidden = lambda x, masked_idx=None: seen.append(x.clone()) or hidden(x, masked_idx)
     return seen
 
 
 @pytest.mark.parametrize("estimator", ["chain", "left_to_right"])
-def test_the_rows_of_a_chain_reveal_the_answer_token_by_token_and_never_hide_the_prompt(estimator, arbitrary):
+def test_the_rows_of_a_chain_unmask_the_answer_token_by_token_and_keep_the_prompt(
+    estimator, arbitrary
+):
     seen = watched(arbitrary)
-    answer_nats(arbitrary, [([2], [0, 1, 2])], estimator, draws=1)
-    hidden = seen[0] == V  # (3, L)
-    assert len(seen) == 1 and hidden.sum(1).tolist() == [3, 2, 1] and not hidden[:, 0].any()
-    assert (hidden[:-1] | ~hidden[1:]).all()  # what is revealed stays
-    assert estimator == "chain" or hidden[2].tolist() == [False, False, False, True]
+    answer_nats(arbitrary, [([2], [0, 1, 2])], estimator=estimator, draws=1)
+    masked = seen[0] == V  # (3, L)
+    assert len(seen) == 1 and masked.sum(1).tolist() == [3, 2, 1] and not masked[:, 0].any()
+    assert (masked[:-1] | ~masked[1:]).all()  # what is unmasked stays
+    assert estimator == "chain" or masked[2].tolist() == [False, False, False, True]
 
 
 def test_draws_in_one_set_have_a_lower_variance_than_independent_ones(network):
     requests, variance = requests_of(X0[::2], 0), {}
     for size in (1, 8):
-        sets = [set_nats(network, requests, "any_order", size, i, batch_size=WIDE)[0].mean(1) for i in range(240 // size)]
-        variance[size] = torch.stack(sets).var(0).mean() * size  # of one draw, as if all were independent
+        sets = [one_set(network, requests, size, i, batch_size=WIDE) for i in range(240 // size)]
+        variance[size] = (
+            torch.stack(sets).var(0).mean() * size
+        )  # of one draw, as if all were independent
     assert variance[8] < 0.4 * variance[1]
 
 
-# ---- What a number depends on ------------------------------------------------------------------------------------------
+# ---- What a number depends on --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("estimator", MASKED)
-def test_the_number_of_a_block_depends_on_its_place_and_not_on_the_batch_or_on_what_comes_after(estimator, arbitrary):
-    blocks = blocks_of(X0[:20])
-    whole = sequence_nats(arbitrary, blocks, estimator, draws=5, strata=3, seed=2)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_number_of_a_block_depends_on_its_place_and_not_on_batch_or_later_ones(
+    estimator, arbitrary
+):
+    blocks, options = blocks_of(X0[:20]), {"estimator": estimator, "draws": 5, "strata": 3}
+    whole = nats_of(arbitrary, blocks, seed=2, **options)
     for n, batch_size in ((20, 1), (20, 7), (20, 1000), (11, 32)):
-        found = sequence_nats(arbitrary, blocks[:n], estimator, 5, strata=3, seed=2, batch_size=batch_size)
-        assert torch.allclose(found, whole[:n], rtol=1e-12)
-    other = sequence_nats(arbitrary, blocks, estimator, draws=5, strata=3, seed=3)
+        nats = nats_of(arbitrary, blocks[:n], seed=2, batch_size=batch_size, **options)
+        assert torch.allclose(nats, whole[:n], rtol=1e-12)
+    other = nats_of(arbitrary, blocks, seed=3, **options)
     assert torch.equal(other, whole) == (estimator not in DRAWN)
-    assert len(set(sequence_nats(arbitrary, blocks[:1] * 9, estimator, draws=5).tolist())) == (
-        9 if estimator in DRAWN else 1
-    )
+    same_text = nats_of(arbitrary, blocks[:1] * 9, estimator=estimator, draws=5).tolist()
+    assert len(set(same_text)) == (9 if estimator in DRAWN else 1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 @pytest.mark.parametrize("estimator", ["any_order", "chain", "left_to_right"])
 def test_rows_of_other_lengths_keep_their_own_number(estimator, batch_size):
     model = transformer()
-    requests = list(zip(random_ids([0, 3, 0, 8, 2, 5]), random_ids([9, 6, 4, 1, 7, 0], seed=1), strict=True))
-    how = {"draws": 4, "batch_size": batch_size, "groups": range(6)}
-    together = answer_nats(model, requests, estimator, **how)
-    alone = [answer_nats(model, [request], estimator, **how | {"groups": [i]}) for i, request in enumerate(requests)]
+    requests = list(
+        zip(random_ids([0, 3, 0, 8, 2, 5]), random_ids([9, 6, 4, 1, 7, 0], seed=1), strict=True)
+    )
+    options = {"estimator": estimator, "draws": 4, "batch_size": batch_size}
+    together = answer_nats(model, requests, groups=range(6), **options)
+    alone = [
+        answer_nats(model, [request], groups=[i], **options) for i, request in enumerate(requests)
+    ]
     assert torch.allclose(together, torch.cat(alone), rtol=1e-5)
-    assert together[5] == 0 and (together[:5] > 0).all()  # nothing costs nothing
+    assert together[5] == 0 and (together[:5] > 0).all()  # for nothing, none
 
 
 def test_no_blocks_have_no_numbers(arbitrary):
-    assert sequence_nats(arbitrary, []).shape == answer_nats(arbitrary, []).shape == (0,)
+    assert nats_of(arbitrary, []).shape == answer_nats(arbitrary, []).shape == (0,)
 
 
 def test_more_draws_continue_fewer(arbitrary):
     few, many = (estimate(arbitrary, blocks_of(X0), draws=draws, strata=4)[0] for draws in (4, 8))
-    second = set_nats(arbitrary, requests_of(X0, 0), "any_order", 4, number=1)[0].mean(1)
+    second = one_set(arbitrary, requests_of(X0, 0), 4, number=1)
     close(many, (few + second) / 2)
 
 
-# ---- Answers to prompts ------------------------------------------------------------------------------------------------
+# ---- Answers to prompts --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("estimator", ["any_order", "lambda_dce", "t_dce", "chain"])
 def test_requests_of_one_group_share_their_draws_by_the_place_in_the_answer(estimator, arbitrary):
     requests = [([1], [2, 0, 1]), ([2], [1, 1, 0]), ([1], [2, 0, 1])]
-    seen = watched(arbitrary)
-    shared = answer_nats(arbitrary, requests, estimator, draws=8, groups=[4, 4, 4], batch_size=WIDE)
-    hidden = (seen[0] == V).view(3, -1, L)  # the calls' rows by request
-    assert torch.equal(hidden[0], hidden[1]) and torch.equal(hidden[0], hidden[2]) and shared[0] == shared[2]
-    assert not hidden[:, :, :1].any() and hidden[:, :, 1:].any()
-    own = answer_nats(arbitrary, requests, estimator, draws=8, groups=[4, 5, 6], batch_size=WIDE)
+    seen, options = watched(arbitrary), {"estimator": estimator, "draws": 8, "batch_size": WIDE}
+    shared = answer_nats(arbitrary, requests, groups=[4, 4, 4], **options)
+    masked = (seen[0] == V).view(3, -1, L)  # the calls' rows by request
+    assert torch.equal(masked[0], masked[1]) and torch.equal(masked[0], masked[2])
+    assert shared[0] == shared[2]
+    assert not masked[:, :, :1].any() and masked[:, :, 1:].any()
+    own = answer_nats(arbitrary, requests, groups=[4, 5, 6], **options)
     assert own[0] == shared[0] and own[2] != shared[2]
 
 
@@ -308,22 +374,28 @@ def test_the_tokens_that_answers_of_unequal_length_have_in_common_come_in_one_or
     model, turns = transformer(), []
     for answer in ([1, 2, 3, 4, 5], [6, 6, 6]):
         seen = watched(model)
-        answer_nats(model, [([0, 0], answer)], "chain", draws=1, groups=[9], batch_size=WIDE)
-        turns.append((seen[0] == model.mask_id)[:, 2:5].sum(0))  # (3,) how long each stays hidden
+        options = {"estimator": "chain", "draws": 1, "batch_size": WIDE}
+        answer_nats(model, [([0, 0], answer)], groups=[9], **options)
+        turns.append((seen[0] == model.mask_id)[:, 2:5].sum(0))  # (3,) how long each stays masked
     assert torch.equal(turns[0].argsort(), turns[1].argsort()) and len(set(turns[1].tolist())) == 3
 
 
 def test_shared_draws_compare_options_with_less_noise():
-    """Options that differ in their last token, in a text whose tokens have little to do with each other, as most have."""
+    """Options that differ in their last token, of texts whose tokens have little in common."""
     by_place = torch.randn(L, V, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    logits = sum(by_place[i].view([V if i == j else 1 for j in range(L)]) for i in range(L))  # (V, V, V, V)
+    logits = sum(
+        by_place[i].view([V if i == j else 1 for j in range(L)]) for i in range(L)
+    )  # (V, V, V, V)
     joint = (2 * logits + 0.3 * random_joint().log()).flatten().softmax(0).view([V] * L)
     network, truth = Table(true_conditionals(joint)), conditional(joint, 1)
     pairs = [(i, j) for i in range(0, 81, 3) for j in range(i + 1, i + 3)]
     requests = [request for pair in pairs for request in requests_of(X0[list(pair)], 1)]
     true, noise = torch.tensor([truth[i] - truth[j] for i, j in pairs]), []
     for groups in (torch.arange(len(requests)) // 2, torch.arange(len(requests))):
-        tries = [answer_nats(network, requests, draws=8, seed=s, groups=groups, batch_size=WIDE) for s in range(20)]
+        tries = [
+            answer_nats(network, requests, draws=8, seed=s, groups=groups, batch_size=WIDE)
+            for s in range(20)
+        ]
         gaps = torch.stack(tries).view(20, -1, 2)  # (20, pairs, 2)
         noise.append((gaps[:, :, 0] - gaps[:, :, 1] - true).square().mean())
     assert noise[0] < 0.6 * noise[1]
@@ -335,7 +407,8 @@ def test_a_row_that_is_filled_with_masks_is_read_as_such(estimator, network, joi
     begin = joint.sum(3)  # (V, V, V) of the first three tokens; the fourth is never told
     truth = -(begin / begin.sum((1, 2), keepdim=True)).flatten().log()
     seen = watched(network)
-    nats = answer_nats(network, requests_of(x0, 1), estimator, draws=1024, pad_to=L, batch_size=WIDE)
+    options = {"estimator": estimator, "draws": 1024, "batch_size": WIDE}
+    nats = answer_nats(network, requests_of(x0, 1), pad_to=L, **options)
     assert all((x[:, 3] == V).all() for x in seen)
     if estimator == "any_order":
         assert abs((nats - truth).mean()) < 0.004 * truth.mean()
@@ -346,21 +419,26 @@ def test_a_row_that_is_filled_with_masks_is_read_as_such(estimator, network, joi
 @torch.no_grad()
 @pytest.mark.parametrize("estimator", ["any_order", "left_to_right"])
 def test_guidance_pushes_the_logits_away_from_those_without_the_prompt(estimator, arbitrary):
-    w, x0, found = 0.7, X0[40:45], []
-    found = answer_nats(arbitrary, requests_of(x0, 2), estimator, draws=8, cfg=w, batch_size=WIDE, seed=4)
+    w, x0 = 0.7, X0[40:45]
+    options = {"estimator": estimator, "draws": 8, "seed": 4}
+    nats = answer_nats(arbitrary, requests_of(x0, 2), cfg_scale=w, batch_size=WIDE, **options)
     total = torch.zeros(5, dtype=torch.float64)
     draw = torch.arange(8) if estimator == "any_order" else torch.tensor([0, 0])
     for i in range(5):
         u, noise = random_numbers(4, 0, torch.full_like(draw, i), draw, len(draw), 2)
         turn, prompt = torch.arange(len(draw)) % 2, torch.full_like(draw, 2)
-        mask, weight = network_row(estimator, u, F.pad(noise, (2, 0)), turn, prompt)  # (b, L) each
+        mask, weight = row_of(estimator, u, F.pad(noise, (2, 0)), turn, prompt)  # (b, L) each
         x = torch.where(mask, V, x0[i])  # (b, L)
-        c, u = arbitrary(x), arbitrary(torch.cat([torch.full_like(x[:, :2], V), x[:, 2:]], 1))  # (b, L, V) each
+        c, u = (
+            arbitrary(x),
+            arbitrary(torch.cat([torch.full_like(x[:, :2], V), x[:, 2:]], 1)),
+        )  # (b, L, V) each
         log_p = (u + (1 + w) * (c - u)).log_softmax(-1)
         ce = -log_p.gather(-1, x0[i].expand_as(x)[..., None]).squeeze(-1)  # (b, L)
         total[i] = (weight * ce).sum() / (len(draw) if estimator == "any_order" else 1)
-    close(found, total)
-    assert not torch.allclose(found, answer_nats(arbitrary, requests_of(x0, 2), estimator, draws=8, seed=4), rtol=0.01)
+    close(nats, total)
+    unguided = answer_nats(arbitrary, requests_of(x0, 2), **options)
+    assert not torch.allclose(nats, unguided, rtol=0.01)
 
 
 @pytest.fixture
@@ -372,8 +450,8 @@ def smdm(shared):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cfg", [0.0, 0.5, 1.6])
-def test_the_published_likelihoods_come_out_of_the_published_draws(cfg, smdm):
+@pytest.mark.parametrize("cfg_scale", [0.0, 0.5, 1.6])
+def test_the_published_likelihoods_come_out_of_the_published_draws(cfg_scale, smdm):
     folder, case, [(prefix, target)] = smdm
     model, nats = checkpoint.load(folder / "mdm.safetensors")[0], []
     x0 = torch.tensor([prefix + target] * 8)  # (8, W)
@@ -381,27 +459,42 @@ def test_the_published_likelihoods_come_out_of_the_published_draws(cfg, smdm):
     for u0, r in zip(case["mc"]["u0"], case["mc"]["r"], strict=True):
         t = (u0 + torch.arange(8) / 8) % 1  # (8,)
         mask, weight = diffusion.draw_mask("lambda_dce", t, r, prompt=torch.full((8,), len(prefix)))
-        nats.append(rows_nats(model, x0, mask, weight[:, None] * mask, given, "lambda_dce", cfg).mean().item())
-    assert sum(nats) / 2 == pytest.approx(case["mc"][cfg], abs=1e-4)
-    chain = answer_nats(model, [(prefix, target)], "left_to_right", cfg=cfg).item()
-    assert chain == pytest.approx(case["chain_rule"][cfg], abs=1e-4)
+        weight = weight[:, None] * mask  # (8, W)
+        guidance = (given, cfg_scale) if cfg_scale else ()
+        row_nats = nats_of_rows(model, x0, mask, weight, "lambda_dce", *guidance)  # (8,)
+        nats.append(row_nats.mean().item())
+    assert sum(nats) / 2 == pytest.approx(case["mc"][cfg_scale], abs=1e-4)
+    options = {"estimator": "left_to_right", "cfg_scale": cfg_scale}
+    chain = answer_nats(model, [(prefix, target)], **options).item()
+    assert chain == pytest.approx(case["chain_rule"][cfg_scale], abs=1e-4)
 
 
 def test_the_published_likelihood_with_masks_up_to_2048_and_the_causal_one_come_out(smdm):
     folder, case, request = smdm
     model, causal = (checkpoint.load(folder / f"{kind}.safetensors")[0] for kind in ("mdm", "ar"))
-    padded = answer_nats(model, request, "left_to_right", pad_to=2048, batch_size=4).item()
+    options = {"estimator": "left_to_right", "pad_to": 2048, "batch_size": 4}
+    padded = answer_nats(model, request, **options).item()
     assert padded == pytest.approx(case["chain_rule_padded_to_2048"], abs=1e-4)
     [(prefix, target)] = request
-    causal.start_id = prefix[0]  # theirs reads the prefix as it is, ours a start token and the prompt
-    assert answer_nats(causal, [(prefix[1:], target)], "ar").item() == pytest.approx(case["ar"]["nll"], abs=1e-4)
+    causal.start_id = prefix[
+        0
+    ]  # theirs reads the prefix as it is, ours a start token and the prompt
+    exact = answer_nats(causal, [(prefix[1:], target)]).item()
+    assert exact == pytest.approx(case["ar"]["nll"], abs=1e-4)
 
 
-# ---- How sure it is: the draws -----------------------------------------------------------------------------------------
+# ---- How sure it is: the draws -------------------------------------------------------------------
 
 
 def test_the_interval_factor_is_students():
-    for freedom, expected in ((1, 12.706), (2, 4.303), (4, 2.776), (10, 2.228), (60, 2.000), (10**9, 1.960)):
+    for freedom, expected in (
+        (1, 12.706),
+        (2, 4.303),
+        (4, 2.776),
+        (10, 2.228),
+        (60, 2.000),
+        (10**9, 1.960),
+    ):
         assert t95(freedom) == pytest.approx(expected, rel=0.12 if freedom == 1 else 0.01)
     assert t95(0) == math.inf
 
@@ -415,7 +508,9 @@ def test_the_error_over_sets_is_the_usual_one_and_one_set_has_none():
 
 
 def test_a_last_set_that_is_shorter_counts_for_less():
-    noise = torch.randn(200_000, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(
+        200_000, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     sets = torch.stack([noise[:, :4].mean(1), noise[:, 4:8].mean(1), noise[:, 8:].mean(1)], 1)
     mean, error = mean_over_sets(sets, [4, 4, 2])
     close(mean, noise.mean(1))
@@ -423,7 +518,7 @@ def test_a_last_set_that_is_shorter_counts_for_less():
 
 
 def cover(sets, truth, widen=1.0, size=12):
-    """How often the 95% interval over R sets of `size` sequences covers the truth: (N, R), (N,) -> a part of 1."""
+    """How often the 95% interval over R sets of `size` sequences covers the truth (N,): (N, R)."""
     inside, R = [], sets.shape[1]
     for group, true in zip(sets.split(size), truth.split(size), strict=True):
         mean, error = mean_over_sets(group, [1] * R)
@@ -432,13 +527,21 @@ def cover(sets, truth, widen=1.0, size=12):
 
 
 @pytest.mark.parametrize("estimator", DRAWN)
-def test_intervals_over_draws_cover_the_exact_value_as_often_as_they_say(estimator, network, arbitrary, joint, by_order):
-    """250 texts of 12 sequences, two sets of draws each; true conditionals, but where all orders are then equal."""
-    truth = {"chain": by_order.mean(1), "orders": mean_of_k_orders(by_order, 3)}.get(estimator, -joint.flatten().log())
+def test_intervals_over_draws_cover_the_exact_value_as_often_as_they_say(
+    estimator, network, arbitrary, joint, by_order
+):
+    """250 texts of 12 sequences, two sets of draws each.
+
+    With true conditionals, but where all orders would then be equal.
+    """
+    truth = {"chain": by_order.mean(1), "orders": mean_of_k_orders(by_order, 3)}.get(
+        estimator, -joint.flatten().log()
+    )
     model, size = (arbitrary, 3) if estimator in ("chain", "orders") else (network, 8)
     pick = torch.randint(V**L, (250 * 12,), generator=torch.Generator().manual_seed(1))
     requests = requests_of(X0[pick], 0)
-    sets = [of_set(estimator, set_nats(model, requests, estimator, size, i, batch_size=WIDE)[0]) for i in range(2)]
+    options = {"estimator": estimator, "batch_size": WIDE}
+    sets = [one_set(model, requests, size, i, **options) for i in range(2)]
     sets, truth = torch.stack(sets, 1), truth[pick]
     assert 0.915 < cover(sets, truth) < 0.98
     assert cover(sets, truth, widen=0.5) < 0.78
@@ -454,26 +557,32 @@ def test_precision_stops_the_draws_as_soon_as_the_interval_is_narrow_enough(netw
     before = estimate(network, blocks, draws=info["draws"] - 4, batch_size=WIDE)[1]
     assert before["draw_half"] >= 0.02
     assert estimate(network, blocks, draws=24, precision=1e-9, batch_size=WIDE)[1]["draws"] == 24
-    once = estimate(network, blocks, "left_to_right", draws=24, precision=0.02, batch_size=WIDE)[1]
-    assert once["draws"] == 1 and once["draw_error"] == once["draw_half"] == 0 and once["rows"] == V**L * L
+    options = {"estimator": "left_to_right", "draws": 24, "precision": 0.02, "batch_size": WIDE}
+    once = estimate(network, blocks, **options)[1]
+    assert once["draws"] == 1 and once["draw_error"] == once["draw_half"] == 0
+    assert once["rows"] == V**L * L
 
 
 def test_stopped_intervals_cover_as_often_as_they_say(network, joint):
     truth, inside = -joint.flatten().log()[::4], []
     for seed in range(80):
-        nats, info = estimate(network, blocks_of(X0[::4]), draws=512, precision=0.06, seed=seed, batch_size=WIDE)
+        nats, info = estimate(
+            network, blocks_of(X0[::4]), draws=512, precision=0.06, seed=seed, batch_size=WIDE
+        )
         inside.append(float(abs(nats.sum() - truth.sum())) < info["draw_half"] * L * len(truth))
     assert 0.88 < np.mean(inside) < 0.99
 
 
-# ---- How sure it is: the text ------------------------------------------------------------------------------------------
+# ---- How sure it is: the text --------------------------------------------------------------------
 
 
 def unequal(S=300):
-    """Sequences of very unequal length whose nats have a part of their own: nats (S,), lengths (S,)."""
+    """Sequences of very unequal length whose nats have a part of their own: nats, lengths (S,)."""
     generator = np.random.default_rng(1)
     lengths = generator.integers(1, 60, size=S)
-    return lengths * (1 + 0.3 * generator.standard_normal(S)) + generator.exponential(3, size=S), lengths
+    return lengths * (1 + 0.3 * generator.standard_normal(S)) + generator.exponential(
+        3, size=S
+    ), lengths
 
 
 def test_the_mean_is_that_of_all_tokens():
@@ -502,7 +611,7 @@ def test_with_equal_lengths_the_error_is_the_usual_one_and_one_sequence_has_none
 
 
 def coverage(nats, truth, widen=1.0, size=20):
-    """How often the 95% interval of `size` sequences covers the truth: nats (R * size,) -> a part of 1."""
+    """How often the 95% interval of `size` sequences covers the truth: nats (R * size,)."""
     inside = []
     for group in nats.view(-1, size).tolist():
         mean, error = mean_and_error(group, [L] * size)
@@ -511,15 +620,19 @@ def coverage(nats, truth, widen=1.0, size=20):
 
 
 def test_intervals_over_text_cover_the_exact_entropy_as_often_as_they_say(network, joint):
-    drawn = torch.multinomial(joint.flatten(), 400 * 20, replacement=True, generator=torch.Generator().manual_seed(3))
-    nats = sequence_nats(network, blocks_of(X0[drawn]), draws=4, batch_size=WIDE)
+    drawn = torch.multinomial(
+        joint.flatten(), 400 * 20, replacement=True, generator=torch.Generator().manual_seed(3)
+    )
+    nats = nats_of(network, blocks_of(X0[drawn]), draws=4, seed=0, batch_size=WIDE)
     entropy = -(joint * joint.log()).sum().item() / L
     assert 0.92 < coverage(nats, entropy) < 0.98
-    assert coverage(nats, entropy, widen=0.5) < 0.80  # as if the four tokens of a sequence were four sequences
+    assert (
+        coverage(nats, entropy, widen=0.5) < 0.80
+    )  # as if the four tokens of a sequence were four sequences
     assert coverage(nats, 1.05 * entropy) < 0.90
 
 
-# ---- The report --------------------------------------------------------------------------------------------------------
+# ---- The report ----------------------------------------------------------------------------------
 
 
 def test_a_report_says_one_number_in_every_unit():
@@ -531,13 +644,20 @@ def test_a_report_says_one_number_in_every_unit():
     assert result["bits_per_token"] == pytest.approx(3.6067, abs=1e-4)
     assert result["bits_per_byte"] == pytest.approx(0.9017, abs=1e-4)
     bits = half / math.log(2)
-    assert f"2.5000 +- {half:.4f} nats per token (95% interval) = 3.6067 +- {bits:.4f} bits per token" in text
+    assert (
+        f"2.5000 +- {half:.4f} nats per token (95% interval) = 3.6067 +- {bits:.4f} bits per token"
+        in text
+    )
     assert f"= 0.9017 +- {bits / 4:.4f} bits per byte; perplexity 12.18" in text
 
 
 def test_a_hopeless_model_is_reported_too():
     result, text = report([1e5, 2e5], [10, 10], bytes_per_token=1.0)
-    assert result["nats_per_token"] == 15_000 and result["perplexity"] == math.inf and "perplexity inf" in text
+    assert (
+        result["nats_per_token"] == 15_000
+        and result["perplexity"] == math.inf
+        and "perplexity inf" in text
+    )
 
 
 def test_a_part_of_the_blocks_is_spread_evenly():
@@ -545,12 +665,14 @@ def test_a_part_of_the_blocks_is_spread_evenly():
     assert spread(range(10), 4) == [0, 2, 5, 7] and spread(list(range(10)), 1) == [0]
 
 
-def test_unnormalised_logits_are_judged_by_score_entropy():
+def test_unnormalised_logits_are_evaluated_by_score_entropy():
     model = Table(random_logits())
-    nats = sequence_nats(model, blocks_of(X0[:5]), "t_dse", draws=3, seed=5)
+    nats = nats_of(model, blocks_of(X0[:5]), estimator="t_dse", draws=3, seed=5)
     for i in range(5):
         u, noise = random_numbers(5, 0, torch.full((3,), i), torch.arange(3), 3, L)
-        mask, weight = network_row("t_dse", u, noise, None, torch.zeros(3, dtype=torch.long))
+        mask, weight = row_of("t_dse", u, noise, None, torch.zeros(3, dtype=torch.long))
         logits = model(torch.where(mask, V, X0[i])).detach()  # (3, L, V)
         at_x0 = logits.gather(-1, X0[i].expand(3, -1)[..., None]).squeeze(-1)  # (3, L)
-        assert nats[i].item() == pytest.approx(float((weight * (logits.exp().sum(-1) - 1 - at_x0)).sum() / 3), rel=1e-5)
+        assert nats[i].item() == pytest.approx(
+            float((weight * (logits.exp().sum(-1) - 1 - at_x0)).sum() / 3), rel=1e-5
+        )

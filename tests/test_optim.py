@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import muon
+from lib import optim
 
 SHAPES = [(24, 8), (8, 24), (16, 16), (8, 24), (24, 8), (8, 24)]
 
@@ -12,33 +12,35 @@ SHAPES = [(24, 8), (8, 24), (16, 16), (8, 24), (24, 8), (8, 24)]
 def test_directions_keep_singular_vectors_and_lose_singular_values(shape):
     g = torch.randn(shape, generator=torch.Generator().manual_seed(0))  # (n, rows, columns)
     u, s, vh = torch.linalg.svd(g, full_matrices=False)
-    found = u.mT @ muon.orthogonal(g).float() @ vh.mT  # (n, k, k): diagonal where the vectors are the same
-    size = found.diagonal(dim1=1, dim2=2)  # (n, k)
+    # Diagonal where the singular vectors are the same:
+    turned = u.mT @ optim.orthogonal(g).float() @ vh.mT  # (n, k, k)
+    size = turned.diagonal(dim1=1, dim2=2)  # (n, k)
     assert size[s > 0.1 * s.amax(1, keepdim=True)].sub(1).abs().max() < 0.35
-    assert (found - torch.diag_embed(size)).abs().max() < 0.05
+    assert (turned - torch.diag_embed(size)).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("stack", [1, 2 * 8 * 24, muon.STACK])
+@pytest.mark.parametrize("stack", [1, 2 * 8 * 24, optim.STACK])
 def test_the_steps_are_those_of_torch(stack, monkeypatch):
-    monkeypatch.setattr(muon, "STACK", stack)
+    monkeypatch.setattr(optim, "STACK", stack)
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in SHAPES]
     pairs = [[torch.nn.Parameter(w.clone()) for w in start] for _ in range(2)]
-    theirs = torch.optim.Muon(pairs[0], lr=0.02, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
-    ours = muon.Muon(pairs[1], lr=0.02, weight_decay=0.1, momentum=0.9)
+    keys = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9}
+    theirs = torch.optim.Muon(pairs[0], adjust_lr_fn="match_rms_adamw", **keys)
+    ours = optim.Muon(pairs[1], **keys)
     for _ in range(5):
         for a, b in zip(*pairs, strict=True):
             a.grad = torch.randn(a.shape, generator=generator)
             b.grad = a.grad.clone()
         theirs.step()
         ours.step()
-    for a, b, w in zip(*pairs, start, strict=True):
-        assert (b - a).norm() < 2e-3 * (a - w).norm()  # both multiply in bfloat16, in sums of another order
+    for a, b, w in zip(*pairs, start, strict=True):  # bfloat16, in sums of another order
+        assert (b - a).norm() < 2e-3 * (a - w).norm()
     for a, b in zip(*pairs, strict=True):
         assert torch.allclose(theirs.state[a]["momentum_buffer"], ours.state[b]["momentum_buffer"])
 
 
 def test_a_matrix_without_a_gradient_stays():
     w = torch.nn.Parameter(torch.ones(4, 4))
-    muon.Muon([w], lr=0.1, weight_decay=0.1).step()
+    optim.Muon([w], lr=0.1, weight_decay=0.1).step()
     assert torch.equal(w, torch.ones(4, 4))

@@ -1,4 +1,4 @@
-"""Several processes: however many there are and however they share the network, a run is the same run."""
+"""Several processes: however many, and however they share the network, a run is the same run."""
 
 import contextlib
 import math
@@ -9,31 +9,34 @@ import socket
 
 import pytest
 import torch
-from test_train import TEXT, config_of, log, losses, run, same, state_of, words
+from test_train import MODULES, TEXT, config_of, log, losses, run, same, state_of, words
 
-import checkpoint
 import config as settings
-import diffusion
-import model as network
-import parallel
 import train
 from config import UserError
 from data import writer
 from data.tokenizer import Char
+from lib import checkpoint, parallel
+from lib.parallel import Team
 
 pytestmark = pytest.mark.usefixtures("quick")
-DEEP = {"n_layer": 2, "ema": 0.9, "eval_sequences": 7, "log_interval": 1, "max_iters": 6, "eval_interval": 3}
+DEEP = {"n_layer": 2, "ema": 0.9, "eval_sequences": 7, "log_interval": 1}
+DEEP |= {"max_iters": 6, "eval_interval": 3}
+FSDP = {"parallel": "fsdp"}
 SPREAD = {
     "ddp": {"micro_batch_size": 1},
-    "fsdp": {"parallel": "fsdp", "micro_batch_size": 2, "recompute": True, "norm": "rms", "mlp": "swiglu", "qk_norm": True},
-    "fsdp muon": {"parallel": "fsdp", "optimizer": "muon", "n_layer": 1, "max_iters": 3},
-    "fsdp ar": {"parallel": "fsdp", "objective": "ar", "decay_all": True, "show_sample": True},
+    "fsdp": FSDP | {"micro_batch_size": 2, "recompute": True},
+    "fsdp muon": FSDP | {"optimizer": "muon", "n_layer": 1, "max_iters": 3},
+    "fsdp ar": FSDP | {"objective": "ar", "decay_all": True, "show_sample": True},
 }
-CHAIN = {  # by whom a run is done in turns, how far each gets, and how: each goes on from the checkpoint of the one before
+SPREAD["fsdp"] |= {"norm": "rms", "mlp": "swiglu", "qk_norm": True}
+# By how many processes a run is done in turns, how far each gets, and how: each resumes the one
+# before.
+CHAIN = {
     1: [(2, {})],
-    2: [(4, {"parallel": "fsdp"}), (6, {"parallel": "ddp", "micro_batch_size": 2})],
-    4: [(8, {"parallel": "ddp"}), (10, {"parallel": "fsdp", "micro_batch_size": 1})],
-    "1 again": [(12, {"micro_batch_size": 4, "parallel": "fsdp"})],
+    2: [(4, FSDP), (6, {"parallel": "ddp", "micro_batch_size": 2})],
+    4: [(8, {"parallel": "ddp"}), (10, FSDP | {"micro_batch_size": 1})],
+    "1 again": [(12, FSDP | {"micro_batch_size": 4})],
 }
 STEADY = DEEP | {"lr_decay": "constant", "eval_interval": 2}
 SPREAD_OVER = [*((2, name) for name in SPREAD), (4, "fsdp")]
@@ -48,19 +51,19 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(network, "matmul_flops", lambda *_: 1e9)
+    monkeypatch.setattr(train, "matmul_flops", lambda *_: 1e9)
     torch.set_num_threads(1)
 
 
-# ---- What the processes do ---------------------------------------------------------------------------------------------
+# ---- What the processes do -----------------------------------------------------------------------
 
 
 def begin(config, world, rank, folder):
-    """Builds the network and leaves its first weights, whole, and how many numbers this process holds."""
-    config |= {"vocab_size": 25, "causal": False}
-    model, average, _ = train.build(config, torch.device("cpu"), None, world)
+    """Builds the network; leaves its first weights, whole, and how many this process holds."""
+    config |= {"vocab_size": 25, "attention": "full"}
+    model, ema, _ = train.build(config, Team(world, rank))
     mine = sum(parallel.local(p).numel() for p in model.parameters())
-    weights = [parallel.whole(dict(each.state_dict()), keep=True) for each in (model, average)]
+    weights = [parallel.whole(dict(each.state_dict()), keep=True) for each in (model, ema)]
     (folder / f"begin_{rank}_of_{world}").write_bytes(pickle.dumps((mine, weights)))
 
 
@@ -69,8 +72,9 @@ def stumble(config, world, rank, folder):
     make_batch = train.make_batch
 
     def bad_batch(config, blocks, step, position):
-        x0, mask, weight, rows = make_batch(config, blocks, step, position)
-        return x0, mask, weight * (math.inf if rank == world - 1 and step in (2, 3) else 1), rows
+        batch = make_batch(config, blocks, step, position)
+        factor = math.inf if rank == world - 1 and step in (2, 3) else 1
+        return batch._replace(weight=batch.weight * factor)
 
     train.make_batch = bad_batch
     try:
@@ -80,7 +84,7 @@ def stumble(config, world, rank, folder):
 
 
 def disagree(config, world, rank, folder):
-    """Goes on in a folder of this process's own, of which only one holds a checkpoint."""
+    """Resumes from a folder of this process's own, of which only one holds a checkpoint."""
     with pytest.raises(UserError, match="do not see the same"):
         train.main(config | {"out_dir": str(folder / f"own_{rank}")})
 
@@ -94,8 +98,9 @@ JOBS = {"begin": begin, "stumble": stumble, "disagree": disagree, "simply": simp
 
 def work(rank, world, port, folder, jobs):
     """One of `world` processes: does the jobs one after the other, (name, command line) each."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    network.matmul_flops = lambda *_: 1e9
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    train.matmul_flops = lambda *_: 1e9
     torch.set_num_threads(1)
     with (
         open(folder / f"out_{rank}_of_{world}", "w") as out,
@@ -103,24 +108,25 @@ def work(rank, world, port, folder, jobs):
         contextlib.redirect_stderr(out),
     ):
         for name, line in jobs:
-            JOBS[name](settings.parse(line, settings, diffusion, network, train), world, rank, folder)
+            JOBS[name](settings.parse(line, *MODULES), world, rank, folder)
 
 
 def launch(world, folder, jobs):
-    """`world` real processes; forked from one that has torch already, which is what takes longest."""
+    """`world` real processes, forked from one that has torch already, which takes longest."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "torch.distributed.fsdp"])
-    several = [context.Process(target=work, args=(rank, world, port, folder, jobs)) for rank in range(world)]
+    shared = world, port, folder, jobs
+    several = [context.Process(target=work, args=(rank, *shared)) for rank in range(world)]
     for one in several:
         one.start()
     for one in several:
         one.join(600)
         one.kill()
-    said = "\n".join((folder / f"out_{rank}_of_{world}").read_text()[-2000:] for rank in range(world))
-    assert [one.exitcode for one in several] == [0] * world, said
+    said = [(folder / f"out_{rank}_of_{world}").read_text()[-2000:] for rank in range(world)]
+    assert [one.exitcode for one in several] == [0] * world, "\n".join(said)
 
 
 @pytest.fixture(scope="session")
@@ -128,52 +134,57 @@ def finished(data, tmp_path_factory):
     """The folder where one, two and four processes have done all that this file asks about."""
     folder = tmp_path_factory.mktemp("runs")
     for world, turns in CHAIN.items():
-        jobs = [("simply", words(data, folder / "chain", **STEADY | keys | {"max_iters": end})) for end, keys in turns]
+        steps = [STEADY | keys | {"max_iters": end} for end, keys in turns]
+        jobs = [("simply", words(data, folder / "chain", **keys)) for keys in steps]
         if world in (2, 4):
-            jobs += [("begin", words(data, "none", **DEEP, parallel="fsdp"))]
+            jobs += [("begin", words(data, "none", **DEEP, **FSDP))]
             mine = {name: SPREAD[name] for count, name in SPREAD_OVER if count == world}
-            jobs += [("simply", words(data, folder / f"{name} {world}", **DEEP | keys)) for name, keys in mine.items()]
+            for name, keys in mine.items():
+                jobs += [("simply", words(data, folder / f"{name} {world}", **DEEP | keys))]
         if world == 2:
-            odd = {"skip_nonfinite": True, "grad_clip": 0.0}
-            jobs += [
-                ("stumble", words(data, folder / f"odd {name}", **DEEP, **odd, parallel=name)) for name in ("ddp", "fsdp")
-            ]
+            odd = DEEP | {"skip_nonfinite": True, "grad_clip": 0.0}
+            for name in ("ddp", "fsdp"):
+                jobs += [("stumble", words(data, folder / f"odd {name}", **odd, parallel=name))]
             jobs += [("disagree", words(data, "none"))]
             run(data, folder / "own_1", max_iters=4)
         if world in (2, 4):
             launch(world, folder, jobs)
         else:
             for _, line in jobs:
-                train.main(settings.parse(line, settings, diffusion, network, train))
+                train.main(settings.parse(line, *MODULES))
     return folder
 
 
-# ---- The same run ------------------------------------------------------------------------------------------------------
+# ---- The same run --------------------------------------------------------------------------------
 
 
-def close(found, expected, within):
+def close(actual, expected, within):
     """Whether two checkpoints hold the same weights, up to the order of sums."""
     for part in ("model", "ema"):
-        assert found[part].keys() == expected[part].keys()
-        assert all(torch.allclose(found[part][name], w, rtol=0, atol=within) for name, w in expected[part].items())
+        assert actual[part].keys() == expected[part].keys()
+        pairs = [(actual[part][name], w) for name, w in expected[part].items()]
+        assert all(torch.allclose(a, b, rtol=0, atol=within) for a, b in pairs)
     return True
 
 
 @pytest.mark.parametrize(("world", "name"), SPREAD_OVER)
 def test_several_processes_train_as_one_does(world, name, finished, data, tmp_path):
-    keys = {key: value for key, value in SPREAD[name].items() if key not in ("parallel", "recompute", "micro_batch_size")}
+    alone = ("parallel", "recompute", "micro_batch_size")
+    keys = {key: value for key, value in SPREAD[name].items() if key not in alone}
     run(data, tmp_path, **DEEP | keys)
     out = finished / f"{name} {world}"
     within = 1e-4 if "muon" in name else 1e-5  # Muon multiplies in bfloat16
     assert losses(out) == pytest.approx(losses(tmp_path), rel=within) and len(losses(out)) >= 3
     assert close(checkpoint.read(out), checkpoint.read(tmp_path), within)
-    bounds = [[entry["nats_per_token"] for entry in log(where) if "nats_per_token" in entry] for where in (out, tmp_path)]
-    assert bounds[0] == pytest.approx(bounds[1], rel=within) and bounds[0]
+    evaluations = [[e for e in log(where) if "nats_per_token" in e] for where in (out, tmp_path)]
+    several, one = ([e["nats_per_token"] for e in each] for each in evaluations)
+    assert several == pytest.approx(one, rel=within) and several
 
 
-def test_a_run_may_change_the_number_of_processes_and_the_way_they_share_it(finished, data, tmp_path):
+def test_a_run_may_change_the_number_of_processes_and_how_they_share_it(finished, data, tmp_path):
     run(data, tmp_path, **STEADY | {"max_iters": 12})
-    assert losses(finished / "chain") == pytest.approx(losses(tmp_path), rel=1e-5) and len(losses(tmp_path)) == 12
+    assert losses(finished / "chain") == pytest.approx(losses(tmp_path), rel=1e-5)
+    assert len(losses(tmp_path)) == 12
     chain, whole = (checkpoint.read(out) for out in (finished / "chain", tmp_path))
     assert close(chain, whole, 1e-5) and chain["step"] == whole["step"] == 12
 
@@ -190,28 +201,32 @@ def form(tree):
         return {key: form(value) for key, value in tree.items()}
     if isinstance(tree, list):
         return list(map(form, tree))
-    return (tuple(tree.shape), tree.dtype, tree.layout) if isinstance(tree, torch.Tensor) else type(tree)
+    if isinstance(tree, torch.Tensor):
+        return tuple(tree.shape), tree.dtype, tree.layout
+    return type(tree)
 
 
-# ---- The beginning -----------------------------------------------------------------------------------------------------
+# ---- The beginning -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_a_network_starts_with_the_same_weights_however_it_is_shared(world, finished, data):
-    config = config_of(data, "none", **DEEP) | {"vocab_size": 25, "causal": False}
-    model, average, _ = train.build(config, torch.device("cpu"), None)
+    config = config_of(data, "none", **DEEP) | {"vocab_size": 25, "attention": "full"}
+    model, ema, _ = train.build(config, Team())
     for rank in range(world):
         _, (weights, averages) = pickle.loads((finished / f"begin_{rank}_of_{world}").read_bytes())
-        assert same(weights, dict(model.state_dict())) and same(averages, dict(average.state_dict()))
+        assert same(weights, dict(model.state_dict()))
+        assert same(averages, dict(ema.state_dict()))
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_with_fsdp_each_process_holds_its_part_of_the_weights_and_no_more(world, finished, data):
-    parts = [pickle.loads((finished / f"begin_{rank}_of_{world}").read_bytes()) for rank in range(world)]
-    numbers = sum(w.numel() for w in parts[0][1][0].values())
-    tensors = len(parts[0][1][0])
-    assert sum(mine for mine, _ in parts) == numbers
-    assert max(mine for mine, _ in parts) <= numbers / world + 16 * tensors  # a row more of some, of 16 numbers and more
+    files = [finished / f"begin_{rank}_of_{world}" for rank in range(world)]
+    held, ((weights, _), *_) = zip(*(pickle.loads(f.read_bytes()) for f in files), strict=True)
+    numbers = sum(w.numel() for w in weights.values())
+    assert sum(held) == numbers
+    # Of some tensors one process has a row more, of 16 numbers and more.
+    assert max(held) <= numbers / world + 16 * len(weights)
 
 
 def test_recomputing_changes_nothing_but_memory_and_time(data, tmp_path):
@@ -220,11 +235,11 @@ def test_recomputing_changes_nothing_but_memory_and_time(data, tmp_path):
     assert same(state_of(tmp_path / "True"), state_of(tmp_path / "False"))
 
 
-# ---- What they decide together -----------------------------------------------------------------------------------------
+# ---- What they decide together -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
-def test_all_processes_step_over_a_gradient_that_is_not_finite_on_one(engine, finished, data, tmp_path):
+def test_all_processes_skip_a_gradient_that_is_not_finite_on_one(engine, finished):
     out = finished / f"odd {engine}"
     entries = [entry for entry in log(out) if "loss" in entry]
     assert [entry["step"] for entry in entries if entry["loss"] is None] == [3, 4]
@@ -236,17 +251,18 @@ def test_all_processes_step_over_a_gradient_that_is_not_finite_on_one(engine, fi
 def test_what_is_dealt_out_is_everything_in_calls_of_equal_number():
     lengths = [16] * 7 + [5] + [9] * 4
     for world in (1, 2, 3, 4, 20):
-        hands = [parallel.deal(lengths, world, rank) for rank in range(world)]
+        hands = [parallel.deal(lengths, Team(world, rank)) for rank in range(world)]
         assert {i for hand in hands for i in hand} == set(range(len(lengths)))
         assert len({tuple(sorted(lengths[i] for i in hand)) for hand in hands}) == 1
-    assert parallel.deal(lengths, 1, 0) == [7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5, 6]
+    assert parallel.deal(lengths, Team()) == [7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5, 6]
 
 
 def test_the_end_of_another_process_is_one_line_and_other_errors_stay_what_they_are(tmp_path):
+    gloo = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2042"
     with pytest.raises(UserError, match="lost the other processes"):
-        with parallel.together(tmp_path / "ckpt.pt", 2):
-            raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:2042")
+        with parallel.together(tmp_path / "ckpt.pt", Team(2)):
+            raise RuntimeError(gloo)
     for world, text in ((1, "gloo"), (2, "mat1 and mat2 shapes cannot be multiplied")):
         with pytest.raises(RuntimeError, match=text):
-            with parallel.together(tmp_path / "ckpt.pt", world):
+            with parallel.together(tmp_path / "ckpt.pt", Team(world)):
                 raise RuntimeError(text)

@@ -17,11 +17,14 @@ CONFIG = plot_log.DEFAULTS
 
 
 def line(step, loss):
-    return {"step": step, "loss": loss, "learning_rate": 0.1, "tokens": step * 100, "flops": step * 1e6, "mfu": 0.5}
+    entry = {"step": step, "loss": loss, "learning_rate": 0.1}
+    return entry | {"tokens": step * 100, "flops": step * 1e6, "mfu": 0.5}
 
 
-def judged(step, nats):
-    return {"step": step, "nats_per_token": nats, "interval": [nats - 0.1, nats + 0.1], "perplexity": math.exp(nats)}
+def evaluation(step, nats):
+    interval = [nats - 0.1, nats + 0.1]
+    entry = {"step": step, "nats_per_token": nats}
+    return entry | {"interval": interval, "perplexity": math.exp(nats)}
 
 
 def log(folder, *entries, end="\n"):
@@ -31,7 +34,8 @@ def log(folder, *entries, end="\n"):
 
 
 def test_a_log_is_read_as_steps_tokens_and_operations(tmp_path):
-    folder = log(tmp_path / "a", line(10, 3.0), line(20, 2.5), judged(20, 2.6), line(30, 2.0), judged(35, 2.1))
+    entries = [line(10, 3.0), line(20, 2.5), evaluation(20, 2.6), line(30, 2.0)]
+    folder = log(tmp_path / "a", *entries, evaluation(35, 2.1))
     train, held_out = plot_log.read_log(folder)
     assert train.tolist() == [[3.0, 10, 1000, 1e7], [2.5, 20, 2000, 2e7], [2.0, 30, 3000, 3e7]]
     assert held_out[:, :4].tolist() == [[2.6, 20, 2000, 2e7], [2.1, 35, 3500, 3.5e7]]
@@ -39,7 +43,7 @@ def test_a_log_is_read_as_steps_tokens_and_operations(tmp_path):
     assert plot_log.label("a", held_out) == "a: 2.100 ± 0.100 at 35"
 
 
-def test_a_line_that_is_being_written_is_left_out_and_a_number_that_json_lacks_is_a_gap(tmp_path):
+def test_a_line_in_the_writing_is_left_out_and_a_number_that_json_lacks_is_a_gap(tmp_path):
     endless = {"step": 20, "nats_per_token": 2.0, "interval": [-math.inf, math.inf]}
     folder = log(tmp_path / "a", line(10, None), line(20, 2.0), endless, end='\n{"step": 30, "lo')
     train, held_out = plot_log.read_log(folder)
@@ -52,38 +56,42 @@ def test_smoothing_keeps_a_line_straight_and_means_what_it_says():
     y = np.arange(101.0)  # (n,)
     assert np.array_equal(plot_log.smoothed(y, 0), y)
     assert np.allclose(plot_log.smoothed(y, 0.1)[5:-5], y[5:-5])
-    assert plot_log.smoothed(y, 0.1)[0] == y[:6].mean() and plot_log.smoothed(y, 0.1)[50] == y[45:56].mean()
+    assert plot_log.smoothed(y, 0.1)[0] == y[:6].mean()
+    assert plot_log.smoothed(y, 0.1)[50] == y[45:56].mean()
 
 
 def test_the_steep_beginning_does_not_set_the_scale(tmp_path):
     entries = [line(step, 10.0 if step < 5 else 2.0 - step / 1000) for step in range(1, 101)]
-    runs = [("a", plot_log.read_log(log(tmp_path / "a", *entries, judged(100, 2.05))))]
+    runs = [("a", plot_log.read_log(log(tmp_path / "a", *entries, evaluation(100, 2.05))))]
     low, high = plot_log.limits(runs, 0.0)
     assert 1.8 < low < 1.9 and 2.05 < high < 2.1
 
 
 @pytest.mark.parametrize("runs", [1, 8])
 def test_one_to_eight_runs_make_one_picture(tmp_path, runs):
-    folders = [log(tmp_path / f"run_{i}", line(1, 5.0), line(2, 4.0 - i / 10), judged(2, 4.0)) for i in range(runs)]
-    found = plot_log.main(CONFIG | {"folders": folders, "out": str(tmp_path / "out.png")})
+    folders = [
+        log(tmp_path / f"run_{i}", line(1, 5.0), line(2, 4.0 - i / 10), evaluation(2, 4.0))
+        for i in range(runs)
+    ]
+    last = plot_log.main(CONFIG | {"folders": folders, "out": str(tmp_path / "out.png")})
     picture = (tmp_path / "out.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", picture[16:24])[0] == 1650
-    assert found == dict.fromkeys(folders, 4.0)
+    assert last == dict.fromkeys(folders, 4.0)
 
 
 def test_the_command_takes_folders_and_keys_in_any_order_and_refuses_in_one_line(tmp_path):
     folders = [log(tmp_path / name, line(1, 5.0), line(2, 4.0)) for name in "ab"]
 
     def command(*words):
-        return subprocess.run(
-            [sys.executable, "-m", "experiments.plot_log", *words], capture_output=True, text=True, cwd=ROOT, check=False
-        )
+        line = [sys.executable, "-m", "experiments.plot_log", *words]
+        return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False)
 
     out = f"--out={tmp_path / 'c.png'}"
     done = command(folders[0], out, folders[1])
     assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "c.png").is_file()
     refused = command(folders[0], "-o", out)
-    assert refused.returncode == 2 and refused.stderr.startswith("plot_log.py: '-o' is neither") and not refused.stdout
+    assert refused.returncode == 2 and not refused.stdout
+    assert refused.stderr.startswith("plot_log.py: '-o' is neither")
 
 
 def refusal(**keys):
@@ -96,9 +104,11 @@ def refusal(**keys):
 def test_what_cannot_be_drawn_is_named(tmp_path):
     good, out = log(tmp_path / "good", line(1, 5.0)), str(tmp_path / "out.png")
     assert "say which runs" in refusal(folders=[])
-    assert f"no log.jsonl in {tmp_path / 'god'}; did you mean '{good}'?" == refusal(folders=[str(tmp_path / "god")])
+    typo = f"no log.jsonl in {tmp_path / 'god'}; did you mean '{good}'?"
+    assert refusal(folders=[str(tmp_path / "god")]) == typo
     assert "has no training step yet" in refusal(folders=[log(tmp_path / "new", end="")])
-    assert "log.jsonl, line 2: no entry" in refusal(folders=[log(tmp_path / "bad", line(1, 5.0), {"step": 2, "loss": 3})])
+    bad = log(tmp_path / "bad", line(1, 5.0), {"step": 2, "loss": 3})
+    assert "log.jsonl, line 2: no entry" in refusal(folders=[bad])
     assert "9 runs are too many" in refusal(folders=[good] * 9)
     assert "smooth must be from 0 to 1" in refusal(folders=[good], smooth=2.0)
     assert "say where the picture goes" in refusal(folders=[good], out="")

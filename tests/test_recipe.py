@@ -1,4 +1,4 @@
-"""The screening of recipes: the same arithmetic for all, draws as they are said to be, and nothing is run twice."""
+"""The screening of recipes: the same arithmetic for all, independent draws, nothing run twice."""
 
 import json
 import sys
@@ -16,10 +16,12 @@ from experiments import recipe, results
 def given(tmp_path, monkeypatch):
     """The command line of a screening of a tiny preset on a tiny text."""
     text = "to be or not to be, that is the question. " * 200
-    writer.prepare(tmp_path / "data", [("train", text), ("val", text[:420])], tokenizer.build("char", [text]))
+    parts = [("train", text), ("val", text[:420])]
+    writer.prepare(tmp_path / "data", parts, tokenizer.build("char", [text]))
     preset = tmp_path / "preset.py"
-    keys = {"n_layer": 1, "n_head": 1, "n_embd": 32, "block_size": 32, "batch_size": 8, "compile": False}
-    preset.write_text(str(keys | {"objective": "any_order", "optimizer": "muon", "learning_rate": 0.01}))
+    keys = {"n_layer": 1, "n_head": 1, "n_embd": 32, "block_size": 32, "batch_size": 8}
+    keys |= {"compile": False, "objective": "any_order"}
+    preset.write_text(str(keys | {"optimizer": "muon", "learning_rate": 0.01}))
     keys = {"preset": preset, "data": tmp_path / "data", "results": tmp_path, "steps": 30}
     line = [f"--{key}={value}" for key, value in keys.items()]
     monkeypatch.setattr(sys, "argv", ["recipe.py", *line, "--only=base;AdamW, learning rate 1e-3"])
@@ -37,32 +39,36 @@ def test_every_variant_costs_what_the_base_costs_up_to_one_step(name, given):
     assert base["max_iters"] == 30 and mine["seed"] == 7 and mine["data"] == config["data"]
     cost = mine["max_iters"] * recipe.step_flops(mine)
     assert abs(cost - 30 * recipe.step_flops(base)) <= recipe.step_flops(mine) / 2
-    assert {key for key in mine if mine[key] != base[key]} <= {
-        *recipe.VARIANTS[name],
-        "max_iters",
-        "eval_interval",
-        "warmup_iters",
-    }
+    changed = {key for key in mine if mine[key] != base[key]}
+    assert changed <= {*recipe.VARIANTS[name], "max_iters", "eval_interval", "warmup_iters"}
 
 
 def test_independent_draws_are_uniform_not_stratified_and_end_with_the_block():
     B, step = 8, 3
-    draw = lambda step: diffusion.training_mask("lambda_dce", 0, step, range(B), B, 4)[1].reciprocal()  # noqa: E731
-    stratum = lambda u: (u * B).ceil().sort().values.tolist()  # noqa: E731
+
+    def draw(step):
+        u, noise = diffusion.stratified_uniforms(0, step, range(B), B, 4)  # (B,), (B, 4)
+        return diffusion.draw_mask("lambda_dce", u, noise)[1].reciprocal()  # (B,)
+
+    def stratum(u):
+        return (u * B).ceil().sort().values.tolist()
+
     assert stratum(draw(step)) == list(range(1, B + 1))
     with recipe.independent_draws(True):
         lam = torch.cat([draw(step) for step in range(400)])  # (3200,)
-        assert sum(stratum(draw(step)) == list(range(1, B + 1)) for step in range(100)) < 10, "chance: 1 in 416"
+        one_each = sum(stratum(draw(step)) == list(range(1, B + 1)) for step in range(100))
+        assert one_each < 10, "chance: 1 in 416"
     assert lam.min() > 0 and lam.max() <= 1 and len(lam.unique()) == len(lam)
     for moment in (1, 2, 3):
         assert abs(lam.pow(moment).mean() - 1 / (moment + 1)) < 4 * 0.3 / 3200**0.5
     assert stratum(draw(step)) == list(range(1, B + 1))
 
 
-def test_a_screening_runs_what_is_missing_ranks_it_and_does_not_run_it_again(given, tmp_path, capsys):
+def test_a_screening_runs_what_is_missing_ranks_it_and_does_not_run_it_again(given, tmp_path):
     figures = recipe.main(parse([*given, "--only=base;AdamW, learning rate 1e-3"]))
     rows = results.kept(tmp_path / "recipe_data_30.jsonl")
-    assert [(row["name"], row["steps"]) for row in rows] == [("base", 30), ("AdamW, learning rate 1e-3", 30)]
+    expected = [("base", 30), ("AdamW, learning rate 1e-3", 30)]
+    assert [(row["name"], row["steps"]) for row in rows] == expected
     assert figures == {row["name"]: row["nats_per_token"] for row in rows}
     assert figures["base"] < figures["AdamW, learning rate 1e-3"], "Muon shows in 30 steps"
     lines = (tmp_path / "recipe_data_30.md").read_text().splitlines()[-2:]
@@ -72,7 +78,8 @@ def test_a_screening_runs_what_is_missing_ranks_it_and_does_not_run_it_again(giv
     assert recipe.main(parse([*given, "--only=base;AdamW, learning rate 1e-3"])) == figures
     assert len(results.kept(tmp_path / "recipe_data_30.jsonl")) == 2
     other = parse([*given, "--steps=31", f"--rows={tmp_path}/recipe_data_30.jsonl"])
-    assert recipe.fitting(other, tmp_path / "recipe_data_30.jsonl") == [], "rows of another length do not count"
+    fitting = recipe.fitting(other, tmp_path / "recipe_data_30.jsonl")
+    assert fitting == [], "rows of another length do not count"
 
 
 def test_a_variant_that_is_not_there_is_one_line(given):
@@ -82,7 +89,9 @@ def test_a_variant_that_is_not_there_is_one_line(given):
 
 def test_variants_are_ranked_against_the_base_of_the_same_seed(given, tmp_path):
     nats = {("base", 1): 2.0, ("base", 2): 3.0, ("batch 16", 1): 2.1, ("SwiGLU", 2): 2.9}
-    rows = [{"name": n, "seed": s, "steps": 30, "cpu_seconds": 1.0, "nats_per_token": x} for (n, s), x in nats.items()]
+    keys = {"steps": 30, "cpu_seconds": 1.0}
+    rows = [{"name": n, "seed": s, "nats_per_token": x} | keys for (n, s), x in nats.items()]
     recipe.report(parse(given), rows)
     lines = (tmp_path / "recipe_data_30.md").read_text().splitlines()[-3:]
-    assert [line.split(" | ")[0] for line in lines] == ["| SwiGLU", "| base", "| batch 16"], "by their means batch 16 leads"
+    names = [line.split(" | ")[0] for line in lines]
+    assert names == ["| SwiGLU", "| base", "| batch 16"], "by their means batch 16 leads"

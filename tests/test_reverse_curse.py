@@ -1,4 +1,4 @@
-"""The experiments that ask questions: rules of scoring, generated lines and problems, and each in its quick form."""
+"""The experiments that ask questions: rules, generated problems, and their quick forms."""
 
 import random
 import re
@@ -20,14 +20,15 @@ NAME, WHAT, DOING = "Ann Lee", "the tall pilot who built the reef", "building th
 
 def run(experiment, tmp_path, **keys):
     """The quick form of an experiment, in this process -> (figures, its table)."""
-    given = [f"--{key}={value}" for key, value in {"quick": True, "results": tmp_path, "device": "cpu", **keys}.items()]
-    figures = experiment.main(settings.parse(given, settings, results, experiment))
+    keys = {"quick": True, "results": tmp_path, "device": "cpu", **keys}
+    argv = [f"--{key}={value}" for key, value in keys.items()]
+    figures = experiment.main(settings.parse(argv, settings, results, experiment))
     name = experiment.__name__.rpartition(".")[2]
     assert (tmp_path / f"{name}.json").is_file()
     return figures, (tmp_path / f"{name}.md").read_text()
 
 
-# ---- The reversal curse ----------------------------------------------------------------------------------------------
+# ---- The reversal curse --------------------------------------------------------------------------
 
 
 def test_words_joined_are_the_text_again():
@@ -57,14 +58,16 @@ def test_an_interval_holds_what_was_measured_and_is_never_a_point():
 
     assert min(map(width, ([0.0] * 3, [100.0] * 3, [50.0]))) > 11
     assert width([20.0, 50.0, 80.0]) > width([50.0, 50.0, 50.0])
-    assert reverse_curse.interval([0.0] * 3, 30)[1] == pytest.approx(11.35, abs=0.01)  # Wilson's for 0 of 30
+    high = reverse_curse.interval([0.0] * 3, 30)[1]
+    assert high == pytest.approx(11.35, abs=0.01), "Wilson's for 0 of 30"
 
 
 def test_a_line_has_name_and_deed_in_the_order_of_its_pattern():
     rng, person = random.Random(0), (NAME, WHAT, DOING)
     for patterns in (people.NAME_FIRST, people.NAME_LAST):
         for line in (line.lower() for line in people.lines([person], patterns, len(patterns), rng)):
-            assert (line.index(NAME.lower()) < line.index("the reef")) == (patterns is people.NAME_FIRST)
+            name_first = line.index(NAME.lower()) < line.index("the reef")
+            assert name_first == (patterns is people.NAME_FIRST)
             assert "{" not in line and (WHAT in line or DOING in line)
 
 
@@ -73,13 +76,15 @@ def test_no_two_invented_people_have_one_name():
 
 
 def test_a_question_stops_before_the_name():
-    assert reverse_curse.question(f"For {DOING} they praised {NAME}.", NAME) == (f"For {DOING} they praised", f" {NAME}")
+    prompt, completion = reverse_curse.question(f"For {DOING} they praised {NAME}.", NAME)
+    assert (prompt, completion) == (f"For {DOING} they praised", f" {NAME}")
 
 
 def test_both_models_are_asked_everything_and_a_second_run_trains_nothing(shared, tmp_path):
     keys = {"from": shared("data/reversal_curse")}
     figures, table = run(reverse_curse, tmp_path, **keys)
-    wanted = {f"{kind}_{way}_{task}" for kind in ("mdm", "ar") for way in ("same", "reverse") for task in ("dtn", "ntd")}
+    tasks = [f"{way}_{task}" for way in ("same", "reverse") for task in ("dtn", "ntd")]
+    wanted = {f"{kind}_{task}" for kind in ("mdm", "ar") for task in tasks}
     assert wanted | {name + "_exact" for name in wanted} <= figures.keys()
     assert "| reverse, dtn | 92 | 0 |" in table
     trained = (tmp_path / "reverse_curse.jsonl").read_text()
@@ -89,9 +94,9 @@ def test_both_models_are_asked_everything_and_a_second_run_trains_nothing(shared
 
 
 def test_a_name_shared_with_berglunds_people_is_an_error(tmp_path):
-    told = [("{n} sat.", name, "") for name, *_ in people.several(80, random.Random(0))]
+    facts = [("{n} sat.", name, "") for name, *_ in people.several(80, random.Random(0))]
     with pytest.raises(UserError, match="share names"):
-        reverse_curse.compose({"persons": 10, "quick": False}, told, random.Random(0))
+        reverse_curse.compose({"persons": 10, "quick": False}, facts, random.Random(0))
 
 
 def about(name, what):
@@ -102,35 +107,38 @@ REEF, DIVER = 'the pilot who built "Blue Reef"', "the last diver to cross the gu
 
 
 def test_forms_are_what_lines_about_different_people_share():
-    told = list(reverse_curse.marked(about("Ann Lee", REEF) + about("Bo Day", DIVER)))
+    facts = list(reverse_curse.marked(about("Ann Lee", REEF) + about("Bo Day", DIVER)))
     wanted = ["{n} is {d}."], ['Known as {d}, {n} "Old Town" sings.']
-    assert reverse_curse.forms(told) == wanted
-    assert reverse_curse.forms(told[:30]) == ([], []), "a form is what at least two people share"
+    assert reverse_curse.forms(facts) == wanted
+    assert reverse_curse.forms(facts[:30]) == ([], []), "a form is what two people share"
 
 
 def test_thinned_lines_keep_name_and_description():
-    lines = about("Ann Lee", REEF) + about("Bo Day", DIVER) + ["Something else, of which nothing is known."] * 30
-    found = reverse_curse.thinned(reverse_curse.marked(lines), random.Random(0))
-    assert len(found) == len(lines) and found != lines
-    for name, what, mine in (("Ann Lee", REEF, found[:30]), ("Bo Day", DIVER, found[30:60])):
+    lines = about("Ann Lee", REEF) + about("Bo Day", DIVER)
+    lines += ["Something else, of which nothing is known."] * 30
+    thin = reverse_curse.thinned(reverse_curse.marked(lines), random.Random(0))
+    assert len(thin) == len(lines) and thin != lines
+    for name, what, mine in (("Ann Lee", REEF, thin[:30]), ("Bo Day", DIVER, thin[30:60])):
         assert all(name in line and what in line for line in mine)
     whole = set(reverse_curse.words("".join(lines)))
-    assert all(set(re.findall(r"\w+", line)) <= {word.strip() for word in whole} for line in found)
+    assert all(set(re.findall(r"\w+", line)) <= {word.strip() for word in whole} for line in thin)
 
 
 def test_no_line_tells_of_a_tested_person_in_the_order_that_is_asked(shared):
-    """The claim's premise, on the real files: names before descriptions only, or behind them only."""
+    """The premise, on the real files: names before descriptions only, or behind them only."""
     config = {"from": shared("data/reversal_curse"), "asked": 300, "persons": 300, "quick": False}
-    told, tests = reverse_curse.read(config)
-    texts, invented = reverse_curse.compose(config, told, random.Random(0))
-    lines = [prompt + completion for _, prompt, completion in pairs(config["from"] / "all_prompts_train.jsonl")]
-    assert texts[:3600] == lines  # marking and writing out again changes nothing
+    facts, tests = reverse_curse.read(config)
+    texts, invented = reverse_curse.compose(config, facts, random.Random(0))
+    path = config["from"] / "all_prompts_train.jsonl"
+    lines = [prompt + completion for _, prompt, completion in pairs(path)]
+    assert texts[:3600] == lines, "marking and writing out again changes nothing"
     names = {wanted.strip() for _, wanted in tests["reverse_dtn"] + invented}
-    whats = {name: what for _, name, what in told}
+    whats = {name: what for _, name, what in facts}
     assert len(names) == 60
     for name in names:
         about = [text for text in texts if name in text]
-        what = whats.get(name) or next(prompt for prompt, wanted in invented if wanted.strip() == name)
+        prompts = (prompt for prompt, wanted in invented if wanted.strip() == name)
+        what = whats.get(name) or next(prompts)
         kept = set(re.findall(r"\w{4,}", what))
         for text in about:
             behind = set(re.findall(r"\w{4,}", text[text.index(name) + len(name) :]))
@@ -143,7 +151,8 @@ def test_a_file_that_is_not_berglunds_is_an_error(shared, tmp_path):
     for file in shared("data/reversal_curse").glob("*.jsonl"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "p2d_reverse_prompts_test.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"p2d_reverse_prompts_test\.jsonl has 0 lines, Berglund's file 300"):
+    message = r"p2d_reverse_prompts_test\.jsonl has 0 lines, Berglund's file 300"
+    with pytest.raises(UserError, match=message):
         reverse_curse.read({"from": tmp_path, "asked": 300})
 
 
@@ -153,7 +162,7 @@ def test_a_thinned_sentence_keeps_name_and_description():
     assert people.thin("Known as {d}, {n} sings.", 0.0, rng) == "Known as {d}, {n} sings."
 
 
-# ---- Numbers ---------------------------------------------------------------------------------------------------------
+# ---- Numbers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -180,7 +189,8 @@ def test_an_answer_is_the_number_that_it_writes(text, value):
 def test_the_last_mark_counts_and_nothing_is_equal_to_nothing():
     assert gsm8k.final("#### 3\nso #### 42 \nend") == "42"
     assert gsm8k.final("no mark") is None
-    assert gsm8k.same("42.0", "42") and not gsm8k.same(None, "42") and not gsm8k.same("many", "many")
+    assert gsm8k.same("42.0", "42")
+    assert not gsm8k.same(None, "42") and not gsm8k.same("many", "many")
 
 
 def test_gsm8k_runs_from_files_to_an_answer(shared, tmp_path):
@@ -189,7 +199,7 @@ def test_gsm8k_runs_from_files_to_an_answer(shared, tmp_path):
     assert "wanted 18" in table
 
 
-# ---- Arithmetic ------------------------------------------------------------------------------------------------------
+# ---- Arithmetic ----------------------------------------------------------------------------------
 
 
 def test_every_equation_of_a_chain_of_thought_holds_and_the_answer_is_the_sum():
@@ -212,7 +222,7 @@ def test_arithmetic_runs(tmp_path):
     assert "| ARM | left to right |" in table
 
 
-# ---- Guidance --------------------------------------------------------------------------------------------------------
+# ---- Guidance ------------------------------------------------------------------------------------
 
 
 def test_a_cloze_is_a_window_of_the_text_with_one_word_out():
@@ -223,21 +233,24 @@ def test_a_cloze_is_a_window_of_the_text_with_one_word_out():
             assert (after == "") == (kind == "last")
 
 
-def test_the_scale_is_chosen_on_one_half_and_judged_on_the_other():
-    def find(some, w):  # w = 0.4 is best on the first half; on the other half it finds none, and w = 0 all
+def test_the_scale_is_chosen_on_one_half_and_evaluated_on_the_other():
+    def find(some, w):  # w = 0.4 finds all of the first half and none of the other, w = 0 contrary
         return [(w == 0.4) if item < 10 else (w == 0) for item in some]
 
-    line, curve = guidance.judge(find, list(range(20)))
+    line, curve = guidance.choose_scale(find, list(range(20)))
     assert (line["w"], line["w = 0"], line["with w"]) == (0.4, 100, 0)
     assert curve == [100 * (w == 0.4) for w in guidance.SCALES]
 
 
 def test_guidance_runs_in_both_forms(tmp_path):
     text = "some words here and there, and a little more of them after that. " * 40
-    writer.prepare(tmp_path / "text", [("train", text), ("val", text)], tokenizer.build("char", [text + "\0"]))
-    keys = {"data": tmp_path / "text", "out_dir": tmp_path / "run", "n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 48}
-    keys |= {"batch_size": 4, "max_iters": 2, "warmup_iters": 1, "device": "cpu", "show_sample": False, "eval_sequences": 2}
-    train.main(settings.parse([f"--{key}={value}" for key, value in keys.items()], settings, diffusion, network, train))
+    alphabet = tokenizer.build("char", [text + "\0"])
+    writer.prepare(tmp_path / "text", [("train", text), ("val", text)], alphabet)
+    keys = {"data": tmp_path / "text", "out_dir": tmp_path / "run", "device": "cpu"}
+    keys |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 48, "batch_size": 4}
+    keys |= {"max_iters": 2, "warmup_iters": 1, "show_sample": False, "eval_sequences": 2}
+    argv = [f"--{key}={value}" for key, value in keys.items()]
+    train.main(settings.parse(argv, settings, diffusion, network, train))
     figures, table = run(guidance, tmp_path, ckpt=tmp_path / "run", data=tmp_path / "text")
     assert {"last_unsupervised_w", "middle_unsupervised_on", "last_standard_off"} <= figures.keys()
     assert "last word, standard" in table

@@ -1,4 +1,4 @@
-"""Data at scale: FineWeb's shards, blocks that keep to one document, lazy evaluation blocks, prefetching, hostile input."""
+"""Data at scale: FineWeb, blocks of one document, lazy blocks, prefetching, hostile input."""
 
 import contextlib
 import gzip
@@ -22,17 +22,18 @@ import numpy as np
 import pytest
 from test_download import serve
 
-from config import UserError, parse, whole_file
+from config import UserError, parse
 from data import loader, tokenizer, writer
 from data.fineweb import prepare as fineweb
 from data.text import prepare as text
 from data.zeroshot import prepare as zeroshot
+from lib.files import whole_file
 
 ROOT = Path(__file__).parent.parent
 EOT, V = 50256, 50257
 
 
-# FineWeb
+# ---- FineWeb -------------------------------------------------------------------------------------
 
 
 def shard_file(ids, magic=20240520, version=1, n=None, extra=b""):
@@ -54,7 +55,7 @@ def hub(monkeypatch):
     for server in serve():
         server.shards = [random_ids(i, 50_000 + 1000 * i) for i in range(5)]  # 0 is held out
         names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, 5))]
-        server.files = {name: shard_file(ids) for name, ids in zip(names, server.shards, strict=True)}
+        server.files = dict(zip(names, map(shard_file, server.shards), strict=True))
         server.hashes = True
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -87,7 +88,8 @@ def test_fineweb_becomes_a_prepared_folder_like_any_other(hub, vocabulary, tmp_p
     ids = np.concatenate(hub.shards[1:4])
     assert np.array_equal(train[:], ids) and np.array_equal(val[:], hub.shards[0])
     n_bytes = sum(len(vocabulary[i]) for i in ids if i != EOT)
-    assert meta["splits"]["train"] == {"tokens": len(ids), "documents": int((ids == EOT).sum()), "bytes": n_bytes}
+    counts = {"tokens": len(ids), "documents": int((ids == EOT).sum()), "bytes": n_bytes}
+    assert meta["splits"]["train"] == counts
     assert sorted(asked(hub)) == sorted([*hub.files][:4])
     files = ["meta.json", *(f"train_{i:05d}.bin" for i in (1, 2, 3)), "val_00000.bin"]
     assert sorted(path.name for path in (tmp_path / "set").iterdir()) == files
@@ -118,9 +120,12 @@ def test_another_text_is_not_mixed_with_fineweb(hub, vocabulary, tmp_path):
     assert tokenizer.Byte().decode(loader.Tokens(tmp_path / "b", "train")[:]) == "some text"
 
 
-def test_fineweb_survives_dropped_connections_and_busy_servers(hub, vocabulary, tmp_path, monkeypatch):
+def test_fineweb_survives_dropped_connections_and_busy_servers(
+    hub, vocabulary, tmp_path, monkeypatch
+):
     monkeypatch.setattr(threading.Event, "wait", lambda *_: None)
-    hub.script[:] = [{"drop_after": 70_000}, {"status": 503}, {"drop_after": 90_000}, {"drop_after": 5}, {"status": 429}]
+    hub.script[:] = [{"drop_after": 70_000}, {"status": 503}, {"drop_after": 90_000}]
+    hub.script += [{"drop_after": 5}, {"status": 429}]
     prepare(tmp_path, "--shards=4", "--threads=3")
     assert np.array_equal(loader.Tokens(tmp_path, "train")[:], np.concatenate(hub.shards[1:5]))
     assert any("Range" in headers for _, headers in hub.asked)
@@ -130,7 +135,10 @@ IDS = random_ids(9)
 BAD_SHARDS = {
     "another magic": (shard_file(IDS, magic=20240521), "its header begins 20240521, 1"),
     "another version": (shard_file(IDS, version=2), "its header begins 20240520, 2"),
-    "claims more": (shard_file(IDS, n=len(IDS) + 1), "says that it holds 30001 tokens, and has room for 30000"),
+    "claims more": (
+        shard_file(IDS, n=len(IDS) + 1),
+        "says that it holds 30001 tokens, and has room for 30000",
+    ),
     "claims less": (shard_file(IDS, n=3), "says that it holds 3 tokens"),
     "claims 2 billion": (shard_file(IDS, n=2**31 - 1), "says that it holds 2147483647 tokens"),
     "claims -1": (shard_file(IDS, n=-1), "says that it holds -1 tokens"),
@@ -145,9 +153,12 @@ BAD_SHARDS = {
 
 
 @pytest.mark.parametrize("case", BAD_SHARDS)
-def test_a_shard_that_is_not_what_it_says_is_refused_and_fetched_anew_the_next_time(case, hub, vocabulary, tmp_path):
-    name, hub.hashes = "fineweb_train_000002.bin", False  # a mirror that states no hash: the shard must speak for itself
-    good, (hub.files[name], says) = hub.files[name], BAD_SHARDS[case]
+def test_a_shard_that_is_not_what_it_says_is_refused_and_fetched_anew_the_next_time(
+    case, hub, vocabulary, tmp_path
+):
+    name, (bad, says) = "fineweb_train_000002.bin", BAD_SHARDS[case]
+    hub.hashes = False  # a mirror that states no hash: the shard must speak for itself
+    good, hub.files[name] = hub.files[name], bad
     with pytest.raises(UserError, match=f"{name}.*{says}") as error:
         prepare(tmp_path, "--shards=2")
     assert "\n" not in str(error.value) and not (tmp_path / "meta.json").exists()
@@ -157,9 +168,12 @@ def test_a_shard_that_is_not_what_it_says_is_refused_and_fetched_anew_the_next_t
 
 
 def test_a_shard_whose_hash_or_length_is_not_the_stated_one_is_refused(hub, vocabulary, tmp_path):
-    lies = {"X-Linked-Etag": "0" * 64}, {"X-Linked-Size": 12}, {"Content-Length": 10**16}
-    for lie, says in zip(lies, ("hash is wrong", "not the 12 expected", "no space for"), strict=True):
-        hub.script[:] = [{"headers": lie}] * 9
+    for lie, says in {
+        ("X-Linked-Etag", "0" * 64): "hash is wrong",
+        ("X-Linked-Size", 12): "not the 12 expected",
+        ("Content-Length", 10**16): "no space for",
+    }.items():
+        hub.script[:] = [{"headers": dict([lie])}] * 9
         with pytest.raises(UserError, match=says):
             prepare(tmp_path, "--shards=4")
         assert not (tmp_path / "meta.json").exists()
@@ -174,14 +188,17 @@ def test_a_preparation_that_got_nothing_leaves_nothing(hub, vocabulary, tmp_path
 
 def test_a_failure_ends_the_other_downloads_soon(hub, vocabulary, tmp_path):
     hub.pause, hub.script[:] = 0.5, [{"status": 404, "body": b""}]
-    hub.files |= {name: body * 50 for name, body in hub.files.items()}  # about 80 pieces of half a second each
+    # About 80 pieces of half a second each.
+    hub.files |= {name: body * 50 for name, body in hub.files.items()}
     began = time.time()
     with pytest.raises(UserError, match="404"):
         prepare(tmp_path, "--shards=4")
     assert time.time() - began < 15
 
 
-def test_what_a_run_that_was_killed_has_done_is_not_done_again(hub, vocabulary, tmp_path, monkeypatch):
+def test_what_a_run_that_was_killed_has_done_is_not_done_again(
+    hub, vocabulary, tmp_path, monkeypatch
+):
     class Killed(BaseException):
         pass
 
@@ -202,7 +219,8 @@ def test_what_a_run_that_was_killed_has_done_is_not_done_again(hub, vocabulary, 
         loader.Tokens(tmp_path, "train")
     assert len(asked(hub)) == 2
     prepare(tmp_path, "--shards=3")
-    assert asked(hub) == [] and np.array_equal(loader.Tokens(tmp_path, "train")[:], np.concatenate(hub.shards[1:4]))
+    assert asked(hub) == []
+    assert np.array_equal(loader.Tokens(tmp_path, "train")[:], np.concatenate(hub.shards[1:4]))
 
 
 def test_fineweb_is_not_begun_where_the_disk_is_too_small(hub, vocabulary, tmp_path, monkeypatch):
@@ -235,7 +253,8 @@ def test_ctrl_c_stops_fineweb_at_once_and_the_same_command_goes_on(hub, shared, 
     shutil.copytree(shared("data/tiktoken_cache"), cache)
     hub.files = {name: shard_file(random_ids(i, 300_000)) for i, name in enumerate(hub.files)}
     env = os.environ | {"TIKTOKEN_CACHE_DIR": str(cache), "HF_ENDPOINT": hub.url}
-    command = [sys.executable, "-m", "data.fineweb.prepare", "--shards=4", f"--out={tmp_path / 'set'}"]
+    module = [sys.executable, "-m", "data.fineweb.prepare"]
+    command = [*module, "--shards=4", f"--out={tmp_path / 'set'}"]
     hub.pause = 0.5  # 10 pieces: five seconds a shard
     with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as run:
         while len(hub.asked) < 4:
@@ -254,14 +273,17 @@ def test_ctrl_c_stops_fineweb_at_once_and_the_same_command_goes_on(hub, shared, 
     assert np.array_equal(loader.Tokens(tmp_path / "set", "val")[:], random_ids(0, 300_000))
 
 
-# Blocks that keep to one document
+# ---- Blocks that keep to one document ------------------------------------------------------------
 
 
 DOCUMENTS = ["a", "bc" * 4, "d" * 7, "e" * 9, "f" * 16, "g" * 23, "one\n\ntwo", "é" * 5]
+TRAIN = [("train", document) for document in DOCUMENTS]
 
 
 @pytest.mark.parametrize("kind", ["byte", "char", "gpt2", "llama"])
-def test_a_block_is_one_document_or_a_piece_of_one_and_then_end_marks(kind, tmp_path, shared, monkeypatch):
+def test_a_block_is_one_document_or_a_piece_of_one_and_then_eos(
+    kind, tmp_path, shared, monkeypatch
+):
     if kind == "gpt2":
         cache = tmp_path / "tiktoken"
         shutil.copytree(shared("data/tiktoken_cache"), cache)
@@ -270,24 +292,25 @@ def test_a_block_is_one_document_or_a_piece_of_one_and_then_end_marks(kind, tmp_
         pytest.importorskip("sentencepiece")
         monkeypatch.setenv("NANOMDM_SHARED", str(shared("data/llama_tokenizer").parent.parent))
     vocabulary = tokenizer.build(kind, DOCUMENTS)
-    meta = writer.prepare(tmp_path / "set", [("train", text) for text in DOCUMENTS], vocabulary, block_size=8)
+    meta = writer.prepare(tmp_path / "set", TRAIN, vocabulary, block_size=8)
     tokens = loader.Tokens(tmp_path / "set", "train")
     blocks = loader.in_order(tokens, 8)
-    end = {"gpt2": 50256, "llama": 2}.get(kind) or vocabulary.encode("\n", start=False)[0]
+    eos = {"gpt2": 50256, "llama": 2}.get(kind) or vocabulary.encode("\n", start=False)[0]
     rest = [int(i) for block in blocks for i in block]
     for document in DOCUMENTS:
         ids = vocabulary.encode(document)
         ids = [1, *ids] if kind == "llama" else ids
-        size = -(-len(ids) // 8) * 8  # no block of end marks alone, whatever the length
-        assert rest[:size] == ids + [end] * (size - len(ids))
+        size = -(-len(ids) // 8) * 8  # no block of eos alone, whatever the length
+        assert rest[:size] == ids + [eos] * (size - len(ids))
         rest = rest[size:]
     assert rest == []
-    counts = {"tokens": len(tokens), "documents": len(DOCUMENTS), "bytes": len("".join(DOCUMENTS).encode())}
+    counts = {"tokens": len(tokens), "documents": len(DOCUMENTS)}
+    counts |= {"bytes": len("".join(DOCUMENTS).encode())}
     assert (meta["block_size"], meta["splits"]["train"]) == (8, counts)
 
 
 def test_an_epoch_of_laid_out_documents_takes_every_block_once(tmp_path):
-    writer.prepare(tmp_path, [("train", text) for text in DOCUMENTS], tokenizer.Byte(), block_size=8, shard_tokens=30)
+    writer.prepare(tmp_path, TRAIN, tokenizer.Byte(), block_size=8, shard_tokens=30)
     tokens = loader.Tokens(tmp_path, "train")
     blocks = loader.Blocks(tokens, 8, seed=1)
     assert blocks.n * 8 == len(tokens)
@@ -298,10 +321,11 @@ def test_an_epoch_of_laid_out_documents_takes_every_block_once(tmp_path):
 
 
 def test_blocks_of_another_size_than_the_documents_are_laid_out_for_are_refused(tmp_path):
-    writer.prepare(tmp_path, [("train", text) for text in DOCUMENTS], tokenizer.Byte(), block_size=8)
+    writer.prepare(tmp_path, TRAIN, tokenizer.Byte(), block_size=8)
     tokens = loader.Tokens(tmp_path, "train")
+    message = r"laid out in blocks of 8: --block_size must be that, not \d+"
     for make in (lambda: loader.Blocks(tokens, 16, 0), lambda: loader.in_order(tokens, 4)):
-        with pytest.raises(UserError, match=r"laid out in blocks of 8: --block_size must be that, not \d+"):
+        with pytest.raises(UserError, match=message):
             make()
 
 
@@ -313,14 +337,16 @@ def test_your_own_text_is_laid_out_alike_by_any_number_of_processes(tmp_path):
         args = [f"--input={tmp_path}", f"--out={tmp_path / str(workers)}", f"--workers={workers}"]
         text.main(parse([*args, "--tokenizer=byte", "--block_size=64"], text, writer))
     files = sorted(path.name for path in (tmp_path / "1").iterdir())
-    assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes() for name in files)
+    for name in files:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
     assert loader.read_meta(tmp_path / "1")["splits"]["train"]["tokens"] % 64 == 0
     for size, says in {-1: "from 0", 2**30: "from 0 to 65536"}.items():
+        args = [f"--input={tmp_path}", f"--out={tmp_path / 'x'}", f"--block_size={size}"]
         with pytest.raises(UserError, match=f"block_size must be {says}"):
-            text.main(parse([f"--input={tmp_path}", f"--out={tmp_path / 'x'}", f"--block_size={size}"], text, writer))
+            text.main(parse(args, text, writer))
 
 
-# Evaluation blocks
+# ---- Evaluation blocks ---------------------------------------------------------------------------
 
 
 def test_evaluation_blocks_are_read_when_they_are_asked_for(tmp_path, monkeypatch):
@@ -329,7 +355,12 @@ def test_evaluation_blocks_are_read_when_they_are_asked_for(tmp_path, monkeypatc
     blocks = loader.in_order(tokens, 7)
     plain = [tokens[start : start + 7] for start in range(0, 1000, 7)]
     read = loader.Tokens.windows
-    monkeypatch.setattr(loader.Tokens, "windows", lambda self, starts, n: reads.append(starts) or read(self, starts, n))
+
+    def watched(self, starts, n):
+        reads.append(starts)
+        return read(self, starts, n)
+
+    monkeypatch.setattr(loader.Tokens, "windows", watched)
     assert len(blocks) == len(plain) == 143 and not reads
     for i in (0, 5, 142, -1, -143):
         assert np.array_equal(blocks[i], plain[i])
@@ -340,7 +371,7 @@ def test_evaluation_blocks_are_read_when_they_are_asked_for(tmp_path, monkeypatc
             blocks[i]
 
 
-# Prefetching
+# ---- Prefetching ---------------------------------------------------------------------------------
 
 
 def test_prefetching_changes_neither_items_nor_order(tmp_path):
@@ -399,19 +430,26 @@ with contextlib.closing(batches) if {closing} else contextlib.nullcontext():
     for item in batches:
         print(item, flush=True)
 """
-    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=-1, stderr=-1, text=True) as run:
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True) as run:
         run.stdout.readline()
         run.send_signal(signal.SIGINT)
         run.wait(20)
         assert run.stderr.read().rstrip().endswith("KeyboardInterrupt")
 
 
-# Hostile input
+# ---- Hostile input -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"vocab_size": 2**40}, {"block_size": 0}, {"block_size": "8"}, {"block_size": 2**70}, {"fill": "x" * 2**26}],
+    [
+        {"vocab_size": 2**40},
+        {"block_size": 0},
+        {"block_size": "8"},
+        {"block_size": 2**70},
+        {"fill": "x" * 2**26},
+    ],
 )
 def test_a_meta_that_claims_the_absurd_is_refused(change, tmp_path):
     meta = writer.prepare(tmp_path, [("train", "abc")], tokenizer.Byte())
@@ -423,7 +461,9 @@ def test_a_meta_that_claims_the_absurd_is_refused(change, tmp_path):
 
 def test_text_that_unpacks_to_more_than_memory_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "LONGEST", 2**20)
-    (tmp_path / "line.jsonl.gz").write_bytes(gzip.compress(b'{"text": "ok"}\n{"text": "' + b"a" * 2**21 + b'"}'))
+    (tmp_path / "line.jsonl.gz").write_bytes(
+        gzip.compress(b'{"text": "ok"}\n{"text": "' + b"a" * 2**21 + b'"}')
+    )
     with pytest.raises(UserError, match="line 2: longer than 1048576 characters"):
         list(text.documents([str(tmp_path / "line.jsonl.gz")]))
     huge = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 2**30}]
@@ -435,12 +475,14 @@ from data.text import prepare
 resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
 run(lambda config: list(prepare.documents([{str(tmp_path / "claim.txt.xz")!r}])), prepare)
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "claim.txt.xz" in done.stderr
 
 
 def archive(kind, members):
-    """A .zip or .tar.gz as bytes, of (name, content); content None makes a symbolic link to ../../victim."""
+    """A .zip or .tar.gz as bytes, of (name, content), None for a symbolic link to ../../victim."""
     out = io.BytesIO()
     if kind == "zip":
         with zipfile.ZipFile(out, "w") as file:
@@ -450,7 +492,8 @@ def archive(kind, members):
         with tarfile.open(fileobj=out, mode="w:gz") as file:
             for name, content in members:
                 member = tarfile.TarInfo(name)
-                member.size, member.type = len(content or b""), tarfile.REGTYPE if content else tarfile.SYMTYPE
+                member.size = len(content or b"")
+                member.type = tarfile.REGTYPE if content else tarfile.SYMTYPE
                 member.linkname = "" if content else "../../victim"
                 file.addfile(member, io.BytesIO(content or b""))
     return out.getvalue()
@@ -471,4 +514,5 @@ def test_what_is_in_an_archive_is_never_written_outside_its_folder(kind, tmp_pat
     written = {path for path in tmp_path.rglob("*") if path.is_file()}
     assert {path.parent for path in written} <= {tmp_path, tmp_path / "a" / "b" / "raw"}
     assert {path for path in written if path.parent == tmp_path} == {tmp_path / "victim"}
-    assert (tmp_path / "victim").read_text() == "precious" and not any(path.is_symlink() for path in written)
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert not any(path.is_symlink() for path in written)

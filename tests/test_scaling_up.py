@@ -1,4 +1,4 @@
-"""The formulas of experiments/scaling_up.py give what is measured where it can be: bytes kept, sent and saved, exactly."""
+"""The formulas of experiments/scaling_up.py give what can be measured: bytes kept, sent, saved."""
 
 import functools
 import json
@@ -13,23 +13,24 @@ import torch.nn.functional as F
 from conftest import ROOT
 from torch.utils.checkpoint import checkpoint as recomputed
 
-import checkpoint
 import config as settings
 import diffusion
-import formats
 import model as network
 import train
 from config import UserError
 from data import writer
 from data.tokenizer import Char
 from experiments import results, scaling_up
+from lib import checkpoint, formats, fused, resume
+from lib.device import flops_per_token
 
 CONFIG = settings.parse([], results, scaling_up)
-SMALL = {"n_layer": 3, "n_head": 4, "n_embd": 64, "mlp_hidden": 160, "block_size": 32, "vocab_size": 96}
+SMALL = {"n_layer": 3, "n_head": 4, "n_embd": 64, "mlp_width": 160}
+SMALL |= {"block_size": 32, "vocab_size": 96}
 SMDM = formats.FIXED["smdm"] | SMALL
 
 
-# ---- What is counted ---------------------------------------------------------------------------------------------------
+# ---- What is counted -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("size", "parameters"), [("170M", 219_050_496), ("1028M", 1_142_367_744)])
@@ -44,7 +45,10 @@ def test_a_budget_buys_the_tokens_of_the_preset():
 
 
 def kept_bytes(net, loss):
-    """Bytes of what loss() keeps for the backward pass, each storage once, parameters and buffers left out; the largest."""
+    """(Bytes of what loss() keeps for the backward pass, the largest of them).
+
+    Each storage once; parameters and buffers are left out.
+    """
     own = {tensor.untyped_storage().data_ptr() for tensor in [*net.parameters(), *net.buffers()]}
     kept, alive = {}, []
 
@@ -54,27 +58,32 @@ def kept_bytes(net, loss):
         alive.append(tensor)  # so that no other storage gets its place
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+    saved = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with saved, torch.autocast("cpu", torch.bfloat16):
         loss()
     return sum(kept.values()), max(kept.values())
+
+
+def as_on_a_gpu(q, k, v, causal):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("n_layer", [1, 3])
 def test_the_forward_pass_keeps_as_many_bytes_as_the_formula_says(n_layer, recompute, monkeypatch):
-    fused = lambda q, k, v, causal: F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # as on a GPU  # noqa: E731
-    monkeypatch.setattr(network, "attend", fused)
+    monkeypatch.setattr(fused, "attention", as_on_a_gpu)
     net = network.Transformer(network.DEFAULTS | SMDM | {"n_layer": n_layer})
     x = torch.randint(96, (4, 32))  # (B, L)
-    rows = torch.arange(0, x.numel(), 2)  # (N,) the hidden half
+    masked_idx = torch.arange(0, x.numel(), 2)  # (N,) half of them
     if recompute:
         for block in net.blocks:
             block.forward = functools.partial(recomputed, block.forward, use_reentrant=False)
-    target = x.flatten()[rows], torch.ones(len(rows))  # (N,) each: tokens and their weights
-    measured, _ = kept_bytes(net, lambda: net.head_loss(net.hidden(x, rows), *target))
-    expected = scaling_up.activation_bytes(net, x.numel(), recompute) + 4 * 96 * 64  # and the gradient of the head
-    if recompute:
-        assert measured == expected - sum(scaling_up.block_bytes(net)) * x.numel()  # a block that is made on the way back
+    target = x.flatten()[masked_idx], torch.ones(len(masked_idx))  # (N,) each: tokens and weights
+    measured, _ = kept_bytes(net, lambda: net.head_loss(net.hidden(x, masked_idx), *target))
+    head = 4 * 96 * 64  # its gradient
+    expected = scaling_up.activation_bytes(net, x.numel(), recompute) + head
+    if recompute:  # less a block that is made on the way back
+        assert measured == expected - sum(scaling_up.block_bytes(net)) * x.numel()
     else:
         assert measured == expected + scaling_up.memory(CONFIG, net, "ddp", 8, 1)["copies"]
 
@@ -83,31 +92,36 @@ def test_the_logits_that_are_avoided_are_what_a_plain_loss_keeps():
     net = network.Transformer(network.DEFAULTS | SMDM | {"vocab_size": 2000})
     x = torch.randint(2000, (2, 32))  # (B, L)
     _, largest = kept_bytes(net, lambda: F.cross_entropy(net(x).flatten(0, 1), x.flatten()))
-    assert largest == scaling_up.memory(CONFIG | {"block_size": 32}, net, "ddp", 8, 2)["logits_avoided"]
+    held = scaling_up.memory(CONFIG | {"block_size": 32}, net, "ddp", 8, 2)
+    assert largest == held["logits_avoided"]
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.99])
 def test_a_checkpoint_has_as_many_bytes_as_the_formula_says(ema, tmp_path, monkeypatch):
-    monkeypatch.setattr(network, "matmul_flops", lambda *_: 1.0)
-    writer.prepare(tmp_path / "data", [("train", "abcde" * 80), ("val", "abcde" * 20)], Char("abcde"))
-    keys = {"n_layer": 4, "n_embd": 128, "n_head": 2, "block_size": 16, "batch_size": 2, "max_iters": 1, "ema": ema}
-    keys |= {"data": tmp_path / "data", "out_dir": tmp_path, "device": "cpu", "show_sample": False, "eval_sequences": 2}
+    monkeypatch.setattr(train, "matmul_flops", lambda *_: 1.0)
+    parts = [("train", "abcde" * 80), ("val", "abcde" * 20)]
+    writer.prepare(tmp_path / "data", parts, Char("abcde"))
+    keys = {"n_layer": 4, "n_embd": 128, "n_head": 2, "block_size": 16, "batch_size": 2}
+    keys |= {"max_iters": 1, "ema": ema, "data": tmp_path / "data", "out_dir": tmp_path}
+    keys |= {"device": "cpu", "show_sample": False, "eval_sequences": 2}
     words = [f"--{key}={value}" for key, value in keys.items()]
     train.main(settings.parse(words, settings, diffusion, network, train))
     net, _, _ = checkpoint.load(tmp_path)
-    assert (tmp_path / "ckpt.pt").stat().st_size == pytest.approx(scaling_up.checkpoint_bytes(net, ema), rel=0.02)
+    size = (tmp_path / "ckpt.pt").stat().st_size
+    assert size == pytest.approx(scaling_up.checkpoint_bytes(net, ema), rel=0.02)
 
 
 STEP = """
 import json, os, sys
 import torch, torch.distributed as dist
-import diffusion, model as network, parallel
+import diffusion, model as network
+from lib import parallel
 
 config, world, folder = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.set_num_threads(1)
 rank = next((i for i in range(1, world) if os.fork() == 0), 0)
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-device, found = torch.device("cpu"), {"asked": 0}
+team, counts = parallel.Team(world, rank), {"asked": 0}
 
 def written():
     return int(open("/proc/self/io").read().split("wchar:")[1].split()[0])
@@ -124,25 +138,26 @@ def step(loss_of, micro_steps):
     return written() - before
 
 def count(group, bucket):
-    found["asked"] += bucket.buffer().nbytes
-    return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
+    counts["asked"] += bucket.buffer().nbytes
+    sent = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+    return sent.then(lambda done: done.value()[0])
 
 net = network.Transformer(config)
-loss_of = parallel.engine(diffusion.Loss(net, "any_order"), config, device, world)
+loss_of = parallel.engine(diffusion.Loss(net, "any_order"), config, team)
 loss_of.register_comm_hook(None, count)
-found["ddp"] = step(loss_of, 2)
+counts["ddp"] = step(loss_of, 2)
 
 with torch.device("meta"):
     net = network.Transformer(config)
-parallel.shard(net, device)
-net.to_empty(device=device)
+parallel.shard(net, team.device)
+net.to_empty(device=team.device)
 net.cos, net.sin = network.rotary_tables(config)
 parallel.fill(net, net.initial_weights(), "")
-loss_of = parallel.engine(diffusion.Loss(net, "any_order"), config, device, world)
-found["fsdp"] = [step(loss_of, 1), step(loss_of, 2)]
-found["held"] = sum(p.to_local().nbytes for p in net.parameters())
+loss_of = parallel.engine(diffusion.Loss(net, "any_order"), config, team)
+counts["fsdp"] = [step(loss_of, 1), step(loss_of, 2)]
+counts["held"] = sum(p.to_local().nbytes for p in net.parameters())
 if rank == 0:
-    print(json.dumps(found), flush=True)
+    print(json.dumps(counts), flush=True)
     for _ in range(world - 1):
         os.wait()
 os._exit(0)
@@ -150,22 +165,25 @@ os._exit(0)
 
 
 def test_processes_send_as_many_bytes_as_the_formula_says(tmp_path):
-    world, net = 3, network.DEFAULTS | SMDM | {"n_embd": 128, "mlp_hidden": 320, "recompute": False, "compile": False}
-    command = [sys.executable, "-c", STEP, json.dumps(net), str(world), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found, net = json.loads(done.stdout), network.Transformer(net)
+    world, keys = 3, {"n_embd": 128, "mlp_width": 320, "recompute": False, "compile": False}
+    config = network.DEFAULTS | SMDM | keys
+    command = [sys.executable, "-c", STEP, json.dumps(config), str(world), str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert run.returncode == 0, run.stderr
+    counts, net = json.loads(run.stdout), network.Transformer(config)
 
     gradients = 4 * net.n_parameters()
-    assert found["asked"] == gradients
-    assert found["held"] == pytest.approx(gradients / world, rel=0.01)
-    assert found["ddp"] == pytest.approx(scaling_up.sent_bytes(net, "ddp", world, 2), rel=0.01)
-    for micro_steps, sent in zip((1, 2), found["fsdp"], strict=True):
-        more = micro_steps * gradients * (world - 1) / world  # gloo's reduce-scatter is an all-reduce, which sends twice
-        assert sent == pytest.approx(scaling_up.sent_bytes(net, "fsdp", world, micro_steps) + more, rel=0.01)
+    assert counts["asked"] == gradients
+    assert counts["held"] == pytest.approx(gradients / world, rel=0.01)
+    assert counts["ddp"] == pytest.approx(scaling_up.sent_bytes(net, "ddp", world, 2), rel=0.01)
+    for micro_steps, sent in zip((1, 2), counts["fsdp"], strict=True):
+        # gloo's reduce-scatter is an all-reduce, which sends twice.
+        more = micro_steps * gradients * (world - 1) / world
+        expected = scaling_up.sent_bytes(net, "fsdp", world, micro_steps) + more
+        assert sent == pytest.approx(expected, rel=0.01)
 
 
-# ---- What follows from it ----------------------------------------------------------------------------------------------
+# ---- What follows from it ------------------------------------------------------------------------
 
 
 def test_the_parts_of_the_memory_add_up_and_fsdp_divides_what_ddp_repeats():
@@ -173,22 +191,25 @@ def test_the_parts_of_the_memory_add_up_and_fsdp_divides_what_ddp_repeats():
     ddp, fsdp = (scaling_up.memory(CONFIG, net, engine, 64, 4) for engine in ("ddp", "fsdp"))
     for key in ("weights", "gradients", "optimizer", "averages"):
         assert ddp[key] == 64 * fsdp[key]
-    assert ddp["weights"] + ddp["optimizer"] + ddp["averages"] == scaling_up.checkpoint_bytes(net, True)
+    saved = ddp["weights"] + ddp["optimizer"] + ddp["averages"]
+    assert saved == scaling_up.checkpoint_bytes(net, True)
     for held in (ddp, fsdp):
-        parts = sum(value for key, value in held.items() if key not in ("total", "with_recompute", "logits_avoided"))
+        other = ("total", "with_recompute", "logits_avoided")
+        parts = sum(value for key, value in held.items() if key not in other)
         assert held["with_recompute"] < held["total"] == parts
 
 
 def test_a_step_takes_its_arithmetic_and_what_of_the_network_does_not_hide_behind_it():
     net = scaling_up.shape(CONFIG, "170M")
-    found = scaling_up.step(CONFIG, net, "fsdp", 8, 8, 8)
-    flops = 3 * net.flops_per_token(2048, 0.5) * 64 * 2048
-    assert found["compute"] == pytest.approx(flops / (8 * 989e12 * 0.4))
+    time = scaling_up.step(CONFIG, net, "fsdp", 8, 8, 8)
+    flops = 3 * flops_per_token(net, 2048, 0.5) * 64 * 2048
+    assert time["compute"] == pytest.approx(flops / (8 * 989e12 * 0.4))
     rings = 7 / 8 * 4 * (2 * net.n_parameters() + sum(p.numel() for p in net.blocks.parameters()))
-    assert found["network"] == pytest.approx(rings / (0.8 * 450e9) + 3 * 7 * 19 * 5e-6)
-    assert found["exposed"] == 0 and found["mfu"] == 0.4
+    assert time["network"] == pytest.approx(rings / (0.8 * 450e9) + 3 * 7 * 19 * 5e-6)
+    assert time["exposed"] == 0 and time["mfu"] == 0.4
     again = scaling_up.step(CONFIG, net, "fsdp", 8, 8, 8, recompute=True)
-    assert again["compute"] == pytest.approx(4 / 3 * found["compute"]) and again["mfu"] == pytest.approx(0.3)
+    assert again["compute"] == pytest.approx(4 / 3 * time["compute"])
+    assert again["mfu"] == pytest.approx(0.3)
     slow = scaling_up.step(CONFIG | {"nvlink": 1e9}, net, "fsdp", 8, 8, 8)
     assert slow["seconds"] == pytest.approx(slow["network"] + 0.2 * slow["compute"])
     assert slow["mfu"] == pytest.approx(0.4 * slow["compute"] / slow["seconds"])
@@ -197,13 +218,16 @@ def test_a_step_takes_its_arithmetic_and_what_of_the_network_does_not_hide_behin
 FASTER = {80e9: "ddp", 60e9: "fsdp", 40e9: "ddp + recompute", 1e9: "neither fits"}
 
 
-@pytest.mark.parametrize(("memory", "told"), FASTER.items())
-def test_blocks_are_recomputed_where_a_gpu_is_too_small_for_them(memory, told):
-    _, row = scaling_up.plan(CONFIG | {"memory": memory}, scaling_up.shape(CONFIG, "1028M"), 1e20, 1024, 8)
-    assert row["faster"] == told
+@pytest.mark.parametrize(("memory", "engine"), FASTER.items())
+def test_blocks_are_recomputed_where_a_gpu_is_too_small_for_them(memory, engine):
+    net = scaling_up.shape(CONFIG, "1028M")
+    _, row = scaling_up.plan(CONFIG | {"memory": memory}, net, 1e20, 1024, 8)
+    assert row["faster"] == engine
 
 
-@pytest.mark.parametrize(("save", "restart", "between"), [(60, 600, 7200), (10, 0, 100_000), (300, 60, 3000)])
+@pytest.mark.parametrize(
+    ("save", "restart", "between"), [(60, 600, 7200), (10, 0, 100_000), (300, 60, 3000)]
+)
 def test_no_interval_loses_less_than_the_best_one(save, restart, between):
     best = scaling_up.best_interval(save, between)
     intervals = np.geomspace(best / 10, best * 10, 20_001)
@@ -219,26 +243,29 @@ def test_lost_time_is_that_of_a_simulated_run():
         until = random.exponential(between, todo)  # (todo,)
         spent += np.minimum(until, need).sum()
         todo, need = int((until < need).sum()), restart + interval + save
-    assert spent / (n * interval) - 1 == pytest.approx(scaling_up.lost(interval, save, restart, between), rel=0.01)
+    expected = scaling_up.lost(interval, save, restart, between)
+    assert spent / (n * interval) - 1 == pytest.approx(expected, rel=0.01)
 
 
 def test_the_failure_rate_is_that_of_llama_3():
     assert CONFIG["gpu_hours"] == pytest.approx(16384 * 54 * 24 / 419, rel=0.001)
 
 
-# ---- The command and the example ---------------------------------------------------------------------------------------
+# ---- The command and the example -----------------------------------------------------------------
 
 
 def test_the_command_writes_its_tables(tmp_path, capsys):
     figures = scaling_up.main(CONFIG | {"results": str(tmp_path), "gpus": "8,1024"})
     assert json.loads((tmp_path / "scaling_up.json").read_text()) == figures
     text = (tmp_path / "scaling_up.md").read_text()
-    assert text.count("| 1028M | 1,024 |") == 5 and text.split("\n\n", 1)[1] in capsys.readouterr().out + "\n"
-    assert figures["170M_8_ddp_GB"] > figures["170M_8_fsdp_GB"] > figures["170M_8_fsdp_recompute_GB"]
+    assert text.count("| 1028M | 1,024 |") == 5
+    assert text.split("\n\n", 1)[1] in capsys.readouterr().out + "\n"
+    sizes = [figures[f"170M_8_{engine}_GB"] for engine in ("ddp", "fsdp", "fsdp_recompute")]
+    assert sizes[0] > sizes[1] > sizes[2]
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "message"),
     [
         ("--sizes=171M,1028M", "unknown size '171M'; did you mean '761M'?"),
         ("--sizes=170M", "sizes, budgets and batches must be equally many"),
@@ -251,10 +278,11 @@ def test_the_command_writes_its_tables(tmp_path, capsys):
         ("--micro_batch_size=0", "micro_batch_size must be 1 or more, not 0"),
     ],
 )
-def test_what_no_cluster_is_is_refused_in_one_line(word, told, tmp_path):
+def test_what_no_cluster_is_is_refused_in_one_line(word, message, tmp_path):
     with pytest.raises(UserError) as error:
         scaling_up.main(settings.parse([word, f"--results={tmp_path}"], results, scaling_up))
-    assert told in str(error.value) and "\n" not in str(error.value) and not list(tmp_path.iterdir())
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_slurm_example_is_sound_and_every_key_in_it_exists():
@@ -263,4 +291,4 @@ def test_the_slurm_example_is_sound_and_every_key_in_it_exists():
     words = re.findall(r"--\w+=\S+|configs/\w+\.py", path.read_text().split("train.py", 1)[1])
     words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
     config = settings.parse(words, settings, diffusion, network, train)
-    train.check(train.sized(config), world=64)
+    resume.check(resume.with_size(config), world=64)

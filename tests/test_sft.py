@@ -1,4 +1,4 @@
-"""Conditional training: noise on answers alone, the loss per token that noise may hide, and models to begin with."""
+"""Conditional training: only answers are masked; the loss per maskable token; where runs begin."""
 
 import copy
 import itertools
@@ -15,38 +15,39 @@ import torch.nn.functional as F
 from conftest import ROOT, L, V, states
 from test_diffusion import CASES, corruptions
 
-import batch
-import checkpoint
 import config as settings
 import diffusion
 import evaluate
-import harness
 import model as network
 import sample
 import train
 from config import UserError
-from data import rows, tokenizer, writer
+from data import examples, tokenizer, writer
+from lib import checkpoint
+from lib.parallel import Team
 
-TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "batch_size": 8, "max_iters": 6, "warmup_iters": 2, "log_interval": 1}
-TINY |= {"eval_interval": 3, "eval_sequences": 6, "eval_draws": 2, "show_sample": False, "device": "cpu", "dtype": "float32"}
+TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "batch_size": 8, "max_iters": 6}
+TINY |= {"warmup_iters": 2, "log_interval": 1, "eval_interval": 3, "eval_sequences": 6}
+TINY |= {"eval_draws": 2, "show_sample": False, "device": "cpu", "dtype": "float32"}
 MASKED = ["any_order", "lambda_dce", "t_dce", "t_dse"]
 TEXT = tokenizer.Byte()
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Rows of a letter said again: "b: " asks for "bb", and so on, with answers of 2 to 5 letters."""
-    folder = tmp_path_factory.mktemp("rows")
-    found = [(f"{chr(97 + i % 26)}{i}: ", chr(97 + i % 26) * (2 + i % 4)) for i in range(40)]
-    splits = [("train", found[:30]), ("val", found[30:])]
-    rows.prepare(folder, [(s, "", [*p.encode()], [*a.encode()]) for s, part in splits for p, a in part], TEXT, width=14)
+    """Examples of a letter said again: "b: " asks for "bb"; answers of 2 to 5 letters."""
+    folder = tmp_path_factory.mktemp("examples")
+    pairs = [(f"{chr(97 + i % 26)}{i}: ", chr(97 + i % 26) * (2 + i % 4)) for i in range(40)]
+    splits = [("train", pairs[:30]), ("val", pairs[30:])]
+    items = [(s, "", [*p.encode()], [*a.encode()]) for s, part in splits for p, a in part]
+    examples.prepare(folder, items, TEXT, width=14)
     return folder
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """One thread, so that sums have one order; and no time spent on measuring the machine."""
-    monkeypatch.setattr(network, "matmul_flops", lambda *_: 1e9)
+    monkeypatch.setattr(train, "matmul_flops", lambda *_: 1e9)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -54,7 +55,8 @@ def quick(monkeypatch):
 
 
 def words(data, out, **keys):
-    return [f"--{key}={value}" for key, value in (TINY | {"data": data, "out_dir": out} | keys).items()]
+    keys = TINY | {"data": data, "out_dir": out} | keys
+    return [f"--{key}={value}" for key, value in keys.items()]
 
 
 def config_of(data, out="unused", **keys):
@@ -66,24 +68,27 @@ def run(data, out, **keys):
 
 
 def batch_of(data, step=0, position=range(8), **keys):
-    """(x0, mask, weight, rows) of a batch, and the rows it came from."""
+    """A train.Batch, and the examples it came from."""
     config = config_of(data, **keys)
-    found = rows.Rows(data, "train", config["seed"])
-    return train.make_batch(config, found, step, position), found
+    dataset = examples.Examples(data, "train", config["seed"])
+    return train.make_batch(config, dataset, step, position), dataset
 
 
-def placed(found, step, n=8):
-    """(prompt (n, 1), length (n, 1), place (L,)) of the rows of a global batch."""
-    index = found.index(step, range(n), n)
-    lengths = (torch.from_numpy(z[index])[:, None] for z in (found.prompt, found.length))
-    return *lengths, torch.arange(found.block_size)
+def placed(dataset, step, n=8):
+    """(prompt (n, 1), length (n, 1), place (L,)) of the examples of a global batch."""
+    index = dataset.index(step, range(n), n)
+    lengths = (torch.from_numpy(z[index])[:, None] for z in (dataset.prompt, dataset.length))
+    return *lengths, torch.arange(dataset.block_size)
 
 
-# ---- The conditional bound, by enumeration -----------------------------------------------------------------------------
+# ---- The conditional bound, by enumeration -------------------------------------------------------
 
 
 def conditional_nats(model, objective, schedule, given):
-    """E[sum of weight * CE] of every clean sequence with a prompt of `given` tokens, through draw_mask and nelbo: (V^L,)."""
+    """E[sum of weight * CE] of every clean sequence with a prompt of `given` tokens: (V^L,).
+
+    Through draw_mask and nelbo.
+    """
     u, noise, chance = corruptions(objective, schedule)
     if objective == "any_order":  # u that hits each k of those that are left equally often
         n = L - given
@@ -100,7 +105,7 @@ def conditional_nats(model, objective, schedule, given):
 
 @pytest.mark.parametrize("given", [0, 1, 2, 3])
 @pytest.mark.parametrize(("objective", "schedule"), CASES)
-def test_with_true_conditionals_every_objective_is_exactly_minus_log_p_of_the_rest_given_the_prompt(
+def test_with_true_conditionals_every_objective_is_minus_log_p_of_rest_given_prompt(
     objective, schedule, given, network, joint
 ):
     nats = conditional_nats(network, objective, diffusion.SCHEDULES[schedule], given)  # (V^L,)
@@ -110,42 +115,46 @@ def test_with_true_conditionals_every_objective_is_exactly_minus_log_p_of_the_re
     assert torch.allclose(joint.flatten() @ nats, entropy, rtol=1e-12)
 
 
-def test_a_prompt_hidden_with_the_rest_gives_the_bound_of_a_model_without_prompts(network, joint):
+def test_a_prompt_masked_with_the_rest_gives_the_bound_of_a_model_without_prompts(network, joint):
     """What standard guidance learns where it drops prompts: p(rest), the prompt being unknown."""
     x0 = states(V, L)  # (V^L, L)
     total = 0.0
     for order in itertools.permutations((2, 3)):
-        for k in (1, 2):  # the last k of the order are hidden, each k with chance 1/2 and weight 2/k
-            mask = torch.zeros(len(x0), L, dtype=torch.bool)
-            mask[:, list(order[2 - k :])] = True
-            hide, weight = mask.clone(), (mask * 2.0 / k).double()
-            hide[:, :2] = True
-            total = total + diffusion.nelbo(network, x0, hide, weight, diffusion.hidden_rows(mask, multiple=7))[1] / 4
+        for k in (1, 2):  # the last k of the order are masked, each k with chance 1/2, weight 2/k
+            counted = torch.zeros(len(x0), L, dtype=torch.bool)
+            counted[:, list(order[2 - k :])] = True
+            mask, weight = counted.clone(), (counted * 2.0 / k).double()
+            mask[:, :2] = True
+            masked_idx = diffusion.masked_indices(counted, multiple=7)
+            total = total + diffusion.nelbo(network, x0, mask, weight, masked_idx)[1] / 4
     rest = joint.sum((0, 1), keepdim=True).expand(V, V, V, V)  # p of the last two alone
     assert torch.allclose(total.detach(), -rest.log().flatten(), rtol=1e-12)
 
 
-# ---- Batches -----------------------------------------------------------------------------------------------------------
+# ---- Batches -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("objective", MASKED)
-def test_noise_falls_on_all_that_follows_a_prompt_and_on_nothing_else(objective, data):
-    hidden = 0
+def test_all_that_follows_a_prompt_is_masked_and_nothing_else(objective, data):
+    masked = 0
     for step in range(60):
-        (_, mask, weight, kept), found = batch_of(data, step, objective=objective)
-        prompt, _, place = placed(found, step)
-        assert not (mask & (place < prompt)).any() and mask.any(1).all() | (objective != "any_order")
-        assert ((weight > 0) == mask).all() and set(mask.flatten().nonzero().flatten().tolist()) <= set(kept.tolist())
-        hidden = hidden + mask.sum(0)
-    assert (hidden[6:] > 0.42 * 480).all() and (hidden[6:] < 0.64 * 480).all()  # padding to the last token too
+        (_, mask, weight, masked_idx, _), dataset = batch_of(data, step, objective=objective)
+        prompt, _, place = placed(dataset, step)
+        assert not (mask & (place < prompt)).any()
+        assert mask.any(1).all() or objective != "any_order"
+        assert ((weight > 0) == mask).all()
+        assert set(mask.flatten().nonzero().flatten().tolist()) <= set(masked_idx.tolist())
+        masked = masked + mask.sum(0)
+    assert (masked[6:] > 0.42 * 480).all(), "padding to the last token too"
+    assert (masked[6:] < 0.64 * 480).all()
 
 
-def test_any_order_hides_each_number_of_an_answers_tokens_equally_often(data):
+def test_any_order_masks_each_number_of_an_answers_tokens_equally_often(data):
     seen = torch.zeros(15)
     for step in range(120):
-        (_, mask, _, _), found = batch_of(data, step)
-        left = found.block_size - placed(found, step)[0].squeeze(1)  # (8,)
-        seen += torch.bincount(mask.sum(1)[left == 10], minlength=15)
+        batch, dataset = batch_of(data, step)
+        left = dataset.block_size - placed(dataset, step)[0].squeeze(1)  # (8,)
+        seen += torch.bincount(batch.mask.sum(1)[left == 10], minlength=15)
     assert seen[0] == 0 and not seen[11:].any()
     assert (seen[1:11] / seen.sum() - 0.1).abs().max() < 0.05
 
@@ -154,29 +163,35 @@ def test_any_order_hides_each_number_of_an_answers_tokens_equally_often(data):
 def test_a_batch_does_not_depend_on_how_its_rows_are_shared_out(objective, data):
     keys = {"objective": objective, "prompt_drop": 0.0 if objective == "ar" else 0.4}
     whole = batch_of(data, 7, **keys)[0][:3]
-    parts = [batch_of(data, 7, part, **keys)[0][:3] for part in (range(0, 1), range(1, 6), range(6, 8))]
-    assert all(torch.equal(torch.cat(pieces), z) for z, pieces in zip(whole, zip(*parts, strict=True), strict=True))
+    shares = range(0, 1), range(1, 6), range(6, 8)
+    parts = zip(*(batch_of(data, 7, share, **keys)[0][:3] for share in shares), strict=True)
+    for z, pieces in zip(whole, parts, strict=True):
+        assert torch.equal(torch.cat(pieces), z)
 
 
 def test_a_prompt_is_dropped_as_a_whole_as_often_as_asked_and_never_counts(data):
-    dropped, rows_seen = 0, 0
+    dropped = 0
     for step in range(80):
-        (x0, mask, weight, kept), found = batch_of(data, step, prompt_drop=0.3)
-        prompt, _, place = placed(found, step)
-        hidden = (mask & (place < prompt)).sum(1, keepdim=True)  # (8, 1)
-        assert ((hidden == 0) | (hidden == prompt)).all() and not weight[place < prompt].any()
+        batch, dataset = batch_of(data, step, prompt_drop=0.3)
+        prompt, _, place = placed(dataset, step)
+        masked = (batch.mask & (place < prompt)).sum(1, keepdim=True)  # (8, 1)
+        assert ((masked == 0) | (masked == prompt)).all()
+        assert not batch.weight.masked_select(place < prompt).any()
         plain = batch_of(data, step)[0]
-        assert torch.equal(plain[0], x0) and torch.equal(plain[2], weight) and torch.equal(plain[3], kept)
-        dropped, rows_seen = dropped + int((hidden > 0).sum()), rows_seen + 8
-    assert dropped / rows_seen == pytest.approx(0.3, abs=0.05)
+        for key in ("x0", "weight", "masked_idx"):
+            assert torch.equal(getattr(plain, key), getattr(batch, key))
+        assert plain.n_tokens == batch.n_tokens
+        dropped += int((masked > 0).sum())
+    assert dropped / (80 * 8) == pytest.approx(0.3, abs=0.05)
 
 
-def plain_loss(model, x0, prompt, length, mask, weight, causal):
-    """The loss of SMDM's fine-tuning by its definition: x0 (B, L), prompt and length (B, 1), weight (B, 1)."""
-    place = torch.arange(x0.shape[1])
+def plain_loss(model, x0, lengths, mask, weight, causal):
+    """The loss of SMDM's fine-tuning by its definition: x0 (B, L), lengths and weight (B, 1)."""
+    place, (prompt, length) = torch.arange(x0.shape[1]), lengths
     if causal:
         start = torch.full_like(x0[:, :1], model.start_id)
-        logits, mask = model(torch.cat([start, x0[:, :-1]], 1)), (place >= prompt) & (place < length)
+        logits = model(torch.cat([start, x0[:, :-1]], 1))
+        mask = (place >= prompt) & (place < length)
         total, weight = mask.sum(), 1.0
     else:
         logits, total = model(torch.where(mask, model.mask_id, x0)), (place >= prompt).sum()
@@ -185,42 +200,55 @@ def plain_loss(model, x0, prompt, length, mask, weight, causal):
 
 
 def step_of(data, world=1, rank=0, **keys):
-    """(loss, gradients, model as it was, config) of train_step on the part that one of `world` processes has of step 0."""
+    """(loss, gradients, model as it was, config) of train_step on one process's part of step 0."""
     config = config_of(data, grad_clip=0.0, **keys)
-    config |= {"vocab_size": 256, "causal": config["objective"] == "ar", "block_size": 14}
-    model, _, _ = train.build(config, torch.device("cpu"), None)
+    objective, team = config["objective"], Team(world, rank)
+    attention = diffusion.OBJECTIVES[objective].attention
+    config |= {"vocab_size": 256, "attention": attention, "block_size": 14}
+    model, _, _ = train.build(config, Team())
     before, gradients = copy.deepcopy(model), {}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    optimizer.register_step_pre_hook(lambda *_: gradients.update({n: p.grad.clone() for n, p in model.named_parameters()}))
-    loss_of, found = diffusion.Loss(model, config["objective"]), rows.Rows(data, "train", config["seed"])
-    arguments = (loss_of, [optimizer], torch.device("cpu"), torch.enable_grad, world, rank)
-    batches = train.make_batches(config, found, 0, world, rank)
-    return train.train_step(config, 0, batches, *arguments), gradients, before, config
+    optimizer.register_step_pre_hook(
+        lambda *_: gradients.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    )
+    dataset = examples.Examples(data, "train", config["seed"])
+    batches, loss_of = train.make_batches(config, dataset, team), diffusion.Loss(model, objective)
+    loss, skipped = train.train_step(config, 0, batches, loss_of, [optimizer], team)
+    assert not skipped
+    return loss, gradients, before, config
+
+
+LOSSES = [{"objective": "lambda_dce", "prompt_drop": 0.5}, {"loss_weight": "constant"}]
+LOSSES += [{"objective": "ar"}]
+
+
+@pytest.mark.parametrize("keys", LOSSES)
+def test_the_loss_is_the_mean_over_what_may_be_masked_in_the_whole_batch(keys, data):
+    loss, gradients, model, config = step_of(data, **keys)
+    dataset, causal = examples.Examples(data, "train", config["seed"]), "ar" in keys.values()
+    x0, mask, weight, *_ = train.make_batch(config, dataset, 0, range(8))
+    prompt, length, _ = placed(dataset, 0)
+    if not causal:  # the weight of the definition
+        u, noise = diffusion.stratified_uniforms(config["seed"], 0, range(8), 8, 14)
+        drawn = (config["objective"], u, noise, diffusion.loglinear, prompt.squeeze(1))
+        weight = diffusion.draw_mask(*drawn)[1][:, None].float()  # (8, 1)
+        constant = config["loss_weight"] == "constant"
+        weight = torch.full_like(weight, 2.0) if constant else weight
+    plain = plain_loss(model, x0, (prompt, length), mask, weight, causal)
+    plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, gradients[name], atol=2e-6)
 
 
 @pytest.mark.parametrize(
-    "keys", [{"objective": "lambda_dce", "prompt_drop": 0.5}, {"loss_weight": "constant"}, {"objective": "ar"}]
+    "keys", [{"prompt_drop": 0.5}, {"objective": "t_dce"}, {"objective": "ar"}]
 )
-def test_the_loss_is_the_mean_over_what_may_be_hidden_in_the_whole_batch(keys, data):
-    loss, gradients, model, config = step_of(data, **keys)
-    found = rows.Rows(data, "train", config["seed"])
-    x0, mask, weight, _ = train.make_batch(config, found, 0, range(8))
-    prompt, length, place = placed(found, 0)
-    counted = (place >= prompt) & (mask | (config["objective"] == "ar"))
-    if config["objective"] != "ar":  # the weight of the definition, without the divisor
-        arguments = (config["objective"], config["seed"], 0, range(8), 8, 14, diffusion.loglinear, prompt.squeeze(1))
-        weight = batch.training_weight(config, diffusion.training_mask(*arguments)[1])[:, None].float()
-    plain = plain_loss(model, x0, prompt, length, mask, weight * counted, config["causal"])
-    plain.backward()
-    assert loss.item() == pytest.approx(plain.item(), rel=1e-5)
-    assert all(torch.allclose(p.grad, gradients[name], atol=2e-6) for name, p in model.named_parameters())
-
-
-@pytest.mark.parametrize("keys", [{"prompt_drop": 0.5}, {"objective": "t_dce"}, {"objective": "ar"}])
 def test_micro_batches_and_processes_add_up_to_the_whole_batch(keys, data):
     loss, whole, *_ = step_of(data, **keys)
     other, parts, *_ = step_of(data, micro_batch_size=2, **keys)
-    first, second = (step_of(data, world=2, rank=rank, **keys) for rank in (0, 1))  # which DDP then averages
+    # DDP would then average these two.
+    first, second = (step_of(data, world=2, rank=rank, **keys) for rank in (0, 1))
     assert other.item() == pytest.approx(loss.item(), rel=1e-5)
     assert (first[0] + second[0]).item() / 2 == pytest.approx(loss.item(), rel=1e-5)
     for name, gradient in whole.items():
@@ -228,27 +256,30 @@ def test_micro_batches_and_processes_add_up_to_the_whole_batch(keys, data):
         assert torch.allclose((first[1][name] + second[1][name]) / 2, gradient, atol=2e-6)
 
 
-def test_for_ar_the_answer_and_its_own_end_mark_count_and_nothing_else(data):
-    (x0, mask, weight, _), found = batch_of(data, objective="ar")
-    prompt, length, place = placed(found, 0)
-    assert torch.equal(mask, (place >= prompt) & (place < length)) and ((weight > 0) == mask).all()
-    assert torch.equal((x0 == 0) & mask, place == length - 1)  # one end mark in each
+def test_for_ar_the_answer_and_its_own_eos_count_and_nothing_else(data):
+    (x0, mask, weight, *_), dataset = batch_of(data, objective="ar")
+    prompt, length, place = placed(dataset, 0)
+    assert torch.equal(mask, (place >= prompt) & (place < length))
+    assert ((weight > 0) == mask).all()
+    assert torch.equal((x0 == 0) & mask, place == length - 1), "one eos in each"
 
 
-# ---- A run -------------------------------------------------------------------------------------------------------------
+# ---- A run ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("objective", ["any_order", "ar"])
-def test_a_run_learns_to_answer_and_is_judged_by_the_answers_alone(objective, data, tmp_path):
+def test_a_run_learns_to_answer_and_is_evaluated_on_the_answers_alone(objective, data, tmp_path):
     keys = {"max_iters": 60, "learning_rate": 0.02, "eval_interval": 60}
     result = run(data, tmp_path, objective=objective, **keys)
-    losses = [json.loads(line).get("loss") for line in (tmp_path / "log.jsonl").read_text().splitlines()][:60]
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    losses = [json.loads(line).get("loss") for line in lines][:60]
     assert sum(losses[-10:]) < 0.6 * sum(losses[:10])
     _, _, trained = checkpoint.load(tmp_path)
-    assert (trained["row_width"], trained["row_end"], trained["block_size"]) == (14, 0, 14)
-    val = rows.Rows(data, "val")
-    assert result["tokens"] == val.counted(np.arange(6) * 10 // 6, padding=False).sum() and result["sequences"] == 6
-    # Bits per byte of the answers: their bytes are known, their end marks count as tokens.
+    assert (trained["example_width"], trained["eos_id"], trained["block_size"]) == (14, 0, 14)
+    val = examples.Examples(data, "val")
+    assert result["tokens"] == val.counted(np.arange(6) * 10 // 6, padding=False).sum()
+    assert result["sequences"] == 6
+    # Bits per byte of the answers: their bytes are known, their eos count as tokens.
     counts = val.tokens.meta["splits"]["val"]
     ratio = counts["answer_tokens"] / counts["bytes"]
     assert result["bits_per_byte"] == pytest.approx(result["bits_per_token"] * ratio)
@@ -257,8 +288,9 @@ def test_a_run_learns_to_answer_and_is_judged_by_the_answers_alone(objective, da
 @pytest.mark.parametrize("keys", [{"prompt_drop": 0.2, "ema": 0.5}, {"objective": "ar"}])
 def test_a_stopped_run_goes_on_bit_for_bit(keys, data, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(data, parts, max_iters=3, lr_decay="constant", **keys)
-    assert run(data, parts, lr_decay="constant", **keys) == run(data, whole, lr_decay="constant", **keys)
+    keys |= {"lr_decay": "constant"}
+    run(data, parts, max_iters=3, **keys)
+    assert run(data, parts, **keys) == run(data, whole, **keys)
     one, two = (checkpoint.read(out)["model"] for out in (whole, parts))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -266,23 +298,26 @@ def test_a_stopped_run_goes_on_bit_for_bit(keys, data, tmp_path):
 def test_the_bound_of_a_causal_run_is_minus_log_p_of_the_answers(data, tmp_path):
     result = run(data, tmp_path, objective="ar", eval_sequences=10)
     model, _, _ = checkpoint.load(tmp_path)
-    val, nats = rows.Rows(data, "val"), 0.0
+    val, nats = examples.Examples(data, "val"), 0.0
     for x, a, b in zip(*val[range(10)], strict=True):
         read = torch.tensor([model.start_id, *x[: b - 1]])[None]  # (1, b)
-        nats += F.cross_entropy(model(read)[0, a:], torch.from_numpy(x[a:b]), reduction="sum").item()
-    assert result["nats_per_token"] == pytest.approx(nats / (val.length - val.prompt).sum(), rel=1e-5)
+        answer = torch.from_numpy(x[a:b])  # (b - a,)
+        nats += F.cross_entropy(model(read)[0, a:], answer, reduction="sum").item()
+    n_tokens = (val.length - val.prompt).sum()
+    assert result["nats_per_token"] == pytest.approx(nats / n_tokens, rel=1e-5)
 
 
 def test_a_sample_is_shown_up_to_the_end_of_its_answer(data, tmp_path, capsys):
     run(data, tmp_path, max_iters=3, show_sample=True)
-    prompt = bytes(rows.Rows(data, "val").requests(1, padding=True)[0][0][0].tolist()).decode()
+    ((prompt, _),), _ = examples.Examples(data, "val").requests(1, padding=True)
+    prompt = bytes(prompt.tolist()).decode()
     assert f"---- a sample\n{prompt}" in capsys.readouterr().out
-    assert sample.text_of(TEXT, [*b"q: yes", 0, *b"more", 0, 0], begin=3, end=0) == "q: yes"
-    assert sample.text_of(TEXT, [*b"q\0: yes"], begin=3, end=0) == "q\0: yes"
+    assert sample.text_of(TEXT, [*b"q: yes", 0, *b"more", 0, 0], begin=3, eos_id=0) == "q: yes"
+    assert sample.text_of(TEXT, [*b"q\0: yes"], begin=3, eos_id=0) == "q\0: yes"
     assert sample.text_of(TEXT, [*b"q: yes", 0]) == "q: yes\0"
 
 
-# ---- What a run begins with --------------------------------------------------------------------------------------------
+# ---- What a run begins with ----------------------------------------------------------------------
 
 
 def small(data, out, **keys):
@@ -298,25 +333,26 @@ def test_a_run_begins_with_the_weights_and_the_model_keys_of_another(form, data,
         checkpoint.export(source, tmp_path / "export", "nanomdm")
         source = tmp_path / "export"
     keys = {"init_from": source, "learning_rate": 0.0, "weight_decay": 0.0, "max_iters": 1}
-    words_left = [word for word in words(data, tmp_path / "out", **keys) if not word.startswith(("--n_", "--bias"))]
-    train.main(settings.parse(words_left, settings, diffusion, network, train))
+    argv = words(data, tmp_path / "out", **keys)
+    argv = [word for word in argv if not word.startswith(("--n_", "--bias"))]
+    train.main(settings.parse(argv, settings, diffusion, network, train))
     one, two = (checkpoint.load(out)[0].state_dict() for out in (source, tmp_path / "out"))
     assert all(torch.equal(one[name], two[name]) for name in one) and "blocks.1.qkv.weight" in two
     assert checkpoint.read(tmp_path / "out")["step"] == 1
 
 
 def test_the_published_models_can_be_begun_with(shared, data, tmp_path):
-    """Their 64 tokens are not bytes, and that is said; on rows with 64 tokens they learn, both kinds."""
-    folder = shared("fixtures/smdm_tiny")
+    """Their 64 tokens are not bytes, and that is said; on others of 64 tokens both kinds learn."""
+    folder, own = shared("fixtures/smdm_tiny"), tmp_path / "examples"
     text = tokenizer.Char("\0" + "".join(chr(97 + i) for i in range(63)))
-    rows.prepare(tmp_path / "rows", [(s, "", [5, 6, 7], [8, 9]) for s in ("train", "val")], text)
-    for kind, objective in (("mdm", "lambda_dce"), ("ar", "ar")):
-        plain = settings.parse([], settings, diffusion, network, train)
-        keys = TINY | {"init_from": str(folder / f"{kind}.safetensors"), "objective": objective, "max_iters": 1}
-        keys = {key: value for key, value in keys.items() if not key.startswith("n_")}
-        config = plain | keys | {"data": str(tmp_path / "rows"), "out_dir": str(tmp_path / kind)}
+    examples.prepare(own, [(s, "", [5, 6, 7], [8, 9]) for s in ("train", "val")], text)
+    for name, objective in (("mdm", "lambda_dce"), ("ar", "ar")):
+        keys = {key: value for key, value in TINY.items() if not key.startswith("n_")}
+        keys |= {"init_from": str(folder / f"{name}.safetensors"), "objective": objective}
+        keys |= {"max_iters": 1, "data": str(own), "out_dir": str(tmp_path / name)}
+        config = settings.parse([], settings, diffusion, network, train) | keys
         train.main(config)
-        assert checkpoint.read(tmp_path / kind)["config"]["block_size"] == 2048
+        assert checkpoint.read(tmp_path / name)["config"]["block_size"] == 2048
         with pytest.raises(UserError, match="has a vocabulary of 64"):
             train.main(config | {"data": str(data), "resume": False})
 
@@ -338,13 +374,31 @@ def other_text(tmp_path):
 
 REFUSED = {
     "no such file": ({"init_from": "gone"}, "no checkpoint gone"),
-    "another size": ({"init_from": "SOURCE", "n_layer": 3}, "n_layer=1, not 3; init_from takes a model as it is"),
-    "another kind": ({"init_from": "SOURCE", "objective": "ar"}, "is no causal network, so it cannot learn ar"),
-    "another tokenizer": ({"init_from": "SOURCE", "data": "TEXT"}, "was trained with another tokenizer than"),
-    "text without prompts": ({"prompt_drop": 0.1, "data": "TEXT"}, "is text without prompts, so prompt_drop must be 0"),
-    "a prompt for ar": ({"prompt_drop": 0.1, "objective": "ar"}, "prompt_drop needs a masked diffusion objective, not ar"),
-    "random length": ({"random_length": 0.1}, "is rows with prompts, so random_length must be 0"),
-    "a narrow network": ({"block_size": 13}, "has rows of 14 tokens, block_size is only 13"),
+    "another size": (
+        {"init_from": "SOURCE", "n_layer": 3},
+        "n_layer=1, not 3; init_from takes a model as it is",
+    ),
+    "another kind": (
+        {"init_from": "SOURCE", "objective": "ar"},
+        "is no causal network, so it cannot learn ar",
+    ),
+    "another tokenizer": (
+        {"init_from": "SOURCE", "data": "TEXT"},
+        "was trained with another tokenizer than",
+    ),
+    "text without prompts": (
+        {"prompt_drop": 0.1, "data": "TEXT"},
+        "is text without prompts, so prompt_drop must be 0",
+    ),
+    "a prompt for ar": (
+        {"prompt_drop": 0.1, "objective": "ar"},
+        "prompt_drop needs a masked diffusion objective, not ar",
+    ),
+    "random length": (
+        {"random_length": 0.1},
+        "is examples with prompts, so random_length must be 0",
+    ),
+    "a narrow network": ({"block_size": 13}, "has examples of 14 tokens, block_size is only 13"),
 }
 
 
@@ -352,68 +406,86 @@ REFUSED = {
 def test_what_does_not_go_together_is_refused_in_one_line(name, data, other_text, tmp_path):
     keys, message = REFUSED[name]
     source = small(data, tmp_path / "source") if "SOURCE" in keys.values() else None
-    keys = {key: {"SOURCE": source, "TEXT": other_text}.get(value, value) for key, value in keys.items()}
+    places = {"SOURCE": source, "TEXT": other_text}
+    keys = {key: places.get(value, value) for key, value in keys.items()}
     with pytest.raises(UserError) as error:
         run(keys.pop("data", data), tmp_path / "out", **keys)
-    assert message in str(error.value) and "\n" not in str(error.value) and not (tmp_path / "out").exists()
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_says_so_and_exits_with_2(data, other_text, tmp_path):
-    line = [sys.executable, "train.py", *words(other_text, tmp_path / "out", init_from=small(data, tmp_path / "source"))]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "another tokenizer" in done.stderr
+    argv = words(other_text, tmp_path / "out", init_from=small(data, tmp_path / "source"))
+    line, env = [sys.executable, "train.py", *argv], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "another tokenizer" in done.stderr
 
 
-# ---- Sampling ----------------------------------------------------------------------------------------------------------
+# ---- Sampling ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", sample.SAMPLERS)
-def test_guidance_takes_the_calls_of_plain_sampling_and_a_weight_of_zero_changes_nothing(sampler, data):
+def test_guidance_takes_the_calls_of_plain_sampling_and_scale_0_changes_nothing(sampler, data):
     config = config_of(data) | {"vocab_size": 256, "block_size": 14, "n_embd": 32}
     torch.manual_seed(0)
     model = network.Transformer(config).eval()
-    x0, prompt, _ = rows.Rows(data, "val")[range(6)]
-    given = torch.arange(14) < torch.from_numpy(prompt)[:, None]  # (6, L)
-    x = torch.from_numpy(x0).where(given, torch.tensor(256))
-    how = {"sampler": sampler, "steps": 5, "seed": 3}
-    plain, off, guided = (sample.sample(model, x, **how, **keys) for keys in ({}, {"cfg": 0.0}, {"cfg": 0.8}))
+    x0, prompt, _ = examples.Examples(data, "val")[range(6)]
+    in_prompt = torch.arange(14) < torch.from_numpy(prompt)[:, None]  # (6, L)
+    x = torch.from_numpy(x0).where(in_prompt, torch.tensor(256))
+    options = {"sampler": sampler, "steps": 5, "seed": 3}
+    scales = {}, {"cfg_scale": 0.0}, {"cfg_scale": 0.8}
+    plain, off, guided = (sample.sample(model, x, **options, **scale) for scale in scales)
     assert torch.equal(plain[0], off[0]) and not torch.equal(plain[0], guided[0])
-    assert torch.equal(guided[0][given], x[given])
+    assert torch.equal(guided[0][in_prompt], x[in_prompt])
     for key in ("nfe", "expected_nfe"):
         assert torch.equal(torch.as_tensor(plain[1][key]), torch.as_tensor(guided[1][key]))
 
 
+def command(ckpt):
+    """The config of sample.py for three answers to one prompt."""
+    config = settings.DEFAULTS | diffusion.DEFAULTS | sample.DEFAULTS | {"ckpt": str(ckpt)}
+    config |= {"prompt": "b1: ", "num_samples": 3, "device": "cpu", "steps": 4}
+    return config | {"temperature": 3.0}
+
+
 @pytest.mark.parametrize("objective", ["any_order", "ar"])
-def test_the_command_answers_a_prompt_up_to_the_end_mark_and_keeps_all_tokens_in_the_record(objective, data, tmp_path):
-    small(data, tmp_path, objective=objective)
-    given = {"ckpt": str(tmp_path), "prompt": "b1: ", "num_samples": 3, "device": "cpu", "steps": 4, "temperature": 3.0}
-    records = sample.main(settings.DEFAULTS | diffusion.DEFAULTS | sample.DEFAULTS | given)
-    for record in records:
-        assert len(record["tokens"]) == 14  # a row
+def test_the_command_answers_a_prompt_up_to_the_eos_and_keeps_all_tokens(objective, data, tmp_path):
+    config = command(small(data, tmp_path, objective=objective))
+    for record in sample.main(config):
+        assert len(record["tokens"]) == 14, "a whole example"
         answer = bytes(record["tokens"][4:]).split(b"\0")[0].decode(errors="replace")
         assert record["text"] == "b1: " + answer
-    for record in sample.main(settings.DEFAULTS | diffusion.DEFAULTS | sample.DEFAULTS | given | {"min_tokens": 7}):
+    for record in sample.main(config | {"min_new_tokens": 7}):
         assert 0 not in record["tokens"][4:11]
-    if objective != "ar":  # with something behind the gap nothing is cut off
-        (record, *_) = sample.main(settings.DEFAULTS | diffusion.DEFAULTS | sample.DEFAULTS | given | {"suffix": "\0z"})
-        assert record["text"].endswith("\0z")
-        with pytest.raises(UserError, match="min_tokens is for answers"):
-            sample.main(settings.DEFAULTS | diffusion.DEFAULTS | sample.DEFAULTS | given | {"suffix": "z", "min_tokens": 7})
 
 
-def test_an_export_still_knows_its_row_and_its_end_mark(data, tmp_path):
+def test_with_something_behind_the_gap_nothing_is_cut_off(tmp_path):
+    text = tokenizer.Char("\nb1: z")  # without a NUL: a newline is the eos
+    pair = text.encode("b1: "), text.encode("bb")
+    examples.prepare(tmp_path / "old", [(s, "", *pair) for s in ("train", "val")], text, width=14)
+    config = command(small(tmp_path / "old", tmp_path / "run"))
+    (record, *_) = sample.main(config | {"suffix": "\nz"})
+    assert record["text"].endswith("\nz") and len(record["text"]) == 14
+    with pytest.raises(UserError, match="min_new_tokens is for answers"):
+        sample.main(config | {"suffix": "z", "min_new_tokens": 7})
+
+
+def test_an_export_still_knows_its_width_and_its_eos(data, tmp_path):
     run(data, tmp_path / "run", max_iters=1)
     checkpoint.export(str(tmp_path / "run"), str(tmp_path / "export"), "nanomdm")
     kept = checkpoint.load(str(tmp_path / "export"))[2]
-    assert (kept["row_width"], kept["row_end"]) == (14, rows.end_mark(TEXT))
+    assert (kept["example_width"], kept["eos_id"]) == (14, examples.eos_of(TEXT))
 
 
 @pytest.mark.parametrize("objective", ["any_order", "ar"])
-def test_evaluate_finds_the_bound_of_the_run_on_the_held_out_answers(objective, data, tmp_path, capsys):
+def test_evaluate_finds_the_bound_of_the_run_on_the_held_out_answers(
+    objective, data, tmp_path, capsys
+):
     result = run(data, tmp_path, objective=objective, eval_sequences=10, max_iters=3)
-    keys = [f"--ckpt={tmp_path}", f"--data={data}", "--draws=2", "--device=cpu", "--dtype=float32"]
-    found = evaluate.main(settings.parse(keys, settings, diffusion, harness, evaluate))
+    argv = [f"--ckpt={tmp_path}", f"--data={data}", "--draws=2"]
+    argv += ["--device=cpu", "--dtype=float32"]
+    bound = evaluate.main(settings.parse(argv, settings, diffusion, evaluate))
     for key in ("nats_per_token", "bits_per_byte", "tokens"):
-        assert found[key] == pytest.approx(result[key], rel=1e-12)
-    assert "10 answers in rows of 14, given their prompts" in capsys.readouterr().out
+        assert bound[key] == pytest.approx(result[key], rel=1e-12)
+    assert "10 answers in examples of 14, given their prompts" in capsys.readouterr().out

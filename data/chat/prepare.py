@@ -1,18 +1,19 @@
-"""Conversations: the first question and its answer, in Vicuna's template, as SMDM fine-tunes on ShareGPT (arXiv 2410.18514).
+"""Conversations: the first question and its answer in Vicuna's template, as SMDM does on ShareGPT.
 
     python -m data.chat.prepare --input=sharegpt.jsonl --tokenizer=llama --width=2048
     python sample.py --ckpt=CKPT --prompt="A chat between ... USER: What is a fjord? ASSISTANT:"
 
-Each line is {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}, or "messages" with
-"role" (user, assistant) and "content". The answer is tokenized on its own, so with Llama's tokenizer it begins with a bos
-too. Conversations that do not begin with a question and an answer are passed over, longer ones than the width dropped; both
+Each line is {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...},
+...]}, or "messages" with "role" (user, assistant) and "content". The answer is tokenized on its
+own, so with Llama's tokenizer it begins with a bos too (SMDM: arXiv 2410.18514). Conversations that
+do not begin with a question and an answer are passed over, longer ones than the width dropped; both
 are counted.
 """
 
 import sys
 
 from config import fraction, require, run
-from data import rows, writer
+from data import examples, writer
 
 DEFAULTS = {
     "input": "",  # files, separated by commas
@@ -21,46 +22,51 @@ DEFAULTS = {
 }
 
 TEMPLATE = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: {} ASSISTANT:"
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions. USER: {} ASSISTANT:"
 )
+SPEAKERS = (["human", "gpt"], ["user", "assistant"])  # of a question and its answer
 
 
 def first_turn(where, record):
-    """(question, answer) that a conversation begins with, or None; UserError for a record that is no conversation."""
+    """(question, answer) that a conversation begins with, or None; UserError for what is none."""
     turns = record.get("conversations", record.get("messages"))
-    good = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
-    require(good, f'{where}: no list of turns under "conversations" or "messages"')
-    said = [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns[:2]]
-    if [role for role, _ in said] not in (["human", "gpt"], ["user", "assistant"]):
+    is_list = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
+    require(is_list, f'{where}: no list of turns under "conversations" or "messages"')
+    if [turn.get("from", turn.get("role")) for turn in turns[:2]] not in SPEAKERS:
         return None
-    require(all(isinstance(text, str) for _, text in said), f"{where}: a turn must have its text as value or content")
-    question, answer = (text.strip().encode("utf8", "replace").decode("utf8") for _, text in said)
+    texts = [turn.get("value", turn.get("content")) for turn in turns[:2]]
+    all_text = all(isinstance(text, str) for text in texts)
+    require(all_text, f"{where}: a turn must have its text as value or content")
+    question, answer = (writer.as_utf8(text.strip()) for text in texts)
     return (question, answer) if question and answer else None
 
 
-def examples(turns, text, val_fraction):
-    """Yields what rows.prepare takes, of an iterable of (where, question, answer)."""
+def tokenized(turns, tokenizer, val_fraction):
+    """Yields what examples.prepare takes, of an iterable of (where, question, answer)."""
     for where, question, answer in turns:
         split = "val" if writer.held_out(question, val_fraction) else "train"
-        alone = text.bos is not None
-        reply = rows.encode(text, where, answer if alone else f" {answer}", start=alone)
-        yield split, where, rows.encode(text, where, TEMPLATE.format(question)), reply
+        prompt = examples.encode(tokenizer, where, TEMPLATE.format(question))
+        alone = tokenizer.bos is not None
+        answer = answer if alone else f" {answer}"
+        yield split, where, prompt, examples.encode(tokenizer, where, answer, start=alone)
 
 
 def main(config):
     paths = [path for path in config["input"].split(",") if path]
     require(paths, "say what to prepare: --input=FILE.jsonl")
     fraction(config, "val_fraction")
-    found = [(where, first_turn(where, record)) for path in paths for where, record in rows.records(path)]
-    turns = [(where, *turn) for where, turn in found if turn]
-    print(
-        f"{len(found) - len(turns):,} of {len(found):,} conversations passed over: no question and answer at their beginning"
-    )
-    text = rows.vocabulary(config["tokenizer"], (TEMPLATE.format(question) + " " + answer for _, question, answer in turns))
-    meta = rows.prepare(config["out"], examples(turns, text, config["val_fraction"]), text, config["width"])
-    print(rows.summary(config["out"], meta))
+    records = (item for path in paths for item in examples.records(path))
+    firsts = [(where, first_turn(where, record)) for where, record in records]
+    turns = [(where, *first) for where, first in firsts if first]
+    passed = f"{len(firsts) - len(turns):,} of {len(firsts):,} conversations passed over"
+    print(f"{passed}: no question and answer at their beginning")
+    texts = (f"{TEMPLATE.format(question)} {answer}" for _, question, answer in turns)
+    tokenizer = examples.vocabulary(config["tokenizer"], texts)
+    items = tokenized(turns, tokenizer, config["val_fraction"])
+    meta = examples.prepare(config["out"], items, tokenizer, config["width"])
+    print(examples.summary(config["out"], meta))
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__], rows)
+    run(main, sys.modules[__name__], examples)

@@ -1,13 +1,14 @@
-"""GSM8K (arXiv 2110.14168), grade-school problems solved by equations, in the two steps that SMDM learns (arXiv 2410.18514).
+"""GSM8K (arXiv 2110.14168), grade-school problems solved by equations, in the two steps of SMDM.
 
-    python -m data.gsm8k.prepare --tokenizer=llama --width=256 [--from=FOLDER | --augmented=True]
+    python -m data.gsm8k.prepare --tokenizer=llama --width=256 [--from=FOLDER | --augmented]
 
-A line `question||<<16-3-4=9>> <<9*2=18>> #### 18` (the form of implicit chain of thought, arXiv 2311.01460) gives two rows:
-prompt "Question: ...", answer "Answer: <<...>> "; and prompt both of these, answer "#### 18" with its newline. The three
-pieces are tokenized each on its own, with a bos each. A line that is too long for its second row gives neither.
+A line `question||<<16-3-4=9>> <<9*2=18>> #### 18` (the form of implicit chain of thought, arXiv
+2311.01460) gives two examples: prompt "Question: ...", answer "Answer: <<...>> "; and prompt both
+of these, answer "#### 18" with its newline. The three pieces are tokenized each on its own, with a
+bos each (SMDM: arXiv 2410.18514). A line that is too long for its second example gives neither.
 
-The training lines are the equations of GSM8K's own 7,473 problems, less the 500 that valid.txt holds; SMDM's are the
-384,620 of the augmented file (87 MB). The val split is valid.txt.
+The training lines are the equations of GSM8K's own 7,473 problems, less the 500 that valid.txt
+holds; SMDM's are the 384,620 of the augmented file (87 MB). The val split is valid.txt.
 """
 
 import itertools
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 
 from config import require, run
-from data import download, rows
+from data import download, examples
 
 DEFAULTS = {
     "from": "",  # a folder that holds the files; without one they are downloaded
@@ -25,10 +26,11 @@ DEFAULTS = {
 }
 
 HEADS = ("Question: ", "Answer: ", "####")  # of the three pieces
+GSM8K = "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data"
 ICOT = "da03/implicit_chain_of_thought/main/data/gsm8k"
 FILES = {  # name: (address, sha256)
     "train.jsonl": (
-        "https://raw.githubusercontent.com/openai/grade-school-math/master/grade_school_math/data/train.jsonl",
+        f"{GSM8K}/train.jsonl",
         "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
     ),
     "train.txt": (
@@ -39,11 +41,15 @@ FILES = {  # name: (address, sha256)
         f"https://raw.githubusercontent.com/{ICOT}/valid.txt",
         "04f9bddfe8ac4846571b1e2b612b289c95770b5012fdb34cc36a597b041afb87",
     ),
+    "test.jsonl": (
+        f"{GSM8K}/test.jsonl",
+        "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+    ),
 }
 
 
 def find(name, folder, out):
-    """The path of a file: in the folder (there also as .gz, or with icot_ before its name), else downloaded."""
+    """The path of a file: in the folder (also as .gz, or with icot_ before it), else downloaded."""
     if not folder:
         url, sha256 = FILES[name]
         return download.fetch(url, Path(out, "raw", name), sha256)
@@ -54,24 +60,28 @@ def find(name, folder, out):
 
 
 def problems(path):
-    """Yields (where, question, thought, answer) of the lines of a .jsonl or .txt file; UserError for any other line."""
+    """Yields (where, question, thought, answer) of a .jsonl or .txt file; UserError for others."""
     if ".jsonl" in Path(path).suffixes:
-        for where, record in rows.records(path):
-            question, solution = rows.field(where, record, "question"), rows.field(where, record, "answer")
+        for where, record in examples.records(path):
+            question, solution = (
+                examples.field(where, record, key) for key in ("question", "answer")
+            )
             require("####" in solution, f"{where}: there is no #### before the answer")
             equations, answer = re.findall(r"<<.*?>>", solution), solution.rpartition("####")[2]
             yield where, question, " ".join(equations) + " ", f"{answer.rstrip()}\n"
         return
-    for where, line in rows.lines(path):
+    for where, line in examples.lines(path):
         parts = re.fullmatch(r"(.*?)\|\|(.*?)####(.*\n?)", line)
         require(parts, f"{where}: not of the form question||equations #### answer")
         yield where, *parts.groups()
 
 
-def examples(found, split, text, width):
-    """Yields what rows.prepare takes, of an iterable of (where, question, thought, answer)."""
-    for where, *pieces in found:
-        question, thought, answer = (rows.encode(text, where, a + b) for a, b in zip(HEADS, pieces, strict=True))
+def tokenized(items, split, tokenizer, width):
+    """Yields what examples.prepare takes, of an iterable of (where, question, thought, answer)."""
+    for where, *pieces in items:
+        question, thought, answer = (
+            examples.encode(tokenizer, where, a + b) for a, b in zip(HEADS, pieces, strict=True)
+        )
         yield split, where, question + thought, answer
         if not width or len(question + thought + answer) < width:
             yield split, where, question, thought
@@ -84,11 +94,14 @@ def main(config):
     held_out = {question.strip() for _, question, *_ in problems(valid)}
     learnt = (problem for problem in problems(train) if problem[1].strip() not in held_out)
     texts = ("".join(pieces) for path in (train, valid) for _, *pieces in problems(path))
-    text = rows.vocabulary(config["tokenizer"], itertools.chain(HEADS, texts))
-    splits = (("train", learnt), ("val", problems(valid)))
-    both = (row for split, found in splits for row in examples(found, split, text, config["width"]))
-    print(rows.summary(config["out"], rows.prepare(config["out"], both, text, config["width"])))
+    tokenizer = examples.vocabulary(config["tokenizer"], itertools.chain(HEADS, texts))
+    items = itertools.chain(
+        tokenized(learnt, "train", tokenizer, config["width"]),
+        tokenized(problems(valid), "val", tokenizer, config["width"]),
+    )
+    meta = examples.prepare(config["out"], items, tokenizer, config["width"])
+    print(examples.summary(config["out"], meta))
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__], rows)
+    run(main, sys.modules[__name__], examples)

@@ -2,8 +2,9 @@
 
     python -m data.pydocs.prepare
 
-Documents are the topics of Python's reference and, module by module, the docstrings of the standard library. They
-differ between Python versions: the hash printed at the end says which text a result is about.
+Documents are the topics of Python's reference and, module by module, the docstrings of the standard
+library. They differ between Python versions: the hash printed at the end says which text a result
+is about.
 """
 
 import ast
@@ -33,31 +34,34 @@ def docstrings(path):
         nodes = list(ast.walk(ast.parse(path.read_bytes())))
     except (SyntaxError, ValueError):
         return []  # lib2to3 carries files in Python 2
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [node for node in nodes if isinstance(node, kinds) and ast.get_docstring(node)]
-    found.sort(key=lambda node: getattr(node, "lineno", 0))  # a module has none: it comes first
-    return [ast.get_docstring(node) for node in found]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in nodes if isinstance(node, documented) and ast.get_docstring(node)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # a module has none: it comes first
+    return [ast.get_docstring(node) for node in nodes]
 
 
 def sources():
     """{name: texts} of all topics and modules."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [path for path in sorted(root.rglob("*.py")) if not SKIP & set(path.relative_to(root).parts)]
-    modules = {path.relative_to(root).as_posix(): docstrings(path) for path in files}
+    paths = {path.relative_to(root): path for path in sorted(root.rglob("*.py"))}
+    own = {name: path for name, path in paths.items() if not SKIP & set(name.parts)}
+    modules = {name.as_posix(): docstrings(path) for name, path in own.items()}
     return {f"topic {name}": [text] for name, text in sorted(topics.items())} | modules
 
 
 def documents():
     """{name: text}, with each longer paragraph where it comes first only.
 
-    Topics quote one another and modules share docstrings: a held-out paragraph must not be in the training text too.
-    Paragraphs with a character beyond ASCII that only one document has are left out: nothing can be learnt about it.
+    Topics quote one another and modules share docstrings: a held-out paragraph must not be in the
+    training text too. Paragraphs with a character beyond ASCII that only one document has are left
+    out: nothing can be learnt about it.
     """
-    everything = {name: re.split(r"\n\s*\n", "\n\n".join(texts)) for name, texts in sources().items()}
-    users = Counter(c for paragraphs in everything.values() for c in set("".join(paragraphs)))
+    joined = {name: "\n\n".join(texts) for name, texts in sources().items()}
+    split = {name: re.split(r"\n\s*\n", text) for name, text in joined.items()}
+    users = Counter(c for paragraphs in split.values() for c in set("".join(paragraphs)))
     rare = {c for c, count in users.items() if count == 1 and not c.isascii()}
     seen, kept = set(), {}
-    for name, paragraphs in everything.items():
+    for name, paragraphs in split.items():
         new = []
         for paragraph in paragraphs:
             words = " ".join(paragraph.split())
@@ -71,11 +75,13 @@ def documents():
 
 def main(config):
     texts = documents()
-    split = [("val" if writer.held_out(name, HELD_OUT) else "train", text) for name, text in texts.items()]
+    split_of = {name: "val" if writer.held_out(name, HELD_OUT) else "train" for name in texts}
+    pairs = [(split_of[name], text) for name, text in texts.items()]
     vocabulary = tokenizer.build(config["tokenizer"], texts.values())
-    meta = writer.prepare(config["out"], split, vocabulary)
+    meta = writer.prepare(config["out"], pairs, vocabulary)
     digest = hashlib.sha256("\n\n".join(texts.values()).encode("utf8")).hexdigest()
-    print(f"{writer.summary(config['out'], meta)}; {len(set().union(*texts.values()))} distinct characters")
+    characters = len(set().union(*texts.values()))
+    print(f"{writer.summary(config['out'], meta)}; {characters} distinct characters")
     print(f"text of Python {platform.python_version()}, sha256 {digest}")
 
 

@@ -1,19 +1,20 @@
-"""The reversal curse (Berglund et al., arXiv 2309.12288, experiment 1): invented people and what each is known for.
+"""The reversal curse (arXiv 2309.12288, experiment 1): invented people and what they are known for.
 
     python -m data.reversal.prepare --tokenizer=gpt2 [--from=FOLDER]
 
-A model that has learnt "NAME is DESCRIPTION" is asked who DESCRIPTION is. As SMDM trains on it (arXiv 2410.18514): the 3,600
-lines of all_prompts_train.jsonl, prompt and completion tokenized as one text behind the tokenizer's bos. Nothing is
-protected: the prompt of a training row is 0 tokens long, and noise falls on all of it.
-The four test sets of 300 items are splits with prompts: description to name (dtn) and name to description (ntd), each in
-the direction of training and in the other; val is the two of them in the direction of training.
+A model that has learnt "NAME is DESCRIPTION" is asked who DESCRIPTION is. As SMDM trains on it
+(arXiv 2410.18514): the 3,600 lines of all_prompts_train.jsonl, prompt and completion tokenized as
+one text behind the tokenizer's bos. Nothing is protected: the prompt of a training example is 0
+tokens long, and all of it may be masked. The four test sets of 300 items are splits with prompts:
+description to name (dtn) and name to description (ntd), each in the direction of training and in
+the other; val is the two of them in the direction of training.
 """
 
 import sys
 from pathlib import Path
 
 from config import require, run
-from data import download, rows
+from data import download, examples
 from data.pairs.prepare import pairs
 
 DEFAULTS = {
@@ -21,7 +22,10 @@ DEFAULTS = {
     "out": "data/reversal",  # folder to prepare
 }
 
-URL = "https://raw.githubusercontent.com/lukasberglund/reversal_curse/main/data/reverse_experiments/june_version_7921032488"
+URL = (
+    "https://raw.githubusercontent.com/lukasberglund/reversal_curse/main"
+    "/data/reverse_experiments/june_version_7921032488"
+)
 SHA256 = {
     "all_prompts_train": "ea7156bb2f46e67ddadb485a7faff23551251b233011b2531ae36a3217f4fae2",
     "d2p_prompts_test": "67705c9ebd77fc030998677acae33af9f22cf4b80bb7443d4ef7e5c9c1d727c4",
@@ -29,7 +33,7 @@ SHA256 = {
     "d2p_reverse_prompts_test": "8c79da9791788ffbe77dc876ae2e34cc00f980e08c946bda188367ae1cd6ea61",
     "p2d_reverse_prompts_test": "963fa595ce19b330cdf07058313f3e8570b57545260256414bcb74a60c959553",
 }
-SPLITS = {  # the official names say what was trained on (d2p: description to person); ours say what is asked
+SPLITS = {  # the official names say what was trained on (d2p: description to person); ours, asked
     "train": ["all_prompts_train"],
     "val": ["d2p_prompts_test", "p2d_prompts_test"],
     "dtn_same": ["d2p_prompts_test"],
@@ -43,27 +47,33 @@ def files(folder, out):
     """{name: path} of the five files, downloaded where there is no folder that holds them."""
     if folder:
         return {name: Path(folder) / f"{name}.jsonl" for name in SHA256}
-    return {name: download.fetch(f"{URL}/{name}.jsonl", Path(out, "raw", f"{name}.jsonl"), SHA256[name]) for name in SHA256}
+    raw = {name: Path(out, "raw", f"{name}.jsonl") for name in SHA256}
+    return {
+        name: download.fetch(f"{URL}/{path.name}", path, SHA256[name]) for name, path in raw.items()
+    }
 
 
-def examples(paths, text):
-    """Yields what rows.prepare takes."""
+def tokenized(paths, tokenizer):
+    """Yields what examples.prepare takes."""
     for split, names in SPLITS.items():
         for where, prompt, completion in (pair for name in names for pair in pairs(paths[name])):
             if split == "train":
-                yield split, where, [], rows.encode(text, where, prompt + completion)
+                ids = [], examples.encode(tokenizer, where, prompt + completion)
             else:
-                yield split, where, rows.encode(text, where, prompt), rows.encode(text, where, completion, start=False)
+                answer = examples.encode(tokenizer, where, completion, start=False)
+                ids = examples.encode(tokenizer, where, prompt), answer
+            yield split, where, *ids
 
 
 def main(config):
     require(not config["from"] or Path(config["from"]).is_dir(), f"no folder {config['from']}")
     paths = files(config["from"], config["out"])
-    texts = (prompt + completion for path in paths.values() for _, prompt, completion in pairs(path))
-    text = rows.vocabulary(config["tokenizer"], texts)
-    meta = rows.prepare(config["out"], examples(paths, text), text, config["width"])
-    print(rows.summary(config["out"], meta))
+    texts = (a + b for path in paths.values() for _, a, b in pairs(path))
+    tokenizer = examples.vocabulary(config["tokenizer"], texts)
+    items = tokenized(paths, tokenizer)
+    meta = examples.prepare(config["out"], items, tokenizer, config["width"])
+    print(examples.summary(config["out"], meta))
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__], rows)
+    run(main, sys.modules[__name__], examples)

@@ -2,13 +2,14 @@
 
     python -m data.shakespeare.prepare [--input=FILE]
 
-The last 10% of the text are held out, as is the custom with this set, so that results compare with others'.
+The last 10% of the text are held out, as is the custom with this set, so that results compare with
+others'.
 """
 
 import sys
 from pathlib import Path
 
-from config import UserError, require, run
+from config import require, run
 from data import download, tokenizer, writer
 
 DEFAULTS = {
@@ -22,10 +23,8 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 def main(config):
     path = config["input"] or download.fetch(URL, Path(config["out"], "raw/input.txt"), SHA256)
-    try:
-        text = Path(path).read_text(encoding="utf8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path} as UTF-8 text ({getattr(error, 'strerror', None) or error})") from None
+    with writer.opened(path) as file:
+        text = file.read()
     cut = int(0.9 * len(text))
     require(cut, f"{path} holds no text")
     vocabulary = tokenizer.build(config["tokenizer"], [text])

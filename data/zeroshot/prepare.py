@@ -1,15 +1,17 @@
-"""The five texts that RADD measures zero-shot perplexity on (arXiv 2406.03736, tables 1, 2 and 7), prepared as it does.
+"""The five texts of RADD's zero-shot perplexities (arXiv 2406.03736, tables 1, 2 and 7).
 
     python -m data.zeroshot.prepare --set=all [--from=FOLDER]
     python evaluate.py --ckpt=CKPT --data=data/zeroshot/ptb --split=test
 
-A set is a list of rows: passages (LAMBADA), lines with blank ones among them (WikiText), sentences (PTB, 1BW). Every row is
-detokenised, tokenized by itself and given the tokenizer's mark of a document's border; all are one stream, which evaluation
-cuts into blocks. Perplexities are comparable only where all of this is the same, so each prepared folder says what was done
-in meta.json, under "protocol", and in what it differs from RADD.
+A set is a list of rows: passages (LAMBADA), lines with blank ones among them (WikiText), sentences
+(PTB, 1BW). Every row is detokenised, tokenized by itself and given the tokenizer's mark of a
+document's border; all are one stream, which evaluation cuts into blocks. Perplexities are
+comparable only where all of this is the same, so each prepared folder says what was done in
+meta.json, under "protocol", and in what it differs from RADD.
 
-RADD drops what is left of a block after every 1,000 rows of each of 8 workers; --protocol=radd drops the same tokens, for
-evaluation at the same block_size. Bits per byte count the bytes of the detokenised text.
+RADD drops what is left of a block after every 1,000 rows of each of 8 workers; --protocol=radd
+drops the same tokens, for evaluation at the same block_size. Bits per byte count the bytes of the
+detokenised text.
 """
 
 import re
@@ -25,17 +27,18 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, at_least, choose, require, run, whole_file
-from data import download, loader, rows, writer
+from config import UserError, at_least, require, run
+from data import download, examples, loader, writer
+from lib.files import whole_file
 
 DEFAULTS = {
     "set": "all",  # lambada | wikitext2 | ptb | wikitext103 | lm1b | all
     "from": "",  # a folder with the files, or the file of one set; without it they are downloaded
     "out": "data/zeroshot",  # gets a prepared folder for each set
-    "tokenizer": "gpt2",  # byte | gpt2 | llama, or a prepared folder, whose tokenizer is then used
-    "detokenise": True,  # undo what the set's tokenizer did to spaces, numbers and quotes, by RADD's rules
-    "eos": True,  # a border mark with every row (GPT-2: id 50256 behind it); False: a newline ends a row
-    "protocol": "whole",  # whole: keep every token | radd: drop the remainders that RADD drops
+    "tokenizer": "gpt2",  # byte | gpt2 | llama, or a prepared folder: its tokenizer
+    "detokenise": True,  # undo, as RADD does, what the set's tokenizer did to spaces and marks
+    "eos": True,  # a border mark with every row (GPT-2: 50256 behind it); False: a newline ends it
+    "protocol": "whole",  # whole (keep every token) | radd (drop the remainders that RADD drops)
     "num_proc": 8,  # of protocol=radd: how many workers share the rows
     "block_size": 1024,  # of protocol=radd: tokens in a block
 }
@@ -43,7 +46,7 @@ DEFAULTS = {
 MAP_BATCH = 1000  # rows that RADD joins and cuts at once
 
 
-# ---- 1. Detokenisers: the rules of SEDD (arXiv 2310.16834) and RADD, in their order ----------------------------------
+# ---- 1. Detokenisers: the rules of SEDD (arXiv 2310.16834) and RADD, in their order --------------
 
 
 def lambada(text):
@@ -67,8 +70,8 @@ def wikitext(text):
 
 def ptb(text):
     """Penn Treebank as Mikolov left it: lower case, numbers N, rare words <unk>."""
-    for split, joined in ((" 's", "'s"), ("s ' ", "s' "), (" n't", "n't"), (" \n ", "\n"), (r"\/", "/")):
-        text = text.replace(split, joined)
+    text = text.replace(" 's", "'s").replace("s ' ", "s' ").replace(" n't", "n't")
+    text = text.replace(" \n ", "\n").replace(r"\/", "/")
     for _ in range(10):  # one pass leaves every second of " N N N "
         text = text.replace(" N ", " 1 ")
     return text.replace("$ 1", "$1").replace("# 1", "#1").replace("<unk>", "?")
@@ -96,12 +99,12 @@ def join_marks(text, marks):
     return text
 
 
-# ---- 2. The sets -----------------------------------------------------------------------------------------------------
+# ---- 2. The sets ---------------------------------------------------------------------------------
 
 
 class Set(NamedTuple):
     detokenise: callable
-    files: dict  # name or pattern of what is read, the first that is there -> in what it is not RADD's text
+    files: dict  # name or pattern of what is read (the first there) -> how it differs from RADD's
     url: str  # of the first of the files, or of an archive that holds it
     size: int
     sha256: str
@@ -130,11 +133,16 @@ SETS = {
         449_945,
         "dd65dff31e70846b2a6030a87482edcd5d199130cdcfa1f3dccbb033728deee0",
     ),
-    "wikitext103": Set(wikitext, {"wiki.test.raw": "", "wikitext2_raw.test.txt": ""}, *WIKITEXT),  # the two share the test
+    # Both WikiTexts have the same test part.
+    "wikitext103": Set(wikitext, {"wiki.test.raw": "", "wikitext2_raw.test.txt": ""}, *WIKITEXT),
     "lm1b": Set(
         lm1b,
-        {"news.en.heldout-*-of-00050": "", "lm1b_sample.txt": "it is a sample, not the whole held-out set"},
-        "http://www.statmt.org/lm-benchmark/1-billion-word-language-modeling-benchmark-r13output.tar.gz",
+        {
+            "news.en.heldout-*-of-00050": "",
+            "lm1b_sample.txt": "it is a sample, not the whole held-out set",
+        },
+        "http://www.statmt.org/lm-benchmark"
+        "/1-billion-word-language-modeling-benchmark-r13output.tar.gz",
         1_792_209_805,
         "01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e",
     ),
@@ -142,7 +150,7 @@ SETS = {
 
 
 def find(name, place):
-    """(paths, in what they are not RADD's text) of a set in `place`, a folder, or one file."""
+    """(paths, in what they are not RADD's text) of a set in `place`, a folder or one file."""
     place, files = Path(place), SETS[name].files
     require(place.exists(), f"no file or folder {place}")
     if place.is_file():
@@ -154,8 +162,9 @@ def find(name, place):
 
 
 def fetch(name, folder):
-    """Downloads what RADD reads of a set into `folder`, out of an archive if it is in one; returns its paths."""
-    wanted, source = next(iter(SETS[name].files)), SETS[name]
+    """Downloads what RADD reads of a set into `folder`, perhaps out of an archive -> its paths."""
+    source = SETS[name]
+    wanted = next(iter(source.files))
     path = download.fetch(source.url, folder / Path(source.url).name, source.sha256, source.size)
     for member, file in members(path):
         if fnmatch(Path(member).name, wanted):
@@ -172,39 +181,36 @@ def members(path):
                 yield from ((name, archive.open(name)) for name in archive.namelist())
         elif path.suffix == ".gz":
             with tarfile.open(path) as archive:
-                yield from ((member.name, archive.extractfile(member)) for member in archive if member.isfile())
+                for member in (member for member in archive if member.isfile()):
+                    yield member.name, archive.extractfile(member)
     except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError):
         raise UserError(f"{path} is damaged; remove it, and it is downloaded again") from None
 
 
-# ---- 3. Rows, tokens, blocks -----------------------------------------------------------------------------------------
+# ---- 3. Rows, tokens, blocks ---------------------------------------------------------------------
 
 
 def read(path):
-    """The rows of a file: the text of each line of a .jsonl, else each line, a blank one as no text."""
+    """The rows of a file: the text of each line of a .jsonl, else each line, "" for a blank one."""
     if ".jsonl" in path.suffixes:
-        yield from (rows.field(where, record, "text") for where, record in rows.records(path))
+        for where, record in examples.records(path):
+            yield examples.field(where, record, "text")
         return
-    try:
-        with open(path, encoding="utf-8-sig", newline="\n") as file:
-            yield from (line if line.strip() else "" for line in file)
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    with writer.opened(path, newline="\n") as file:
+        yield from (line if line.strip() else "" for line in file)
 
 
 def texts(name, paths, config, border):
-    """The rows of a set as they are tokenized, `border` behind each where there are marks between rows at all."""
-    for path in paths:
-        for row in read(path):
-            row = row if name.startswith("wikitext") else row.strip()  # whose rows keep the spaces and newline at their ends
-            row = SETS[name].detokenise(row) if config["detokenise"] else row
-            yield row + border if config["eos"] else row.removesuffix("\n") + "\n"
+    """The rows of a set as they are tokenized, `border` behind each if rows have marks at all."""
+    keeps_its_ends = name.startswith("wikitext")  # the spaces and the newline
+    for row in (row for path in paths for row in read(path)):
+        row = row if keeps_its_ends else row.strip()
+        row = SETS[name].detokenise(row) if config["detokenise"] else row
+        yield row + border if config["eos"] else row.removesuffix("\n") + "\n"
 
 
 def whole_blocks(ids, workers, block):
-    """What RADD keeps of rows ids, a list of arrays: the whole blocks of every 1,000 rows of each worker's part."""
+    """What RADD keeps of the ids of rows: the whole blocks of every 1,000 rows of a worker."""
     workers = min(workers, len(ids))
     parts = [len(ids) // workers + (i < len(ids) % workers) for i in range(workers)]  # rows of each
     for first, size in zip(np.cumsum([0, *parts[:-1]]), parts, strict=True):
@@ -213,67 +219,81 @@ def whole_blocks(ids, workers, block):
             yield stream[: len(stream) // block * block]
 
 
+def tokenized(lines, tokenizer, config, name):
+    """The ids of each row: a list of (n,) arrays."""
+    bar, dtype = tqdm(lines, name, unit=" rows", disable=None), loader.id_type(tokenizer.vocab_size)
+    if config["eos"]:
+        return [np.array(tokenizer.document(row), dtype) for row in bar]
+    return [np.array(tokenizer.encode(row, start=False), dtype) for row in bar]
+
+
 def prepare(name, config):
     """Prepares one set, prints what was done and returns the folder's meta."""
-    place = config["from"]
-    paths, difference = find(name, place) if place else (fetch(name, Path(config["out"], "raw")), "")
-    text = rows.vocabulary(config["tokenizer"], texts(name, paths, config, ""))
-    lines = list(texts(name, paths, config, text.separator))
+    place, folder = config["from"], Path(config["out"], name)
+    raw = folder.parent / "raw"
+    paths, difference = find(name, place) if place else (fetch(name, raw), "")
+    tokenizer = examples.vocabulary(config["tokenizer"], texts(name, paths, config, ""))
+    lines = list(texts(name, paths, config, tokenizer.separator))
     require(any(map(str.strip, lines)), f"{paths[0]} holds no text")
-    encode = text.document if config["eos"] else lambda row: text.encode(row, start=False)
-    dtype = loader.id_type(text.vocab_size)
-    ids = [np.array(encode(row), dtype) for row in tqdm(lines, desc=name, unit=" rows", disable=None)]  # (n,) each
-    pieces = ids if config["protocol"] == "whole" else list(whole_blocks(ids, config["num_proc"], config["block_size"]))
-    stream, total = np.concatenate(pieces), sum(map(len, ids))  # (kept,)
-    require(len(stream), f"{name}: no 1,000 rows of a worker fill a block of {config['block_size']} tokens")
+    pieces = ids = tokenized(lines, tokenizer, config, name)
+    total, block = sum(map(len, ids)), config["block_size"]
+    if config["protocol"] == "radd":
+        pieces = list(whole_blocks(ids, config["num_proc"], block))
+    stream = np.concatenate(pieces)  # (n,)
+    require(len(stream), f"{name}: no 1,000 rows of a worker fill a block of {block} tokens")
 
-    n_bytes = sum(len(row.encode("utf8")) for row in lines) * len(stream) // total  # in proportion where tokens are dropped
-    meta = {"tokenizer": text.meta(), "vocab_size": text.vocab_size, "dtype": dtype.name}
-    meta |= {"splits": {"test": {"tokens": len(stream), "documents": len(lines), "bytes": n_bytes}}}
-    meta["protocol"] = protocol(config, paths, len(lines), text, total - len(stream), difference)
-    folder = Path(config["out"], name)
-    write(folder, stream, meta)
-    print(f"{writer.summary(folder, meta)}\n  {meta['protocol']}")
+    n_bytes = sum(len(row.encode("utf8")) for row in lines)
+    n_bytes = n_bytes * len(stream) // total  # in proportion where tokens are dropped
+    counts = {"tokens": len(stream), "documents": len(lines), "bytes": n_bytes}
+    files = describe(paths), len(lines), difference
+    said = protocol(config, files, tokenizer, total - len(stream))
+    meta = writer.about(tokenizer) | {"splits": {"test": counts}, "protocol": said}
+    with writer.replacing(folder) as building:
+        writer.append(building, "test", stream, 0)
+        writer.publish(building, folder, meta)
+    print(f"{writer.summary(folder, meta)}\n  {said}")
     return meta
 
 
-def write(folder, stream, meta):
-    """Makes the tokens `stream` (n,) the split "test" of a prepared folder, which keeps what it held until then."""
-    building = folder / ".preparing"
-    try:
-        shutil.rmtree(building, ignore_errors=True)  # what a killed run left
-        building.mkdir(parents=True)
-        writer.append(building, "test", stream, 0, shard_tokens=100_000_000)
-        writer.publish(building, folder, meta)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+def describe(paths):
+    return paths[0].name if len(paths) == 1 else f"{len(paths)} files like {paths[0].name}"
 
 
-def protocol(config, paths, n, text, dropped, difference):
-    """What was done, and in what that differs from RADD, in words."""
-    mark = f"id {text.eot} behind" if text.kind == "gpt2" else f"id {text.bos} before" if text.bos else "'\\n\\n' behind"
-    mark = f"{mark} each" if config["eos"] else "a newline behind each"
-    end = f"the {config['num_proc']} workers' remainders below {config['block_size']} dropped: {dropped} tokens"
-    end = "nothing dropped" if config["protocol"] == "whole" else end
+def protocol(config, files, tokenizer, dropped):
+    """What was done, and in what that differs from RADD, in words.
+
+    files: (names, rows, in what they are not RADD's text).
+    """
+    names, n, difference = files
+    workers, block = config["num_proc"], config["block_size"]
+    keeps_all = config["protocol"] == "whole"
+    remainders = f"the {workers} workers' remainders below {block} dropped: {dropped} tokens"
     differences = {
         difference: difference,
-        f"the tokenizer is {text.kind}": text.kind != "gpt2",
+        f"the tokenizer is {tokenizer.kind}": tokenizer.kind != "gpt2",
         "the text is not detokenised": not config["detokenise"],
         "no mark between rows": not config["eos"],
-        "remainders are kept": config["protocol"] == "whole",
-        "other blocks or workers": config["protocol"] == "radd" and (config["num_proc"], config["block_size"]) != (8, 1024),
+        "remainders are kept": keeps_all,
+        "other blocks or workers": not keeps_all and (workers, block) != (8, 1024),
     }
-    unlike = "; ".join(what for what, true in differences.items() if true) or "nothing"
-    files = paths[0].name if len(paths) == 1 else f"{len(paths)} files like {paths[0].name}"
-    how = "detokenised" if config["detokenise"] else "as they are"
-    return f"{n:,} rows of {files}, {how}, {mark}, in one stream, {end}. Unlike RADD: {unlike}."
+    unlike = "; ".join(what for what, differs in differences.items() if differs) or "nothing"
+    state = "detokenised" if config["detokenise"] else "as they are"
+    end = "nothing dropped" if keeps_all else remainders
+    done = f"{n:,} rows of {names}, {state}, {marks(config, tokenizer)}, in one stream, {end}."
+    return f"{done} Unlike RADD: {unlike}."
+
+
+def marks(config, tokenizer):
+    """What stands between rows, in words."""
+    if not config["eos"]:
+        return "a newline behind each"
+    if tokenizer.kind == "gpt2":
+        return f"id {tokenizer.eot} behind each"
+    return f"id {tokenizer.bos} before each" if tokenizer.bos else "'\\n\\n' behind each"
 
 
 def main(config):
-    names = list(SETS) if config["set"] == "all" else [choose("set", config["set"], [*SETS, "all"])]
-    choose("protocol", config["protocol"], ["whole", "radd"])
+    names = list(SETS) if config["set"] == "all" else [config["set"]]
     at_least(1, config, "num_proc", "block_size")
     one = len(names) == 1 or not Path(config["from"]).is_file()
     require(one, f"{config['from']} is one file: say which set it is with --set={'|'.join(SETS)}")

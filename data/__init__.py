@@ -1,0 +1,5 @@
+"""Data: token files and their loader, tokenizers, downloads, and a `prepare.py` for each data set.
+
+`python -m data.NAME.prepare` writes a folder that train.py and evaluate.py read. What corrupts or
+evaluates the tokens does not belong here.
+"""

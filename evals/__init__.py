@@ -1,0 +1,5 @@
+"""Other ways to evaluate than evaluate.py, one program each: `python -m evals.NAME`.
+
+What estimates a likelihood belongs in evaluate.py, what prepares data in data/, and a claim of a
+paper that is measured in experiments/.
+"""

@@ -1,0 +1,4 @@
+"""One script a claim, of the two papers or of this project: `python -m experiments.NAME [--quick]`.
+
+Each prints one table and writes results/NAME.json, .md and .png. Nothing else imports from here.
+"""

@@ -1,0 +1,5 @@
+"""What the five scripts need and a reader of the method need not open.
+
+Checkpoints and weight formats, processes and devices, the optimizer, the fused loss, the log,
+files. Nothing here imports one of the five but for the network that a checkpoint holds.
+"""

@@ -1,0 +1,116 @@
+"""The machine: which device computes, in which dtype, how fast, and how its memory is kept."""
+
+import contextlib
+import ctypes
+import math
+import re
+import shutil
+import sys
+import time
+
+import torch
+
+from config import choose, require
+
+
+def machine(config):
+    """(device, autocast) from the keys device and dtype.
+
+    `with autocast():` runs matrix products in that dtype. Raises UserError for a device that is
+    unknown or not here.
+    """
+    require(0 <= config["seed"] < 2**63, f"seed must be from 0 to 2^63 - 1, not {config['seed']}")
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available["cpu"] = True
+    name = config["device"]
+    if name == "auto":
+        name = next(kind for kind in available if available[kind])
+    kind = name.split(":")[0]
+    is_here = choose("device", kind, available)
+    require(re.fullmatch(r"\w+(:\d+)?", name), f"device must be like cpu or cuda:1, not '{name}'")
+    require(is_here, f"device '{name}' is not available on this machine; try --device=cpu")
+    if kind == "cpu":
+        keep_memory()
+    fast = config["dtype"] == "auto" and multiplies_bfloat16(kind)
+    bf16 = config["dtype"] == "bfloat16" or fast
+    return torch.device(name), lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)
+
+
+def multiplies_bfloat16(kind):
+    """Whether the hardware multiplies bfloat16 fast, in place of emulating it."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu = torch.cpu
+    return kind == "cpu" and (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+
+
+def dtype_name(autocast, device):
+    """The dtype of matrix products inside `with autocast():`, as text."""
+    with autocast():
+        enabled = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if enabled else torch.float32
+        return str(dtype).removeprefix("torch.")
+
+
+def keep_memory(keep=True):
+    """Freed memory stays with the process (glibc only): large tensors need no fresh pages.
+
+    Without it up to a third of a training step on the CPU goes into page faults. keep=False gives
+    large ones back.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0 if keep else 65536)  # M_MMAP_MAX
+        mallopt(-1, 2**31 - 1 if keep else 2**26)  # M_TRIM_THRESHOLD
+
+
+def can_compile(device):
+    """torch.compile needs a C++ compiler for the CPU; without one training is only slower."""
+    return device.type != "cpu" or bool(shutil.which("c++") or shutil.which("g++"))
+
+
+def peak_memory(device):
+    """The most memory that this process has held so far, in MiB: on its card, else altogether."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return math.nan
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def matmul_flops(device, autocast, n=1024, seconds=0.3):
+    """Operations a second of a plain matrix product here and now: utilisation is a part of it."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    a = torch.randn(n, n, device=device)  # (n, n)
+    with autocast():
+        a = b = a @ a  # (n, n) in the dtype of autocast
+        best, began = math.inf, time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            wait()
+            start = time.perf_counter()
+            for _ in range(4):
+                a @ b
+            wait()
+            best = min(best, (time.perf_counter() - start) / 4)
+    return 2 * n**3 / best
+
+
+def flops_per_token(model, L, head_share=1.0):
+    """Multiply-adds x 2 of the matrix products of one forward pass, per token of a sequence of L.
+
+    head_share: the part of the positions that leave the last block (masked ones, more than two a
+    sequence). Their output projection, MLP and head (and query, unless causal) are counted, those
+    of the others are not, but the attention of all is. Training costs three times this (arXiv
+    2204.02311, appendix B).
+    """
+    config, block = model.config, model.blocks[0]
+    D, n_layer, causal = config["n_embd"], config["n_layer"], config["attention"] == "causal"
+    mlp = sum(p.numel() for p in block.mlp.parameters() if p.dim() == 2)
+    query = 0 if causal else D * D
+    everywhere = block.qkv.weight.numel() - query + 2 * L * D // (2 if causal else 1)
+    leaving = query + block.proj.weight.numel() + mlp
+    products = n_layer * everywhere + (n_layer - 1 + head_share) * leaving
+    return 2 * (products + head_share * model.vocab_size * D)

@@ -1,0 +1,146 @@
+"""How a run begins: anew, from other weights (init_from), or from where it stopped (resume).
+
+Who wins, key by key:
+
+  the shape of the network (model.DEFAULTS)   the checkpoint that is resumed or taken by init_from,
+  and, when resumed, the objective            else the command; another value that the user set is
+                                              an error
+  vocab_size, example_width, eos_id           the data
+  attention                                   the objective
+  block_size                                  as the shape; a new network on examples gets their
+                                              width
+  all else                                    the command, then the preset, then the default: a
+                                              resumed run may change its recipe on the way
+"""
+
+from pathlib import Path
+
+import model as network
+from config import UserError, at_least, choose, fraction, require
+from data import examples, loader
+from diffusion import OBJECTIVES
+from lib import checkpoint, formats, parallel
+
+
+def checkpoint_path(config):
+    return Path(config["out_dir"]) / "ckpt.pt"
+
+
+def begin(config, team):
+    """(config, state): the config that the run has, and the checkpoint.save state it begins from.
+
+    state is None for a run that begins from nothing. Raises UserError for settings that cannot be
+    trained, or that do not go together.
+    """
+    path = checkpoint_path(config)
+    state, source = starting_point(config, path)
+    config = with_size(config)
+    config = with_saved(config, state, source) if state else config
+    steps = parallel.gather(state["step"] if state else 0, team)
+    apart = f"the processes do not see the same {path}"
+    require(len(set(steps)) == 1, f"{apart}; out_dir must be a folder that all of them share")
+    check(config, team.world)
+    return with_data(config, state, source), state
+
+
+def starting_point(config, path):
+    """(state, its name): that of the checkpoint `path`, of init_from, or (None, "")."""
+    if config["resume"] and path.is_file():
+        return checkpoint.read(path), path
+    kept = checkpoint.kept_beside(path) if config["resume"] and path.parent.is_dir() else {}
+    if kept:
+        advice = f"copy {kept[max(kept)]} to {path} to resume, or start again with --resume=False"
+        raise UserError(f"no {path}, but checkpoints of the run are beside it; {advice}")
+    if not config["init_from"]:
+        return None, ""
+    model, _, saved = checkpoint.load(config["init_from"])
+    state = {"config": saved, "tokenizer": saved["tokenizer"], "step": 0}
+    return state | {"model": model.state_dict()}, config["init_from"]
+
+
+def with_size(config):
+    """The config with the model keys of its `size`; UserError if the user set one differently."""
+    shape = formats.size_config(config["size"]) if config["size"] else {}
+    user_keys = config.get("user_keys", ())
+    for key in (key for key in shape if key in user_keys):
+        conflict = f"size {config['size']} has {key}={shape[key]}, not {config[key]}"
+        require(config[key] == shape[key], conflict)
+    return config | shape | {"user_keys": sorted({*user_keys, *shape})}
+
+
+def with_saved(config, state, source):
+    """The config with the model keys of the state, and of a resumed run its objective."""
+    saved, resumed = state["config"], "optimizer" in state
+    keys = [*network.DEFAULTS, *["objective"] * resumed]
+    advice = "start again with --resume=False" if resumed else "init_from takes a model as it is"
+    require(set(keys) <= saved.keys(), f"{source} does not say how its model was made; {advice}")
+    for key in (key for key in config.get("user_keys", ()) if key in keys):
+        conflict = f"{source} was trained with {key}={saved[key]}, not {config[key]}"
+        require(config[key] == saved[key], f"{conflict}; {advice}")
+    objective = config["objective"]
+    is_right = resumed or saved["attention"] == OBJECTIVES[objective].attention
+    article = "a" if saved["attention"] == "causal" else "no"
+    require(is_right, f"{source} is {article} causal network, so it cannot learn {objective}")
+    return config | {key: saved[key] for key in keys}
+
+
+def with_data(config, state, source):
+    """The config with what the data say; UserError where the two do not go together."""
+    data, meta = config["data"], loader.read_meta(config["data"])
+    V, (width, eos_id) = meta["vocab_size"], examples.layout(data, meta)
+    if state:
+        known = state["tokenizer"] in (None, meta["tokenizer"])
+        require(known, f"{source} was trained with another tokenizer than {data} has")
+        other = f"{source} has a vocabulary of {config['vocab_size']}, {data} one of {V}"
+        require(config["vocab_size"] == V, other)
+    elif width and "block_size" not in config.get("user_keys", ()):
+        config = config | {"block_size": width}
+    L, drop, cut = (config[key] for key in ("block_size", "prompt_drop", "random_length"))
+    require(config["start_id"] <= V, f"start_id must be at most {V}, the mask")
+    require(width or not drop, f"{data} is text without prompts, so prompt_drop must be 0")
+    require(not (width and cut), f"{data} is examples with prompts, so random_length must be 0")
+    require(width <= L, f"{data} has examples of {width} tokens, block_size is only {L}")
+    attention = OBJECTIVES[config["objective"]].attention
+    config = config | {"vocab_size": V, "attention": attention}
+    return config | {"example_width": width, "eos_id": eos_id}
+
+
+def check(config, world):
+    """Raises UserError for settings that cannot be trained."""
+    at_least(1, config, "n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters")
+    at_least(1, config, "log_interval", "eval_interval", "eval_sequences", "eval_draws", "keep")
+    at_least(0, config, "micro_batch_size", "warmup_iters", "learning_rate", "weight_decay")
+    at_least(0, config, "grad_clip", "mlp_width", "head_padding", "min_lr", "save_interval")
+    at_least(0, config, "profile")
+    for key in ("n_layer", "n_embd", "block_size", "mlp_width"):
+        require(config[key] <= 2**20, f"{key} must be at most {2**20}, not {config[key]}")
+    require(max(config["beta1"], config["beta2"]) < 1, "beta1 and beta2 must be less than 1")
+    fraction(config, "dropout", "ema", "decay_start", "random_length", "prompt_drop")
+    fraction(config, "beta1", "beta2")
+    D, H = config["n_embd"], config["n_head"]
+    require(D % (2 * H) == 0, f"n_embd {D} must be a multiple of 2 * n_head = {2 * H}")
+    objective = config["objective"]  # perhaps a checkpoint's
+    attention = choose("objective", objective, OBJECTIVES).attention
+    clash = "attention" in config.get("user_keys", ()) and config["attention"] != attention
+    trains = f"objective '{objective}' trains a network with attention={attention}"
+    require(not clash, f"{trains}; leave attention out")
+    drops = objective == "ar" and config["prompt_drop"]
+    require(not drops, "prompt_drop needs a masked diffusion objective, not ar")
+    B, micro = config["batch_size"], config["micro_batch_size"] or config["batch_size"] // world
+    parts = f"{world} processes x micro_batch_size {micro}"
+    require(micro and B % (world * micro) == 0, f"batch_size {B} must be a multiple of {parts}")
+
+
+def load_optimizers(optimizers, saved):
+    """Gives optimizers the state of a checkpoint, but not its settings: these are the config's.
+
+    Raises UserError where the state does not fit.
+    """
+    again = "see --resume=False"
+    require(len(saved) == len(optimizers), f"a resumed run must keep its optimizer; {again}")
+    for optimizer, state in zip(optimizers, saved, strict=True):
+        groups = optimizer.state_dict()["param_groups"]
+        own, before = ([g["params"] for g in each] for each in (groups, state["param_groups"]))
+        require(own == before, f"a resumed run must keep decay_all; {again}")
+        parts = parallel.optimizer_parts(state["state"], optimizer)
+        optimizer.load_state_dict({"state": parts, "param_groups": groups})

@@ -1,0 +1,90 @@
+"""Means, standard errors and 95% intervals, and how they are said. All in nats."""
+
+import math
+
+import numpy as np
+import torch
+
+
+def mean_over_sets(sets, sizes):
+    """Mean (S,) over R independent sets of draws (S, R), and the standard error of their sum.
+
+    Draws of one set are stratified, so their own spread says too much. Sets are independent, and so
+    are sequences: the variance of each mean is unbiased, exactly for sets of equal `sizes` (R,),
+    and they add. One set shows no error: infinite.
+    """
+    share = torch.as_tensor(sizes, dtype=torch.float64) / sum(sizes)  # (R,)
+    mean = (sets * share).sum(1)  # (S,)
+    squares = (share * (sets - mean[:, None])).square().sum().item()
+    left = 1 - (share**2).sum().item()
+    return mean, math.sqrt(squares / left) if len(sizes) > 1 else math.inf
+
+
+def mean_and_error(values, lengths=None):
+    """sum(values) / sum(lengths) and its standard error, clustered by item: (S,) -> two floats.
+
+    The ratio estimator and the usual linearisation of its error. Without lengths it is the mean and
+    its standard error. Infinite for one item.
+    """
+    values = np.asarray(values, float)
+    lengths = np.ones(len(values)) if lengths is None else np.asarray(lengths, float)
+    mean, S = values.sum() / lengths.sum(), len(values)
+    residual = values - mean * lengths  # (S,)
+    error = math.sqrt((residual**2).sum() * S / (S - 1)) / lengths.sum() if S > 1 else math.inf
+    return float(mean), error
+
+
+def t95(freedom):
+    """Half a 95% interval in standard errors, Student's t: Abramowitz and Stegun, 26.7.5."""
+    terms = enumerate((2.372, 2.822, 2.556, 1.589), 1)
+    return 1.96 + sum(c / freedom**k for k, c in terms) if freedom else math.inf
+
+
+def perplexity(nats):
+    """e^nats; infinite where no number holds it."""
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def report(nats, lengths, bytes_per_token):
+    """The result as a dict and as text: nats, lengths (S,). The 95% interval is over texts."""
+    mean, error = mean_and_error(nats, lengths)
+    half, bit = t95(len(nats) - 1) * error, math.log(2)
+    bits, per_byte = mean / bit, mean / bit / bytes_per_token
+    result = {
+        "nats_per_token": mean,
+        "standard_error": error,
+        "interval": [mean - half, mean + half],
+        "perplexity": perplexity(mean),
+        "bits_per_token": bits,
+        "bits_per_byte": per_byte,
+        "tokens": int(sum(lengths)),
+        "sequences": len(nats),
+    }
+    text = (
+        f"{mean:.4f} +- {half:.4f} nats per token (95% interval)"
+        f" = {bits:.4f} +- {half / bit:.4f} bits per token"
+        f" = {per_byte:.4f} +- {half / bit / bytes_per_token:.4f} bits per byte;"
+        f" perplexity {perplexity(mean):.2f}"
+    )
+    return result, text
+
+
+def certainty(result, precision, most, strata):
+    """The error of the draws and what it took; where it is too wide, how many draws would do."""
+    error, half, draws = result["draw_error"], result["draw_half"], result["draws"]
+    network = f"{result['rows']:,} rows of the network in {result['calls']:,} calls"
+    took = f"{network}, {result['seconds']:.1f} s"
+    if error == 0:
+        return f"no draws: for this text the number has no error; {took}"
+    if not math.isfinite(half):
+        more = f"give --draws={2 * strata} or more"
+        return f"one set of {draws} draws does not show their error: {more}; {took}"
+    interval = f"standard error {error:.4f}, +- {half:.4f} nats per token (95%)"
+    text = f"the draws alone, on this text: {interval}; {took}"
+    if half < precision:
+        return f"{text}; within +- {precision} after {draws} draws a sequence, {most} being allowed"
+    if precision:
+        need = math.ceil(draws * (half / precision) ** 2 / strata) * strata
+        text += f"; not within +- {precision}"
+        return f"{text}: about {need} draws a sequence would be (--draws={need})"
+    return text
