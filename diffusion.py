@@ -3,25 +3,26 @@
 - Corrupt: replace each token of a clean text x0 by `mask_id`, independently, with probability m(t),
   which grows from 0 at time t = 0 to 1 at t = 1. A masked token stays masked: "mask" absorbs.
 - Learn: a network predicts p(x0_i | unmasked tokens) at masked positions i, for any set of them.
-- Sample: start at t = 1 with masks alone, go back to t = 0, and draw tokens from it on the way.
+- Sample: start at t = 1 with masks alone, go back to t = 0, and draw tokens from the network.
 
     one sentence      t = 1      _     _     _     _   _      0 network calls so far
     on its way back   t = 0.6    _     sat   _     _   _      1 call: one position was unmasked
                       t = 0.3    _     sat   on    the _      2: "on", "the" in one, independently
                       t = 0      cats  sat   on    the mat    3 calls
 
-Why it works. Going back is driven by the *concrete score*, the ratios p_t(y)/p_t(x) for every y
-that has one masked position of x unmasked. With k masked and L - k visible tokens,
-p_t(x) = m^k (1 - m)^(L-k) p(visible tokens), so
+Why it works. Going back, x becomes y, x with one masked position unmasked, at the rate of going
+forward from y to x, m'/(1 - m), times p_t(y)/p_t(x). These ratios are the *concrete score*. With
+k masked and L - k visible tokens, p_t(x) = m^k (1 - m)^(L-k) p(visible tokens), so
 
     p_t(x with masked i := v) / p_t(x)  =  (1 - m)/m * p(visible, x0_i = v) / p(visible)
                                         =  (1 - m)/m * p(x0_i = v | visible)
 
 a factor that only time knows, times a conditional of clean text that time does not enter: RADD
-(arXiv 2406.03736) Theorem 1, where m = 1 - exp(-sigma_bar) and the factor e^-sb / (1 - e^-sb).
-Hence the network needs no time input; it fills gaps exactly, since any visible set is a condition;
-and training is a weighted cross-entropy. Likelihoods are in nats. The uniform numbers of a draw
-are arguments (u, noise), so that it can be repeated.
+(arXiv 2406.03736) Theorem 1. (The papers write m = 1 - exp(-sigma_bar), sigma_bar being the total
+noise up to t; the factor is then exp(-sigma_bar) / (1 - exp(-sigma_bar)).) Hence the network needs
+no time input; it fills gaps exactly, since any visible set is a condition that it was trained on;
+and training is a weighted cross-entropy. Likelihoods are in nats. The uniform numbers of a draw are
+arguments (u, noise), so that it can be repeated.
 """
 
 import math
@@ -49,7 +50,7 @@ def cosine(t):
 
 
 def geometric(t, sigma_min=1e-4, sigma_max=20.0):
-    """sigma_bar = sigma_min^(1-t) sigma_max^t. m: 1e-4 to 1 - 2e-9; its bound lacks the ends."""
+    """sigma_bar = sigma_min^(1-t) sigma_max^t. m runs from 1e-4: t_dce lacks 1e-4 of the bound."""
     sigma_bar = sigma_min ** (1 - t) * sigma_max**t
     slope = sigma_bar * math.log(sigma_max / sigma_min)  # sigma, that of sigma_bar
     return -torch.expm1(-sigma_bar), slope * torch.exp(-sigma_bar)
@@ -83,19 +84,21 @@ def score_entropy(log_score, x0, m, dm):
 # the mean CE of the k masked tokens. The bound is h_1 + ... + h_L. One draw takes one k, uniformly,
 # so its h_k counts L times: L h_k = L/k * (sum of CE over the k masked tokens). By hand, L = 3:
 # k = 1, 2, 3 with probability 1/3 and weights 3, 3/2, 1 is (3 h_1 + 3/2 * 2 h_2 + 1 * 3 h_3) / 3.
-#   Masking each token with probability lam ~ U(0, 1) makes k uniform, too, on 0..L; given k, 1/lam
-# is (L + 1)/k in the mean, and k > 0 has probability L/(L + 1): the same. (Not so the mean over
-# masked tokens: an empty mask counted as 0 makes it L/(L + 1) of the bound, and a mean over those
-# of a batch weighs each sequence by its k.) A schedule only renames lam = m(t), d lam/lam =
-# m'(t)/m(t) dt. So all four have one expectation: RADD eq. 3.7.
-#   It is a bound because it averages log p over orders, and the log of an average is larger
-# (Jensen's inequality). Hence several orders together, -log of the mean of p, bound more tightly:
-# evaluate.py, estimator `orders`. Training with other weights has the same optimum, but reports
-# what is no bound: experiments/loss_audit.py.
+#   Masking each token with probability lam ~ U(0, 1) makes k uniform on 0..L: probability 1/(L + 1)
+# each; and given k the mean of 1/lam is (L + 1)/k (lam is then Beta(k + 1, L - k + 1)). So k
+# brings 1/(L + 1) * (L + 1)/k * k h_k = h_k, the same. (Not so the mean over masked tokens: with an
+# empty mask counted as 0 it is L/(L + 1) of the bound, and over the masked tokens of a batch it
+# weighs a sequence by its k.) A schedule only renames lam = m(t), d lam/lam = m'(t)/m(t) dt. So all
+# four have one expectation: RADD eq. 3.7.
+#   What it bounds is -log of the model's p(x0), the mean over orders of the products of the chain
+# rule, which is what a sampler of one token a call draws from: it averages log p over orders, and
+# the log of an average is larger (Jensen's inequality). Several orders together, -log of the mean
+# of p, bound more tightly: evaluate.py, estimator `orders`. Any other weight that depends on k
+# alone has the same optimum (where every h_k is least) but is no bound: experiments/loss_audit.py.
 class Objective(NamedTuple):
     draw: object  # (u (B,), noise (B, L), n, schedule) -> (mask (B, L) bool, weight (B,))
     normalised: bool = True  # False: the output is a score, not log-probabilities
-    attention: str = "full"  # what the network must have
+    attention: tuple = ("full",)  # what the network must have
 
 
 def any_order(u, noise, n, schedule):
@@ -118,11 +121,11 @@ def t_dce(u, noise, n, schedule):
 
 
 OBJECTIVES = {
-    "any_order": Objective(any_order),
+    "any_order": Objective(any_order, attention=("full", "order")),
     "lambda_dce": Objective(lambda_dce),
     "t_dce": Objective(t_dce),
     "t_dse": Objective(t_dce, normalised=False),
-    "ar": Objective(None, attention="causal"),  # nothing is masked: the baseline
+    "ar": Objective(None, attention=("causal",)),  # nothing is masked: the baseline
 }
 
 
@@ -141,13 +144,37 @@ def draw_mask(objective, u, noise, schedule=loglinear, prompt=None):
     return mask & (noise < torch.inf), weight
 
 
+# An `order` network (model.py) is trained on orders in place of masks: in one pass it predicts each
+# token of x0 from those before it in the order, all L terms of the chain rule at once.
+ORDERS = {  # from noise and place (B, L) in [0, 1), coin (B, 1): numbers whose order is the order
+    "uniform": lambda noise, place, coin, p: noise,
+    "left_to_right": lambda noise, place, coin, p: place,
+    "right_to_left": lambda noise, place, coin, p: -place,
+    "mixture": lambda noise, place, coin, p: torch.where(coin < p, place, noise),
+    "local": lambda noise, place, coin, p: place + p * noise,
+}
+
+
+def draw_order(name, noise, coin, p=0.5, prompt=None):
+    """order (B, L) from noise (B, L) and coin (B, 1), uniform in [0, 1); prompts (B,) come first.
+
+    p is the share of left to right in a mixture, and how far tokens of a local order stray.
+    """
+    L = noise.shape[1]
+    place = (torch.arange(L) / L).expand(noise.shape)  # (B, L)
+    key = ORDERS[name](noise, place, coin, p)  # (B, L)
+    if prompt is not None:
+        key = torch.where(place * L < prompt[:, None] - 0.5, place - 2, key)  # below all others
+    return key.argsort(dim=1, stable=True)
+
+
 # ---- 4. Draws of low variance, the same for any number of processes ------------------------------
 def stratified(jitter, position, batch_size):
     """u (B,) for draw_mask: one in each of batch_size strata of (0, 1), in antithetic pairs.
 
-    position (B,) counts in the whole (global) batch; 2j and 2j + 1 are a pair (u, 1 - u) and must
-    bring the same jitter in [0, 1). A batch covers (0, 1) evenly, so its mean is unbiased; a
-    position always has its own stratum, so data must come to positions at random. For any_order a
+    position (B,) is a row's number in the whole (global) batch; 2j and 2j + 1 are a pair (u, 1 - u)
+    and must bring the same jitter in [0, 1). A batch covers (0, 1) evenly, so its mean is unbiased;
+    a row number always has its own stratum, so data must come to rows at random. For any_order a
     pair is (k, L + 1 - k): it masks L + 1 tokens, a batch exactly B (L + 1) / 2.
     """
     u = (position // 2 + 1 - jitter) / batch_size  # (B,) in (0, 1/2 + 1/(2 batch_size)]
@@ -215,6 +242,22 @@ def ar_nll(model, x0, mask=None, weight=None, masked_idx=None):
     return loss, ce.view(B, L).sum(1)
 
 
+def order_nll(model, x0, order, weight=None):
+    """Exact -log p(x0) along an order, of an `order` network: all L terms in one pass. As nelbo.
+
+    order (B, L): order[b, k] is the position that is unmasked k-th; weight (B, L) of the k-th term,
+    1 without it. Averaged over uniform orders it is the any_order bound; no draw of k adds noise.
+    """
+    B, L = x0.shape
+    target = x0.gather(1, order)  # (B, L) in the order in which they are unmasked
+    clean = torch.cat([x0.new_full((B, 1), model.mask_id), target[:, :-1]], dim=1)  # (B, L)
+    places = torch.cat([order.new_zeros(B, 1), order[:, :-1], order], dim=1)  # (B, 2L)
+    h = model.hidden_in_order(clean, places).flatten(0, 1)  # (B*L, D)
+    w = h.new_ones(B * L) if weight is None else weight.flatten().to(h.dtype)  # (B*L,)
+    loss, ce = model.head_loss(h, target.flatten(), w)
+    return loss, (w * ce).view(B, L).sum(1)
+
+
 def weighted_nats(model, x, x0, mask, weight, masked_idx=None, form=(True, False)):
     """weight * CE of x0 given x, summed over mask: (loss, nats (B,)). The rest skips the head."""
     (B, L), (normalised, plain) = x0.shape, form
@@ -240,8 +283,10 @@ class Loss(torch.nn.Module):
         super().__init__()
         self.model, self.objective = model, OBJECTIVES[objective]
 
-    def forward(self, x0, mask=None, weight=None, masked_idx=None):
-        if self.objective.attention == "causal":
+    def forward(self, x0, mask=None, weight=None, masked_idx=None, order=None):
+        if order is not None:
+            return order_nll(self.model, x0, order, weight)
+        if "causal" in self.objective.attention:
             return ar_nll(self.model, x0, mask, weight, masked_idx)
         return nelbo(self.model, x0, mask, weight, masked_idx, self.objective.normalised)
 
@@ -250,9 +295,10 @@ class Loss(torch.nn.Module):
 def unmask_prob(schedule, t, s, sampler="ancestral"):
     """Probability that a token masked at time t is unmasked by the step to s < t: (...), float64.
 
-    ancestral: 1 - m(s)/m(t) = (m(t) - m(s)) / m(t), exact; tau-leaping by Tweedie's formula (by the
-    posterior mean from the score) is the same here. RADD eq. D.14. euler: the rate at t times the
-    step, (t - s) m'(t)/m(t), at most 1. RADD eq. D.15. Log-linear: both are (t - s)/t. Eq. D.16.
+    ancestral: 1 - m(s)/m(t) = (m(t) - m(s)) / m(t), exact: RADD eq. D.14, which calls it Tweedie
+    tau-leaping (several positions leap at once, by p(x0 | x_t) and not by the score at t alone).
+    euler: the rate of going back at t, m'(t)/m(t), times the step, at most 1: RADD eq. D.15. For
+    the log-linear schedule both are (t - s)/t: RADD eq. D.16.
     """
     m, dm = schedule(t)
     return 1 - schedule(s)[0] / m if sampler == "ancestral" else ((t - s) * dm / m).clamp(max=1.0)
@@ -277,8 +323,8 @@ def expected_nfe(r, L):
     A step needs a call only if it unmasks something: sum_k 1 - (1 - r_k)^L, RADD eq. 3.4;
     n (1 - (1 - 1/n)^L) for n log-linear steps, RADD eq. D.31. For L = 128: 81 at n = 128, 120 at
     n = 1,024, and towards L for many steps. What more steps buy: tokens unmasked in one step are
-    drawn independently, each given the tokens visible before. After "I moved to" the pairs "New
-    York" and "Los Angeles" in one step come out as "New Angeles" a quarter of the time; in two
+    drawn independently, each given the tokens visible before. If "New York" and "Los Angeles" are
+    equally likely, one step gives "New Angeles" and "Los York" a quarter of the time each; in two
     steps the second word sees the first. This is the only error of few steps.
     """
     return float((1 - (1 - r) ** L).sum())

@@ -3,10 +3,10 @@
     python evaluate.py --ckpt=out/pydocs --data=data/pydocs
     python evaluate.py --ckpt=out/pydocs --precision=0.002 --draws=256    draws until it is so sharp
 
-- A masked diffusion model has a bound (NELBO), estimated from draws of the corruption; a causal one
-  has an exact number. Conditional likelihood, -log p(answer | prompt), is the same with a prompt
-  that is never masked; a text is an answer to an empty prompt.
-- Every estimator is one function: it says what a row of the network masks, and what it counts.
+- A masked diffusion model has a bound (NELBO: negative evidence lower bound), estimated from draws
+  of the corruption; a causal one has an exact number. Conditional likelihood, -log p(answer |
+  prompt), is the same with a prompt that is never masked; a text is an answer to an empty prompt.
+- Every estimator is one function: what a row of a network call masks, and what it counts.
 
     any_order, lambda_dce, t_dce, t_dse   one row a draw, masked and weighted as in training
     chain            the chain rule along a random order: l rows, one a turn. Row k masks what the
@@ -16,11 +16,13 @@
                      to the likelihood of the mixture of all orders (as in arXiv 1509.00519)
     left_to_right, right_to_left          the chain rule along one order: nothing is drawn
 
+  An `order` network has all l terms of a chain rule in one pass, so one row a draw there.
+
 - Two errors are printed, of two questions. The draws: how far would the number for this text move
   with other draws? More draws make it smaller; --precision is about it. The text: how far would it
   move with other text of the same kind? Sequences are the unit there, for the tokens of a sequence
   share draws and context: the interval is mean +- Student's t times a standard error that is
-  clustered by sequence.
+  clustered by sequence. It holds the noise of the draws; blocks of one document count as apart.
 
 What makes it fast: draws come in sets, stratified in antithetic pairs (u, 1 - u), an eighth of the
 calls of independent ones for the same interval. Sets are independent: their spread tells the error.
@@ -58,7 +60,7 @@ DEFAULTS = {
     "ema": True,  # use the averaged weights where the checkpoint has them
 }
 
-SURE = 100  # degrees of freedom before an error may end the draws: one small by chance would, early
+SURE = 100  # degrees of freedom before an error is trusted: a few may be small by chance
 
 
 # ---- 1. Estimators: what a row of the network masks, and what it counts --------------------------
@@ -111,17 +113,17 @@ def importance_sampled(objective, draw, m):
     return mask, (weight * p_some)[:, None] * mask  # (b, W) each
 
 
-def chain(draw):
-    noise = draw.noise.masked_fill(draw.place < 0, torch.inf)  # (b, W)
-    return one_term(draw, noise.argsort(1).argsort(1))
+def random_order(draw):
+    """The turn of each token in a chain rule: (b, W), of prompts anything."""
+    return draw.noise.masked_fill(draw.place < 0, torch.inf).argsort(1).argsort(1)
 
 
 def left_to_right(draw):
-    return one_term(draw, draw.place)
+    return draw.place
 
 
 def right_to_left(draw):
-    return one_term(draw, draw.noise.shape[1] - draw.prompt[:, None] - 1 - draw.place)
+    return draw.noise.shape[1] - draw.prompt[:, None] - 1 - draw.place
 
 
 def one_term(draw, rank):
@@ -135,22 +137,27 @@ def ar(draw):
     return answer, answer.double()
 
 
+def row_of(estimator, draw):
+    """What a row masks (b, W) bool, and the weight (b, W) of what it counts."""
+    return estimator.row(draw) if estimator.row else one_term(draw, estimator.rank(draw))
+
+
 class Estimator(NamedTuple):
-    row: object  # Draw -> (mask (b, W) bool, weight (b, W))
-    chain: bool = False  # a draw takes a row for each token, not one
+    row: object = None  # Draw -> (mask (b, W) bool, weight (b, W)); None: a term of a chain rule
+    rank: object = None  # Draw -> turns (b, W) of that chain rule: a row each, or one pass (order)
     exact: bool = False  # nothing is drawn
     mean_of_p: bool = False  # a set says -log(mean of p), not the mean of -log p
 
 
 ESTIMATORS = {
-    "any_order": Estimator(any_order),
+    "any_order": Estimator(any_order, random_order),  # the latter for an `order` network
     "lambda_dce": Estimator(lambda_dce),
     "t_dce": Estimator(t_dce),
     "t_dse": Estimator(t_dce),
-    "chain": Estimator(chain, chain=True),
-    "orders": Estimator(chain, chain=True, mean_of_p=True),
-    "left_to_right": Estimator(left_to_right, chain=True, exact=True),
-    "right_to_left": Estimator(right_to_left, chain=True, exact=True),
+    "chain": Estimator(rank=random_order),
+    "orders": Estimator(rank=random_order, mean_of_p=True),
+    "left_to_right": Estimator(rank=left_to_right, exact=True),
+    "right_to_left": Estimator(rank=right_to_left, exact=True),
 }
 AR = Estimator(ar, exact=True)  # of causal networks, which have no other
 
@@ -187,44 +194,58 @@ def set_nats(model, requests, o, number=0, size=1):
     requests: N pairs (prompt ids, answer ids); o: the options, as `merged` has them.
     """
     name, estimator = estimator_of(model, o["estimator"])
+    plain = not (o["cfg_scale"] or o["pad_to"])
+    one_pass = plain and estimator.rank is not None and model.config["attention"] == "order"
     groups = torch.arange(len(requests)) if o["groups"] is None else torch.as_tensor(o["groups"])
     lengths = np.array([[len(p), len(a)] for p, a in requests], int).reshape(-1, 2)  # (N, 2)
+    turns = lengths[:, 1] if estimator.row is None and not one_pass else lengths[:, 1].clip(max=1)
     nats, cost = torch.zeros(len(requests), size, dtype=torch.float64), {"rows": 0, "calls": 0}
     with tqdm(total=nats.numel(), disable=not o["progress"], unit="draw", leave=False) as bar:
-        for i, draw, turn in batches(lengths, size, estimator, o["batch_size"]):  # (b,) each
+        for i, k, turn in batches(lengths.sum(1), turns, size, o["batch_size"]):  # (b,) each
             x0 = np.stack([np.concatenate(requests[j]).astype(np.int64) for j in i])  # (b, W)
-            prompt, W = torch.from_numpy(lengths[i, 0]), x0.shape[1]  # (b,)
-            place = torch.arange(W) - prompt[:, None]  # (b, W)
-            u, noise = random_numbers(o["seed"], number, groups[i], draw, size, W)  # (b,), (b, W)
+            x0, prompt = torch.from_numpy(x0), torch.from_numpy(lengths[i, 0])  # (b, W), (b,)
+            u, noise = random_numbers(o["seed"], number, groups[i], k, size, x0.shape[1])
+            place = torch.arange(x0.shape[1]) - prompt[:, None]  # (b, W)
             noise = noise.gather(1, place.clamp(min=0))  # (b, W) by the place in the answer
-            schedule = diffusion.SCHEDULES[o["schedule"]]
-            mask, weight = estimator.row(Draw(u, noise, turn, prompt, schedule))  # (b, W) each
-            fill = (0, max(0, o["pad_to"] - W))
-            x0 = F.pad(torch.from_numpy(x0), fill, value=model.mask_id)  # (b, W + fill)
-            mask, weight, cond = (F.pad(z, fill) for z in (mask, weight, place < 0))
-            guidance = (cond, o["cfg_scale"]) if o["cfg_scale"] else ()
-            row_nats = nats_of_rows(model, x0, mask, weight, name, *guidance)  # (b,)
-            nats.index_put_((torch.from_numpy(i), draw), row_nats, accumulate=True)
-            cost["rows"] += len(x0) * (2 if guidance else 1)
+            draw = Draw(u, noise, turn, prompt, diffusion.SCHEDULES[o["schedule"]])
+            if one_pass:
+                row_nats = nats_in_order(model, x0, draw, estimator.rank(draw))  # (b,)
+            else:
+                mask, weight = row_of(estimator, draw)  # (b, W) each
+                fill = (0, max(0, o["pad_to"] - x0.shape[1]))
+                x0 = F.pad(x0, fill, value=model.mask_id)  # (b, W + fill)
+                mask, weight, cond = (F.pad(z, fill) for z in (mask, weight, place < 0))
+                guidance = (cond, o["cfg_scale"]) if o["cfg_scale"] else ()
+                row_nats = nats_of_rows(model, x0, mask, weight, name, *guidance)  # (b,)
+            nats.index_put_((torch.from_numpy(i), k), row_nats, accumulate=True)
+            cost["rows"] += len(x0) * (2 if one_pass or o["cfg_scale"] else 1)
             cost["calls"] += 1
             bar.update(int((turn == 0).sum()))
     return nats, cost
 
 
-def batches(lengths, size, estimator, batch_size):
+def batches(lengths, turns, size, batch_size):
     """Yield (request (b,), draw (b,), turn (b,)), b <= batch_size: each needed row, by length.
 
-    lengths (N, 2) of prompt and answer. There is no padding: rows of two lengths share no call.
+    lengths (N,), turns (N,) rows of a draw. There is no padding: two lengths share no call.
     """
-    turns = lengths[:, 1] if estimator.chain else np.minimum(lengths[:, 1], 1)  # (N,) rows a draw
-    for length in np.unique(lengths.sum(1)):
-        members = np.flatnonzero(lengths.sum(1) == length)
+    for length in np.unique(lengths):
+        members = np.flatnonzero(lengths == length)
         first = np.cumsum([0, *turns[members] * size])  # (members + 1,) each request's first row
         for start in range(0, first[-1], batch_size):
             row = np.arange(start, min(start + batch_size, first[-1]))  # (b,)
             i = np.searchsorted(first, row, side="right") - 1  # (b,)
             draw, turn = np.divmod(row - first[i], turns[members[i]])  # (b,) each
             yield members[i], torch.from_numpy(draw), torch.from_numpy(turn)
+
+
+def nats_in_order(model, x0, draw, rank):
+    """-log p(answer) along the order of rank (b, W), prompts first, in one pass: (b,) float64."""
+    place, device = draw.place, model.cos.device  # (b, W)
+    order = torch.where(place < 0, place - place.shape[1], rank).argsort(1)  # (b, W)
+    counted = torch.arange(x0.shape[1]) >= draw.prompt[:, None]  # (b, W)
+    z = (x0.to(device), order.to(device), counted.to(device))
+    return diffusion.order_nll(model, *z)[1].cpu().double()
 
 
 def nats_of_rows(model, x0, mask, weight, name, cond=None, cfg_scale=0.0):

@@ -4,8 +4,15 @@ It is not told the time, for what it predicts does not depend on it (diffusion.p
 
 - It reads V + 1 ids, of which the last, V, is the mask, and predicts V: never the mask.
 - It predicts in place: the output at a masked position is about that position. Nothing is shifted.
-- attention=full sees both sides: masked diffusion. attention=causal sees the left: the
-  autoregressive baseline (ARM).
+- attention=full sees both sides: masked diffusion as in both papers. One unmasked token changes
+  every hidden state, so nothing can be kept from one call to the next.
+- attention=causal sees the left: the autoregressive baseline (ARM), with a cache.
+- attention=order is any-order generation with a cache: clean tokens are read in the order in which
+  they are unmasked, each seeing those before it; a *query*, the mask at some position, sees the
+  clean tokens so far and itself. What comes later changes no earlier key or value, so a cache is
+  exact, and one pass over [clean tokens; queries] gives all L terms of a chain rule. What it
+  predicts depends on the order as well as on the set of visible tokens. Left to right it is an ARM
+  with queries. (XLNet, arXiv 1906.08237; sigma-GPT, 2404.09562; Eso-LM, 2506.01928.)
 - Positions are rotary, so there is nothing to learn about them.
 - One class holds both papers' architectures (RADD: LayerNorm, biases, GELU; SMDM: RMSNorm, SwiGLU,
   no biases) and what trains faster at small scale (QK-norm, zero-initialised projections).
@@ -20,6 +27,7 @@ they pass the head.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -33,7 +41,7 @@ DEFAULTS = {
     "n_embd": 256,  # width D; a head has n_embd / n_head of it, an even number
     "block_size": 256,  # the longest sequence
     "vocab_size": 0,  # V, without the mask; train.py takes it from the data
-    "attention": "full",  # full | causal; train.py takes it from the objective
+    "attention": "full",  # full | causal | order; ar has causal, any_order full or order
     "norm": "layer",  # layer | rms
     "mlp": "gelu",  # gelu | swiglu | relu2
     "mlp_width": 0,  # inside the MLP; 0: 4 * n_embd
@@ -101,10 +109,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config["dropout"])
 
-    def forward(self, h, cos, sin, masked_idx=None, cache=None):
+    def forward(self, h, cos, sin, masked_idx=None, cache=None, streams=None):
         """(B, L, D) -> (B, L, D), or at flat positions masked_idx (N,) alone: (N, D)."""
         z = self.norm1(h)  # (B, L, D)
-        if masked_idx is None:
+        if streams is not None:
+            y = self.attention_in_order(z, cos, sin, streams)  # (B, T, D)
+            h = h[:, -y.shape[1] :]  # (B, T, D)
+        elif masked_idx is None:
             y = self.attention(z, cos, sin, cache)  # (B, L, D)
         else:  # from here on a position depends on itself alone
             h = h.flatten(0, 1)[masked_idx]  # (N, D)
@@ -122,6 +133,18 @@ class Block(nn.Module):
             k, v = cache.append(k, v)  # (B, H, L so far, d) each
         return fused.attention(q, k, v, self.causal).transpose(1, 2).reshape(B, L, D)
 
+    def attention_in_order(self, z, cos, sin, streams):
+        """z (B, n + Q, D), n clean tokens, then Q queries -> the same, or of the queries alone.
+
+        Clean tokens are read by all that come later, a query by itself alone. Only queries are
+        needed of the last block.
+        """
+        (B, T, _), (n, read, last) = z.shape, streams
+        qkv = self.qkv(z).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
+        q, k = self.placed(qkv[:2], cos, sin)  # (B, H, T, d) each
+        q = q[:, :, n:] if last else q
+        return read(q, torch.stack([k, qkv[2]])).transpose(1, 2).flatten(2)
+
     def placed(self, z, cos, sin):
         """Queries or keys (..., d), normalised if they are to be, and turned to their positions."""
         return rotate(F.rms_norm(z, z.shape[-1:]) if self.qk_norm else z, cos, sin)
@@ -129,9 +152,9 @@ class Block(nn.Module):
     def attention_at(self, masked_idx, z, cos, sin):
         """attention(z) at flat positions masked_idx (N,) alone: (N, D). No result changes.
 
-        All positions need keys and values, 2/3 of the product with qkv. Queries, output projection
-        and MLP, three quarters of a block, are needed where something is predicted: half of the
-        positions in training, a few in sampling.
+        All positions need keys and values, 2 of the 12 D x D products of a block (with an MLP of 4
+        D). Query, output projection and MLP, the other 10, are needed where something is predicted:
+        half of the positions in training, a few in sampling.
         """
         B, L, D = z.shape
         if self.causal:
@@ -165,6 +188,63 @@ class Cache:
         start, self.n = self.n, self.n + k.shape[2]
         self.k[:, :, start : self.n], self.v[:, :, start : self.n] = k, v
         return self.k[:, :, : self.n], self.v[:, :, : self.n]
+
+
+class Streams(NamedTuple):
+    """How a block of an `order` network reads."""
+
+    n: int  # clean tokens; the others are queries
+    read: object  # (q (B, H, T, d), k and v (2, B, H, n + Q, d)) -> what each q reads (B, H, T, d)
+    last: bool  # the last block, of which queries alone are wanted
+
+
+class OrderCache:
+    """Keys and values of the clean tokens that an `order` network has read, for B sequences.
+
+    Each has its own number of them. What is read later changes no earlier key or value.
+    """
+
+    def __init__(self, model, B):
+        self.length = model.block_size + 2  # a start token, and a place for what is not kept
+        self.layers, self.rows = [None] * len(model.blocks), torch.arange(B)  # of this call
+        self.count = torch.zeros(B, dtype=torch.long)  # (B,) clean tokens of each sequence
+
+    def look(self, n_new, n, Q, device):
+        """Prepare to append the first n_new (b,) of n clean tokens in rows, and ask Q queries."""
+        slot = self.count[self.rows, None] + torch.arange(n)  # (b, n)
+        self.count[self.rows] += n_new
+        count, self.n = self.count[self.rows, None], n  # (b, 1)
+        limit = torch.cat([slot + 1, count.expand(-1, Q)], dim=1)[
+            :, None, :, None
+        ]  # (b, 1, n+Q, 1)
+        self.end = int(count.max())
+        own = torch.cat([torch.zeros(n, Q), torch.eye(Q)]).bool().expand(len(slot), 1, n + Q, Q)
+        seen = torch.cat([torch.arange(self.end) < limit, own], dim=3)  # (b, 1, n + Q, end + Q)
+        self.seen, self.slot = seen.to(device), slot.clamp(max=self.length - 1).to(device)  # (b, n)
+        whole = torch.equal(self.rows, torch.arange(len(self.count)))
+        self.part = slice(None) if whole else self.rows.to(device)  # a slice needs no copy
+        self.index = self.rows.to(device)[:, None]  # (b, 1)
+
+    def read(self, layer):
+        """The `read` of one block's Streams."""
+
+        def read_cached(q, kv):
+            if self.layers[layer] is None:
+                shape = (2, len(self.count), self.length, kv.shape[2], kv.shape[4])
+                self.layers[layer] = kv.new_zeros(shape)  # (2, B, length, H, d)
+            kept = self.layers[layer]
+            kept[:, self.index, self.slot] = kv[:, :, :, : self.n].transpose(2, 3)
+            clean = kept[:, self.part, : self.end].transpose(2, 3)  # (2, b, H, end, d)
+            k, v = torch.cat([clean, kv[:, :, :, self.n :]], dim=3)  # (b, H, end + Q, d) each
+            return fused.attention(q, k, v, seen=self.seen[:, :, -q.shape[2] :])
+
+        return read_cached
+
+
+def to_the_left(keep):
+    """Columns where keep (B, L) holds, then others: (B, n), and how many of them hold: (B,)."""
+    count = keep.sum(1)  # (B,)
+    return (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(count.max())], count
 
 
 class Transformer(nn.Module):
@@ -212,6 +292,8 @@ class Transformer(nn.Module):
 
         With a `cache`, a list of one Cache a block, a causal network goes on from what they hold.
         """
+        if self.config["attention"] == "order":
+            return self.hidden_from_visible(x, masked_idx)
         start = cache[0].n if cache else 0
         end = start + x.shape[1]
         assert end <= self.block_size, f"{end} tokens, block_size {self.block_size}"
@@ -221,6 +303,47 @@ class Transformer(nn.Module):
             last = i == len(self.blocks) - 1
             h = block(h, cos, sin, masked_idx if last else None, cache[i] if cache else None)
         return self.norm(h)
+
+    def hidden_in_order(self, clean, places, cache=None):
+        """Hidden states (B, Q, D) of the queries of an `order` network.
+
+        clean (B, n): ids in the order in which they are unmasked, a start token first. places
+        (B, n + Q): their positions, then those of the queries. Without a cache Q = n, and query k
+        sees the clean tokens 0..k: all terms of a chain rule in one pass. With one that is told
+        what to `look` at, all queries see all that their sequence has.
+        """
+        n, queries = clean.shape[1], places.shape[1] - clean.shape[1]
+        asked = torch.full((len(clean), queries), self.mask_id, device=clean.device)  # (B, Q)
+        cos, sin = self.cos[places][:, None], self.sin[places][:, None]  # (B, 1, n + Q, d/2) each
+        h = self.embed(torch.cat([clean, asked], dim=1))  # (B, n + Q, D)
+        for i, block in enumerate(self.blocks):
+            read = fused.attention_in_order if cache is None else cache.read(i)
+            h = block(h, cos, sin, streams=Streams(n, read, i == len(self.blocks) - 1))
+        return self.norm(h)
+
+    def hidden_from_visible(self, x, masked_idx=None):
+        """`hidden` of an `order` network: it reads visible tokens, left to right, then is asked."""
+        (B, L), visible = x.shape, x != self.mask_id  # (B, L)
+        asked = torch.ones_like(visible)  # (B, L)
+        if masked_idx is not None:
+            asked = torch.zeros_like(visible).flatten().index_fill(0, masked_idx, True).view(B, L)
+        h = self.ask(x, F.pad(visible, (1, 0), value=True), asked, OrderCache(self, B))  # (B, Q, D)
+        if masked_idx is None:
+            return h
+        slot = (asked.cumsum(1) - 1).flatten()[masked_idx]  # (N,) which query of its sequence
+        return h[masked_idx // L, slot]
+
+    def ask(self, x, new, asked, cache):
+        """Read clean tokens of x (B, L) that are new (B, L + 1), ask where asked (B, L): (B, Q, D).
+
+        The first column of `new` is a start token. Queries are in the order of their positions.
+        """
+        columns, count = to_the_left(new)  # (B, n), (B,)
+        places, _ = to_the_left(asked)  # (B, Q)
+        cache.look(count.cpu(), columns.shape[1], places.shape[1], x.device)
+        clean = F.pad(x, (1, 0), value=self.mask_id).gather(1, columns)  # (B, n)
+        places = torch.cat([(columns - 1).clamp(min=0), places], dim=1)  # (B, n + Q)
+        return self.hidden_in_order(clean, places, cache)
 
     def head_parameters(self):
         """(weight (V, D), bias (V,) or None) of the head; the mask has no output."""

@@ -7,24 +7,25 @@
 
 - Whatever is not masked is a condition and never changes: a prompt, the text around a gap.
 - A network call gives p(x0_i | visible) at the positions that are due; each is drawn from it.
-- Which are due is the sampler's policy, one entry of SAMPLERS. The loop knows none of them.
+- Which are due is the sampler's policy, one entry of samplers.SAMPLERS. The loop knows none.
 
-What makes it fast: when ancestral and Euler sampling unmask a position does not depend on the
-network (diffusion.py, part 6). So all steps are drawn before the first call, and those at which a
-sequence unmasks nothing are skipped: RADD (arXiv 2406.03736, section 3.2) saves these calls with a
-cache, here there is nothing to keep. Each sequence goes to its own next step, a finished one makes
-room for another, and only positions that are due pass the last layer and the head.
+What makes it fast: the step at which ancestral and Euler sampling unmask a position does not
+depend on the network (diffusion.py, part 6). So all steps are drawn before the first call, and
+those at which a sequence unmasks nothing are skipped: RADD (arXiv 2406.03736, section 3.2) saves
+these calls with a cache, here there is nothing to keep. Each sequence goes to its own next step, a
+finished one makes room for another, and only positions that are due pass the last layer and the
+head. An `order` network (model.py) reads each clean token once, in a cache: Predictor.
 
     steps drawn for four positions, -1 being a condition:  [5, -1, 2, 5]
     the calls of that sequence, which are two:             [1, -1, 0, 1]
 """
 
 import json
-import re
 import sys
 import time
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import config as settings
@@ -34,12 +35,17 @@ from data.tokenizer import from_meta
 from lib import checkpoint
 from lib.device import can_compile, machine
 from lib.files import whole_file
-from model import Cache
+from lib.text import request, suppress_eos, text_of
+from model import Cache, OrderCache
+from samplers import SAMPLERS
 
 DEFAULTS = {
-    "ckpt": "out/pydocs",  # a run's folder, an export, published weights (checkpoint.load)
+    "ckpt": "out/pydocs",  # what checkpoint.load takes: a run's folder, published weights
     "sampler": "ancestral",  # one of SAMPLERS
-    "steps": 128,  # ancestral, euler, confidence, smdm_greedy; others unmask one token a call
+    "steps": 128,  # not of any_order, left_to_right, right_to_left, threshold, entropy_bound
+    "threshold": 0.9,  # of the sampler threshold: tokens as probable as this are unmasked
+    "max_entropy": 0.1,  # of entropy_bound: nats that a call's tokens have, less the largest
+    "eta": 0.05,  # of remask: how likely a token is masked again at a step, at most
     "temperature": 1.0,  # 0: the likeliest token
     "top_k": 0,  # keep the k likeliest tokens; 0: all
     "top_p": 1.0,  # keep the likeliest tokens that hold this much probability
@@ -94,128 +100,9 @@ def suppress_tokens(logits, tokens):
     logits[rows.to(logits.device), tokens[rows].to(logits.device)] = -torch.inf
 
 
-# ---- 2. Policies: which positions are due in the next call ---------------------------------------
-class FixedOrder:
-    """Each position's step is known before the first call: unmask_step (N, L), -1: conditions."""
-
-    def __init__(self, unmask_step, expected_nfe=None):
-        self.call = step_to_call(unmask_step)  # (N, L)
-        self.nfe = self.call.max(1).values + 1  # (N,)
-        self.expected_nfe = expected_nfe or float(self.nfe.double().mean())
-
-    def due(self, live, done):
-        """Positions (b, L) that are asked for in call number done (b,) of sequences live (b,)."""
-        return self.call[live] == done[:, None]
-
-    def accept(self, live, done, p):
-        """Which of them are unmasked (b, L), by p (b, L) of the tokens drawn, -1 where not due."""
-        return p >= 0
-
-    def noise(self, seed, live, done, L):
-        """(b, L) uniform numbers: a position is drawn once, so one a position is enough."""
-        return diffusion.uniforms(seed, 1, live.tolist(), L)
-
-
-class Adaptive:
-    """All masked positions are asked for; the most confident num_transfer_tokens are unmasked.
-
-    num_transfer_tokens: for each sequence a list, how many in each of its calls.
-    """
-
-    def __init__(self, masked, num_transfer_tokens):
-        self.masked, self.counts = masked.clone(), num_transfer_tokens  # (N, L), N lists
-        self.nfe = torch.tensor([len(counts) for counts in self.counts])  # (N,)
-        self.expected_nfe = float(self.nfe.double().mean())
-
-    def due(self, live, done):
-        return self.masked[live]
-
-    def accept(self, live, done, p):
-        count = torch.tensor([self.counts[i][n] for i, n in zip(live, done, strict=True)])  # (b,)
-        rank = p.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # (b, L)
-        accepted = rank < count[:, None]  # (b, L)
-        self.masked[live] &= ~accepted
-        return accepted
-
-    def noise(self, seed, live, done, L):
-        """Fresh at every call: a position is asked for again and again."""
-        pairs = zip(live.tolist(), done.tolist(), strict=True)
-        return torch.cat([diffusion.uniforms(seed, 2 + n, [i], L) for i, n in pairs])  # (b, L)
-
-
-def step_to_call(unmask_step):
-    """The call, from 0 in each sequence, that unmasks each position: (N, L), -1 at conditions.
-
-    Steps at which a sequence unmasks nothing get no call: its calls are its distinct steps.
-    """
-    step, order = unmask_step.sort(1)  # (N, L)
-    before = torch.cat([step.new_full((len(step), 1), -1), step[:, :-1]], dim=1)  # (N, L)
-    return torch.empty_like(step).scatter(1, order, (step > before).cumsum(1) - 1)
-
-
-def by_time(masked, o):
-    """Ancestral and Euler sampling: each position's step by itself, by the unmasking schedule."""
-    (N, L), schedule = masked.shape, diffusion.SCHEDULES[o["schedule"]]
-    r = diffusion.unmask_schedule(schedule, o["steps"], o["sampler"])  # (steps,)
-    u = diffusion.uniforms(o["seed"], 0, range(N), L)  # (N, L)
-    step = torch.searchsorted(r.cumsum(0), u, right=True).clamp(max=o["steps"] - 1)  # (N, L)
-    expected = sum(diffusion.expected_nfe(r, int(n)) for n in masked.sum(1)) / N
-    return FixedOrder(torch.where(masked, step, -1), expected)
-
-
-def any_order(masked, o):
-    """One token a call, in an order drawn uniformly: what the any-order bound is about."""
-    u = diffusion.uniforms(o["seed"], 0, range(len(masked)), masked.shape[1])  # (N, L)
-    return FixedOrder(torch.where(masked, u.argsort(1).argsort(1), -1))
-
-
-def left_to_right(masked, o):
-    return FixedOrder(torch.where(masked, torch.arange(masked.shape[1]), -1))
-
-
-def right_to_left(masked, o):
-    return FixedOrder(torch.where(masked, torch.arange(masked.shape[1]).flip(0), -1))
-
-
-def confidence(masked, o):
-    """Low-confidence remasking (MaskGIT, arXiv 2202.04200; LLaDA, 2502.09992), evenly spread."""
-    return Adaptive(masked, [evenly(int(n), o["steps"]) for n in masked.sum(1)])
-
-
-def smdm_greedy(masked, o):
-    """SMDM's form of it: in each step int(masked * (1 - s/t)) tokens."""
-    return Adaptive(masked, [smdm_counts(int(n), o["steps"]) for n in masked.sum(1)])
-
-
-def evenly(n, steps):
-    """n tokens over at most `steps` calls: a list without zeros."""
-    steps = min(steps, n)
-    return [n // steps + (i < n % steps) for i in range(steps)] if n else []
-
-
-def smdm_counts(n, steps):
-    """SMDM's rounding, in float32 as there. Where tokens are few, steps without any get no call."""
-    t, counts = torch.linspace(1, 1e-5, steps + 1), []  # (steps + 1,)
-    for i in range(steps):
-        counts.append(n if i == steps - 1 else int(n * (1 - t[i + 1] / t[i])))
-        n -= counts[-1]
-    return [count for count in counts if count]
-
-
-SAMPLERS = {
-    "ancestral": by_time,
-    "euler": by_time,
-    "any_order": any_order,
-    "left_to_right": left_to_right,
-    "right_to_left": right_to_left,
-    "confidence": confidence,
-    "smdm_greedy": smdm_greedy,
-}
-
-
-# ---- 3. The loops --------------------------------------------------------------------------------
+# ---- 2. The loops --------------------------------------------------------------------------------
 @torch.no_grad()
-def sample(model, x, suppress=None, progress=False, **options):
+def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     """Fill every mask_id of x (N, L) and change nothing else -> (tokens (N, L), info).
 
     options: keys of DEFAULTS (sampler, steps, temperature, top_k, top_p, cfg_scale, batch_size),
@@ -223,6 +110,8 @@ def sample(model, x, suppress=None, progress=False, **options):
     not get, -1 for none. info: nfe (N,) network calls of each sequence, expected_nfe their mean
     expectation, seconds. A sequence is a pure function of (seed, its place in x): the batch size
     changes how long it takes, not what comes out. A causal network goes left to right (sample_ar).
+    on_call(sequence (n,), position (n,), call (n,), token (n,), p (n,), logits (n, V)), all on the
+    CPU, is told of the tokens that each call unmasks.
     """
     o = settings.options(options, settings, diffusion, sys.modules[__name__])
     if model.config["attention"] == "causal":
@@ -230,27 +119,94 @@ def sample(model, x, suppress=None, progress=False, **options):
     began, (N, L), draw = time.time(), x.shape, (o["temperature"], o["top_k"], o["top_p"])
     x, cond, masked = x.clone(), x != model.mask_id, (x == model.mask_id).cpu()  # (N, L) each
     policy = SAMPLERS[o["sampler"]](masked, o)
+    predict = Predictor(model, cond, o)
     done = torch.zeros(N, dtype=torch.long)  # calls of each sequence
-    with tqdm(total=int(policy.nfe.sum()), disable=not progress, unit="call", leave=False) as bar:
-        while len(live := (done < policy.nfe).nonzero().flatten()[: o["batch_size"]]):  # (b,)
+    with tqdm(total=int(masked.sum()), disable=not progress, unit="token", leave=False) as bar:
+        while len(live := policy.unfinished(done).nonzero().flatten()[: o["batch_size"]]):  # (b,)
+            again = policy.remasked(live, done[live])  # (b, L) or None
+            if again is not None:
+                x[live] = x[live].masked_fill(again.to(x.device), model.mask_id)
             due = policy.due(live, done[live])  # (b, L)
             idx = due.flatten().nonzero().flatten()  # (n,)
             row, place = live[idx // L], idx % L  # (n,) each
-            now = x[live], idx.to(x.device), cond[live.to(x.device)]  # (b, L), (n,), (b, L)
-            logits = diffusion.predict(model, *now, o["cfg_scale"])  # (n, V)
+            logits = predict(x, live, idx)  # (n, V)
             if suppress is not None:
                 suppress_tokens(logits, suppress[row, place])
             u = policy.noise(o["seed"], live, done[live], L).flatten()[idx]  # (n,)
             token, p = categorical(logits, u, *draw)  # (n,) each
-            table = torch.full((len(live), L), -1.0, dtype=p.dtype)  # (b, L)
-            table[due] = p.cpu()
-            keep = policy.accept(live, done[live], table)[due]  # (n,)
+            tables = torch.full((2, len(live), L), -1.0, dtype=p.dtype)  # (2, b, L) p and entropy
+            tables[:, due] = torch.stack([p, entropy_of(logits, o)]).cpu()
+            tables[1].masked_fill_(~due, torch.inf)
+            keep = policy.accept(live, done[live], *tables)[due]  # (n,)
+            if on_call:
+                told = row, place, done[row], token, p, logits
+                on_call(*(z[keep.to(z.device)].cpu() for z in told))
             token = token[keep.to(token.device)].to(x.device)  # (unmasked,)
             x[row[keep].to(x.device), place[keep].to(x.device)] = token
             done[live] += 1
-            bar.update(len(live))
-    seconds = time.time() - began
-    return x, {"nfe": policy.nfe, "expected_nfe": policy.expected_nfe, "seconds": seconds}
+            bar.update(int(keep.sum()))
+    mean, seconds = float(done.double().mean()), time.time() - began
+    expected = mean if policy.expected_nfe is None else policy.expected_nfe
+    return x, {"nfe": done, "expected_nfe": expected, "seconds": seconds}
+
+
+def entropy_of(logits, o):
+    """Entropy (n,) of the distributions, in nats; only the sampler entropy_bound asks for it."""
+    if o["sampler"] != "entropy_bound":
+        return logits.new_zeros(len(logits), dtype=torch.float32)
+    log_p = logits.float().log_softmax(-1)  # (n, V)
+    return -(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(-1)
+
+
+class Predictor:
+    """The logits of positions that are due, guided where cfg_scale is not 0.
+
+    An `order` network reads each clean token once and keeps its keys and values, in one of
+    batch_size slots that a sequence holds until it is done. Guidance has slots of its own.
+    """
+
+    def __init__(self, model, cond, o):
+        self.model, self.cond, self.cfg_scale = model, cond, o["cfg_scale"]  # cond (N, L)
+        self.slots, self.B = {}, min(o["batch_size"], len(cond))  # {sequence: slot}
+        self.caches = None
+        if model.config["attention"] == "order":
+            shape = (self.B, cond.shape[1] + 1)  # a start token, then the positions
+            empty = [torch.zeros(shape, dtype=torch.bool, device=cond.device) for _ in range(2)]
+            self.caches = [(OrderCache(model, self.B), was_read) for was_read in empty]
+
+    def __call__(self, x, live, idx):
+        """x (N, L), live (b,), idx (n,) flat positions in x[live] -> logits (n, V)."""
+        x, cond, idx = x[live], self.cond[live.to(x.device)], idx.to(x.device)  # (b, L) each, (n,)
+        if self.caches is None:
+            return diffusion.predict(self.model, x, idx, cond, self.cfg_scale)
+        self.assign(live.tolist())
+        c = self.logits(x, live, idx, *self.caches[0])  # (n, V)
+        if self.cfg_scale == 0:
+            return c
+        u = self.logits(x.masked_fill(cond, self.model.mask_id), live, idx, *self.caches[1])
+        return u + (1 + self.cfg_scale) * (c - u)
+
+    def assign(self, live):
+        """Give sequences that are new the slots of those that are done."""
+        self.slots = {n: slot for n, slot in self.slots.items() if n in live}
+        free = [slot for slot in range(self.B) if slot not in self.slots.values()]
+        for n in (n for n in live if n not in self.slots):
+            slot = self.slots[n] = free.pop(0)
+            for cache, was_read in self.caches:
+                cache.count[slot], was_read[slot] = 0, False
+
+    def logits(self, x, live, idx, cache, was_read):
+        rows = torch.tensor([self.slots[n] for n in live.tolist()])  # (b,)
+        visible = F.pad(x != self.model.mask_id, (1, 0), value=True)  # (b, L + 1)
+        gone = (was_read[rows] & ~visible).any(1).cpu()  # (b,) a token was masked again
+        cache.count[rows[gone]], was_read[rows[gone]] = 0, False  # so all is read anew
+        asked = torch.zeros_like(x, dtype=torch.bool).flatten().index_fill(0, idx, True)  # (b*L,)
+        cache.rows, new = rows, visible & ~was_read[rows]  # (b, L + 1)
+        asked = asked.view(x.shape)  # (b, L)
+        h = self.model.ask(x, new, asked, cache)  # (b, Q, D)
+        was_read[rows] = visible
+        slot = (asked.cumsum(1) - 1).flatten()[idx]  # (n,)
+        return self.model.head(h[idx // x.shape[1], slot]).float()
 
 
 def sample_ar(model, x, o, suppress=None, progress=False):
@@ -286,59 +242,7 @@ def sample_ar(model, x, o, suppress=None, progress=False):
     return x, {"nfe": nfe, "expected_nfe": mean, "seconds": time.time() - began}
 
 
-# ---- 4. Requests: text in, text out --------------------------------------------------------------
-def request(tokenizer, model, prompt="", suffix="", template="", length=0):
-    """One request as a list of ids, mask_id where a token is wanted; UserError if it cannot be met.
-
-    A text at the very beginning follows the tokenizer's bos, if it has one, as every document did
-    in training; a causal network whose start_id is that bos reads it anyway.
-    """
-    block = model.block_size
-
-    def encode(text, start):
-        bos = [tokenizer.bos] if start and tokenizer.bos not in (None, model.start_id) else []
-        return bos + tokenizer.encode(text, start) if text else []
-
-    if template:
-        require(not prompt and not suffix, "give --template or --prompt and --suffix, not both")
-        require(not length, "a template has its own length; leave --length out")
-        pieces = re.split(r"___(\d+)", template)  # text, gap, text, gap, ..., text
-        example = "write ___12 for a gap of 12 tokens in"
-        require(len(pieces) > 1, f"the template has no gap: {example} '{template}'")
-        texts, gaps = [encode(text, i == 0) for i, text in enumerate(pieces[::2])], pieces[1::2]
-        for gap in gaps:
-            require(len(gap) < 8, f"a gap of ___{gap} tokens is longer than the block ({block})")
-        total = sum(map(len, texts)) + sum(map(int, gaps))
-        require(any(map(int, gaps)), f"the template has no gap of one token or more: '{template}'")
-        require(total <= block, f"the template is {total} tokens, the block {block}")
-        ids = texts[0]
-        for gap, text in zip(gaps, texts[1:], strict=True):
-            ids += [model.mask_id] * int(gap) + text
-        return ids
-    length = length or block
-    require(length <= block, f"length must be at most block_size {block}, not {length}")
-    head, tail = encode(prompt, start=True), encode(suffix, start=False)
-    n_new, nothing = length - len(head) - len(tail), f"leaves nothing of length {length} to fill"
-    require(n_new > 0, f"prompt and suffix are {length - n_new} tokens, which {nothing}")
-    return head + [model.mask_id] * n_new + tail
-
-
-def suppress_eos(x, begins, least, eos_id):
-    """`suppress` of sample: no eos_id at the `least` positions from begins[i] on, x (N, L)."""
-    suppress = torch.full(x.shape, -1)  # (N, L)
-    for row, begin in zip(suppress, begins, strict=True):
-        row[begin : begin + least] = eos_id
-    return suppress
-
-
-def text_of(tokenizer, ids, begin=0, eos_id=-1):
-    """The text of a sample; with eos_id up to the first one from position `begin` on."""
-    if eos_id < 0:
-        return tokenizer.decode(ids)
-    stop = ids.index(eos_id, begin) if eos_id in ids[begin:] else len(ids)
-    return tokenizer.decode([i for i in ids[:stop] if i != tokenizer.bos])
-
-
+# ---- 3. The command -----------------------------------------------------------------------------
 def check(config, causal):
     """Raise UserError for settings that no sampler has."""
     settings.at_least(1, config, "steps", "num_samples", "batch_size")

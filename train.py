@@ -46,6 +46,8 @@ DEFAULTS = {
     "resume": True,  # go on from out_dir/ckpt.pt if it exists; False: start again and overwrite it
     "objective": "any_order",  # one of OBJECTIVES; ar is the causal baseline
     "loss_weight": "bound",  # one of LOSS_WEIGHTS; how training weighs a masked token
+    "order": "uniform",  # one of ORDERS; with attention=order
+    "order_p": 0.5,  # of mixture: the share of left to right; of local: how far tokens stray
     "prompt_drop": 0.0,  # chance that an example's prompt is masked, for guidance (SMDM: 0.1)
     "random_length": 0.0,  # chance that a step's sequences are cut to a random length (SMDM: 0.01)
     "batch_size": 32,  # sequences a step, over all processes
@@ -62,7 +64,7 @@ DEFAULTS = {
     "weight_decay": 0.1,  # of matrices; decay_all: of every parameter
     "decay_all": False,  # as SMDM does
     "grad_clip": 1.0,  # largest norm of the gradient; 0: no clipping
-    "ema": 0.0,  # decay of the averaged weights, which are evaluated and sampled; 0: no average
+    "ema": 0.0,  # decay of an exponential moving average of the weights, used instead; 0: none
     "skip_nonfinite": False,  # skip a step whose gradient is not finite, in place of ending the run
     "compile": False,  # torch.compile: starts later, then faster; needs a C++ compiler on the CPU
     "recompute": False,  # compute each block again for its gradient: slower, and less memory
@@ -79,14 +81,14 @@ DEFAULTS = {
     "profile": 0,  # follow this many steps with torch's profiler, and write out_dir/trace.json
 }
 
-OBJECTIVES = diffusion.OBJECTIVES
-LOSS_WEIGHTS = {  # of a masked token in training, from the bound's (b,)
+OBJECTIVES, ORDERS = diffusion.OBJECTIVES, diffusion.ORDERS
+LOSS_WEIGHTS = {  # of a masked token in training, from the bound's (b,), of which 2 is usual
     "bound": lambda weight: weight,
     "sqrt": lambda weight: 2 * weight.sqrt(),
     "constant": lambda weight: torch.full_like(weight, 2.0),
 }
 # Random numbers that are no batch's: positions of their own, which no batch reaches.
-STREAMS = {"length": 2**62, "dropout": 2**62 + 1, "prompt_drop": 2**61}
+STREAMS = {"length": 2**62, "dropout": 2**62 + 1, "prompt_drop": 2**61, "order": 2**60}
 
 
 # ---- 1. A batch ----------------------------------------------------------------------------------
@@ -100,6 +102,7 @@ class Batch(NamedTuple):
     weight: torch.Tensor | None  # (b,) or (b, L)
     masked_idx: torch.Tensor | None  # (N,) flat indices of what counts
     n_tokens: int  # of the whole global batch: what the sum of all losses is divided by
+    order: torch.Tensor | None = None  # (b, L) for an `order` network, in place of a mask
 
     def each(self, move):
         """The batch with every tensor moved."""
@@ -119,6 +122,8 @@ def make_batch(config, dataset, step, position):
     L = x0.shape[1]
     if config["objective"] == "ar":
         return Batch(x0, None, None, None, B * L)
+    if config["attention"] == "order":
+        return Batch(x0, None, None, None, B * L, draw_training_order(config, step, position, L))
     mask, weight = draw_training_mask(config, step, position, L)  # (b, L), (b,)
     # Each pair of any_order masks L + 1 positions, so N is the same in every step.
     static = config["objective"] == "any_order" and len(position) % 2 == 0
@@ -132,6 +137,14 @@ def draw_training_mask(config, step, position, L, prompt=None):
     u, noise = diffusion.stratified_uniforms(config["seed"], step, position, B, L)  # (b,), (b, L)
     mask, weight = diffusion.draw_mask(config["objective"], u, noise, schedule, prompt)
     return mask, LOSS_WEIGHTS[config["loss_weight"]](weight)
+
+
+def draw_training_order(config, step, position, L, prompt=None):
+    """order (b, L) of rows `position` of the global batch."""
+    noise = diffusion.uniforms(config["seed"], step, position, L)  # (b, L)
+    own = [STREAMS["order"] + p for p in position]
+    coin = diffusion.uniforms(config["seed"], step, own, 1)  # (b, 1)
+    return diffusion.draw_order(config["order"], noise, coin, config["order_p"], prompt)
 
 
 def make_example_batch(config, dataset, step, position):
@@ -155,6 +168,9 @@ def make_example_batch(config, dataset, step, position):
     coin = diffusion.uniforms(config["seed"], step, own, 1)  # (b, 1)
     dropped = (coin < config["prompt_drop"]) & in_prompt  # (b, L)
     n_tokens = int(dataset.counted(dataset.index(step, range(B), B), padding=not causal).sum())
+    if config["attention"] == "order":
+        order = draw_training_order(config, step, position, L, prompt)  # (b, L)
+        return Batch(x0, None, (~in_prompt).float(), None, n_tokens, order)  # prompts come first
     return Batch(x0, mask | dropped, weight, diffusion.masked_indices(mask, multiple=128), n_tokens)
 
 
@@ -217,7 +233,7 @@ def train_step(config, step, batches, loss_of, optimizers, team):
         batch = next(batches).each(lambda z: z.to(team.device, non_blocking=cuda))
         with parallel.accumulate(loss_of, last=first + micro == share):
             with team.autocast():
-                loss, _ = loss_of(*batch[:4])
+                loss, _ = loss_of(*batch[:4], batch.order)
             loss = loss * (team.world / batch.n_tokens)  # gradients are averaged over the processes
             loss.backward()
         total += loss.detach()

@@ -1,14 +1,14 @@
-"""Masked diffusion on one page of plain PyTorch: a network, its training, a bound, samples.
+"""Masked diffusion on one page of plain PyTorch: a network, its loss, its bound, its samples.
 
     python -m experiments.textbook      about a minute on two CPU cores
 
-This is the method as the papers write it down, and nothing else: read it after the first page of
-diffusion.py and before the rest. Remarks, `# ->`, name what the real scripts do at the same place,
-and why; what they gain is measured by experiments/bench.py, and tests hold them to the plain form.
+It is the method as the papers write it, and it stands alone: read it after the first page of
+diffusion.py and before the rest. A remark `->` names what the real scripts do at the same place,
+and why. What they gain by it is measured by experiments/bench.py.
 
-From a GPT to this: attention looks both ways; there is one more id to read, the mask; what is
-predicted stands where it is predicted, with no shift; the loss is that of masked tokens, weighted;
-and a sample is filled in over a number of steps, in any order, not from left to right.
+From a GPT to this: attention looks both ways; one more id is read, the mask; a token is predicted
+in its own place, with no shift; the loss is that of the masked tokens, weighted; and a sample is
+unmasked in steps, a few tokens anywhere at each, in place of one token at the right end.
 """
 
 import time
@@ -16,126 +16,139 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from torch.nn.functional import cross_entropy
+from torch.nn import functional as F
 
-L, D, HEADS, LAYERS, BATCH = 128, 128, 4, 4, 32  # -> configs/*.py: presets; config.py: any key
+L, D, HEADS, LAYERS, BATCH = 64, 128, 4, 3, 32  # -> configs/: presets of all that can be set
 
 
 def read(folder="data/pydocs"):
-    """(training ids, held-out ids, the characters): a prepared folder, or what Python carries."""
+    """(training ids, held-out ids, the characters) of a prepared text, or of one in every Python."""
     if (Path(folder) / "meta.json").is_file():
         from data import loader, tokenizer
 
-        splits = [loader.Tokens(folder, split) for split in ("train", "val")]
-        text = tokenizer.from_meta(splits[0].meta["tokenizer"])
-        train, val = (text.decode(ids[: len(ids)].tolist()) for ids in splits)
-    else:  # -> data/: other texts, other tokenizers, held-out documents, token files of any size
+        parts = [loader.Tokens(folder, split) for split in ("train", "val")]
+        text = tokenizer.from_meta(parts[0].meta["tokenizer"])
+        train, val = (text.decode(part[: len(part)].tolist()) for part in parts)
+    else:  # -> data/: documents that are held out as a whole, tokenizers, token files of any size
         from pydoc_data.topics import topics
 
-        train, val = "\n".join(topics.values()), ""
-        train, val = train[: -len(train) // 10], train[-len(train) // 10 :]
-    letters = sorted(set(train + val))
+        text = "\n".join(topics.values())
+        train, val = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+    letters = sorted({*train, *val})
     ids = {letter: i for i, letter in enumerate(letters)}
     return *(torch.tensor([ids[letter] for letter in part]) for part in (train, val)), letters
 
 
 def blocks(ids, n):
-    """n blocks of L tokens from anywhere in the text: (n, L)."""
-    start = torch.randint(len(ids) - L, (n,))  # -> data/loader.py: every token once an epoch
-    return ids[start[:, None] + torch.arange(L)]
+    """n blocks of text from anywhere: (n, L)."""
+    start = torch.randint(len(ids) - L, (n, 1))  # -> data/loader.py: each block once an epoch
+    return ids[start + torch.arange(L)]
+
+
+def rotate(z):
+    """Rotary positions: turn the pairs (i, i + d/2) of z (B, H, L, d) by angles of the position."""
+    d = z.shape[-1]
+    angle = torch.outer(torch.arange(L), 10000 ** -(torch.arange(0, d, 2) / d))  # (L, d/2)
+    a, b = z.chunk(2, dim=-1)  # (B, H, L, d/2) each
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.qkv, self.proj = nn.LayerNorm(D), nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.norm2, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+    def forward(self, h):  # (B, L, D) -> (B, L, D)
+        q, k, v = self.qkv(self.norm1(h)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(rotate(q), rotate(k), v)  # no causal mask
+        h = h + self.proj(y.transpose(1, 2).flatten(2))
+        # -> model.py: in the last block, this and the queries at masked positions alone
+        return h + self.down(F.gelu(self.up(self.norm2(h))))
 
 
 class Network(nn.Module):
-    """x (B, L) in [0, V], where V is the mask -> logits (B, L, V). It is not told the time."""
+    """x (B, L) in [0, V], V being the mask -> logits (B, L, V). The time is no input."""
 
     def __init__(self, V):
         super().__init__()
-        self.mask_id = V
-        self.embed = nn.Embedding(V + 1, D)
-        self.place = nn.Parameter(torch.zeros(L, D))  # -> model.py: rotary, nothing to learn
-        layer = nn.TransformerEncoderLayer(
-            D, HEADS, 4 * D, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-        )  # -> model.py: RMS-normalised queries and keys, relu^2: it learns in fewer steps
-        self.blocks = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
-        self.head = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, V))
+        self.mask_id, self.embed = V, nn.Embedding(V + 1, D)
+        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
+        self.norm, self.unembed = nn.LayerNorm(D), nn.Linear(D, V)
+        # -> model.py: normalised queries and keys, squared ReLU, zero initialisation: fewer steps
 
     def forward(self, x):
-        # -> model.Block.attention_at: of the last block only masked positions are computed
-        return self.head(self.blocks(self.embed(x) + self.place))
-
-
-def corrupt(x0, mask_id):
-    """Draw a time for each sequence and mask each token with probability m(t) = t."""
-    t = 1 - torch.rand(len(x0), 1)  # (B, 1) in (0, 1]
-    mask = torch.rand(x0.shape) < t  # (B, L)
-    # -> diffusion.draw_mask: exactly k masked, k uniform on 1..L: the same bound, less noise;
-    #    diffusion.stratified: one k from each stratum of the batch, in pairs (k, L + 1 - k)
-    return torch.where(mask, mask_id, x0), mask, 1 / t
+        return self.unembed(self.norm(self.blocks(self.embed(x))))
 
 
 def nelbo(model, x0):
-    """The bound on -log p(x0), the mean over the batch, in nats per token.
-
-    Its weight is m'(t)/m(t) = 1/t: with it the expectation is the mean of -log p along all orders.
-    """
-    x, mask, weight = corrupt(x0, model.mask_id)
-    logits = model(x)  # (B, L, V) -> lib/fused.py: at masked positions alone, a chunk at a time
-    ce = cross_entropy(logits.transpose(1, 2), x0, reduction="none")  # (B, L)
-    return (weight * mask * ce).sum() / x0.numel()  # not / mask.sum(): that is no bound
+    """The loss, the bound on -log p(x0) in nats per token: x0 (B, L) -> a scalar."""
+    t = 1 - torch.rand(len(x0), 1)  # (B, 1) the time, in (0, 1], is also the probability of a mask
+    mask = torch.rand(x0.shape) < t  # (B, L)
+    # -> diffusion.draw_mask: exactly k masked, k uniform on 1..L; diffusion.stratified: k over the
+    #    whole batch evenly, in antithetic pairs (k, L + 1 - k). The same bound, and far less noise.
+    logits = model(torch.where(mask, model.mask_id, x0))  # (B, L, V)
+    # -> lib/fused.py: logits of masked positions only, a chunk at a time
+    ce = F.cross_entropy(logits.transpose(1, 2), x0, reduction="none")  # (B, L)
+    # The weight is m'(t)/m(t), and the sum is over B * L. To divide by the number of masked tokens
+    # instead is common, and no bound: experiments/loss_audit.py.
+    return (mask * ce / t).sum() / x0.numel()  # -> train.py: loss_weight, to train by another
 
 
 def train(model, ids, steps):
-    """AdamW on random blocks; returns the loss of every step."""
-    # -> lib/optim.py: Muon for matrices, a warm-up and a decay, averaged weights; train.py:
-    #    bfloat16, torch.compile, gradient clipping, several processes, checkpoints, resuming
+    """AdamW on random blocks -> the loss of each step."""
+    # -> train.py: bfloat16, torch.compile, several processes, checkpoints, averaged weights;
+    #    lib/optim.py: Muon, which needs half the steps
     optimizer, losses, began = torch.optim.AdamW(model.parameters(), lr=2e-3), [], time.time()
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
     for step in range(1, steps + 1):
-        loss = nelbo(model, blocks(ids, BATCH))  # -> train.py: loss_weight, another one to train by
-        optimizer.zero_grad()
+        loss = nelbo(model, blocks(ids, BATCH))
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()
+        decay.step()
         losses.append(loss.item())
-        if step % 50 == 0 or step == steps:
-            mean = sum(losses[-50:]) / len(losses[-50:])
+        if step % 100 == 0:
+            mean = sum(losses[-100:]) / 100
             print(f"step {step}: loss {mean:.3f} nats per token, {time.time() - began:.0f} s")
     return losses
 
 
 @torch.no_grad()
-def bound(model, ids, draws=32):
-    """The bound on held-out text, a mean over many blocks and draws of the mask."""
-    # -> evaluate.py: every token of the text, stratified draws, and the error of either
+def evaluate(model, ids, draws=100):
+    """The bound on held-out text, the mean over many blocks and masks."""
+    # -> evaluate.py: all of the text, with stratified draws, and the error of the number
     return sum(nelbo(model, blocks(ids, BATCH)).item() for _ in range(draws)) / draws
 
 
 @torch.no_grad()
 def sample(model, n, steps):
-    """Ancestral sampling: from t = 1, masks alone, to t = 0 in equal steps: (n, L)."""
-    x = torch.full((n, L), model.mask_id)  # (n, L) -> sample.py: a prompt, a gap: whatever is there
+    """Ancestral sampling, from masks alone at t = 1 to text at t = 0: (n, L)."""
+    x = torch.full((n, L), model.mask_id)  # (n, L) -> sample.py: a prompt, a text with gaps
     for k in range(steps):
-        t, s = 1 - k / steps, 1 - (k + 1) / steps  # from t to s
-        p = model(x).softmax(-1)  # (n, L, V), a network call in every step
-        drawn = torch.multinomial(p.flatten(0, 1), 1).view(n, L)
+        t, s = 1 - k / steps, 1 - (k + 1) / steps  # a step goes from t to s
+        p = model(x).softmax(-1)  # (n, L, V)
+        token = torch.multinomial(p.flatten(0, 1), 1).view(n, L)
         unmask = (x == model.mask_id) & (torch.rand(n, L) < (t - s) / t)  # (m(t) - m(s)) / m(t)
-        x = torch.where(unmask, drawn, x)
-        # -> sample.py: each position's step is drawn ahead, and a sequence at which nothing is due
-        #    is not called; only what is due passes the head; the draw is in float64
+        x = torch.where(unmask, token, x)
+        # -> sample.py: which step unmasks a position does not depend on the network. All are drawn
+        #    ahead, idle ones are skipped, and the network is asked only for what is due.
     return x
 
 
-def main(steps=300, n=3, sample_steps=128):
-    """Train, print the bound and n samples; returns (losses, bound, samples (n, L), model)."""
+def main(steps=600, n=3):
+    """Train, evaluate and sample; returns (losses, bound, samples (n, L), model)."""
     torch.manual_seed(0)
     ids, held_out, letters = read()
-    model = Network(len(letters))
     print(f"{len(ids):,} characters, {len(letters)} different ones")
+    model = Network(len(letters))
     losses = train(model, ids, steps)
-    nats = bound(model.eval(), held_out)
-    print(f"held-out text: at most {nats:.3f} nats per token")
-    x = sample(model, n, sample_steps)
+    bound = evaluate(model, held_out)
+    print(f"held-out text: at most {bound:.3f} nats per token")
+    x = sample(model, n, steps=2 * L)
     for row in x.tolist():
         print("----", "".join(letters[i] for i in row), sep="\n")
-    return losses, nats, x, model
+    return losses, bound, x, model
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def repeated(subject, x0, method, n_sets, config):
     """The means of n_sets independent sets for each block: x0 (S, L) -> (S, n_sets), per token."""
     estimator, schedule, size, source = method
     (S, L), seed, schedule = x0.shape, config["seed"], diffusion.SCHEDULES[schedule]
-    turns = L if evaluate.ESTIMATORS[estimator].chain else 1
+    turns = 1 if evaluate.ESTIMATORS[estimator].row else L
     rows = torch.arange(S * n_sets * size * turns)  # each a block, set, draw, turn
     nats = torch.zeros(S * n_sets, dtype=torch.float64)
     pieces, name = rows.split(config["batch_size"]), f"{estimator} by {size}"

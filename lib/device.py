@@ -107,10 +107,13 @@ def flops_per_token(model, L, head_share=1.0):
     2204.02311, appendix B).
     """
     config, block = model.config, model.blocks[0]
-    D, n_layer, causal = config["n_embd"], config["n_layer"], config["attention"] == "causal"
+    D, n_layer, attention = config["n_embd"], config["n_layer"], config["attention"]
     mlp = sum(p.numel() for p in block.mlp.parameters() if p.dim() == 2)
-    query = 0 if causal else D * D
-    everywhere = block.qkv.weight.numel() - query + 2 * L * D // (2 if causal else 1)
-    leaving = query + block.proj.weight.numel() + mlp
-    products = n_layer * everywhere + (n_layer - 1 + head_share) * leaving
-    return 2 * (products + head_share * model.vocab_size * D)
+    tail, head = block.proj.weight.numel() + mlp, model.vocab_size * D
+    if attention == "order":  # two streams, both asking; of the last block the queries alone go on
+        read = n_layer * 4 * D * D + (2 * n_layer - 1) * L * D  # keys, values; attention
+        return 2 * (read + (2 * n_layer - 1) * (D * D + tail) + head)
+    query, halved = (0, 2) if attention == "causal" else (D * D, 1)
+    everywhere = block.qkv.weight.numel() - query + 2 * L * D // halved
+    products = n_layer * everywhere + (n_layer - 1 + head_share) * (query + tail)
+    return 2 * (products + head_share * head)

@@ -106,25 +106,51 @@ class FusedCrossEntropy(torch.autograd.Function):
 # ---- Parts of a block ----------------------------------------------------------------------------
 
 
-def attention(q, k, v, causal):
+def attention(q, k, v, causal=False, seen=None):
     """Softmax attention: q (B, H, Lq, d), k and v (B, H, Lk, d) -> (B, H, Lq, d).
 
     causal: the last query stands at the last key, and none looks to the right of its own place.
+    seen (B, 1, Lq, Lk) bool says instead which keys a query looks at.
     """
     Lq, Lk = q.shape[2], k.shape[2]
-    causal = causal and Lq > 1
-    seen = lambda: torch.ones(Lq, Lk, dtype=torch.bool, device=q.device).tril(Lk - Lq)  # noqa: E731
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    plain = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if causal and Lq > 1 and (plain or Lq != Lk):
+        seen = torch.ones(Lq, Lk, dtype=torch.bool, device=q.device).tril(Lk - Lq)  # (Lq, Lk)
+    if plain:
         # The kernel of SDPA in bfloat16 is about three times slower on a CPU than its two products
         # written out. The scale is taken into q (which rounds it once more, unless it is a power of
         # two): torch.compile has a form of its own for the softmax of a scaled table, which takes
         # 1.6 times as long.
         score = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).float()  # (B, H, Lq, Lk)
-        score = score.masked_fill(~seen(), -torch.inf) if causal else score
+        score = score if seen is None else score.masked_fill(~seen, -torch.inf)
         return score.softmax(-1).to(v.dtype) @ v
-    if causal and Lq != Lk:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen())
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    causal = causal and Lq > 1 and seen is None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal)
+
+
+def attention_in_order(q, kv):
+    """Attention of a chain rule's 2n tokens, n clean ones and n queries: kv (2, B, H, 2n, d).
+
+    Token number i of both halves sees the clean tokens 0..i, a query itself as well. q (B, H, 2n,
+    d) may hold the queries alone: (B, H, n, d).
+    """
+    (k, v), n = kv, kv.shape[3] // 2
+    keys, values, own_k, own_v = k[:, :, :n], v[:, :, :n], k[:, :, n:], v[:, :, n:]  # (B, H, n, d)
+    clean, asked = (None, q) if q.shape[2] == n else q.split(n, dim=2)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # written out, as above
+        scaled = asked * q.shape[-1] ** -0.5  # (B, H, n, d)
+        unseen = torch.ones(n, n, dtype=torch.bool).triu(1)  # (n, n)
+        score = (scaled @ keys.transpose(-2, -1)).float().masked_fill(unseen, -torch.inf)
+        own = (scaled.float() * own_k.float()).sum(-1, keepdim=True)  # (B, H, n, 1)
+        p = torch.cat([score, own], dim=-1).softmax(-1).to(v.dtype)  # (B, H, n, n + 1)
+        y = p[..., :n] @ values + p[..., n:] * own_v
+    else:
+        tril = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
+        seen = torch.cat([tril, torch.eye(n, dtype=torch.bool, device=q.device)], dim=1)  # (n, 2n)
+        y = F.scaled_dot_product_attention(asked, k, v, attn_mask=seen)
+    return (
+        y if clean is None else torch.cat([attention(clean, keys, values, causal=True), y], dim=2)
+    )
 
 
 def gelu(h):

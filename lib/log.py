@@ -129,7 +129,7 @@ def step_of(line):
 def flops_of_step(config, model, dataset):
     """Operations of a training step: forward and backward, of the positions that are predicted."""
     causal, L = config["attention"] == "causal", dataset.block_size
-    share = 1.0 if causal else 0.5
+    share = 0.5 if config["attention"] == "full" else 1.0
     if config["example_width"]:
         share *= dataset.counted(range(dataset.n), padding=not causal).mean() / L
     return 3 * flops_per_token(model, L, share) * config["batch_size"] * L

@@ -78,7 +78,7 @@ def with_saved(config, state, source):
         conflict = f"{source} was trained with {key}={saved[key]}, not {config[key]}"
         require(config[key] == saved[key], f"{conflict}; {advice}")
     objective = config["objective"]
-    is_right = resumed or saved["attention"] == OBJECTIVES[objective].attention
+    is_right = resumed or saved["attention"] in OBJECTIVES[objective].attention
     article = "a" if saved["attention"] == "causal" else "no"
     require(is_right, f"{source} is {article} causal network, so it cannot learn {objective}")
     return config | {key: saved[key] for key in keys}
@@ -100,7 +100,8 @@ def with_data(config, state, source):
     require(width or not drop, f"{data} is text without prompts, so prompt_drop must be 0")
     require(not (width and cut), f"{data} is examples with prompts, so random_length must be 0")
     require(width <= L, f"{data} has examples of {width} tokens, block_size is only {L}")
-    attention = OBJECTIVES[config["objective"]].attention
+    known = OBJECTIVES[config["objective"]].attention
+    attention = config["attention"] if config["attention"] in known else known[0]
     config = config | {"vocab_size": V, "attention": attention}
     return config | {"example_width": width, "eos_id": eos_id}
 
@@ -116,14 +117,15 @@ def check(config, world):
         require(config[key] <= 2**20, f"{key} must be at most {2**20}, not {config[key]}")
     require(max(config["beta1"], config["beta2"]) < 1, "beta1 and beta2 must be less than 1")
     fraction(config, "dropout", "ema", "decay_start", "random_length", "prompt_drop")
+    at_least(0, config, "order_p")
     fraction(config, "beta1", "beta2")
     D, H = config["n_embd"], config["n_head"]
     require(D % (2 * H) == 0, f"n_embd {D} must be a multiple of 2 * n_head = {2 * H}")
     objective = config["objective"]  # perhaps a checkpoint's
     attention = choose("objective", objective, OBJECTIVES).attention
-    clash = "attention" in config.get("user_keys", ()) and config["attention"] != attention
-    trains = f"objective '{objective}' trains a network with attention={attention}"
-    require(not clash, f"{trains}; leave attention out")
+    clash = "attention" in config.get("user_keys", ()) and config["attention"] not in attention
+    trains = f"objective '{objective}' trains a network with attention={' or '.join(attention)}"
+    require(not clash, f"{trains}, not {config['attention']}")
     drops = objective == "ar" and config["prompt_drop"]
     require(not drops, "prompt_drop needs a masked diffusion objective, not ar")
     B, micro = config["batch_size"], config["micro_batch_size"] or config["batch_size"] // world

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import L, Table, V, random_joint, random_logits, states, true_conditionals
 
 import diffusion
+import evaluate
 from data.loader import spread
 from evaluate import (
     ESTIMATORS,
@@ -20,7 +21,6 @@ from evaluate import (
     merged,
     nats_of_rows,
     of_set,
-    one_term,
     random_numbers,
     set_nats,
 )
@@ -32,7 +32,7 @@ X0 = states(V, L)  # (V^L, L)
 TURNS = torch.tensor(list(itertools.permutations(range(L))))  # (24, L) orders: turn of each place
 WIDE = 10**6  # rows in one call: all of them
 DRAWN = [name for name, estimator in ESTIMATORS.items() if not estimator.exact]
-ONE_ROW = [name for name, estimator in ESTIMATORS.items() if not estimator.chain]
+ONE_ROW = [name for name, estimator in ESTIMATORS.items() if estimator.row]
 
 
 def nats_of(model, blocks, **options):
@@ -50,7 +50,7 @@ def one_set(model, requests, size, number=0, **options):
 def row_of(estimator, u, noise, turn, prompt, schedule="loglinear"):
     """What an estimator masks and counts: (b, W) each."""
     draw = Draw(u, noise, turn, prompt, diffusion.SCHEDULES[schedule])
-    return ESTIMATORS[estimator].row(draw)
+    return evaluate.row_of(ESTIMATORS[estimator], draw)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def order(monkeypatch):
     """
 
     def register(name, rank):
-        estimator = Estimator(lambda draw: one_term(draw, rank(draw)), chain=True, exact=True)
+        estimator = Estimator(rank=rank, exact=True)
         monkeypatch.setitem(ESTIMATORS, name, estimator)
 
     return register

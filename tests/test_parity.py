@@ -17,6 +17,7 @@ import config as settings
 import diffusion
 import model as network
 import sample
+import samplers
 import train
 from data import examples
 from data.tokenizer import Char
@@ -540,7 +541,7 @@ def test_smdm_greedy_sampling_goes_step_by_step_as_published(smdm, name):
         torch.equal(states[0, :6], case["prompt"][0].long()) and states.shape[1] == case["length"]
     )
     counts = [n for n in case["revealed"] if n]
-    assert counts == sample.smdm_counts(case["length"] - 6, case["steps"])
+    assert counts == samplers.smdm_counts(case["length"] - 6, case["steps"])
     assert torch.equal(torch.stack([*seen, tokens[0]]), torch.stack(moves(states)))
 
 

@@ -19,11 +19,13 @@ from conftest import L, V, states
 import config as settings
 import diffusion
 import sample as decoding
+import samplers
 from config import UserError
 from data.tokenizer import Char
 from lib import checkpoint
 from model import DEFAULTS, Transformer
-from sample import SAMPLERS, categorical, request, step_to_call
+from sample import SAMPLERS, categorical, request
+from samplers import step_to_call
 
 TIMED = ["ancestral", "euler"]
 ONE_BY_ONE = ["any_order", "left_to_right", "right_to_left"]
@@ -50,9 +52,22 @@ def unmask_steps(masked, *arguments, u=None, **keys):
     with pytest.MonkeyPatch.context() as patch:
         if u is not None:
             patch.setattr(diffusion, "uniforms", lambda *_: u)
-        patch.setattr(decoding, "step_to_call", lambda z: seen.append(z) or step_to_call(z))
+        patch.setattr(samplers, "step_to_call", lambda z: seen.append(z) or step_to_call(z))
         policy_of(masked, *arguments, **keys)
     return seen[0]
+
+
+def counts_of(masked, sampler, steps):
+    """How many tokens each call of an adaptive policy unmasks, for each of the masks (N, L)."""
+    policy, counts = policy_of(masked, sampler, steps), [[] for _ in masked]
+    done = torch.zeros(len(masked), dtype=torch.long)  # (N,)
+    while len(live := policy.unfinished(done).nonzero().flatten()):
+        due = policy.due(live, done[live])  # (b, L)
+        p = torch.rand(due.shape).masked_fill(~due, -1.0)  # (b, L)
+        for n, accepted in zip(live.tolist(), policy.accept(live, done[live], p, p), strict=True):
+            counts[n].append(int(accepted.sum()))
+        done[live] += 1
+    return counts
 
 
 # ---- The draw ------------------------------------------------------------------------------------
@@ -448,7 +463,7 @@ def plain_confidence(model, x, counts, seed, place, **keys):
 def test_an_adaptive_order_unmasks_the_most_confident_tokens_of_each_sequence(sampler, keys):
     model = network_of()
     x = requests_for(model, 12)
-    counts = policy_of(x == model.mask_id, sampler, 5).counts
+    counts = counts_of(x == model.mask_id, sampler, 5)
     rows = [plain_confidence(model, x[i : i + 1], counts[i], 3, i, **keys) for i in range(12)]
     tokens, _ = sample(model, x, sampler, 5, seed=3, batch_size=5, **keys)
     assert torch.equal(tokens, torch.cat(rows))
@@ -457,19 +472,19 @@ def test_an_adaptive_order_unmasks_the_most_confident_tokens_of_each_sequence(sa
 @pytest.mark.parametrize("n", [1, 2, 7, 30, 100])
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
 def test_num_transfer_tokens_unmask_everything_and_those_of_confidence_are_even(n, steps):
-    for counts in (decoding.evenly(n, steps), decoding.smdm_counts(n, steps)):
+    for counts in (samplers.evenly(n, steps), samplers.smdm_counts(n, steps)):
         assert sum(counts) == n and min(counts) >= 1 and len(counts) <= steps
-    even = decoding.evenly(n, steps)
+    even = samplers.evenly(n, steps)
     assert len(even) == min(n, steps) and max(even) - min(even) <= 1
     masked = torch.arange(100)[None] < n  # (1, 100)
-    assert policy_of(masked, "confidence", steps).counts == [even]
-    assert policy_of(masked, "smdm_greedy", steps).counts == [decoding.smdm_counts(n, steps)]
-    assert decoding.evenly(0, steps) == decoding.smdm_counts(0, steps) == []
+    assert counts_of(masked, "confidence", steps) == [even]
+    assert counts_of(masked, "smdm_greedy", steps) == [samplers.smdm_counts(n, steps)]
+    assert samplers.evenly(0, steps) == samplers.smdm_counts(0, steps) == []
 
 
 def test_smdm_greedy_rounds_down_and_leaves_what_is_left_to_the_last_step():
-    assert decoding.smdm_counts(10, 4) == [2, 2, 2, 4]
-    assert decoding.smdm_counts(3, 8) == [1, 2]
+    assert samplers.smdm_counts(10, 4) == [2, 2, 2, 4]
+    assert samplers.smdm_counts(3, 8) == [1, 2]
 
 
 # ---- Network calls -----------------------------------------------------------------------
@@ -503,7 +518,7 @@ def test_the_nfe_of_an_adaptive_order_is_the_length_of_its_num_transfer_tokens(s
     model = network_of()
     x = requests_for(model, 30)
     _, info, seen = watched(model, x, sampler, 6, batch_size=7)
-    counts = [len(each) for each in policy_of(x == model.mask_id, sampler, 6).counts]
+    counts = [len(each) for each in counts_of(x == model.mask_id, sampler, 6)]
     assert info["nfe"].tolist() == counts == torch.cat(seen)[:, 0].bincount(minlength=30).tolist()
     assert info["expected_nfe"] == pytest.approx(sum(counts) / 30)
 

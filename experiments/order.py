@@ -1,0 +1,253 @@
+"""Attention in unmasking order: what it costs in likelihood, and what it gains in speed.
+
+    python -m experiments.order                       trains what has not been, then measures
+    python -m experiments.order --only=quality        the first table alone; or --only=speed
+
+Quality. `full`, `order` (uniform orders; mixtures with left to right) and the causal baseline, on
+the demo's recipe and text, each for as many steps as cost the operations of the preset's run,
+several seeds. All held-out blocks: the any-order bound, and left to right where a network can. A
+run is an ordinary run of train.py in out/order: a stopped one resumes, a finished one is kept.
+
+Speed. Seconds a sample with random weights (speed does not depend on them), head and draw included,
+for the causal network with its cache, `full` as sample.py runs it, and `order` with its cache, at
+L, L/2, L/4 and L/8 calls of equal numbers of tokens. All in turns, in one run.
+"""
+
+import contextlib
+import math
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import config as settings
+import diffusion
+import evaluate
+import model as network
+import sample
+import samplers
+import train
+from config import choose
+from data import loader
+from experiments import results
+from lib import checkpoint
+from lib.device import flops_per_token, machine
+from lib.stats import t95
+
+DEFAULTS = {
+    "preset": "configs/pydocs.py",  # the recipe of all
+    "seeds": 3,  # 1337, 1338, ...
+    "share": 1.0,  # of the preset's operations
+    "folder": "out/order",  # where the runs are
+    "only": "",  # quality or speed; empty: both
+    "rounds": 5,  # of the speed table, in turns
+}
+
+KINDS = {  # name: what differs from the preset
+    "full": {"attention": "full"},
+    "order": {"attention": "order", "batch_size": 16},
+    "order, half left to right": {
+        "attention": "order",
+        "batch_size": 16,
+        "order": "mixture",
+        "order_p": 0.5,
+    },
+    "order, quarter left to right": {
+        "attention": "order",
+        "batch_size": 16,
+        "order": "mixture",
+        "order_p": 0.25,
+    },
+    "ARM": {"objective": "ar"},
+}
+SHAPE = {"n_layer": 6, "n_head": 4, "n_embd": 256, "norm": "rms", "mlp": "relu2", "bias": False}
+
+
+# ---- Quality -------------------------------------------------------------------------------------
+
+
+def step_flops(config):
+    """Operations of a training step: forward and backward."""
+    with torch.device("meta"):
+        model = network.Transformer(config)
+    L, share = config["block_size"], 0.5 if config["attention"] == "full" else 1.0
+    return 3 * flops_per_token(model, L, share) * config["batch_size"] * L
+
+
+def run_config(config, name, seed):
+    """The training config of a run, with the steps that cost as much as the preset's."""
+    base = settings.parse([config["preset"]], settings, diffusion, network, train)
+    base |= {"vocab_size": loader.read_meta(base["data"])["vocab_size"]}
+    mine = base | KINDS[name]
+    mine |= {"attention": "causal"} if mine["objective"] == "ar" else {}
+    steps = 60 if config["quick"] else config["share"] * base["max_iters"]
+    steps = round(steps * step_flops(base) / step_flops(mine))
+    words = f"{name} {config['share']:g} {seed}{' quick' * config['quick']}".replace(",", "")
+    mine |= {"seed": seed, "max_iters": steps, "eval_interval": steps, "show_sample": False}
+    mine |= {"out_dir": str(Path(config["folder"], words.replace(" ", "_"))), "save_interval": 200}
+    mine |= {key: config[key] for key in ("device", "dtype")} | {"compile": not config["quick"]}
+    return mine | {"user_keys": sorted({"seed", "max_iters", "attention", *KINDS[name]})}
+
+
+def measured(config, name, seed):
+    """{order: nats per token} of a run, which is trained first where it has not been."""
+    recipe = run_config(config, name, seed)
+    path = Path(recipe["out_dir"], "ckpt.pt")
+    if not path.is_file() or checkpoint.read(path)["step"] < recipe["max_iters"]:
+        train.main(recipe)
+    device, autocast = machine(config)
+    model, _, trained = checkpoint.load(path, device)
+    tokens, L = loader.Tokens(trained["data"], "val"), trained["block_size"]
+    blocks = list(loader.in_order(tokens, L))[: 8 if config["quick"] else None]
+    count = sum(map(len, blocks))
+    if name == "ARM":
+        wanted = {"left to right": "ar"}
+    elif name == "full":
+        wanted = {"any order": "any_order"}
+    else:
+        wanted = {"any order": "any_order", "left to right": "left_to_right"}
+    found = {}
+    for order, estimator in wanted.items():
+        keys = {} if estimator == "ar" else {"estimator": estimator, "draws": 8, "strata": 4}
+        with autocast():
+            nats, _ = evaluate.estimate(model, blocks, batch_size=64, progress=True, **keys)
+        found[order] = float(nats.sum()) / count
+    return found
+
+
+def quality(config):
+    """(rows of the table, figures) of all kinds and seeds."""
+    seeds, rows, figures = range(1337, 1337 + config["seeds"]), [], {}
+    runs_of = {name: [] for name in KINDS}
+    for seed in seeds:
+        for name in KINDS:
+            runs_of[name].append(measured(config, name, seed))
+            tqdm.write(f"{name}, seed {seed}: {runs_of[name][-1]}")
+    for name, runs in runs_of.items():
+        row = {"network": name}
+        for order in ("any order", "left to right"):
+            values = [run[order] for run in runs if order in run]
+            row[order] = spelled(values)
+            if values:
+                figures[f"{name}, {order}"] = values
+        rows.append(row | {"steps": run_config(config, name, 1337)["max_iters"]})
+    return rows, figures
+
+
+def spelled(values):
+    """The mean of some seeds and half of its 95% interval, and the values."""
+    if not values:
+        return ""
+    half = t95(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5 if values[1:] else 0
+    each = ", ".join(f"{value:.3f}" for value in values)
+    return f"{statistics.mean(values):.3f} +- {half:.3f} ({each})"
+
+
+# ---- Speed ---------------------------------------------------------------------------------------
+
+
+def even(masked, o):
+    """A random order, the same number of tokens in each of `steps` calls."""
+    u = diffusion.uniforms(o["seed"], 0, range(len(masked)), masked.shape[1])  # (N, L)
+    call = u.argsort(1).argsort(1) * o["steps"] // masked.shape[1]  # (N, L)
+    return samplers.FixedOrder(torch.where(masked, call, -1))
+
+
+def speed(config):
+    """Rows: seconds a sample, in turns, for lengths, vocabularies and batches."""
+    device, autocast = machine(config)
+    rows = []
+    grid = [(L, V, B) for L in (256, 1024) for V in (104, 50257) for B in (1, 16)]
+    for L, V, B in grid[:1] if config["quick"] else grid:
+        shape = network.DEFAULTS | SHAPE | {"block_size": L, "vocab_size": V}
+        models = {
+            kind: network.Transformer(shape | {"attention": kind}).to(device).eval()
+            for kind in ("causal", "full", "order")
+        }
+        calls = {"causal": {}}
+        for kind in ("full", "order"):
+            for part in (1, 2, 4, 8):
+                # At one token a call `full` is timed for some of its calls, which cost the same.
+                calls[f"{kind}, {part} a call"] = {"sampler": "even", "steps": L // part}
+        times = in_turns(models, calls, (B, L), config["rounds"], autocast)
+        arm = min(times["causal"])
+        for name, seconds in times.items():
+            row = {"L": str(L), "V": str(V), "batch": str(B), "network": name}
+            row |= {"seconds_a_sample": min(seconds) / B, "times_the_ARM": arm / min(seconds)}
+            full = times.get(name.replace("order", "full"))
+            row["times_full"] = f"{min(full) / min(seconds):.1f}" if "order" in name else ""
+            rows.append(row)
+        tqdm.write(results.table(f"L = {L}, V = {V}, batch {B}", rows[-9:], FORMATS))
+    return rows
+
+
+def in_turns(models, calls, shape, rounds, autocast):
+    """{name: [seconds of a whole sample]}; a sample of over 20 seconds is made once."""
+    samplers.SAMPLERS["even"], times = even, {name: [] for name in calls}
+    x = torch.full(shape, models["full"].mask_id, device=models["full"].cos.device)  # (B, L)
+    for _ in range(rounds):
+        for name, options in calls.items():
+            if times[name] and max(times[name]) > 20:
+                continue
+            model = models[name.split(",")[0]]
+            # Autocast casts weights that need a gradient, and keeps them; these are not trained.
+            began = time.perf_counter()
+            with autocast() if model is not models["causal"] else contextlib.nullcontext():
+                sample.sample(model, x, batch_size=shape[0], **options)
+            times[name].append(time.perf_counter() - began)
+    del samplers.SAMPLERS["even"]
+    return times
+
+
+FORMATS = {"seconds_a_sample": "{:.3f}", "times_the_ARM": "{:.2f}"}
+
+
+def draw(axes, rows):
+    """Tokens a second over those of the causal network, by tokens a call."""
+    lines = {}
+    for row in rows:
+        kind, _, part = row["network"].partition(", ")
+        if part and row["V"] == "104":
+            label = f"{kind}, L = {row['L']}, batch {row['batch']}"
+            lines.setdefault(label, []).append((int(part.split()[0]), row["times_the_ARM"]))
+    for label, points in lines.items():
+        style = "-" if label.startswith("order") else ":"
+        axes.plot(*zip(*points, strict=True), style, marker="o", label=label)
+    axes.axhline(1, color="grey", linewidth=1)
+    ticks = [1, 2, 4, 8]
+    axes.set(xscale="log", yscale="log", xticks=ticks, xticklabels=ticks, xlabel="tokens a call")
+    axes.set_ylabel("times the tokens a second of the cached ARM")
+    axes.legend(fontsize=7)
+
+
+def main(config):
+    """Trains, measures, prints and writes both tables; returns the figures."""
+    began, texts, figures, rows = time.time(), [], {}, []
+    choose("only", config["only"], ["", "quality", "speed"])
+    settings.at_least(1, config, "seeds", "rounds")
+    if config["only"] != "speed":
+        table, found = quality(config)
+        figures |= {f"{key}, seed {i}": v for key, vs in found.items() for i, v in enumerate(vs)}
+        texts.append(results.table("Nats per token at equal operations, held-out text", table))
+    if config["only"] != "quality":
+        rows = speed(config)
+        keys = ("L", "V", "batch", "network")
+        for row in rows:
+            name = " ".join(f"{key} {row[key]}" for key in keys)
+            figures[f"seconds a sample, {name}"] = row["seconds_a_sample"]
+        texts.append(results.table("Seconds a sample", rows, FORMATS))
+    device, _ = machine(config)
+    figures |= results.about(device) | {"seconds": math.ceil(time.time() - began)}
+    text = "\n".join(texts)
+    name = "order" + f"_{config['only']}" * bool(config["only"])
+    plot = (lambda axes: draw(axes, rows)) if rows else None
+    results.write(config, name, figures, text, plot, script="order")
+    print(text)
+    return figures
+
+
+if __name__ == "__main__":
+    settings.run(main, settings, diffusion, results, sys.modules[__name__])

@@ -1,0 +1,244 @@
+"""Samplers: which positions are due in the next network call. One entry of SAMPLERS each.
+
+- A fixed order knows the step of every position before the first call; the network has no say.
+- An adaptive one asks for all masked positions at every call and unmasks those it is sure of. It
+  samples from another distribution than the network's, at any number of calls: sure tokens first.
+- A remasking one also takes tokens back, at steps that are known beforehand as well.
+
+To add a sampler: a function (masked (N, L) bool, options) -> policy, and its name in SAMPLERS.
+A policy is asked by the loop in sample.py: unfinished, remasked, due, noise, accept.
+"""
+
+import torch
+
+import diffusion
+
+
+class FixedOrder:
+    """Each position's step is known before the first call: unmask_step (N, L), -1: conditions."""
+
+    def __init__(self, unmask_step, expected_nfe=None):
+        self.call = step_to_call(unmask_step)  # (N, L)
+        self.nfe = self.call.max(1).values + 1  # (N,)
+        self.expected_nfe, self.u = expected_nfe, None
+
+    def unfinished(self, done):
+        """Which sequences need another call, having had done (N,)."""
+        return done < self.nfe
+
+    def remasked(self, live, done):
+        """Positions (b, L) of sequences live (b,) that are masked in call number done (b,).
+
+        None: those that have had no token yet.
+        """
+        return None
+
+    def due(self, live, done):
+        """Positions (b, L) that are asked for in that call."""
+        return self.call[live] == done[:, None]
+
+    def accept(self, live, done, p, entropy):
+        """Which of them are unmasked (b, L), by p (b, L) of the tokens drawn, -1 where not due."""
+        return p >= 0
+
+    def noise(self, seed, live, done, L):
+        """(b, L) uniform numbers: a position is drawn once, so one a position is enough."""
+        if self.u is None:
+            self.u = diffusion.uniforms(seed, 1, range(len(self.nfe)), L)  # (N, L)
+        return self.u[live]
+
+
+class Adaptive(FixedOrder):
+    """All masked positions are asked for at every call, and a rule chooses those to unmask.
+
+    choose(live, done, p, entropy) -> (b, L), from p (b, L) of the tokens drawn, -1 where not due,
+    and the entropy (b, L) of their distributions in nats, infinite where not due.
+    """
+
+    def __init__(self, masked, choose):
+        self.masked, self.choose, self.expected_nfe = masked.clone(), choose, None  # (N, L)
+
+    def unfinished(self, done):
+        return self.masked.any(1)
+
+    def due(self, live, done):
+        return self.masked[live]
+
+    def accept(self, live, done, p, entropy):
+        accepted = self.choose(live, done, p, entropy) & self.masked[live]  # (b, L)
+        self.masked[live] &= ~accepted
+        return accepted
+
+    def noise(self, seed, live, done, L):
+        """Fresh at every call: a position is asked for again and again."""
+        pairs = zip(live.tolist(), done.tolist(), strict=True)
+        return torch.cat([diffusion.uniforms(seed, 2 + n, [i], L) for i, n in pairs])  # (b, L)
+
+
+class Remasking(Adaptive):
+    """Each position is unmasked and masked again at steps that are known before the first call.
+
+    events: for each sequence a list of (due (L,), masked (L,)), one a call.
+    """
+
+    def __init__(self, events):
+        self.events, self.expected_nfe = events, None
+        self.nfe = torch.tensor([len(calls) for calls in events])  # (N,)
+
+    def unfinished(self, done):
+        return done < self.nfe
+
+    def part(self, live, done, i):
+        return torch.stack(
+            [self.events[n][k][i] for n, k in zip(live, done, strict=True)]
+        )  # (b, L)
+
+    def remasked(self, live, done):
+        return self.part(live, done, 1)
+
+    def due(self, live, done):
+        return self.part(live, done, 0)
+
+    def accept(self, live, done, p, entropy):
+        return p >= 0
+
+
+def step_to_call(unmask_step):
+    """The call, from 0 in each sequence, that unmasks each position: (N, L), -1 at conditions.
+
+    Steps at which a sequence unmasks nothing get no call: its calls are its distinct steps.
+    """
+    step, order = unmask_step.sort(1)  # (N, L)
+    before = torch.cat([step.new_full((len(step), 1), -1), step[:, :-1]], dim=1)  # (N, L)
+    return torch.empty_like(step).scatter(1, order, (step > before).cumsum(1) - 1)
+
+
+def by_time(masked, o):
+    """Ancestral and Euler sampling: each position's step by itself, by the unmasking schedule."""
+    (N, L), schedule = masked.shape, diffusion.SCHEDULES[o["schedule"]]
+    r = diffusion.unmask_schedule(schedule, o["steps"], o["sampler"])  # (steps,)
+    u = diffusion.uniforms(o["seed"], 0, range(N), L)  # (N, L)
+    step = torch.searchsorted(r.cumsum(0), u, right=True).clamp(max=o["steps"] - 1)  # (N, L)
+    expected = sum(diffusion.expected_nfe(r, int(n)) for n in masked.sum(1)) / N
+    return FixedOrder(torch.where(masked, step, -1), expected)
+
+
+def any_order(masked, o):
+    """One token a call, in an order drawn uniformly: what the any-order bound is about."""
+    u = diffusion.uniforms(o["seed"], 0, range(len(masked)), masked.shape[1])  # (N, L)
+    return FixedOrder(torch.where(masked, u.argsort(1).argsort(1), -1))
+
+
+def left_to_right(masked, o):
+    return FixedOrder(torch.where(masked, torch.arange(masked.shape[1]), -1))
+
+
+def right_to_left(masked, o):
+    return FixedOrder(torch.where(masked, torch.arange(masked.shape[1]).flip(0), -1))
+
+
+def confidence(masked, o):
+    """The same number in each call (MaskGIT, arXiv 2202.04200; LLaDA, 2502.09992).
+
+    The field calls it low-confidence remasking, though no token is taken back: those that were
+    drawn with low confidence are not kept.
+    """
+    return most_confident(masked, [evenly(int(n), o["steps"]) for n in masked.sum(1)])
+
+
+def smdm_greedy(masked, o):
+    """SMDM's form of it: in each step int(masked * (1 - s/t)) tokens."""
+    return most_confident(masked, [smdm_counts(int(n), o["steps"]) for n in masked.sum(1)])
+
+
+def most_confident(masked, num_transfer_tokens):
+    """In each call of a sequence, so many as its list says of the most probable tokens."""
+
+    def choose(live, done, p, entropy):
+        pairs = zip(live, done, strict=True)
+        n = torch.tensor([num_transfer_tokens[i][call] for i, call in pairs])  # (b,)
+        return p.argsort(dim=1, descending=True, stable=True).argsort(1) < n[:, None]
+
+    return Adaptive(masked, choose)
+
+
+def threshold(masked, o):
+    """All tokens of a probability of `threshold` or more, and the most probable one."""
+    best = lambda p: p.argsort(dim=1, descending=True, stable=True).argsort(1) == 0  # noqa: E731
+    return Adaptive(masked, lambda live, done, p, entropy: (p >= o["threshold"]) | best(p))
+
+
+def entropy_bound(masked, o):
+    """The most certain positions whose entropies add up to max_entropy, without the largest.
+
+    What is lost by drawing them independently is at most that (arXiv 2505.24857). 0: one a call.
+    """
+
+    def choose(live, done, p, entropy):
+        h, order = entropy.sort(dim=1, stable=True)  # (b, L)
+        within = h.isfinite() & (h.cumsum(1) - h <= o["max_entropy"])  # (b, L)
+        return torch.zeros_like(within).scatter(1, order, within)
+
+    return Adaptive(masked, choose)
+
+
+def remask(masked, o):
+    """ReMDM (arXiv 2503.00307), capped: visible tokens are masked again with probability eta.
+
+    In the step from t to s: visible -> masked with probability sigma, masked -> unmasked with
+    (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), alpha = 1 - m, which keeps the marginals of
+    ancestral sampling if sigma <= (1 - alpha_s) / alpha_t. None of it depends on the network, so
+    all is drawn ahead, and steps that unmask nothing need no call.
+    """
+    return remasking(masked, o, lambda highest: min(o["eta"], highest))
+
+
+def remask_rescale(masked, o):
+    """The same with sigma = eta times the highest that keeps the marginals."""
+    return remasking(masked, o, lambda highest: o["eta"] * highest)
+
+
+def remasking(masked, o, sigma_of):
+    (N, L), steps = masked.shape, o["steps"]
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)  # (steps + 1,)
+    alpha = (1 - diffusion.SCHEDULES[o["schedule"]](t)[0]).tolist()
+    state, events = masked.clone(), [[] for _ in range(N)]  # (N, L)
+    for k in range(steps):
+        now, then = alpha[k], alpha[k + 1] if k + 1 < steps else 1.0  # the last step unmasks all
+        sigma = sigma_of(min(1.0, (1 - then) / now if now else 1.0))
+        u = diffusion.uniforms(o["seed"], 2**40 + k, range(N), L)  # (N, L)
+        due = state & (u < (then - (1 - sigma) * now) / (1 - now) if k + 1 < steps else state)
+        for n in due.any(1).nonzero().flatten().tolist():
+            events[n].append((due[n], state[n].clone()))
+        state = (state & ~due) | (~state & masked & (u < sigma))
+    return Remasking(events)
+
+
+def evenly(n, steps):
+    """n tokens over at most `steps` calls: a list without zeros."""
+    steps = min(steps, n)
+    return [n // steps + (i < n % steps) for i in range(steps)] if n else []
+
+
+def smdm_counts(n, steps):
+    """SMDM's rounding, in float32 as there. Where tokens are few, steps without any get no call."""
+    t, counts = torch.linspace(1, 1e-5, steps + 1), []  # (steps + 1,)
+    for i in range(steps):
+        counts.append(n if i == steps - 1 else int(n * (1 - t[i + 1] / t[i])))
+        n -= counts[-1]
+    return [count for count in counts if count]
+
+
+SAMPLERS = {
+    "ancestral": by_time,
+    "euler": by_time,
+    "any_order": any_order,
+    "left_to_right": left_to_right,
+    "right_to_left": right_to_left,
+    "confidence": confidence,
+    "smdm_greedy": smdm_greedy,
+    "threshold": threshold,
+    "entropy_bound": entropy_bound,
+    "remask": remask,
+    "remask_rescale": remask_rescale,
+}
