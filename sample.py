@@ -58,6 +58,7 @@ DEFAULTS = {
     "num_samples": 4,  # how many times the request is filled
     "batch_size": 16,  # sequences in one network call
     "compile": False,  # compile the network: pays for many or long samples
+    "watch": False,  # show how the samples emerge, call by call
     "out": "",  # also write the samples to this .jsonl file
 }
 
@@ -283,8 +284,13 @@ def main(config):
     require(least <= n_new, f"min_new_tokens must be at most the {n_new} to fill")
     suppress = suppress_eos(x, [begin] * len(x), least, eos_id) if least else None
     options = {key: value for key, value in config.items() if key != "user_keys"}
+    on_call = None
+    if config["watch"]:
+        from view.watch import watch  # what is only looked at is not loaded otherwise
+
+        on_call = watch(tokenizer, x, model.mask_id, options)
     with autocast():
-        tokens, info = sample(model, x, suppress, progress=True, **options)
+        tokens, info = sample(model, x, suppress, not on_call, on_call, **options)
 
     records = []
     for row, nfe in zip(tokens.tolist(), info["nfe"].tolist(), strict=True):

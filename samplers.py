@@ -18,7 +18,7 @@ class FixedOrder:
     """Each position's step is known before the first call: unmask_step (N, L), -1: conditions."""
 
     def __init__(self, unmask_step, expected_nfe=None):
-        self.call = step_to_call(unmask_step)  # (N, L)
+        self.step, self.call = unmask_step, step_to_call(unmask_step)  # (N, L) each
         self.nfe = self.call.max(1).values + 1  # (N,)
         self.expected_nfe, self.u = expected_nfe, None
 
@@ -57,6 +57,7 @@ class Adaptive(FixedOrder):
 
     def __init__(self, masked, choose):
         self.masked, self.choose, self.expected_nfe = masked.clone(), choose, None  # (N, L)
+        self.step = None  # known after the call alone
 
     def unfinished(self, done):
         return self.masked.any(1)
@@ -82,7 +83,7 @@ class Remasking(Adaptive):
     """
 
     def __init__(self, events):
-        self.events, self.expected_nfe = events, None
+        self.events, self.expected_nfe, self.step = events, None, None
         self.nfe = torch.tensor([len(calls) for calls in events])  # (N,)
 
     def unfinished(self, done):

@@ -293,6 +293,7 @@ def save(config, text, step, model, ema, optimizers, team):
 
 def main(config):
     """Trains as config says; returns the last evaluation, a dict of report. Raises UserError."""
+    config = settings.defaults_of([settings, diffusion, network, sys.modules[__name__]]) | config
     # Who takes part, and how the run begins: anew, from other weights, or from where it stopped.
     team = parallel.join(config)
     config, state = resume.begin(config, team)

@@ -3,15 +3,13 @@
     python -m experiments.textbook      about a minute on two CPU cores
 
 It is the method as the papers write it, and it stands alone: read it after the first page of
-diffusion.py and before the rest. A remark `->` names what the real scripts do at the same place,
-and why. What they gain by it is measured by experiments/bench.py.
+diffusion.py. A remark `->` names what the real scripts do at the same place, and why.
 
 From a GPT to this: attention looks both ways; one more id is read, the mask; a token is predicted
-in its own place, with no shift; the loss is that of the masked tokens, weighted; and a sample is
-unmasked in steps, a few tokens anywhere at each, in place of one token at the right end.
+in its own place, with no shift; the loss is that of masked tokens, weighted; and a sample is
+unmasked in steps, at each a few tokens anywhere.
 """
 
-import time
 from pathlib import Path
 
 import torch
@@ -22,7 +20,7 @@ L, D, HEADS, LAYERS, BATCH = 64, 128, 4, 3, 32  # -> configs/: presets of all th
 
 
 def read(folder="data/pydocs"):
-    """(training ids, held-out ids, the characters) of a prepared text, or of one in every Python."""
+    """(training ids, held-out ids, characters) of a prepared text, or of one in every Python."""
     if (Path(folder) / "meta.json").is_file():
         from data import loader, tokenizer
 
@@ -33,10 +31,10 @@ def read(folder="data/pydocs"):
         from pydoc_data.topics import topics
 
         text = "\n".join(topics.values())
-        train, val = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :]
+        train, val = text[:-40_000], text[-40_000:]
     letters = sorted({*train, *val})
     ids = {letter: i for i, letter in enumerate(letters)}
-    return *(torch.tensor([ids[letter] for letter in part]) for part in (train, val)), letters
+    return *(torch.tensor([ids[letter] for letter in z]) for z in (train, val)), letters
 
 
 def blocks(ids, n):
@@ -73,9 +71,9 @@ class Network(nn.Module):
     def __init__(self, V):
         super().__init__()
         self.mask_id, self.embed = V, nn.Embedding(V + 1, D)
+        # -> model.py: normalised queries and keys, squared ReLU, zero initialisation: fewer steps
         self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
         self.norm, self.unembed = nn.LayerNorm(D), nn.Linear(D, V)
-        # -> model.py: normalised queries and keys, squared ReLU, zero initialisation: fewer steps
 
     def forward(self, x):
         return self.unembed(self.norm(self.blocks(self.embed(x))))
@@ -90,16 +88,15 @@ def nelbo(model, x0):
     logits = model(torch.where(mask, model.mask_id, x0))  # (B, L, V)
     # -> lib/fused.py: logits of masked positions only, a chunk at a time
     ce = F.cross_entropy(logits.transpose(1, 2), x0, reduction="none")  # (B, L)
-    # The weight is m'(t)/m(t), and the sum is over B * L. To divide by the number of masked tokens
-    # instead is common, and no bound: experiments/loss_audit.py.
+    # The weight is m'(t)/m(t) = 1/t, the sum divided by B * L. Dividing it by the number of masked
+    # tokens is common, and no bound: experiments/loss_audit.py.
     return (mask * ce / t).sum() / x0.numel()  # -> train.py: loss_weight, to train by another
 
 
 def train(model, ids, steps):
     """AdamW on random blocks -> the loss of each step."""
-    # -> train.py: bfloat16, torch.compile, several processes, checkpoints, averaged weights;
-    #    lib/optim.py: Muon, which needs half the steps
-    optimizer, losses, began = torch.optim.AdamW(model.parameters(), lr=2e-3), [], time.time()
+    # -> train.py: bfloat16, torch.compile, many processes, checkpoints, EMA; lib/optim.py: Muon
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=2e-3), []
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
     for step in range(1, steps + 1):
         loss = nelbo(model, blocks(ids, BATCH))
@@ -109,15 +106,13 @@ def train(model, ids, steps):
         decay.step()
         losses.append(loss.item())
         if step % 100 == 0:
-            mean = sum(losses[-100:]) / 100
-            print(f"step {step}: loss {mean:.3f} nats per token, {time.time() - began:.0f} s")
+            print(f"step {step}: loss {sum(losses[-100:]) / 100:.3f} nats per token")
     return losses
 
 
 @torch.no_grad()
 def evaluate(model, ids, draws=100):
-    """The bound on held-out text, the mean over many blocks and masks."""
-    # -> evaluate.py: all of the text, with stratified draws, and the error of the number
+    """The bound on held-out text. -> evaluate.py: all of it, stratified draws, and the error."""
     return sum(nelbo(model, blocks(ids, BATCH)).item() for _ in range(draws)) / draws
 
 
@@ -131,19 +126,18 @@ def sample(model, n, steps):
         token = torch.multinomial(p.flatten(0, 1), 1).view(n, L)
         unmask = (x == model.mask_id) & (torch.rand(n, L) < (t - s) / t)  # (m(t) - m(s)) / m(t)
         x = torch.where(unmask, token, x)
-        # -> sample.py: which step unmasks a position does not depend on the network. All are drawn
-        #    ahead, idle ones are skipped, and the network is asked only for what is due.
+        # -> sample.py: when a position is unmasked does not depend on the network, so steps are
+        #    drawn ahead, idle ones skipped, and the network asked only for what is due
     return x
 
 
-def main(steps=600, n=3):
+def main(steps=800, n=3):
     """Train, evaluate and sample; returns (losses, bound, samples (n, L), model)."""
     torch.manual_seed(0)
     ids, held_out, letters = read()
-    print(f"{len(ids):,} characters, {len(letters)} different ones")
     model = Network(len(letters))
-    losses = train(model, ids, steps)
-    bound = evaluate(model, held_out)
+    print(f"{len(ids):,} characters, {len(letters)} different ones")
+    losses, bound = train(model, ids, steps), evaluate(model, held_out)
     print(f"held-out text: at most {bound:.3f} nats per token")
     x = sample(model, n, steps=2 * L)
     for row in x.tolist():

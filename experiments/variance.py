@@ -72,7 +72,7 @@ def repeated(subject, x0, method, n_sets, config):
             weight = weight[:, None] * mask  # (b, L)
         else:
             numbers = evaluate.Draw(u, noise, turn, torch.zeros_like(place), schedule)
-            mask, weight = evaluate.ESTIMATORS[estimator].row(numbers)  # (b, L) each
+            mask, weight = evaluate.row_of(evaluate.ESTIMATORS[estimator], numbers)  # (b, L) each
         block = x0[place // n_sets]  # (b, L)
         with subject.autocast():
             row_nats = evaluate.nats_of_rows(subject.model, block, mask, weight, estimator)  # (b,)
@@ -83,7 +83,8 @@ def repeated(subject, x0, method, n_sets, config):
 def measure(name, subject, x0, config):
     """A row of the table: the mean, and the variance of a network row with its standard error."""
     (estimator, _, size, _), (S, L) = METHODS[name], x0.shape
-    _, chain, exact, _ = evaluate.ESTIMATORS[estimator]
+    row, _, exact, _ = evaluate.ESTIMATORS[estimator]
+    chain = row is None
     n_sets = 1 if exact else max(2, config["draws"] // size // (16 if chain else 1))
     began = time.time()
     sets = repeated(subject, x0, METHODS[name], n_sets, config)  # (S, n_sets)

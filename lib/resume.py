@@ -117,7 +117,6 @@ def check(config, world):
         require(config[key] <= 2**20, f"{key} must be at most {2**20}, not {config[key]}")
     require(max(config["beta1"], config["beta2"]) < 1, "beta1 and beta2 must be less than 1")
     fraction(config, "dropout", "ema", "decay_start", "random_length", "prompt_drop")
-    at_least(0, config, "order_p")
     fraction(config, "beta1", "beta2")
     D, H = config["n_embd"], config["n_head"]
     require(D % (2 * H) == 0, f"n_embd {D} must be a multiple of 2 * n_head = {2 * H}")

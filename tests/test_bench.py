@@ -1,13 +1,16 @@
 """The benchmark compares things that compute the same, and reports what it promises."""
 
 import contextlib
+import math
 
 import pytest
 import torch
 from conftest import training_mask
 
 import diffusion
-from experiments import baselines, bench
+from data import writer
+from data.tokenizer import Char
+from experiments import baselines, bench, textbook
 from model import DEFAULTS, Transformer
 
 CPU = torch.device("cpu")
@@ -67,3 +70,39 @@ def test_a_turn_is_as_many_calls_as_fit_and_its_time_is_that_of_one(monkeypatch)
     times = bench.alternate(variants, 2, CPU)
     assert times == {"fast": [0.25, 0.25], "slow": [3.0, 3.0]}
     assert calls == {"fast": 2 + 2 * 4, "slow": 2 + 2}
+
+
+def test_the_textbook_learns_and_its_samples_have_no_masks(monkeypatch, capsys):
+    monkeypatch.setattr(textbook, "L", 16)
+    monkeypatch.setattr(textbook, "D", 32)
+    monkeypatch.setattr(textbook, "LAYERS", 1)
+    losses, bound, x, model = textbook.main(steps=100, n=2)
+    assert sum(losses[-20:]) / 20 < sum(losses[:20]) / 20 - 0.3
+    assert 1 < bound < math.log(model.mask_id)  # below that of a uniform guess
+    assert x.shape == (2, 16) and x.min() >= 0 and x.max() < model.mask_id
+    out = capsys.readouterr().out
+    assert "step 100: loss " in out and "held-out text: at most " in out and out.count("----") == 2
+
+
+def test_the_textbook_reads_prepared_text(monkeypatch, tmp_path):
+    text = Char("abcn ")
+    writer.prepare(tmp_path, [("train", "a banana can " * 9), ("val", "a can " * 9)], text)
+    train, val, letters = textbook.read(tmp_path)
+    assert "".join(letters[i] for i in train).startswith("a banana can a banana")
+    assert "".join(letters[i] for i in val).startswith("a can a can")
+
+
+def test_the_loss_of_the_textbook_is_our_bound(monkeypatch):
+    monkeypatch.setattr(textbook, "L", 16)
+    monkeypatch.setattr(textbook, "LAYERS", 1)
+    torch.manual_seed(0)
+    model = textbook.Network(5)
+    x0 = torch.randint(5, (1, textbook.L))
+    with torch.no_grad():
+        theirs = torch.tensor([textbook.nelbo(model, x0.expand(64, -1)) for _ in range(40)])
+        model.hidden = lambda x, idx: model.norm(model.blocks(model.embed(x))).flatten(0, 1)[idx]
+        model.head = model.unembed
+        mask, weight = training_mask("any_order", 0, 0, range(512), 512, textbook.L)
+        loss, _ = diffusion.nelbo(model, x0.expand(512, -1), mask, weight, plain=True)
+    error = theirs.std() / 40**0.5
+    assert abs(theirs.mean() - loss / mask.numel()) < 4 * error and error < 0.02 * theirs.mean()

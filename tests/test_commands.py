@@ -217,7 +217,7 @@ BAD = {
     "start id": ([*TRAIN, "--objective=ar", "--start_id=99"], "start_id"),
     "attention": (
         [*TRAIN, "--attention=causal"],
-        "objective 'any_order' trains a network with attention=full; leave attention out",
+        "objective 'any_order' trains a network with attention=full or order, not causal",
     ),
     "an old key": ([*TRAIN, "--causal=True"], "unknown key --causal; did you mean 'attention'?"),
     "seed": ([*TRAIN, "--seed=-1"], "seed must be from 0 to 2^63 - 1, not -1"),

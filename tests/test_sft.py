@@ -138,7 +138,7 @@ def test_a_prompt_masked_with_the_rest_gives_the_bound_of_a_model_without_prompt
 def test_all_that_follows_a_prompt_is_masked_and_nothing_else(objective, data):
     masked = 0
     for step in range(60):
-        (_, mask, weight, masked_idx, _), dataset = batch_of(data, step, objective=objective)
+        (_, mask, weight, masked_idx, *_), dataset = batch_of(data, step, objective=objective)
         prompt, _, place = placed(dataset, step)
         assert not (mask & (place < prompt)).any()
         assert mask.any(1).all() or objective != "any_order"
