@@ -1,0 +1,4 @@
+"""To look at the model: a page with the network inside, a recorded sample, a terminal, a picture.
+
+What samples or evaluates belongs in the five scripts; the JavaScript here is held to it by tests.
+"""

@@ -1,0 +1,128 @@
+"""One page with the model inside: a self-contained file that samples in the reader's browser.
+
+    python -m view.page --ckpt=out/pydocs                         writes out/pydocs/page.html
+    python -m view.page --ckpt=JingyangOu/radd-t-dce --trace      a recorded sample, no weights
+
+It begins with the text --template=, --threshold= and --max_entropy=; with --trace all keys of
+sample.py count. page.html is the frame, network.js the network, sampler.js the samplers and the
+NELBO, app.js what is seen and done.
+"""
+
+import base64
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+import config as settings
+import diffusion
+import model as network
+import sample
+from config import require
+from data.tokenizer import from_meta
+from lib import checkpoint
+from lib.device import machine
+from lib.files import whole_file
+from view.trace import Recorder
+
+DEFAULTS = {
+    "page": "",  # the file to write; "": page.html beside the checkpoint
+    "trace": False,  # record a sample here, and leave the weights out
+    "code": "",  # where the page's links to the code begin, an URL; "": relative to the page
+}
+HERE = Path(__file__).resolve().parent
+MOST = 4_000_000  # parameters that a page holds
+
+
+def pack(model):
+    """(what a page has of the weights, a state dict of the same): rounded once, read by both.
+
+    A matrix is q * s: s is max |w| / 127 of each row, in bfloat16, and q the nearest whole number
+    from -127 to 127. A vector is bfloat16.
+    """
+    shapes, narrow, wide, rounded = {}, b"", b"", {}
+    for name, w in model.state_dict().items():
+        w = w.detach().float().cpu()  # (n, D) or (n,)
+        scale = (w.abs().amax(1, keepdim=True) / 127 if w.dim() == 2 else w).bfloat16()
+        rounded[name], shapes[name] = scale.float(), list(w.shape)  # (n, 1) or (n,)
+        wide += scale.view(torch.int16).numpy().astype("<i2").tobytes()
+        if w.dim() == 2:
+            q = (w / scale.float()).nan_to_num().round().clamp(-127, 127)  # (n, D)
+            narrow += q.to(torch.int8).numpy().tobytes()
+            rounded[name] = q * scale.float()
+    narrow, wide = (base64.b64encode(part).decode() for part in (narrow, wide))
+    return {"shapes": shapes, "narrow": narrow, "wide": wide}, rounded
+
+
+def with_weights(model, tokenizer, o):
+    """The data of a page that holds the network; UserError where it cannot."""
+    config, n, kind = model.config, model.n_parameters(), tokenizer.kind
+    simple = n <= MOST and config["attention"] != "causal" and kind in ("char", "byte")
+    simple = simple and not (config["rotary_bf16"] or config["head_padding"])
+    require(simple, "a page cannot hold this model; record a sample of it with --trace")
+    template = o["template"] or f"___{model.block_size}"
+    sample.request(tokenizer, model, template=template)  # or its UserError
+    about = f"This file holds a masked diffusion language model of {n:,} parameters, which writes "
+    about += "here, in your browser; nothing is fetched. Its matrices are rounded to 8‑bit whole "
+    about += "numbers times one 16‑bit number a row, its vectors to 16 bits (bfloat16)."
+    if config["attention"] == "order":
+        about += " It reads visible tokens in the order in which they became visible, and its NELBO"
+        about += " is the mean of the chain rule over random orders."
+    table = [text.decode("utf8", "replace") for text in tokenizer.table[:-1]]
+    data = {"mask_id": model.mask_id, "table": table, "tokenizer": kind, "about": about}
+    data |= {"text": template, "config": {key: config[key] for key in network.DEFAULTS}}
+    data["options"] = {key: (sample.DEFAULTS | o)[key] for key in ("threshold", "max_entropy")}
+    return data | pack(model)[0]
+
+
+def recorded(model, tokenizer, o):
+    """The data of a page or a picture that plays samples drawn now, by the keys of sample.py."""
+    rule = "a record holds one draw a position: no causal network, no sampler that masks again"
+    plain = model.config["attention"] != "causal" and not o["sampler"].startswith("remask")
+    require(plain, rule)
+    wish = {key: o[key] for key in ("prompt", "suffix", "template", "length")}
+    ids = sample.request(tokenizer, model, **wish)
+    x = torch.tensor([ids] * o["num_samples"], device=next(model.parameters()).device)  # (N, L)
+    recorder = Recorder(tokenizer, x, model.mask_id, o)
+    _, info = sample.sample(model, x, progress=True, on_call=recorder, **o)
+    about = f"A recorded sample of a model of {model.n_parameters():,} parameters: {o['sampler']}, "
+    about += f"{o['steps']} steps, temperature {o['temperature']}, seed {o['seed']}."
+    return recorder.data(info) | {"about": about}
+
+
+def made(config, make):
+    """make(model, tokenizer, the keys of sample.py) of what config["ckpt"] names."""
+    device, autocast = machine(config)
+    model, tokenizer, trained = checkpoint.load(config["ckpt"], device)
+    require(trained["tokenizer"], f"{config['ckpt']} names no tokenizer, so it cannot read text")
+    keys = settings.defaults_of([settings, diffusion, sample])
+    with autocast():
+        tokenizer = tokenizer or from_meta(trained["tokenizer"])
+        return make(model, tokenizer, {key: config[key] for key in keys})
+
+
+def html(data, code):
+    """The page. What a model says is text, in its data as well: there a '<' cannot begin a tag."""
+    parts = {path.name: path.read_text("utf8") for path in HERE.glob("*.js")}
+    parts |= {"code": code, "data": json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")}
+    frame = (HERE / "page.html").read_text("utf8")
+    return re.sub(r"\{\{([\w.]+)\}\}", lambda found: parts[found[1]], frame)
+
+
+def main(config):
+    """Write the page, and say where and how large it is."""
+    data = made(config, recorded if config["trace"] else with_weights)
+    ckpt = Path(config["ckpt"])
+    path = Path(config["page"] or (ckpt if ckpt.is_dir() else Path()) / "page.html")
+    root = Path(os.path.relpath(HERE.parent, path.resolve().parent)).as_posix() + "/"
+    text = html(data, config["code"] or root).encode("utf8", "replace")
+    with whole_file(path) as temporary:
+        temporary.write_bytes(text)
+    print(f"{path}: {len(text):,} bytes; open it in a browser")
+
+
+if __name__ == "__main__":
+    settings.run(main, settings, diffusion, sample, sys.modules[__name__])
