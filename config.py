@@ -51,12 +51,12 @@ def require(condition, message):
 
 def nearest(name, known):
     """The tail of a message about an unknown name: what was meant, or the list of what exists."""
-    known = sorted(map(str, known))
-    close = [RENAMED.get(name), *difflib.get_close_matches(str(name), known, n=1)]
-    close = [other for other in close if other in known]
-    return (
-        f"; did you mean '{close[0]}'?" if close else f"; there is: {', '.join(known) or 'nothing'}"
-    )
+    known = sorted(str(each) for each in known if str(each))
+    if RENAMED.get(name) in known:
+        return f"; did you mean '{RENAMED[name]}'?"
+    close = [] if name in RENAMED else difflib.get_close_matches(str(name), known, n=1)
+    listed = ", ".join(known) or "nothing"
+    return f"; did you mean '{close[0]}'?" if close else f"; there is: {listed}"
 
 
 def choose(key, value, options):
@@ -163,7 +163,9 @@ def merge(items, *modules):
         require(key in config, f"unknown key {where}{nearest(key, config)}")
         config[key] = typed(where, value, config[key])
         if key in listed:
-            choose(where.removeprefix("--"), config[key], listed[key])
+            file, _, _ = where.rpartition(": ")
+            unknown = f"{file}: " * bool(file) + f"unknown {key} '{config[key]}'"
+            require(config[key] in listed[key], unknown + nearest(config[key], listed[key]))
     return config
 
 
@@ -200,7 +202,8 @@ def parse(argv, *modules):
     for arg in argv:
         if arg.startswith("--"):
             key, equals, value = arg[2:].partition("=")
-            alone = not equals and isinstance(defaults.get(key, ""), bool)
+            require(key in defaults, f"unknown key --{key}{nearest(key, defaults)}")
+            alone = not equals and isinstance(defaults[key], bool)
             require(equals or alone, f"write --{key}=VALUE, not '{arg}'")
             items.append((f"--{key}", key, True if alone else value))
         else:

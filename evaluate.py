@@ -6,9 +6,11 @@
 - A masked diffusion model has a bound (NELBO: negative evidence lower bound), estimated from draws
   of the corruption; a causal one has an exact number. Conditional likelihood, -log p(answer |
   prompt), is the same with a prompt that is never masked; a text is an answer to an empty prompt.
-- Every estimator is one function: what a row of a network call masks, and what it counts.
+- A draw is one random corruption of a sequence; a row, one input of the network. Draws that are
+  stratified together are a set. Every estimator is one function: what a row masks and counts.
 
-    any_order, lambda_dce, t_dce, t_dse   one row a draw, masked and weighted as in training
+    any_order        one row a draw, masked and weighted as in training
+    lambda_dce, t_dce, t_dse   the same, drawn so that no mask is empty (importance_sampled)
     chain            the chain rule along a random order: l rows, one a turn. Row k masks what the
                      turns from k on unmask and counts the token of turn k: exact for this order,
                      and in the mean over orders the any_order bound. RADD eq. 2.16
@@ -281,7 +283,10 @@ def of_set(estimator, nats):
 
 def merged(options, **rest):
     """`options` over the DEFAULTS, UserError for what they cannot be; with the rest."""
-    return settings.options(options, settings, diffusion, sys.modules[__name__]) | rest
+    o = settings.options(options, settings, diffusion, sys.modules[__name__])
+    settings.at_least(1, o, "draws", "strata", "batch_size")
+    settings.at_least(0, o, "precision", "seed")
+    return o | rest
 
 
 def answer_nats(model, requests, groups=None, cfg_scale=0.0, pad_to=0, progress=False, **options):

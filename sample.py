@@ -54,7 +54,7 @@ DEFAULTS = {
     "suffix": "",  # the end of each sample
     "template": "",  # text with gaps: ___12 is a gap of 12 tokens
     "length": 0,  # tokens in a sample, prompt and suffix included; 0: all that the model takes
-    "min_new_tokens": 0,  # of an answer before its end mark, at least (models of examples)
+    "min_new_tokens": 0,  # of an answer before its eos, at least (models of examples)
     "num_samples": 4,  # how many times the request is filled
     "batch_size": 16,  # sequences in one network call
     "compile": False,  # compile the network: pays for many or long samples
@@ -115,6 +115,9 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     CPU, is told of the tokens that each call unmasks.
     """
     o = settings.options(options, settings, diffusion, sys.modules[__name__])
+    check_options(o)
+    most = f"a sequence has at least one token and at most block_size {model.block_size}"
+    require(0 < x.shape[1] <= model.block_size and len(x), f"{most}, not {tuple(x.shape)}")
     if model.config["attention"] == "causal":
         return sample_ar(model, x, o, suppress, progress)
     began, (N, L), draw = time.time(), x.shape, (o["temperature"], o["top_k"], o["top_p"])
@@ -149,6 +152,16 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     mean, seconds = float(done.double().mean()), time.time() - began
     expected = mean if policy.expected_nfe is None else policy.expected_nfe
     return x, {"nfe": done, "expected_nfe": expected, "seconds": seconds}
+
+
+def check_options(o):
+    """Raise UserError for options that no sampler has."""
+    settings.at_least(1, o, "steps", "batch_size")
+    settings.at_least(0, o, "temperature", "top_k", "max_entropy", "seed")
+    settings.fraction(o, "threshold", "eta")
+    scale, top_p = o["cfg_scale"], o["top_p"]
+    require(-1 <= scale <= 1000, f"cfg_scale must be in -1..1000, not {scale}")
+    require(0 < top_p <= 1, f"top_p must be in (0, 1], not {top_p}")
 
 
 def entropy_of(logits, o):
@@ -245,18 +258,18 @@ def sample_ar(model, x, o, suppress=None, progress=False):
 
 # ---- 3. The command -----------------------------------------------------------------------------
 def check(config, causal):
-    """Raise UserError for settings that no sampler has."""
-    settings.at_least(1, config, "steps", "num_samples", "batch_size")
-    settings.at_least(0, config, "temperature", "top_k", "length", "min_new_tokens")
-    scale, top_p, sampler = config["cfg_scale"], config["top_p"], config["sampler"]
-    require(-1 <= scale <= 1000, f"cfg_scale must be in -1..1000, not {scale}")
-    require(0 < top_p <= 1, f"top_p must be in (0, 1], not {top_p}")
+    """Raise UserError for settings that this program or a causal network cannot have."""
+    settings.at_least(1, config, "num_samples")
+    settings.at_least(0, config, "length", "min_new_tokens")
+    check_options(config)
+    scale, sampler = config["cfg_scale"], config["sampler"]
     if causal:
         left = sampler == "left_to_right" or "sampler" not in config.get("user_keys", ())
         require(left, f"this network is causal: it has the sampler left_to_right, not '{sampler}'")
         between = config["suffix"] or config["template"]
         require(not between, "a causal network cannot see a suffix or fill a template")
         require(scale == 0, "cfg_scale needs a masked diffusion model; this network is causal")
+        require(not config["watch"], "watch shows masks that fill; this network is causal")
 
 
 def main(config):
@@ -279,7 +292,7 @@ def main(config):
     n_new, begin = ids.count(model.mask_id), ids.index(model.mask_id)
     between = config["suffix"] or config["template"]  # what follows a gap is kept
     eos_id, least = -1 if between else trained.get("eos_id", -1), config["min_new_tokens"]
-    answers = "min_new_tokens is for answers by models of examples, which know an end mark"
+    answers = "min_new_tokens is for answers by models of examples, which know an eos"
     require(eos_id >= 0 or not least, answers)
     require(least <= n_new, f"min_new_tokens must be at most the {n_new} to fill")
     suppress = suppress_eos(x, [begin] * len(x), least, eos_id) if least else None
@@ -300,7 +313,7 @@ def main(config):
     print(
         f"---- NFE {nfe:.1f} a sequence, expected {expected:.1f} for {n_new} masked tokens;", end=""
     )
-    speed = f"{tokens.numel() / seconds:.0f} tokens/s"
+    speed = f"{n_new * len(records) / seconds:.0f} tokens/s"
     print(f" {seconds:.2f} s for {len(records)} samples of {len(ids)} tokens, {speed}")
     if config["out"]:
         with whole_file(config["out"]) as path, open(path, "w", encoding="utf8") as file:

@@ -66,7 +66,9 @@ class Adaptive(FixedOrder):
         return self.masked[live]
 
     def accept(self, live, done, p, entropy):
-        accepted = self.choose(live, done, p, entropy) & self.masked[live]  # (b, L)
+        accepted = self.choose(live, done, p, entropy)  # (b, L)
+        none = ~accepted.any(1, keepdim=True)  # whatever the rule says, a call unmasks something
+        accepted = (accepted | (none & (p == p.amax(1, keepdim=True)))) & self.masked[live]
         self.masked[live] &= ~accepted
         return accepted
 
@@ -164,15 +166,16 @@ def most_confident(masked, num_transfer_tokens):
 
 
 def threshold(masked, o):
-    """All tokens of a probability of `threshold` or more, and the most probable one."""
+    """The tokens drawn that have a probability of `threshold` or more, and the most probable."""
     best = lambda p: p.argsort(dim=1, descending=True, stable=True).argsort(1) == 0  # noqa: E731
     return Adaptive(masked, lambda live, done, p, entropy: (p >= o["threshold"]) | best(p))
 
 
 def entropy_bound(masked, o):
-    """The most certain positions whose entropies add up to max_entropy, without the largest.
+    """In order of entropy, as many as keep the sum of all but the last within max_entropy.
 
-    What is lost by drawing them independently is at most that (arXiv 2505.24857). 0: one a call.
+    So always one. What is lost by drawing them independently is at most that sum (arXiv
+    2505.24857). Temperature does not change which positions these are.
     """
 
     def choose(live, done, p, entropy):

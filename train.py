@@ -45,7 +45,7 @@ DEFAULTS = {
     "init_from": "",  # begin with weights and model keys of this (all that checkpoint.load takes)
     "resume": True,  # go on from out_dir/ckpt.pt if it exists; False: start again and overwrite it
     "objective": "any_order",  # one of OBJECTIVES; ar is the causal baseline
-    "loss_weight": "bound",  # one of LOSS_WEIGHTS; how training weighs a masked token
+    "loss_weight": "bound",  # one of LOSS_WEIGHTS; of a masked token (attention=full) in training
     "order": "uniform",  # one of ORDERS; with attention=order
     "order_p": 0.5,  # of mixture: the share of left to right; of local: how far tokens stray
     "prompt_drop": 0.0,  # chance that an example's prompt is masked, for guidance (SMDM: 0.1)

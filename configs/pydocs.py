@@ -1,5 +1,4 @@
 # The demo: a character model of English prose about Python, in about three minutes on two cores.
-# cores.
 {
     "data": "data/pydocs",
     "out_dir": "out/pydocs",

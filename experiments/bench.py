@@ -19,7 +19,6 @@ import ctypes
 import json
 import math
 import multiprocessing
-import resource
 import statistics
 import sys
 import tempfile
@@ -180,6 +179,8 @@ def peak_memory(function, device):
 
 def resident():
     """Bytes of this process in memory now, or its most so far where the system knows no more."""
+    import resource  # which Windows lacks
+
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * resource.getpagesize()

@@ -10,6 +10,7 @@ in its own place, with no shift; the loss is that of masked tokens, weighted; an
 unmasked in steps, at each a few tokens anywhere.
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -146,4 +147,4 @@ def main(steps=800, n=3):
 
 
 if __name__ == "__main__":
-    main()
+    print(__doc__) if sys.argv[1:] else main()

@@ -79,8 +79,9 @@ def with_saved(config, state, source):
         require(config[key] == saved[key], f"{conflict}; {advice}")
     objective = config["objective"]
     is_right = resumed or saved["attention"] in OBJECTIVES[objective].attention
-    article = "a" if saved["attention"] == "causal" else "no"
-    require(is_right, f"{source} is {article} causal network, so it cannot learn {objective}")
+    wanted = " or ".join(OBJECTIVES[objective].attention)
+    has = f"{source} has attention={saved['attention']}"
+    require(is_right, f"{has}, but {objective} trains a network with attention={wanted}")
     return config | {key: saved[key] for key in keys}
 
 
@@ -127,6 +128,9 @@ def check(config, world):
     require(not clash, f"{trains}, not {config['attention']}")
     drops = objective == "ar" and config["prompt_drop"]
     require(not drops, "prompt_drop needs a masked diffusion objective, not ar")
+    idle = {"order", "order_p"} & set(config.get("user_keys", ()))
+    idle = idle if config.get("attention") != "order" else ()
+    require(not idle, f"{min(idle, default='')} is for networks with attention=order; leave it out")
     B, micro = config["batch_size"], config["micro_batch_size"] or config["batch_size"] // world
     parts = f"{world} processes x micro_batch_size {micro}"
     require(micro and B % (world * micro) == 0, f"batch_size {B} must be a multiple of {parts}")

@@ -564,7 +564,7 @@ def test_smdm_greedy_sampling_of_a_batch_ranks_all_its_rows_together(smdm):
         token, p = sample.categorical(logits, None, temperature=0)  # (n,) each
         confidence = p.new_full((1, x.numel()), -1.0)  # (1, 2L)
         confidence[0, masked_idx] = p
-        keep = policy.accept([0], [i], confidence)[0, masked_idx]  # (n,)
+        keep = policy.accept([0], [i], confidence, confidence)[0, masked_idx]  # (n,)
         y = x.flatten().index_put((masked_idx[keep],), token[keep])  # (2L,)
         assert torch.equal(y.view_as(x), after)
 
