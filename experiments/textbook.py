@@ -5,9 +5,8 @@
 It is the method as the papers write it, and it stands alone: read it after the first page of
 diffusion.py. A remark `->` names what the real scripts do at the same place, and why.
 
-From a GPT to this: attention looks both ways; one more id is read, the mask; a token is predicted
-in its own place, with no shift; the loss is that of masked tokens, weighted; and a sample is
-unmasked in steps, at each a few tokens anywhere.
+From a GPT to this: attention looks both ways; one more id, the mask, is read; tokens are predicted
+in place; the loss is that of masked ones, weighted; a sample is unmasked in steps, anywhere.
 """
 
 import sys
