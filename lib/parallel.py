@@ -10,6 +10,7 @@
   number of processes.
 """
 
+import atexit
 import contextlib
 import datetime
 import functools
@@ -51,6 +52,7 @@ def join(config):
         backend = "nccl" if config["device"].startswith("cuda") else "gloo"
         group = {"store": own_store(), "world_size": world, "rank": rank, "timeout": PATIENCE}
         dist.init_process_group(backend, **group)
+        atexit.register(dist.destroy_process_group)  # or a thread of gloo outlives Python's end
     return Team(world, rank, *machine(config))
 
 

@@ -380,7 +380,7 @@ REFUSED = {
     ),
     "another kind": (
         {"init_from": "SOURCE", "objective": "ar"},
-        "is no causal network, so it cannot learn ar",
+        "has attention=full, but ar trains a network with attention=causal",
     ),
     "another tokenizer": (
         {"init_from": "SOURCE", "data": "TEXT"},
