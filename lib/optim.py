@@ -1,4 +1,4 @@
-"""What a step does with the gradient: AdamW and Muon, the learning rate, the average of weights.
+"""What a step does with the gradient: AdamW and Muon, the learning rate, the EMA of the weights.
 
 Muon is gradient descent whose step has, in each matrix, the same size in every direction (Jordan et
 al. 2024): the momentum U S V' of a matrix is replaced by about U V'. torch.optim.Muon gives the
