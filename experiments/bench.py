@@ -242,9 +242,12 @@ def training(V, B, rounds, device, shape=SMALL, only=()):
     torch.compiler.reset()  # or programs are made for changing shapes, and not more than a few
     L = shape["block_size"]
     shape = {**shape, "vocab_size": V}
+
+    def early(model, x, masked_idx):
+        return baselines.hidden(model, x).flatten(0, 1)[masked_idx]
+
     bf16 = lambda: torch.autocast(device.type, torch.bfloat16)  # noqa: E731
     late = lambda model, x, masked_idx: model.hidden(x, masked_idx)  # noqa: E731
-    early = lambda model, x, masked_idx: baselines.hidden(model, x).flatten(0, 1)[masked_idx]  # noqa: E731
     whole = lambda model, x, masked_idx: model.hidden(x).flatten(0, 1)[masked_idx]  # noqa: E731
     plain, none, one_call = baselines.PLAIN, contextlib.nullcontext, {"fused": True}
 

@@ -51,7 +51,8 @@ def world(tmp_path_factory):
     writer.prepare(world / "data", [("train", TEXT), ("val", TEXT[:200])], text)
     writer.prepare(world / "short", [("train", "a cat"), ("val", "a dog")], text)
     writer.prepare(world / "untold", [("train", TEXT)], text)
-    writer.prepare(world / "greek", [("train", "αβγ" * 99), ("val", "αβγ" * 9)], Char("αβγ"))
+    greek = [("train", "αβγ" * 99), ("val", "αβγ" * 9)]
+    writer.prepare(world / "greek", greek, Char("αβγ"))
     loud = "".join(sorted(set(TEXT.upper())))
     writer.prepare(world / "loud", [("train", TEXT.upper()), ("val", TEXT.upper())], Char(loud))
     writer.prepare(world / "torn", [("train", TEXT), ("val", TEXT)], text)

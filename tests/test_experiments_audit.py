@@ -270,7 +270,8 @@ def test_the_textbook_sampler_in_float64_draws_from_the_same_law_as_ours(network
 def world(tmp_path_factory):
     world, text = tmp_path_factory.mktemp("experiments"), Char("".join(sorted(set(TEXT))))
     writer.prepare(world / "data", [("train", TEXT), ("val", TEXT[:200])], text)
-    writer.prepare(world / "greek", [("train", "αβγ" * 99), ("val", "αβγ" * 9)], Char("αβγ"))
+    greek = [("train", "αβγ" * 99), ("val", "αβγ" * 9)]
+    writer.prepare(world / "greek", greek, Char("αβγ"))
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
     sizes |= {"vocab_size": text.vocab_size}
     for name, attention, objective in (("run", "full", "any_order"), ("judge", "causal", "ar")):

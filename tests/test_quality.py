@@ -145,7 +145,8 @@ def world(tmp_path_factory):
     save(world / "bound", zero_init="head")
     save(world / "other", alphabet="xyz", attention="causal")
     writer.prepare(world / "data", [("train", TEXT), ("val", TEXT[:200])], Char(ALPHABET))
-    writer.prepare(world / "greek", [("train", "αβγ" * 99), ("val", "αβγ" * 9)], Char("αβγ"))
+    greek = [("train", "αβγ" * 99), ("val", "αβγ" * 9)]
+    writer.prepare(world / "greek", greek, Char("αβγ"))
     cat = {"text": "the cat", "tokens": Char(ALPHABET).encode("the cat"), "nfe": 3}
     files = {"cats": [cat, cat], "empty": [], "no_nfe": [cat, {"text": "a", "tokens": [1]}]}
     files |= {"hollow": [cat | {"tokens": []}], "ids": [cat | {"tokens": [1, "a"]}]}
@@ -212,7 +213,8 @@ def test_the_real_commands_judge_what_was_written(world):
     done = command(world, "-m", "evals.quality", *words)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert done.stdout.startswith("4 samples from made.jsonl; noise ")
-    assert re.search(rf"^generative perplexity +{len(ALPHABET)} ± ", done.stdout, re.M), done.stdout
+    line = rf"^generative perplexity +{len(ALPHABET)} ± "
+    assert re.search(line, done.stdout, re.M), done.stdout
     (world / "made.jsonl").unlink()
 
 

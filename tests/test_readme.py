@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 
@@ -86,7 +85,6 @@ def test_the_make_targets_that_readme_names_are_there():
         assert re.search(rf"^{target}:", makefile, re.M)
 
 
-@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_says_what_it_would_do_for_the_demo():
     env = {key: value for key, value in os.environ.items() if key != "MAKEFLAGS"}
     done = subprocess.run(
