@@ -227,19 +227,28 @@ def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, plain=False
     each sequence, without a gradient. masked_idx: masked_indices(mask), made beside the mask so
     that a GPU need not wait. plain: by the formula above, not by the fused form.
     """
-    x = torch.where(mask, model.mask_id, x0)  # (B, L)
-    return weighted_nats(model, x, x0, mask, weight, masked_idx, (normalised, plain))
+    masked_idx, target, w = counted(x0, mask, weight, masked_idx)  # (N,) each
+    h = model.hidden(torch.where(mask, model.mask_id, x0), masked_idx)  # (N, D)
+    w = w.to(h.device, h.dtype)
+    if plain:
+        loss, ce = cross_entropy(model, h, target, w, normalised)
+    else:
+        loss, ce = model.head_loss(h, target, w, normalised)
+    return loss, summed(w * ce, masked_idx, x0)
 
 
 def ar_nll(model, x0, mask=None, weight=None, masked_idx=None):
     """Exact -log p(x0) of a causal network: the baseline. As nelbo; without a mask all counts."""
     B, L = x0.shape  # here the network does read shifted text: a start token, then the one before
     x = torch.cat([x0.new_full((B, 1), model.start_id), x0[:, :-1]], dim=1)  # (B, L)
-    if mask is not None:
-        return weighted_nats(model, x, x0, mask, weight, masked_idx)
-    h = model.hidden(x).flatten(0, 1)  # (B*L, D)
-    loss, ce = model.head_loss(h, x0.flatten(), h.new_ones(B * L))
-    return loss, ce.view(B, L).sum(1)
+    if mask is None:
+        h = model.hidden(x).flatten(0, 1)  # (B*L, D)
+        loss, ce = model.head_loss(h, x0.flatten(), h.new_ones(B * L))
+        return loss, ce.view(B, L).sum(1)
+    masked_idx, target, w = counted(x0, mask, weight, masked_idx)  # (N,) each
+    h = model.hidden(x, masked_idx)  # (N, D)
+    loss, ce = model.head_loss(h, target, w := w.to(h.device, h.dtype))
+    return loss, summed(w * ce, masked_idx, x0)
 
 
 def order_nll(model, x0, order, weight=None):
@@ -258,15 +267,17 @@ def order_nll(model, x0, order, weight=None):
     return loss, (w * ce).view(B, L).sum(1)
 
 
-def weighted_nats(model, x, x0, mask, weight, masked_idx=None, form=(True, False)):
-    """weight * CE of x0 given x, summed over mask: (loss, nats (B,)). The rest skips the head."""
-    (B, L), (normalised, plain) = x0.shape, form
+def counted(x0, mask, weight, masked_idx=None):
+    """Flat indices of what counts, its clean tokens and weights: (N,) each; the rest needs no head."""
     masked_idx = masked_indices(mask) if masked_idx is None else masked_idx  # (N,)
-    h = model.hidden(x, masked_idx)  # (N, D)
-    w = (weight.view(B, -1) * mask).flatten()[masked_idx].to(h.device, h.dtype)  # (N,)
-    ce_of = (lambda *z: cross_entropy(model, *z)) if plain else model.head_loss
-    loss, ce = ce_of(h, x0.flatten()[masked_idx], w, normalised)
-    return loss, ce.new_zeros(B).index_add(0, masked_idx // L, w * ce)
+    w = (weight.view(len(x0), -1) * mask).flatten()[masked_idx]  # (N,)
+    return masked_idx, x0.flatten()[masked_idx], w
+
+
+def summed(values, masked_idx, x0):
+    """The sum over each sequence of values (N,) at flat indices (N,): (B,)."""
+    B, L = x0.shape
+    return values.new_zeros(B).index_add(0, masked_idx // L, values)
 
 
 def masked_indices(mask, multiple=1):

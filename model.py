@@ -206,14 +206,15 @@ class OrderCache:
 
     def __init__(self, model, B):
         self.length = model.block_size + 2  # a start token, and a place for what is not kept
-        self.layers, self.rows = [None] * len(model.blocks), torch.arange(B)  # of this call
+        self.layers = [None] * len(model.blocks)
         self.count = torch.zeros(B, dtype=torch.long)  # (B,) clean tokens of each sequence
 
-    def look(self, n_new, n, Q, device):
-        """Prepare to append the first n_new (b,) of n clean tokens in rows, and ask Q queries."""
-        slot = self.count[self.rows, None] + torch.arange(n)  # (b, n)
-        self.count[self.rows] += n_new
-        count, self.n = self.count[self.rows, None], n  # (b, 1)
+    def look(self, rows, n_new, shape, device):
+        """Prepare a call of sequences rows (b,): append the first n_new (b,) of n tokens, ask Q."""
+        n, Q = shape
+        slot = self.count[rows, None] + torch.arange(n)  # (b, n)
+        self.count[rows] += n_new
+        count, self.n = self.count[rows, None], n  # (b, 1)
         limit = torch.cat([slot + 1, count.expand(-1, Q)], dim=1)[
             :, None, :, None
         ]  # (b, 1, n+Q, 1)
@@ -221,9 +222,9 @@ class OrderCache:
         own = torch.cat([torch.zeros(n, Q), torch.eye(Q)]).bool().expand(len(slot), 1, n + Q, Q)
         seen = torch.cat([torch.arange(self.end) < limit, own], dim=3)  # (b, 1, n + Q, end + Q)
         self.seen, self.slot = seen.to(device), slot.clamp(max=self.length - 1).to(device)  # (b, n)
-        whole = torch.equal(self.rows, torch.arange(len(self.count)))
-        self.part = slice(None) if whole else self.rows.to(device)  # a slice needs no copy
-        self.index = self.rows.to(device)[:, None]  # (b, 1)
+        whole = torch.equal(rows, torch.arange(len(self.count)))
+        self.part = slice(None) if whole else rows.to(device)  # a slice needs no copy
+        self.index = rows.to(device)[:, None]  # (b, 1)
 
     def read(self, layer):
         """The `read` of one block's Streams."""
@@ -327,20 +328,23 @@ class Transformer(nn.Module):
         asked = torch.ones_like(visible)  # (B, L)
         if masked_idx is not None:
             asked = torch.zeros_like(visible).flatten().index_fill(0, masked_idx, True).view(B, L)
-        h = self.ask(x, F.pad(visible, (1, 0), value=True), asked, OrderCache(self, B))  # (B, Q, D)
+        h = self.ask(
+            x, F.pad(visible, (1, 0), value=True), asked, OrderCache(self, B), torch.arange(B)
+        )
         if masked_idx is None:
             return h
         slot = (asked.cumsum(1) - 1).flatten()[masked_idx]  # (N,) which query of its sequence
         return h[masked_idx // L, slot]
 
-    def ask(self, x, new, asked, cache):
+    def ask(self, x, new, asked, cache, rows):
         """Read clean tokens of x (B, L) that are new (B, L + 1), ask where asked (B, L): (B, Q, D).
 
-        The first column of `new` is a start token. Queries are in the order of their positions.
+        x is of the sequences rows (B,) of the cache. The first column of `new` is a start token.
+        Queries are in the order of their positions.
         """
         columns, count = to_the_left(new)  # (B, n), (B,)
         places, _ = to_the_left(asked)  # (B, Q)
-        cache.look(count.cpu(), columns.shape[1], places.shape[1], x.device)
+        cache.look(rows, count.cpu(), (columns.shape[1], places.shape[1]), x.device)
         clean = F.pad(x, (1, 0), value=self.mask_id).gather(1, columns)  # (B, n)
         places = torch.cat([(columns - 1).clamp(min=0), places], dim=1)  # (B, n + Q)
         return self.hidden_in_order(clean, places, cache)

@@ -215,9 +215,9 @@ class Predictor:
         gone = (was_read[rows] & ~visible).any(1).cpu()  # (b,) a token was masked again
         cache.count[rows[gone]], was_read[rows[gone]] = 0, False  # so all is read anew
         asked = torch.zeros_like(x, dtype=torch.bool).flatten().index_fill(0, idx, True)  # (b*L,)
-        cache.rows, new = rows, visible & ~was_read[rows]  # (b, L + 1)
+        new = visible & ~was_read[rows]  # (b, L + 1)
         asked = asked.view(x.shape)  # (b, L)
-        h = self.model.ask(x, new, asked, cache)  # (b, Q, D)
+        h = self.model.ask(x, new, asked, cache, rows)  # (b, Q, D)
         was_read[rows] = visible
         slot = (asked.cumsum(1) - 1).flatten()[idx]  # (n,)
         return self.model.head(h[idx // x.shape[1], slot]).float()

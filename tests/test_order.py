@@ -44,7 +44,8 @@ def tiny(V=V, L=L, attention="order", dtype=torch.float64, **keys):
 def arrivals_logits(model, ids, places, asked):
     """Logits of positions `asked`, all clean tokens being read anew in the order of arrival."""
     cache = OrderCache(model, 1)
-    cache.look(torch.tensor([1 + len(ids)]), 1 + len(ids), len(asked), "cpu")
+    n = 1 + len(ids)
+    cache.look(torch.arange(1), torch.tensor([n]), (n, len(asked)), "cpu")
     clean = torch.tensor([[model.mask_id, *ids]])  # (1, n)
     h = model.hidden_in_order(clean, torch.tensor([[0, *places, *asked]]), cache)  # (1, Q, D)
     return model.head(h[0])  # (Q, V)
@@ -84,7 +85,7 @@ def test_nothing_later_changes_an_earlier_key_or_value_bit_for_bit():
     b[:, :5], caches = a[:, :5], []
     for x in (a, b):
         cache = OrderCache(model, 1)
-        cache.look(torch.tensor([9]), 9, 1, "cpu")
+        cache.look(torch.arange(1), torch.tensor([9]), (9, 1), "cpu")
         clean = torch.cat([torch.full((1, 1), model.mask_id), x], dim=1)  # (1, 9)
         model.hidden_in_order(clean, torch.tensor([[0, *range(8), 7]]), cache)
         caches.append(cache.layers)
