@@ -268,7 +268,7 @@ def order_nll(model, x0, order, weight=None):
 
 
 def counted(x0, mask, weight, masked_idx=None):
-    """Flat indices of what counts, its clean tokens and weights: (N,) each; the rest needs no head."""
+    """Flat indices of what counts, its clean tokens and its weights: (N,) each."""
     masked_idx = masked_indices(mask) if masked_idx is None else masked_idx  # (N,)
     w = (weight.view(len(x0), -1) * mask).flatten()[masked_idx]  # (N,)
     return masked_idx, x0.flatten()[masked_idx], w
