@@ -136,7 +136,7 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
             logits = predict(x, live, idx)  # (n, V)
             if suppress is not None:
                 suppress_tokens(logits, suppress[row, place])
-            u = policy.noise(o["seed"], live, done[live], L).flatten()[idx]  # (n,)
+            u = policy.noise(live, done[live]).flatten()[idx]  # (n,)
             token, p = categorical(logits, u, *draw)  # (n,) each
             tables = torch.full((2, len(live), L), -1.0, dtype=p.dtype)  # (2, b, L) p and entropy
             tables[:, due] = torch.stack([p, entropy_of(logits, o)]).cpu()

@@ -17,10 +17,12 @@ import diffusion
 class FixedOrder:
     """Each position's step is known before the first call: unmask_step (N, L), -1: conditions."""
 
-    def __init__(self, unmask_step, expected_nfe=None):
+    def __init__(self, unmask_step, seed, expected_nfe=None):
         self.step, self.call = unmask_step, step_to_call(unmask_step)  # (N, L) each
-        self.nfe = self.call.max(1).values + 1  # (N,)
-        self.expected_nfe, self.u = expected_nfe, None
+        self.nfe, self.expected_nfe = self.call.max(1).values + 1, expected_nfe  # (N,)
+        self.u = diffusion.uniforms(
+            seed, 1, range(len(unmask_step)), unmask_step.shape[1]
+        )  # (N, L)
 
     def unfinished(self, done):
         """Which sequences need another call, having had done (N,)."""
@@ -41,10 +43,8 @@ class FixedOrder:
         """Which of them are unmasked (b, L), by p (b, L) of the tokens drawn, -1 where not due."""
         return p >= 0
 
-    def noise(self, seed, live, done, L):
+    def noise(self, live, done):
         """(b, L) uniform numbers: a position is drawn once, so one a position is enough."""
-        if self.u is None:
-            self.u = diffusion.uniforms(seed, 1, range(len(self.nfe)), L)  # (N, L)
         return self.u[live]
 
 
@@ -55,9 +55,10 @@ class Adaptive(FixedOrder):
     and the entropy (b, L) of their distributions in nats, infinite where not due.
     """
 
-    def __init__(self, masked, choose):
-        self.masked, self.choose, self.expected_nfe = masked.clone(), choose, None  # (N, L)
-        self.step = None  # known after the call alone
+    step = expected_nfe = None  # known after the call alone
+
+    def __init__(self, masked, seed, choose):
+        self.masked, self.seed, self.choose = masked.clone(), seed, choose  # (N, L)
 
     def unfinished(self, done):
         return self.masked.any(1)
@@ -72,29 +73,26 @@ class Adaptive(FixedOrder):
         self.masked[live] &= ~accepted
         return accepted
 
-    def noise(self, seed, live, done, L):
-        """Fresh at every call: a position is asked for again and again."""
-        pairs = zip(live.tolist(), done.tolist(), strict=True)
-        return torch.cat([diffusion.uniforms(seed, 2 + n, [i], L) for i, n in pairs])  # (b, L)
+    def noise(self, live, done):
+        return fresh_noise(self.seed, live, done, self.masked.shape[1])
 
 
-class Remasking(Adaptive):
+class Remasking(FixedOrder):
     """Each position is unmasked and masked again at steps that are known before the first call.
 
     events: for each sequence a list of (due (L,), masked (L,)), one a call.
     """
 
-    def __init__(self, events):
-        self.events, self.expected_nfe, self.step = events, None, None
+    step = expected_nfe = None
+
+    def __init__(self, events, seed):
+        self.events, self.seed = events, seed
         self.nfe = torch.tensor([len(calls) for calls in events])  # (N,)
 
-    def unfinished(self, done):
-        return done < self.nfe
-
     def part(self, live, done, i):
-        return torch.stack(
-            [self.events[n][k][i] for n, k in zip(live, done, strict=True)]
-        )  # (b, L)
+        """(b, L) what is due in a call, i = 0, or masked, i = 1."""
+        pairs = zip(live, done, strict=True)
+        return torch.stack([self.events[n][call][i] for n, call in pairs])
 
     def remasked(self, live, done):
         return self.part(live, done, 1)
@@ -102,8 +100,14 @@ class Remasking(Adaptive):
     def due(self, live, done):
         return self.part(live, done, 0)
 
-    def accept(self, live, done, p, entropy):
-        return p >= 0
+    def noise(self, live, done):
+        return fresh_noise(self.seed, live, done, self.due(live, done).shape[1])
+
+
+def fresh_noise(seed, live, done, L):
+    """(b, L) uniform numbers, others at every call: a position may be drawn again and again."""
+    pairs = zip(live.tolist(), done.tolist(), strict=True)
+    return torch.cat([diffusion.uniforms(seed, 2 + call, [n], L) for n, call in pairs])
 
 
 def step_to_call(unmask_step):
@@ -123,21 +127,22 @@ def by_time(masked, o):
     u = diffusion.uniforms(o["seed"], 0, range(N), L)  # (N, L)
     step = torch.searchsorted(r.cumsum(0), u, right=True).clamp(max=o["steps"] - 1)  # (N, L)
     expected = sum(diffusion.expected_nfe(r, int(n)) for n in masked.sum(1)) / N
-    return FixedOrder(torch.where(masked, step, -1), expected)
+    return FixedOrder(torch.where(masked, step, -1), o["seed"], expected)
 
 
 def any_order(masked, o):
     """One token a call, in an order drawn uniformly: what the any-order bound is about."""
     u = diffusion.uniforms(o["seed"], 0, range(len(masked)), masked.shape[1])  # (N, L)
-    return FixedOrder(torch.where(masked, u.argsort(1).argsort(1), -1))
+    return FixedOrder(torch.where(masked, u.argsort(1).argsort(1), -1), o["seed"])
 
 
 def left_to_right(masked, o):
-    return FixedOrder(torch.where(masked, torch.arange(masked.shape[1]), -1))
+    return FixedOrder(torch.where(masked, torch.arange(masked.shape[1]), -1), o["seed"])
 
 
 def right_to_left(masked, o):
-    return FixedOrder(torch.where(masked, torch.arange(masked.shape[1]).flip(0), -1))
+    place = torch.arange(masked.shape[1]).flip(0)  # (L,)
+    return FixedOrder(torch.where(masked, place, -1), o["seed"])
 
 
 def confidence(masked, o):
@@ -146,29 +151,31 @@ def confidence(masked, o):
     The field calls it low-confidence remasking, though no token is taken back: those that were
     drawn with low confidence are not kept.
     """
-    return most_confident(masked, [evenly(int(n), o["steps"]) for n in masked.sum(1)])
+    return most_confident(masked, o, evenly)
 
 
 def smdm_greedy(masked, o):
     """SMDM's form of it: in each step int(masked * (1 - s/t)) tokens."""
-    return most_confident(masked, [smdm_counts(int(n), o["steps"]) for n in masked.sum(1)])
+    return most_confident(masked, o, smdm_counts)
 
 
-def most_confident(masked, num_transfer_tokens):
-    """In each call of a sequence, so many as its list says of the most probable tokens."""
+def most_confident(masked, o, counts):
+    """In each call the most probable tokens; counts(masked tokens, steps) -> how many a call."""
+    num_transfer_tokens = [counts(int(n), o["steps"]) for n in masked.sum(1)]
 
     def choose(live, done, p, entropy):
         pairs = zip(live, done, strict=True)
         n = torch.tensor([num_transfer_tokens[i][call] for i, call in pairs])  # (b,)
         return p.argsort(dim=1, descending=True, stable=True).argsort(1) < n[:, None]
 
-    return Adaptive(masked, choose)
+    return Adaptive(masked, o["seed"], choose)
 
 
 def threshold(masked, o):
     """The tokens drawn that have a probability of `threshold` or more, and the most probable."""
     best = lambda p: p.argsort(dim=1, descending=True, stable=True).argsort(1) == 0  # noqa: E731
-    return Adaptive(masked, lambda live, done, p, entropy: (p >= o["threshold"]) | best(p))
+    choose = lambda live, done, p, entropy: (p >= o["threshold"]) | best(p)  # noqa: E731
+    return Adaptive(masked, o["seed"], choose)
 
 
 def entropy_bound(masked, o):
@@ -183,7 +190,7 @@ def entropy_bound(masked, o):
         within = h.isfinite() & (h.cumsum(1) - h <= o["max_entropy"])  # (b, L)
         return torch.zeros_like(within).scatter(1, order, within)
 
-    return Adaptive(masked, choose)
+    return Adaptive(masked, o["seed"], choose)
 
 
 def remask(masked, o):
@@ -215,7 +222,7 @@ def remasking(masked, o, sigma_of):
         for n in due.any(1).nonzero().flatten().tolist():
             events[n].append((due[n], state[n].clone()))
         state = (state & ~due) | (~state & masked & (u < sigma))
-    return Remasking(events)
+    return Remasking(events, o["seed"])
 
 
 def evenly(n, steps):

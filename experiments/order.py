@@ -155,7 +155,7 @@ def even(masked, o):
     u = diffusion.uniforms(o["seed"], 0, range(len(masked)), masked.shape[1])  # (N, L)
     rank = u.masked_fill(~masked, 2).argsort(1).argsort(1)  # (N, L) conditions last
     call = rank * o["steps"] // masked.sum(1, keepdim=True)  # (N, L)
-    return samplers.FixedOrder(torch.where(masked, call, -1))
+    return samplers.FixedOrder(torch.where(masked, call, -1), o["seed"])
 
 
 def speed(config):

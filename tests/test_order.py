@@ -183,7 +183,7 @@ def requests_for(model, N=7):
     return x
 
 
-def uncached(model, x, policy, seed):
+def uncached(model, x, policy):
     """The sampler's loop with all clean tokens read anew at each call, in order of arrival."""
     x, (N, L) = x.clone(), x.shape
     for n in range(N):
@@ -193,7 +193,7 @@ def uncached(model, x, policy, seed):
             due = policy.due(live, done)[0].nonzero().flatten()  # (n,)
             ids = [int(x[n, i]) for i in places]
             logits = arrivals_logits(model, ids, places, due.tolist()).float()
-            u = policy.noise(seed, live, done, L)[0, due]  # (n,)
+            u = policy.noise(live, done)[0, due]  # (n,)
             token, p = decoding.categorical(logits, u)
             table = torch.full((1, L), -1.0, dtype=torch.float64).index_fill(1, due, 0)
             table[0, due] = p
@@ -210,7 +210,7 @@ def test_cached_sampling_is_the_uncached_token_for_token(name):
     model = tiny(V=5, L=8)
     x, keys = requests_for(model), {"sampler": name, "steps": 4, "seed": 3}
     o = settings.options(keys, settings, diffusion, decoding)
-    plain = uncached(model, x, samplers.SAMPLERS[name](x == model.mask_id, o), 3)
+    plain = uncached(model, x, samplers.SAMPLERS[name](x == model.mask_id, o))
     for batch_size in (1, 3, 7):
         tokens, _ = decoding.sample(model, x, batch_size=batch_size, **keys)
         assert torch.equal(tokens, plain)

@@ -556,7 +556,7 @@ def test_smdm_greedy_sampling_of_a_batch_ranks_all_its_rows_together(smdm):
         torch.equal(states[0, :, :6], case["prompt"].long()) and states.shape[2] == case["length"]
     )
     masked = (states[0] == MASK).view(1, -1)  # (1, 2L): both as one sequence
-    policy = samplers.smdm_greedy(masked, {"steps": case["steps"]})
+    policy = samplers.smdm_greedy(masked, {"steps": case["steps"], "seed": 0})
     assert samplers.smdm_counts(int(masked.sum()), case["steps"]) == case["revealed"]
     for i, (x, after) in enumerate(itertools.pairwise(states)):
         masked_idx = (x == MASK).flatten().nonzero().flatten()  # (n,)
