@@ -45,7 +45,7 @@ import diffusion
 from config import require
 from data import examples, loader, ngram
 from lib.stats import certainty, mean_over_sets, report, t95
-from lib.subject import opened
+from lib.subject import open_text, opened
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # whatever checkpoint.load takes
@@ -66,8 +66,6 @@ SURE = 100  # degrees of freedom before an error is trusted: a few may be small 
 
 
 # ---- 1. Estimators: what a row of the network masks, and what it counts --------------------------
-
-
 class Draw(NamedTuple):
     """Random numbers of b rows of width W; the answer is what follows the prompt."""
 
@@ -171,8 +169,6 @@ def estimator_of(model, name):
 
 
 # ---- 2. A set of draws for many requests, in full batches ----------------------------------------
-
-
 def random_numbers(seed, number, place, draw, size, n):
     """u (b,) and noise (b, n) of draws `draw` (b,) in set `number` of `size`, for requests `place`.
 
@@ -279,14 +275,16 @@ def of_set(estimator, nats):
 
 
 # ---- 3. Answers after prompts, and whole texts ---------------------------------------------------
-
-
 def merged(options, **rest):
     """`options` over the DEFAULTS, UserError for what they cannot be; with the rest."""
     o = settings.options(options, settings, diffusion, sys.modules[__name__])
+    check_options(o)
+    return o | rest
+
+
+def check_options(o):
     settings.at_least(1, o, "draws", "strata", "batch_size")
     settings.at_least(0, o, "precision", "seed")
-    return o | rest
 
 
 def answer_nats(model, requests, groups=None, cfg_scale=0.0, pad_to=0, progress=False, **options):
@@ -333,36 +331,13 @@ def estimate(model, requests, lengths=None, groups=None, progress=False, **optio
 
 
 # ---- 4. One text ---------------------------------------------------------------------------------
-
-
 def check(config):
     """Raise UserError for settings that no evaluation has."""
-    settings.at_least(1, config, "draws", "strata", "batch_size")
-    settings.at_least(0, config, "sequences", "block_size", "precision")
-    draws, K = config["draws"], config["strata"]
-    require(
-        config["estimator"] != "orders" or draws % K == 0,
-        f"orders takes whole sets: draws {draws} must be a multiple of strata {K}",
-    )
-
-
-def open_text(config, subject, folder, split):
-    """(Tokens, first positions of the blocks, L) of a folder; UserError if it does not fit."""
-    tokens, ckpt = loader.Tokens(folder, split), config["ckpt"]
-    most, V = subject.model.block_size, subject.model.vocab_size
-    L, width = config["block_size"] or most, examples.layout(folder, tokens.meta)[0]
-    require(most >= L, f"block_size must be at most the model's {most}, not {L}")
-    has = f"{folder} has a vocabulary of {tokens.vocab_size}"
-    require(tokens.vocab_size == V, f"{has}, {ckpt} one of {V}")
-    known = subject.trained["tokenizer"]
-    alphabet_fits = not known or known["kind"] != "char" or known == tokens.meta["tokenizer"]
-    require(alphabet_fits, f"{folder} has another alphabet than {ckpt}")
-    require(width <= most, f"{folder} has examples of {width} tokens, {ckpt} reads {most}")
-    loader.fits(tokens, width or L)
-    end = len(tokens) if config["protocol"] == "whole" else len(tokens) // L * L
-    short = f"{folder} {split} has {len(tokens)} tokens, no whole block of {L}"
-    require(end, f"{short}; try --protocol=whole")
-    return tokens, loader.spread(range(0, end, L), config["sequences"]), L
+    check_options(config)
+    settings.at_least(0, config, "sequences", "block_size")
+    draws, K, whole = config["draws"], config["strata"], config["estimator"] != "orders"
+    message = f"orders takes whole sets: draws {draws} must be a multiple of strata {K}"
+    require(whole or draws % K == 0, message)
 
 
 def evaluate(config, subject, folder, split):
@@ -402,9 +377,8 @@ def method(name, draws):
     """How a number came about, in words; `draws` says what was drawn."""
     if name == "ar":
         return "exact"
-    if ESTIMATORS[name].exact:
-        return f"exact along the order {name}"
-    return f"upper bound by {name}, {draws}"
+    exact = ESTIMATORS[name].exact
+    return f"exact along the order {name}" if exact else f"upper bound by {name}, {draws}"
 
 
 def main(config):

@@ -22,6 +22,7 @@ import evaluate
 from config import UserError, choose, require
 from data import loader
 from lib.files import whole_file
+from lib.subject import open_text
 
 DEFAULTS = {
     "sets": "all",  # all, or a list such as lambada,ptb
@@ -42,7 +43,7 @@ def main(config):
     keep(config["out"], finished(config["out"]))  # a file that cannot be read or written is an
     subject = evaluate.opened(config)  # error now, not after the first set; so is what does not fit
     for folder in folders.values():
-        evaluate.open_text(config, subject, folder, "test")
+        open_text(config, subject, folder, "test")
     weights, rows = digest(subject.model), []
     for name, folder in folders.items():
         identity = identify(config, folder, weights, subject)
