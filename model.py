@@ -215,12 +215,11 @@ class OrderCache:
         slot = self.count[rows, None] + torch.arange(n)  # (b, n)
         self.count[rows] += n_new
         count, self.n = self.count[rows, None], n  # (b, 1)
-        limit = torch.cat([slot + 1, count.expand(-1, Q)], dim=1)[
-            :, None, :, None
-        ]  # (b, 1, n+Q, 1)
+        limit = torch.cat([slot + 1, count.expand(-1, Q)], dim=1)  # (b, n + Q) keys that each sees
         self.end = int(count.max())
-        own = torch.cat([torch.zeros(n, Q), torch.eye(Q)]).bool().expand(len(slot), 1, n + Q, Q)
-        seen = torch.cat([torch.arange(self.end) < limit, own], dim=3)  # (b, 1, n + Q, end + Q)
+        own = torch.cat([torch.zeros(n, Q), torch.eye(Q)]).bool()  # (n + Q, Q) a query, itself
+        clean = torch.arange(self.end) < limit[:, None, :, None]  # (b, 1, n + Q, end)
+        seen = torch.cat([clean, own.expand(len(slot), 1, n + Q, Q)], dim=3)
         self.seen, self.slot = seen.to(device), slot.clamp(max=self.length - 1).to(device)  # (b, n)
         whole = torch.equal(rows, torch.arange(len(self.count)))
         self.part = slice(None) if whole else rows.to(device)  # a slice needs no copy
@@ -324,30 +323,26 @@ class Transformer(nn.Module):
 
     def hidden_from_visible(self, x, masked_idx=None):
         """`hidden` of an `order` network: it reads visible tokens, left to right, then is asked."""
-        (B, L), visible = x.shape, x != self.mask_id  # (B, L)
-        asked = torch.ones_like(visible)  # (B, L)
-        if masked_idx is not None:
-            asked = torch.zeros_like(visible).flatten().index_fill(0, masked_idx, True).view(B, L)
-        h = self.ask(
-            x, F.pad(visible, (1, 0), value=True), asked, OrderCache(self, B), torch.arange(B)
-        )
-        if masked_idx is None:
-            return h
-        slot = (asked.cumsum(1) - 1).flatten()[masked_idx]  # (N,) which query of its sequence
-        return h[masked_idx // L, slot]
+        B, L = x.shape
+        idx = torch.arange(B * L, device=x.device) if masked_idx is None else masked_idx  # (N,)
+        new = F.pad(x != self.mask_id, (1, 0), value=True)  # (B, L + 1)
+        h = self.ask(x, new, idx, OrderCache(self, B), torch.arange(B))  # (N, D)
+        return h.view(B, L, -1) if masked_idx is None else h
 
-    def ask(self, x, new, asked, cache, rows):
-        """Read clean tokens of x (B, L) that are new (B, L + 1), ask where asked (B, L): (B, Q, D).
+    def ask(self, x, new, masked_idx, cache, rows):
+        """Hidden states (N, D) at flat positions masked_idx (N,) of x (B, L), rows (B,) of a cache.
 
-        x is of the sequences rows (B,) of the cache. The first column of `new` is a start token.
-        Queries are in the order of their positions.
+        First clean tokens are read where new (B, L + 1), whose first column is a start token.
         """
-        columns, count = to_the_left(new)  # (B, n), (B,)
-        places, _ = to_the_left(asked)  # (B, Q)
+        B, L = x.shape
+        asked = torch.zeros_like(x, dtype=torch.bool).flatten()  # (B*L,)
+        asked = asked.index_fill(0, masked_idx, True).view(B, L)
+        (columns, count), (places, _) = to_the_left(new), to_the_left(asked)  # (B, n), (B, Q)
         cache.look(rows, count.cpu(), (columns.shape[1], places.shape[1]), x.device)
         clean = F.pad(x, (1, 0), value=self.mask_id).gather(1, columns)  # (B, n)
         places = torch.cat([(columns - 1).clamp(min=0), places], dim=1)  # (B, n + Q)
-        return self.hidden_in_order(clean, places, cache)
+        h = self.hidden_in_order(clean, places, cache)  # (B, Q, D)
+        return h[masked_idx // L, (asked.cumsum(1) - 1).flatten()[masked_idx]]
 
     def head_parameters(self):
         """(weight (V, D), bias (V,) or None) of the head; the mask has no output."""

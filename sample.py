@@ -214,13 +214,9 @@ class Predictor:
         visible = F.pad(x != self.model.mask_id, (1, 0), value=True)  # (b, L + 1)
         gone = (was_read[rows] & ~visible).any(1).cpu()  # (b,) a token was masked again
         cache.count[rows[gone]], was_read[rows[gone]] = 0, False  # so all is read anew
-        asked = torch.zeros_like(x, dtype=torch.bool).flatten().index_fill(0, idx, True)  # (b*L,)
         new = visible & ~was_read[rows]  # (b, L + 1)
-        asked = asked.view(x.shape)  # (b, L)
-        h = self.model.ask(x, new, asked, cache, rows)  # (b, Q, D)
         was_read[rows] = visible
-        slot = (asked.cumsum(1) - 1).flatten()[idx]  # (n,)
-        return self.model.head(h[idx // x.shape[1], slot]).float()
+        return self.model.head(self.model.ask(x, new, idx, cache, rows)).float()  # (n, V)
 
 
 def sample_ar(model, x, o, suppress=None, progress=False):

@@ -1,4 +1,4 @@
-"""What the tests share: a network that can be enumerated, and the path to data of elsewhere.
+"""What the tests share: a network that can be enumerated, data of elsewhere, and one browser.
 
 A `Table` stands in for the Transformer wherever the mathematics is checked. Its answers to all
 (V+1)^L partly masked inputs are tabulated, so that expectations are sums, and with the true
@@ -10,6 +10,7 @@ import os
 import signal
 from pathlib import Path
 
+import pages
 import pytest
 import torch
 
@@ -131,3 +132,42 @@ def shared():
         return there
 
     return path
+
+
+def copied(source, to, *names):
+    """The folder `to`, made with copies of these files."""
+    to.mkdir()
+    for name in names:
+        (to / name).write_bytes((source / name).read_bytes())
+    return to
+
+
+@pytest.fixture
+def radd(shared, tmp_path):
+    """A folder that may be changed: RADD's config.json and model.safetensors."""
+    names = ["config.json", "model.safetensors"]
+    return copied(shared("fixtures/radd_tiny"), tmp_path / "radd", *names)
+
+
+@pytest.fixture
+def smdm(shared, tmp_path):
+    """A folder that may be changed: SMDM's mdm.safetensors, ar.safetensors and a config.json."""
+    names = ["config.json", "mdm.safetensors", "ar.safetensors"]
+    return copied(shared("fixtures/smdm_tiny"), tmp_path / "smdm", *names)
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    """The one browser of all tests of pages; each opens its own."""
+    browser = pages.Browser(tmp_path_factory.mktemp("chromium"))
+    yield browser
+    browser.process.kill()
+    browser.process.wait()
+
+
+@pytest.fixture(scope="session")
+def demo(chromium, tmp_path_factory):
+    """(chromium, model, tokenizer, the path of its page)."""
+    model, tokenizer = pages.network()
+    path = pages.written(tmp_path_factory.mktemp("page") / "page.html", model, tokenizer)
+    return chromium, model, tokenizer, path
