@@ -124,7 +124,8 @@ def shard(model, device):
     for block in model.blocks:
         fsdp.fully_shard(block, mesh=mesh)
     fsdp.fully_shard(model, mesh=mesh)  # what is left: embedding, last norm and head
-    fsdp.register_fsdp_forward_method(model, "hidden")
+    for method in ("hidden", "hidden_in_order"):
+        fsdp.register_fsdp_forward_method(model, method)
 
 
 def engine(loss_of, config, team):

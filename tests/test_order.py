@@ -360,39 +360,6 @@ def test_entropy_bound_zero_is_one_token_a_call(arbitrary):
     assert info["nfe"].tolist() == [arbitrary.block_size] * 50
 
 
-@pytest.mark.parametrize("name", ["remask", "remask_rescale"])
-@pytest.mark.parametrize("schedule", ["loglinear", "cosine"])
-def test_remasking_keeps_the_marginals_of_ancestral_sampling(name, schedule):
-    N, steps = 3000, 6
-    masked = torch.ones(N, 4, dtype=torch.bool)
-    policy = policy_of(name, masked, steps=steps, eta=0.3, schedule=schedule)
-    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    m = diffusion.SCHEDULES[schedule](t)[0]  # (steps + 1,)
-    # Unmasked at step k with alpha_s - (1 - sigma) alpha_t in all, masked again with sigma alpha_t.
-    flow = sum(float(len(calls)) for calls in policy.events)
-    due = sum(float(call[0].sum()) for calls in policy.events for call in calls) / (4 * N)
-    sigma = [
-        0.3 * min(1.0, (m[k + 1] / (1 - m[k])).item() if m[k] < 1 else 1.0)
-        if name == "remask_rescale"
-        else min(0.3, (m[k + 1] / (1 - m[k])).item() if m[k] < 1 else 1.0)
-        for k in range(steps)
-    ]
-    expected = sum((m[k] - m[k + 1] + sigma[k] * (1 - m[k])).item() for k in range(steps))
-    assert due == pytest.approx(expected, abs=4 * (expected / (4 * N)) ** 0.5)
-    assert due > 1.05 and flow <= steps * N
-
-
-def test_remasking_with_exact_conditionals_ends_close_to_the_joint(network, joint):
-    n = 8000
-    x = torch.full((n, network.block_size), network.mask_id)
-    keys = {"sampler": "remask", "steps": 40, "eta": 0.1, "batch_size": n}
-    tokens, info = decoding.sample(network, x, **keys)
-    place = network.vocab_size ** torch.arange(network.block_size - 1, -1, -1)  # (L,)
-    counted = (tokens * place).sum(1).bincount(minlength=joint.numel()).double() / n
-    distance = (counted - joint.flatten()).abs().sum() / 2
-    assert distance < 0.06 and info["nfe"].double().mean() > network.block_size
-
-
 def test_the_calls_of_remasking_are_the_steps_that_unmask_something(arbitrary):
     x, calls = torch.full((40, arbitrary.block_size), arbitrary.mask_id), []
     hidden = arbitrary.hidden

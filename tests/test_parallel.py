@@ -27,6 +27,8 @@ SPREAD = {
     "ddp": {"micro_batch_size": 1},
     "fsdp": FSDP | {"micro_batch_size": 2, "recompute": True},
     "fsdp muon": FSDP | {"optimizer": "muon", "n_layer": 1, "max_iters": 3},
+    "ddp order": {"attention": "order", "order": "mixture"},
+    "fsdp order": FSDP | {"attention": "order", "n_layer": 1, "max_iters": 3},
     "fsdp ar": FSDP | {"objective": "ar", "decay_all": True, "show_sample": True},
 }
 SPREAD["fsdp"] |= {"norm": "rms", "mlp": "swiglu", "qk_norm": True}

@@ -329,32 +329,105 @@ def test_samples_of_a_wrong_law_do_not_fit(network, joint, monkeypatch):
 
 
 @torch.no_grad()
-def confidence_law(model, counts):
-    """Draw every masked token, keep the `count` likeliest, again: by recursion, [V] * L."""
-    law = {(V,) * L: 1.0}
-    for count in counts:
+def adaptive_law(model, keep):
+    """Draw every masked token, keep some, again: by recursion, [V] * L.
+
+    keep(call, drawn {position: its token's p}, h {position: entropy}) -> positions that are kept.
+    """
+    law, finished = {(V,) * L: 1.0}, defaultdict(float)
+    for call in range(L):
         after = defaultdict(float)
         for x, chance in law.items():
             p = model(torch.tensor([x]))[0].softmax(-1).tolist()  # (L, V)
             masked = [i for i in range(L) if x[i] == V]
+            h = {i: -sum(q * math.log(q) for q in p[i]) for i in masked}
             for draw in itertools.product(range(V), repeat=len(masked)):
-                drawn = list(zip(masked, draw, strict=True))
-                kept = dict(sorted(drawn, key=lambda pair: -p[pair[0]][pair[1]])[:count])
-                y = tuple(kept.get(i, x[i]) for i in range(L))
-                after[y] += chance * math.prod(p[i][v] for i, v in drawn)
+                drawn = dict(zip(masked, draw, strict=True))
+                kept = keep(call, {i: p[i][v] for i, v in drawn.items()}, h)
+                y = tuple(drawn[i] if i in kept else x[i] for i in range(L))
+                (after if V in y else finished)[y] += chance * math.prod(
+                    p[i][v] for i, v in drawn.items()
+                )
         law = after
-    each = [law[tuple(x)] for x in states(V, L).tolist()]
-    return torch.tensor(each, dtype=torch.float64).view([V] * L)
+    assert not law
+    each = [finished[tuple(x)] for x in states(V, L).tolist()]
+    law = torch.tensor(each, dtype=torch.float64).view([V] * L)
+    assert law.sum().item() == pytest.approx(1)
+    return (law + 1e-9) / (1 + 1e-9 * law.numel())  # some sequences cannot come up
+
+
+def likeliest(p, n):
+    return sorted(p, key=lambda i: -p[i])[:n]
 
 
 @pytest.mark.parametrize(
     ("steps", "counts"), [(1, [4]), (2, [2, 2]), (3, [2, 1, 1]), (9, [1, 1, 1, 1])]
 )
 def test_samples_of_the_confidence_order_fit_its_definition(steps, counts, arbitrary):
-    law = confidence_law(arbitrary, counts)
-    assert law.sum().item() == pytest.approx(1)
-    law = (law + 1e-9) / (1 + 1e-9 * law.numel())  # some sequences cannot come up
+    law = adaptive_law(arbitrary, lambda call, p, h: likeliest(p, counts[call]))
     assert misfit(drawn(arbitrary, "confidence", n=5000, steps=steps), law) < 1
+
+
+def probable_enough(tau):
+    return lambda call, p, h: {i for i in p if p[i] >= tau} | set(likeliest(p, 1))
+
+
+def certain_enough(gamma):
+    """The largest set, in order of entropy, whose sum without its largest is at most gamma."""
+
+    def keep(call, p, h):
+        order = sorted(h, key=h.get)
+        return order[
+            : max(n for n in range(1, len(h) + 1) if sum(map(h.get, order[: n - 1])) <= gamma)
+        ]
+
+    return keep
+
+
+@pytest.mark.parametrize("bound", [0.5, 0.8])
+def test_samples_of_threshold_and_entropy_bound_fit_their_definitions(bound, arbitrary):
+    for sampler, keep, key in (
+        ("threshold", probable_enough(bound), "threshold"),
+        ("entropy_bound", certain_enough(bound), "max_entropy"),
+    ):
+        law = adaptive_law(arbitrary, keep)
+        assert misfit(drawn(arbitrary, sampler, n=5000, **{key: bound}), law) < 1
+        other = drawn(arbitrary, sampler, n=5000, **{key: bound / 4})
+        assert misfit(other, law) > 1
+
+
+@torch.no_grad()
+def remasking_law(model, steps, schedule, sigma_of):
+    """The law of ReMDM's process by its transitions, one position after the other: [V] * L."""
+    t, x = torch.linspace(1, 0, steps + 1, dtype=torch.float64), states(V + 1, L)  # (S, L)
+    alpha = (1 - diffusion.SCHEDULES[schedule](t)[0]).tolist()
+    p = model(x).softmax(-1)  # (S, L, V)
+    law = (x == V).all(1).double()  # (S,)
+    for k in range(steps):
+        now, then = alpha[k], alpha[k + 1]
+        sigma = sigma_of(min(1.0, (1 - then) / now if now > 0 else 1.0))
+        unmask = 1.0 if k == steps - 1 else (then - (1 - sigma) * now) / (1 - now)
+        sigma = 0.0 if k == steps - 1 else sigma
+        if_masked = torch.cat([unmask * p, torch.full_like(p[..., :1], 1 - unmask)], dim=-1)
+        if_visible = (1 - sigma) * torch.nn.functional.one_hot(x, V + 1)
+        if_visible[..., V] += sigma
+        options = torch.where((x == V)[..., None], if_masked, if_visible)  # (S, L, V + 1)
+        law = law @ torch.stack([options[:, i, x[:, i]] for i in range(L)]).prod(0)
+    return law.view([V + 1] * L)[(slice(V),) * L]
+
+
+@pytest.mark.parametrize("schedule", ["loglinear", "cosine"])
+@pytest.mark.parametrize("sampler", ["remask", "remask_rescale"])
+def test_samples_of_remasking_fit_the_process_though_idle_steps_are_skipped(
+    sampler, schedule, arbitrary
+):
+    capped = sampler == "remask"
+    sigma_of = lambda highest: min(0.3, highest) if capped else 0.3 * highest  # noqa: E731
+    law = remasking_law(arbitrary, 5, schedule, sigma_of)
+    assert law.sum().item() == pytest.approx(1)
+    assert misfit(drawn(arbitrary, sampler, steps=5, schedule=schedule, eta=0.3), law) < 1
+    other = remasking_law(arbitrary, 5, schedule, lambda highest: 0.0)
+    assert misfit(drawn(arbitrary, sampler, steps=5, schedule=schedule, eta=0.3), other) > 1
 
 
 # ---- Steps and counts ----------------------------------------------------------------------------
