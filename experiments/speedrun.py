@@ -1,0 +1,134 @@
+"""The speedrun: how low can the bound of tiny Shakespeare get in three minutes, or 1e13 operations?
+
+    python -m data.shakespeare.prepare && python -m experiments.speedrun
+    python -m experiments.speedrun --preset=mine.py --only=flops        checks a claim
+
+The rules of a record:
+- Text: tiny Shakespeare by characters, its last tenth held out. That tenth is for this script
+  alone; choose on a part of the rest (experiments/recipe.py).
+- Score: the NELBO of the whole held-out tenth, nats per character, the mean of three seeds. Any
+  network and training loss; but evaluation is the any-order bound of a masked diffusion model,
+  from one order or mask a draw (estimator orders, which bounds more tightly, is another number).
+- clock: three minutes of training on two cores and no more, compilation into an empty cache
+  counted. It compares what ran on one machine.
+- flops: 1e13 operations as train.py's log counts them. It compares machines.
+- A record is below the one that stands by more than the seeds explain: with all of the 95%
+  interval of the claim's mean.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+
+import config as settings
+import diffusion
+import evaluate
+import model as network
+import train
+from config import choose
+from data import loader
+from experiments import results
+from lib import checkpoint
+from lib.log import flops_of_step
+from lib.stats import t95
+
+DEFAULTS = {
+    "preset": "configs/shakespeare.py",  # the recipe whose claim is checked: that of the record
+    "data": "data/shakespeare",  # a prepared folder
+    "only": "",  # clock or flops; empty: both
+    "minutes": 3.0,  # of training, for clock
+    "flops": 1e13,  # operations of training, for flops
+    "seeds": 3,  # 1337, 1338, ...
+}
+TRAINING = (diffusion, network, train)
+RECORDS = [  # nats per character by the clock and after 1e13 operations, and what changed
+    {"clock": 1.944, "commit": "a4539dd", "change": "6 layers of 128, Muon, ReLU squared"},
+    {
+        "clock": 1.872,
+        "commit": "69ba69b",
+        "change": "6 layers of 96, GELU; compiled block by block; Muon on stacked matrices",
+    },
+]
+
+
+def recipe(config, form, seed, folder):
+    """The command line of one run of train.py."""
+    keys = {"data": config["data"], "seed": seed, "out_dir": folder, "show_sample": False}
+    keys |= {key: config[key] for key in ("device", "dtype")}
+    if form == "clock":
+        keys |= {"max_minutes": config["minutes"]}
+    line = [config["preset"], *(f"--{key}={value}" for key, value in keys.items())]
+    mine = settings.parse(line, settings, *TRAINING)
+    steps = int(config["flops"] / step_flops(mine)) if form == "flops" else mine["max_iters"]
+    settings.require(steps, f"a step takes more than {config['flops']:g} operations")
+    last = [f"--max_iters={steps}", f"--eval_interval={steps}"]
+    return [*line, *last, f"--warmup_iters={max(1, min(mine['warmup_iters'], steps // 50))}"]
+
+
+def step_flops(mine):
+    """Operations of a training step, as the log counts them."""
+    mine = mine | {"vocab_size": loader.read_meta(mine["data"])["vocab_size"], "example_width": 0}
+    with torch.device("meta"):
+        model = network.Transformer(mine)
+    blocks = loader.Blocks(loader.Tokens(mine["data"], "train"), mine["block_size"], mine["seed"])
+    return flops_of_step(mine, model, blocks)
+
+
+def run(config, form, seed):
+    """One row of the table: a run in a process of its own, with an empty cache, then its bound."""
+    with tempfile.TemporaryDirectory() as folder:
+        line = recipe(config, form, seed, f"{folder}/run")
+        empty, began = os.environ | {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/cache"}, time.time()
+        done = subprocess.run(
+            [sys.executable, "train.py", *line], env=empty, stderr=subprocess.PIPE, text=True
+        )
+        failed = f"{form}, seed {seed}: training has failed: {done.stderr.strip()[-500:]}"
+        settings.require(done.returncode == 0, failed)
+        row = {"budget": form, "seed": str(seed), "seconds": time.time() - began}
+        row["steps"] = checkpoint.read(f"{folder}/run")["step"]
+        keys = {key: config[key] for key in ("data", "device", "dtype")}
+        result = evaluate.main(
+            settings.options(keys | {"ckpt": f"{folder}/run"}, settings, diffusion, evaluate)
+        )
+    return row | {key: result[key] for key in ("nats_per_token", "draw_half", "perplexity")}
+
+
+def verdict(nats, best):
+    """Whether the interval of the mean of three or more seeds is below `best`."""
+    if len(nats) < 3:
+        return "three seeds are needed for a record"
+    half = t95(len(nats) - 1) * statistics.stdev(nats) / len(nats) ** 0.5
+    below = statistics.mean(nats) + half < best
+    return f"+- {half:.4f}, {'a record:' if below else 'no record: not'} below {best:.3f}"
+
+
+def main(config):
+    """Runs both forms for all seeds; prints and writes the records, the runs and the verdict."""
+    choose("only", config["only"], ["", "clock", "flops"])
+    settings.at_least(1, config, "seeds")
+    began, rows, figures, said = time.time(), [], {}, []
+    for form in [config["only"]] if config["only"] else ["flops", "clock"]:
+        mine = [run(config, form, 1337 + i) for i in range(config["seeds"])]
+        nats, rows = [row["nats_per_token"] for row in mine], rows + mine
+        figures |= {f"{form}, seed {row['seed']}": row["nats_per_token"] for row in mine}
+        best = min(record[form] for record in RECORDS if form in record)
+        said.append(f"{form}: {statistics.mean(nats):.4f} nats, {verdict(nats, best)}")
+    formats = {"nats_per_token": "{:.4f}", "draw_half": "{:.4f}", "perplexity": "{:.3f}"}
+    keys = ("clock", "flops", "commit", "change")
+    spelled = [{key: str(record.get(key, "")) for key in keys} for record in RECORDS]
+    text = results.table("Records, nats per character", spelled)
+    text += "\n" + results.table(f"The claim of {config['preset']}", rows, formats)
+    text += "\n" + "\n\n".join(said) + "\n"
+    print(text)
+    about = results.about(torch.device("cpu")) | {"seconds_in_all": time.time() - began}
+    results.write(config, "speedrun", figures | about, text)
+    return figures
+
+
+if __name__ == "__main__":
+    settings.run(main, settings, results, sys.modules[__name__])
