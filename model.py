@@ -47,6 +47,7 @@ DEFAULTS = {
     "mlp_width": 0,  # inside the MLP; 0: 4 * n_embd
     "bias": True,  # in norms, MLP and head (never in attention), as RADD has them
     "qk_norm": False,  # RMS-normalise queries and keys
+    "conv": 0,  # with full: width of a convolution over embedded tokens, an odd number; 0: none
     "zero_init": "none",  # none | head | all; starts at zero: head (RADD); all: what blocks add too
     "dropout": 0.0,  # after attention and after the MLP
     "rotary_bf16": False,  # round the rotary tables to bfloat16, as SMDM's weights expect
@@ -259,6 +260,10 @@ class Transformer(nn.Module):
         self.start_id = V if config["start_id"] < 0 else config["start_id"]
         empty = torch.empty(V + 1, D)  # (V + 1, D), drawn below, with all others
         self.embed = nn.Embedding.from_pretrained(empty, freeze=False)
+        self.conv = None  # (width, D) each channel by itself
+        if config["conv"]:
+            assert config["attention"] == "full" and config["conv"] % 2 == 1
+            self.conv = nn.Parameter(torch.empty(config["conv"], D))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config["n_layer"]))
         self.norm = make_norm(config)
         self.unembed = nn.Linear(D, V + config["head_padding"], bias=config["bias"])
@@ -282,6 +287,8 @@ class Transformer(nn.Module):
                 std = 1 / (math.sqrt(D) * n_layer) if out else math.sqrt(2 / (5 * D))
                 if (out and zero == "all") or (name == "unembed.weight" and zero != "none"):
                     std = 0.0
+                if name == "conv":  # a position begins with its own token alone
+                    std = 0.0
                 yield name, torch.empty(parameter.shape).normal_(std=std)
             else:
                 one = "norm" in name and name.endswith("weight")
@@ -299,10 +306,21 @@ class Transformer(nn.Module):
         assert end <= self.block_size, f"{end} tokens, block_size {self.block_size}"
         cos, sin = self.cos[start:end], self.sin[start:end]  # (L, d/2) each
         h = self.embed(x)  # (B, L, D)
+        if self.conv is not None:
+            h = h + self.beside(h)
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
             h = block(h, cos, sin, masked_idx if last else None, cache[i] if cache else None)
         return self.norm(h)
+
+    def beside(self, h):
+        """What a position takes from the tokens on both sides of it: h (B, L, D) -> (B, L, D).
+
+        Attention has to learn which place is next to which; this knows.
+        """
+        L, half = h.shape[1], len(self.conv) // 2
+        padded = F.pad(h, (0, 0, half, half))  # (B, L + width - 1, D)
+        return sum(padded[:, i : i + L] * weight for i, weight in enumerate(self.conv))
 
     def hidden_in_order(self, clean, places, cache=None):
         """Hidden states (B, Q, D) of the queries of an `order` network.

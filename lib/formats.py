@@ -82,8 +82,8 @@ RADD = {"norm": "layer", "mlp": "gelu", "bias": True, "rotary_bf16": False}  # a
 SMDM = {"norm": "rms", "mlp": "swiglu", "bias": False, "rotary_bf16": True}
 FIXED = {  # the model keys that a format has one value for
     "nanomdm": {},
-    "radd": RADD | {"qk_norm": False, "attention": "full"},
-    "smdm": SMDM | {"qk_norm": False, "head_padding": 0},
+    "radd": RADD | {"qk_norm": False, "conv": 0, "attention": "full"},
+    "smdm": SMDM | {"qk_norm": False, "conv": 0, "head_padding": 0},
 }
 RADD_SIZES = {"n_layer": "n_blocks", "n_head": "n_heads", "n_embd": "hidden_size"}
 RADD_SIZES |= {"block_size": "length"}  # their names of these settings

@@ -103,6 +103,8 @@ def with_data(config, state, source):
     require(width <= L, f"{data} has examples of {width} tokens, block_size is only {L}")
     known = OBJECTIVES[config["objective"]].attention
     attention = config["attention"] if config["attention"] in known else known[0]
+    alone = f"conv is for attention=full; with {attention} it must be 0"
+    require(attention == "full" or not config["conv"], alone)
     config = config | {"vocab_size": V, "attention": attention}
     return config | {"example_width": width, "eos_id": eos_id}
 
@@ -112,7 +114,7 @@ def check(config, world):
     at_least(1, config, "n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters")
     at_least(1, config, "log_interval", "eval_interval", "eval_sequences", "eval_draws", "keep")
     at_least(0, config, "micro_batch_size", "warmup_iters", "learning_rate", "weight_decay")
-    at_least(0, config, "grad_clip", "mlp_width", "head_padding", "min_lr", "save_interval")
+    at_least(0, config, "conv", "grad_clip", "mlp_width", "head_padding", "min_lr", "save_interval")
     at_least(0, config, "profile")
     for key in ("n_layer", "n_embd", "block_size", "mlp_width"):
         require(config[key] <= 2**20, f"{key} must be at most {2**20}, not {config[key]}")
@@ -126,6 +128,8 @@ def check(config, world):
     clash = "attention" in config.get("user_keys", ()) and config["attention"] not in attention
     trains = f"objective '{objective}' trains a network with attention={' or '.join(attention)}"
     require(not clash, f"{trains}, not {config['attention']}")
+    conv = config["conv"]
+    require(conv == 0 or conv % 2 == 1, f"conv must be 0 or an odd number, not {conv}")
     drops = objective == "ar" and config["prompt_drop"]
     require(not drops, "prompt_drop needs a masked diffusion objective, not ar")
     idle = {"order", "order_p"} & set(config.get("user_keys", ()))

@@ -87,6 +87,10 @@ def plain_forward(model, x):
     """Logits (B, L, V) of the architecture as the papers describe it, with the model's weights."""
     keys, h = model.config, model.embed.weight[x]  # (B, L, D)
     centred, act = keys["norm"] == "layer", ACTIVATIONS[keys["mlp"]]
+    if keys["conv"]:  # torch's convolution, each channel by itself
+        weight = model.conv.T[:, None]  # (D, 1, width)
+        near = torch.nn.functional.conv1d(h.transpose(1, 2), weight, padding="same", groups=16)
+        h = h + near.transpose(1, 2)
     for block in model.blocks:
         qkv = plain_linear(block.qkv, plain_norm(block.norm1, h, centred)).chunk(3, dim=-1)
         q, k, v = (z.unflatten(-1, (keys["n_head"], -1)) for z in qkv)  # (B, L, H, d) each
@@ -108,6 +112,13 @@ def plain_forward(model, x):
 def test_the_network_is_the_architecture_written_out(variant, attention):
     model, x = tiny(attention=attention, **variant), tokens()
     assert torch.allclose(model(x), plain_forward(model, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_convolution_over_the_embedded_tokens_is_that_of_torch_and_begins_as_nothing():
+    model, x = tiny(conv=3), tokens()
+    assert torch.allclose(model(x), plain_forward(model, x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model(x), plain_forward(tiny(), x), atol=0.1)
+    assert not Transformer(config(conv=5)).conv.any()
 
 
 def parts(model, ending):

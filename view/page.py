@@ -61,7 +61,7 @@ def with_weights(model, tokenizer, o):
     """The data of a page that holds the network; UserError where it cannot."""
     config, n, kind = model.config, model.n_parameters(), tokenizer.kind
     simple = n <= MOST and config["attention"] != "causal" and kind in ("char", "byte")
-    simple = simple and not (config["rotary_bf16"] or config["head_padding"])
+    simple = simple and not any(config[key] for key in ("rotary_bf16", "head_padding", "conv"))
     require(simple, "a page cannot hold this model; record a sample of it with --trace")
     template = o["template"] or f"___{model.block_size}"
     sample.request(tokenizer, model, template=template)  # or its UserError
