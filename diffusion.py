@@ -11,18 +11,18 @@
                       t = 0      cats  sat   on    the mat    3 calls
 
 Why it works. Going back, x becomes y, x with one masked position unmasked, at the rate of going
-forward from y to x, m'/(1 - m), times p_t(y)/p_t(x). These ratios are the *concrete score*. With
-k masked and L - k visible tokens, p_t(x) = m^k (1 - m)^(L-k) p(visible tokens), so
+forward from y to x, m'/(1 - m), times p_t(y)/p_t(x) (RADD eq. 2.10). These ratios are the *concrete
+score*. With k masked and L - k visible tokens, p_t(x) = m^k (1 - m)^(L-k) p(visible tokens), so
 
     p_t(x with masked i := v) / p_t(x)  =  (1 - m)/m * p(visible, x0_i = v) / p(visible)
                                         =  (1 - m)/m * p(x0_i = v | visible)
 
 a factor that only time knows, times a conditional of clean text that time does not enter: RADD
-(arXiv 2406.03736) Theorem 1. (The papers write m = 1 - exp(-sigma_bar), sigma_bar being the total
-noise up to t; the factor is then exp(-sigma_bar) / (1 - exp(-sigma_bar)).) Hence the network needs
-no time input; it fills gaps exactly, since any visible set is a condition that it was trained on;
-and training is a weighted cross-entropy. Likelihoods are in nats. The uniform numbers of a draw are
-arguments (u, noise), so that it can be repeated.
+(arXiv 2406.03736) Theorem 1, RADD eq. 3.2, 3.3. (The papers write m = 1 - exp(-sigma_bar), where
+sigma_bar is the total noise up to t; the factor is then exp(-sigma_bar) / (1 - exp(-sigma_bar)).)
+Hence the network needs no time input; it fills gaps exactly, since any visible set is a condition
+that it was trained on; and training is a weighted cross-entropy. Likelihoods are in nats. The
+uniform numbers of a draw are arguments (u, noise), so that it can be repeated.
 """
 
 import math
@@ -61,7 +61,7 @@ SCHEDULES = {"loglinear": loglinear, "cosine": cosine, "geometric": geometric}
 
 # ---- 2. The concrete score and its loss, as the papers write them (only the tests need them) -----
 def concrete_score(log_p, m):
-    """(1 - m)/m * p(x0_i = v | visible): log_p (..., V), m -> (..., V). RADD Theorem 1, eq. 3.2."""
+    """(1 - m)/m * p(x0_i = v | visible): log_p (..., V), m -> (..., V). RADD eq. 3.2."""
     return (1 - m) / m * log_p.exp()
 
 
@@ -102,7 +102,7 @@ class Objective(NamedTuple):
 
 
 def any_order(u, noise, n, schedule):
-    """Exactly k masked, k uniform on 1..n, weight n/k: any-order autoregression. RADD eq. 2.16."""
+    """Exactly k masked, k uniform on 1..n, weight n/k: any order. RADD eq. 2.16, G.3 (AO-ARM)."""
     k = (1 + (u * n).floor()).clamp(max=n)  # (B,)
     ordered = np.sort(noise.numpy())  # (B, L) numpy sorts far faster than torch
     kth = np.take_along_axis(ordered, k.long().numpy()[:, None] - 1, 1)  # (B, 1)
@@ -110,12 +110,12 @@ def any_order(u, noise, n, schedule):
 
 
 def lambda_dce(u, noise, n, schedule):
-    """Each masked with probability lam = u, weight 1/lam: denoising cross-entropy. RADD eq. 3.6."""
+    """Each masked with probability lam = u, weight 1/lam: denoising CE (DCE). RADD eq. 3.6, 3.8."""
     return noise < u[:, None], 1 / u
 
 
 def t_dce(u, noise, n, schedule):
-    """Each masked with probability m(t), t = u, weight m'(t)/m(t). RADD eq. 3.5; DSE: 2.11."""
+    """Each masked with probability m(t), t = u, weight m'(t)/m(t). RADD eq. 3.5, 2.11 (DSE)."""
     m, dm = schedule(u)  # (B,) each
     return noise < m[:, None], dm / m
 
@@ -306,10 +306,10 @@ class Loss(torch.nn.Module):
 def unmask_prob(schedule, t, s, sampler="ancestral"):
     """Probability that a token masked at time t is unmasked by the step to s < t: (...), float64.
 
-    ancestral: 1 - m(s)/m(t) = (m(t) - m(s)) / m(t), exact: RADD eq. D.14, which calls it Tweedie
-    tau-leaping (several positions leap at once, by p(x0 | x_t) and not by the score at t alone).
-    euler: the rate of going back at t, m'(t)/m(t), times the step, at most 1: RADD eq. D.15. For
-    the log-linear schedule both are (t - s)/t: RADD eq. D.16.
+    ancestral: 1 - m(s)/m(t) = (m(t) - m(s)) / m(t), exact: RADD eq. D.8, D.14, D.27, where it is
+    Tweedie tau-leaping (several positions leap at once, by p(x0 | x_t) and not by the score at t).
+    euler: the rate of going back at t, m'(t)/m(t), times the step: RADD eq. D.13, D.15, D.29; at
+    most 1. For the log-linear schedule both are (t - s)/t: RADD eq. D.16.
     """
     m, dm = schedule(t)
     return 1 - schedule(s)[0] / m if sampler == "ancestral" else ((t - s) * dm / m).clamp(max=1.0)
@@ -331,12 +331,13 @@ def unmask_schedule(schedule, steps, sampler="ancestral"):
 def expected_nfe(r, L):
     """Expected network calls (NFE: number of function evaluations) to unmask L masked positions.
 
-    A step needs a call only if it unmasks something: sum_k 1 - (1 - r_k)^L, RADD eq. 3.4;
-    n (1 - (1 - 1/n)^L) for n log-linear steps, RADD eq. D.31. For L = 128: 81 at n = 128, 120 at
-    n = 1,024, and towards L for many steps. What more steps buy: tokens unmasked in one step are
-    drawn independently, each given the tokens visible before. If "New York" and "Los Angeles" are
-    equally likely, one step gives "New Angeles" and "Los York" a quarter of the time each; in two
-    steps the second word sees the first. This is the only error of few steps.
+    A step needs a call only if it unmasks something: sum_k 1 - (1 - r_k)^L, RADD eq. 3.4, D.22;
+    n (1 - (1 - 1/n)^L) for n log-linear steps, RADD eq. D.31; behind a prompt, too, for L counts
+    masked tokens alone, RADD eq. D.30. For L = 128: 81 at n = 128, 120 at n = 1,024, and towards L
+    for many steps. What more steps buy: tokens unmasked in one step are drawn independently, each
+    given the tokens visible before. If "New York" and "Los Angeles" are equally likely, one step
+    gives "New Angeles" and "Los York" a quarter of the time each; in two steps the second word sees
+    the first. This is the only error of few steps.
     """
     return float((1 - (1 - r) ** L).sum())
 

@@ -16,7 +16,7 @@
                      and in the mean over orders the any_order bound. RADD eq. 2.16
     orders           -log of the mean of p along K orders (log-mean-exp): a bound that falls with K
                      to the likelihood of the mixture of all orders (as in arXiv 1509.00519)
-    left_to_right, right_to_left          the chain rule along one order: nothing is drawn
+    left_to_right, right_to_left   the chain rule along one order: no draws (SMDM; or lambda_dce)
 
   An `order` network has all l terms of a chain rule in one pass, so one row a draw there.
 

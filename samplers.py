@@ -131,7 +131,7 @@ def by_time(masked, o):
 
 
 def any_order(masked, o):
-    """One token a call, in an order drawn uniformly: what the any-order bound is about."""
+    """One token a call, in an order drawn uniformly: what any_order bounds (RADD, table 6)."""
     u = diffusion.uniforms(o["seed"], 0, range(len(masked)), masked.shape[1])  # (N, L)
     return FixedOrder(torch.where(masked, u.argsort(1).argsort(1), -1), o["seed"])
 
