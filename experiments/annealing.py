@@ -33,7 +33,6 @@ and judges what it wrote. float64 is sample.py as it is, whose draw inverts the 
 function in float64 and loses no tail.
 """
 
-import functools
 import math
 import sys
 import time
@@ -217,11 +216,11 @@ def write_text(config, subject, noise, steps):
 
 
 def trained_part(config, steps):
-    """(rows of the table, figures, {noise: [(entropy, perplexity), ...]}) of samples by ckpt."""
+    """(rows of the table, figures) of samples by ckpt."""
     judge = quality.open_judge(quality.DEFAULTS | config)
     subject = evaluate.opened(evaluate.DEFAULTS | config, reads_text=True)
     require(not subject.causal, f"{config['ckpt']} is causal: it has no mask to draw")
-    rows, figures, paths = [], {}, {}
+    rows, figures = [], {}
 
     def put(noise, n, nfe, records):
         measures, _ = quality.measure(records, judge)
@@ -232,8 +231,6 @@ def trained_part(config, steps):
             figures[f"{noise}, {n} steps, {name}"] = value
             figures[f"{noise}, {n} steps, {name}, error"] = error
         rows.append(row)
-        point = measures["entropy, nats"][0], measures["generative perplexity"][0]
-        paths.setdefault(noise, []).append(point)
 
     for noise in ["float64", *BITS]:
         for n in steps:
@@ -242,38 +239,34 @@ def trained_part(config, steps):
             records = [{"text": text, "tokens": row} for text, row in texts]
             put(noise, f"{n}", f"{nfe.double().mean():.1f}", records)
     put("held-out text", "", "", quality.held_out(config["data"], records))
-    return rows, figures, paths
+    return rows, figures
 
 
-def draw(axes, paths, steps):
-    """Entropy against generative perplexity: a path for each dtype, a point for each `steps`."""
-    from matplotlib import ticker
+def draw(axes, figures):
+    """Entropy of samples by steps: a line for each dtype of the noise, held-out text beside."""
+    keys = [key for key in figures if key.endswith(" steps, entropy, nats")]
+    steps = sorted({int(n) for key in keys if (n := key.split(", ")[1].split()[0]) != "steps"})
+    styles, ends = ["o-", "s--", "^-.", "D:"], {}
+    for noise, style in zip(("float64", "float32", "float16", "bfloat16"), styles, strict=True):
+        names = [f"{noise}, {n} steps, entropy, nats" for n in steps]
+        y, errors = ([figures[name + end] for name in names] for end in ("", ", error"))
+        half = [1.96 * error for error in errors]
+        axes.errorbar(steps, y, half, fmt=style, color=results.DARK, capsize=2)
+        perplexity = figures[f"{noise}, {steps[-1]} steps, generative perplexity"]
+        ends[f"{noise} noise: {perplexity:.1f}"] = steps[-1], y[-1]
+    text = "held-out text,  steps, "
+    height, perplexity = figures[f"{text}entropy, nats"], figures[f"{text}generative perplexity"]
+    axes.plot([steps[0], steps[-1]], [height, height], color="black", linewidth=0.8)
+    ends[f"held-out text: {perplexity:.1f}"] = steps[-1], height
+    axes.set(xscale="log", xlabel="sampling steps", ylim=(0, height + 0.5))
+    axes.set_ylabel("entropy of a sample's tokens, nats; 95% intervals")
+    axes.set_xticks(steps, [f"{n:,}" for n in steps])
+    axes.minorticks_off()
+    axes.set_title("Coarse noise makes the text poorer, and its perplexity (the numbers) lower")
+    results.name_ends(axes, ends)
 
-    colors = {
-        "float64": "#1f6f8b",
-        "float32": "#d1783c",
-        "float16": "#8e44ad",
-        "bfloat16": "#7f8c8d",
-    }
-    for noise, color in colors.items():
-        entropy, perplexity = zip(*paths[noise], strict=True)
-        axes.plot(entropy, perplexity, "o-", color=color, label=f"{noise} noise", markersize=5)
-    axes.plot(*paths["held-out text"][0], "*", color="black", markersize=12, label="held-out text")
-    axes.set(yscale="log", xlabel="entropy of a sample's tokens, nats (more varied to the right)")
-    axes.set_ylabel("generative perplexity (the lower, the more the judge likes it)")
-    axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
-    axes.set_title("one point for each number of sampling steps", fontsize=9)
-    axes.legend(fontsize=8)
-    room = []  # where a number stands already
-    for noise, color in colors.items():
-        for n, point in zip(steps, paths[noise], strict=True):
-            x, y = axes.transAxes.inverted().transform(axes.transData.transform(point))
-            if all(abs(x - a) > 0.04 or abs(y - b) > 0.03 for a, b in room):
-                look = {"textcoords": "offset points", "fontsize": 7, "color": color}
-                axes.annotate(f"{n}", point, xytext=(6, -8), **look)
-                room.append((x, y))
+
+PLOTS = {"": draw}
 
 
 def main(config):
@@ -286,7 +279,7 @@ def main(config):
     steps = [most // 4**i for i in range(10) if most >= 16 * 4**i][::-1]
     vocabularies = VOCABULARIES[:1] if config["quick"] else VOCABULARIES
     config |= {"num_samples": min(4, config["num_samples"])} if config["quick"] else {}
-    rows, figures, paths = trained_part(config, steps) if config["ckpt"] else ([], {}, {})
+    rows, figures = trained_part(config, steps) if config["ckpt"] else ([], {})
     exact, more = exact_part(vocabularies, steps)
 
     title = "First of n steps on a Zipf law: entropy of the token unmasked, "
@@ -298,8 +291,7 @@ def main(config):
     print(text)
     figures |= more | results.about(torch.device("cpu")) | {"seconds": time.time() - began}
     figures |= {key: config[key] for key in ("ckpt", "judge", "num_samples", "seed")}
-    plot = functools.partial(draw, paths=paths, steps=steps) if paths else None
-    results.write(config, "annealing", figures, text, plot)
+    results.write(config, "annealing", figures, text, PLOTS if rows else None)
     return figures
 
 

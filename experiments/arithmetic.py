@@ -10,7 +10,6 @@ two digits that most of their sums have been seen). The masked diffusion model w
 orders and with more or fewer network calls; the causal one only left to right.
 """
 
-import functools
 import random
 import sys
 import tempfile
@@ -161,16 +160,27 @@ def figures_of(lines, asked):
     return figures
 
 
-def plot(axes, lines, asked, digits):
-    """A curve for each line of the table."""
-    for line in lines:
-        heights = [line[f"{n} digits"] for n in asked]
-        style, name = "k--" if line["model"] == "ARM" else "o-", f"{line['model']} {line['order']}"
-        axes.plot(list(asked), heights, style, label=name)
-    axes.axvline(digits + 0.5, color="grey", linewidth=0.8)
-    axes.set_xlabel("digits (right of the line: longer than in training)")
-    axes.set_ylabel("right sums, percent")
-    axes.legend(fontsize=7)
+def draw_right(axes, figures):
+    """Bars: sums of as many digits as were trained on, by order and number of calls."""
+    n, asked = figures["digits"], figures["asked"]
+    ends = {f"{kind}_{writer}_{n}": name for kind, writer, name in named()}
+    right = {name: figures[end] for end, name in ends.items() if end in figures}
+    results.bars(axes, right, "{:.0f}", light=["causal, left to right"])
+    longest = max(value for key, value in figures.items() if key.endswith(f"_{n + 1}"))
+    axes.set(xlim=(0, 115), xticks=range(0, 101, 20))
+    axes.set_xlabel(f"right sums of {n} digits, percent of {asked}")
+    more = f"of {n + 1} digits, never read, at most {longest:.0f}% are right"
+    axes.set_title(f"Few calls cost accuracy; {more}")
+
+
+def named():
+    """(model, writer as in the figures, what a plot calls it)."""
+    for writer in WRITERS:
+        yield "mdm", writer.replace(", ", "_").replace(" ", "_"), writer
+    yield "ar", "left_to_right", "causal, left to right"
+
+
+PLOTS = {"": draw_right}
 
 
 def main(config):
@@ -192,9 +202,9 @@ def main(config):
     )
     print(table)
     figures = figures_of(lines, asked) | {"cpu_seconds": cpu, "digits": digits}
+    figures["asked"] = config["asked"]
     figures |= results.about(torch.device("cpu"))
-    curves = functools.partial(plot, lines=lines, asked=asked, digits=digits)
-    results.write(config, "arithmetic", figures, about + table, curves)
+    results.write(config, "arithmetic", figures, about + table, PLOTS)
     return figures
 
 

@@ -452,17 +452,45 @@ FORMATS = {
 }
 
 
-def draw(axes, ratios):
-    """Bars of every variant's ratio to the textbook, {title: {name: ratio}}, logarithmic."""
-    axes.figure.set_size_inches(8, 9)
-    at = 0
-    for title, rows in ratios.items():
-        axes.barh(range(at, at - len(rows), -1), list(rows.values()), label=title)
-        for i, (name, ratio) in enumerate(rows.items()):
-            axes.text(ratio, at - i, f" {name}", va="center", fontsize=6)
-        at -= len(rows) + 1
-    axes.set(xscale="log", yticks=[], xlabel="times as fast as the textbook", xlim=(0.7, 1500))
-    axes.legend(fontsize=7, loc="upper right")
+KINDS = {"char": "V = 110", "bpe": "V = 50,257"}
+
+
+def compared(axes, figures, names, title):
+    """Bars of ratios to the textbook; names: {name: function of (key -> figure) -> ratio}."""
+    bars = {}
+    for kind, V in KINDS.items():
+        for name, ratio in names.items():
+            bars[f"{name}, {V}"] = ratio(lambda key, kind=kind: figures[key.format(kind)])
+    results.bars(axes, bars, "{:.1f}x", light=[bar for bar in bars if bar.startswith("textbook")])
+    axes.set(xscale="log", xlabel="times as fast as the textbook (logarithmic)", xlim=(0.9, None))
+    axes.xaxis.set_major_formatter("{x:g}")
+    char, bpe = (bars[f"here, bfloat16 compiled, {V}"] for V in KINDS.values())
+    axes.set_title(f"{title}: {char:.0f} and {bpe:.0f} times as fast as the textbook")
+
+
+def draw_training(axes, figures):
+    ratio, kept = "train_{}_ratio", "train_{}_ratio_kept"
+    names = {
+        "textbook keeping memory": lambda of: of(ratio) / of(kept),
+        "here, float32 compiled": lambda of: of("train_{}_ratio_float32"),
+        "here, bfloat16 compiled": lambda of: of(ratio),
+    }
+    compared(axes, figures, names, "A training step")
+
+
+def draw_sampling(axes, figures):
+    same, kept = "sample_{}_ratio_same_dtype", "sample_{}_ratio_same_dtype_kept"
+    cache = "sample_{}_vs_cache_kept"
+    names = {
+        "textbook keeping memory": lambda of: of(same) / of(kept),
+        "textbook with RADD's cache": lambda of: of(same) / of(cache),
+        "here, float32": lambda of: of(same),
+        "here, bfloat16 compiled": lambda of: of("sample_{}_ratio"),
+    }
+    compared(axes, figures, names, "1,024 sampling steps")
+
+
+PLOTS = {"_training": draw_training, "_sampling": draw_sampling}
 
 
 def main(config):
@@ -471,13 +499,11 @@ def main(config):
     settings.at_least(1, config, "rounds")
     device, autocast = machine(config)
     quick, rounds = config["quick"], 2 if config["quick"] else config["rounds"]
-    texts, figures, ratios = [], {}, {}
+    texts, figures = [], {}
 
     def report(title, rows):
         texts.append(results.table(title, rows, FORMATS))
         tqdm.write(texts[-1])
-        if rows[0]["name"].startswith("textbook"):
-            ratios[title] = {row["name"].split(":")[0]: row["ratio"] for row in rows}
         return {row["name"]: row for row in rows}
 
     for kind, V, B in (("char", 110, 16), ("bpe", 50257, 8)):
@@ -524,7 +550,7 @@ def main(config):
         report("Training step of RADD-small, batch 1 x 1024", rows)
 
     figures |= results.about(device) | {"seconds": time.time() - began}
-    results.write(config, "bench", figures, "\n".join(texts), lambda axes: draw(axes, ratios))
+    results.write(config, "bench", figures, "\n".join(texts), PLOTS)
     print(json.dumps(figures, indent=1))
     return figures
 

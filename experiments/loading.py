@@ -128,14 +128,24 @@ def short(n):
 
 
 def draw(axes, figures):
-    """Bars of the speeds by size, on a logarithmic axis, and a line at what a GPU needs."""
-    for i, name in enumerate(("blocks", "batches")):
-        heights = [figures[f"{name}_{short(n)}"] for n in SIZES]
-        axes.bar([x + 0.4 * i for x in range(3)], heights, 0.4, label=name)
-    axes.axhline(NEED, color="black", label="needed")
-    axes.set(yscale="log", ylabel="tokens a second, one core", xlabel="tokens in the data")
-    axes.set_xticks([x + 0.2 for x in range(3)], [short(n) for n in SIZES])
-    axes.legend()
+    """Lines of the speeds by size, and one at what a GPU needs."""
+    names, ends = {"blocks": "o--", "batches": "s-"}, {}
+    for name, style in names.items():
+        y = [figures[f"{name}_{short(n)}"] / 1e6 for n in SIZES]
+        axes.plot(list(SIZES), y, style, color=results.DARK)
+        ends[{"blocks": "blocks alone", "batches": "batches with masks"}[name]] = max(SIZES), y[-1]
+        for n, speed in zip(SIZES, y, strict=True):
+            axes.annotate(f"{speed:.0f}", (n, speed), xytext=(0, 6), textcoords="offset points")
+    axes.plot([min(SIZES), max(SIZES)], [figures["need"] / 1e6] * 2, color="black", linewidth=0.8)
+    ends[f"a fast GPU takes {figures['need'] / 1e6:.0f}"] = max(SIZES), figures["need"] / 1e6
+    axes.set(xscale="log", yscale="log", xlabel="tokens in the data", ylim=(1, 600))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylabel("million tokens a second of one core")
+    axes.set_title("The loader is many times as fast as a GPU needs")
+    results.name_ends(axes, ends)
+
+
+PLOTS = {"": draw}
 
 
 def line(n, measured):
@@ -180,7 +190,7 @@ def main(config):
     text = results.table(f"Tokens a second of one core, batches of {B} x {L}", lines, formats)
     text += "\n" + results.table("Five steps of training on this machine", trained, formats)
     print(text)
-    results.write(config, "loading", figures, text, lambda axes: draw(axes, figures))
+    results.write(config, "loading", figures, text, PLOTS)
     return figures
 
 

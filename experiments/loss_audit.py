@@ -263,43 +263,27 @@ def rows_of(joint, model):
     return rows
 
 
-def draw(axes, joint, model, h):
-    """Bars: how far each number is from the bound, in percent of it, with h_k in a corner."""
-    shown = [(joint, "enumerated joint, L = 4", "#9aa5b1"), (model, "trained model", "#1f6f8b")]
-    last = model or joint
-    names = sorted(last, key=lambda name: last[name][2])
-    place = np.arange(len(names))
-    for i, (audited, label, color) in enumerate(shown):
-        if audited:
-            unit = audited[BOUND][0] / 100
-            values, errors = (np.array([audited[name][j] for name in names]) / unit for j in (2, 3))
-            style = {"label": label, "color": color, "error_kw": {"elinewidth": 1}}
-            axes.barh(place + 0.2 - 0.4 * i, values, 0.4, xerr=errors, **style)
-    style = {"textcoords": "offset points", "va": "center", "fontsize": 7}
-    for y, (name, value, error) in enumerate(zip(names, values, errors, strict=True)):  # the last
-        text = "=" if last[name][-1] == "equal" else f"{value:+.2g}%"
-        side, end = (1, "left") if value >= -1e-6 else (-1, "right")
-        at = value + side * error, y - 0.2 * bool(model)
-        text = "the bound" if name == BOUND else text
-        axes.annotate(text, at, xytext=(4 * side, 0), ha=end, **style)
-    axes.set_yticks(place, names, fontsize=8)
+def draw(axes, figures):
+    """Bars: how far each number is from the bound, in percent of it."""
+    who, bound = "model", figures.get(f"model, {BOUND}")
+    if not bound:
+        who, bound = "joint", figures["entropy of the joint"]
+    names = [key.removeprefix(f"{who}, ") for key in figures if key.startswith(f"{who}, ")]
+    names = [name for name in names if not name.startswith("h_") and ", minus the" not in name]
+    names = [name for name in names if not name.endswith(", half interval")]
+    unit, bars, halves = bound / 100, {}, {}
+    for name in names:
+        off = figures.get(f"{who}, {name}, minus the bound", figures[f"{who}, {name}"] - bound)
+        bars[name] = round(off / unit, 3) + 0.0
+        halves[name] = figures.get(f"{who}, {name}, minus the bound, half interval", 0) / unit
+    bars = {name: bars[name] for name in sorted(bars, key=lambda n: -bars[n])}
+    results.bars(axes, bars, "{:+.2g}%", [n for n in bars if bars[n] < -0.01], halves)
     axes.axvline(0, color="black", linewidth=0.8)
-    low, high = axes.get_xlim()
-    low, high = 1.15 * low, 1.15 * high
-    axes.axvspan(low, 0, color="#c0392b", alpha=0.08, linewidth=0)
-    axes.set_xlim(low, high)
-    style = {"color": "#c0392b", "ha": "right", "va": "top", "fontsize": 9}
-    place = -0.02 * (high - low), 0.97
-    axes.text(*place, "below: not a bound", transform=axes.get_xaxis_transform(), **style)
-    axes.set_xlabel("percent above the bound")
-    axes.legend(loc="lower right", fontsize=8)
-    if model:
-        inset = axes.inset_axes([0.09, 0.6, 0.27, 0.27])
-        inset.plot(np.arange(1, len(h) + 1), h, color="#1f6f8b")
-        inset.axhline(h.mean(), color="black", linewidth=0.8, linestyle=":")
-        inset.set_title("$h_k$ of the model; dotted: their mean, the bound", fontsize=7)
-        inset.set_xlabel("masked tokens $k$", fontsize=7, labelpad=1)
-        inset.tick_params(labelsize=6)
+    axes.set_xlabel("percent above the bound (left of 0: no bound at all); 95% intervals")
+    axes.set_title("Of the numbers that are reported as a loss, few are the bound")
+
+
+PLOTS = {"": draw}
 
 
 def figures_of(joint, model, h):
@@ -333,7 +317,7 @@ def main(config):
     figures |= results.about(torch.device("cpu"))
     figures |= {key: config[key] for key in ("ckpt", "data", "sequences", "seed")}
     figures |= {"seconds": time.time() - began}
-    results.write(config, "loss_audit", figures, text, lambda axes: draw(axes, exact, model, h))
+    results.write(config, "loss_audit", figures, text, PLOTS)
     return figures
 
 

@@ -211,22 +211,29 @@ def in_turns(models, calls, shape, rounds, autocast):
 FORMATS = {"seconds_a_sample": "{:.3f}", "times_the_ARM": "{:.2f}"}
 
 
-def draw(axes, rows):
-    """Tokens a second over those of the causal network, by tokens a call."""
-    lines = {}
-    for row in rows:
-        kind, _, part = row["network"].partition(", ")
-        if part and row["V"] == "104":
-            label = f"{kind}, L = {row['L']}, batch {row['batch']}"
-            lines.setdefault(label, []).append((int(part.split()[0]), row["times_the_ARM"]))
-    for label, points in lines.items():
-        style = "-" if label.startswith("order") else ":"
-        axes.plot(*zip(*points, strict=True), style, marker="o", label=label)
-    axes.axhline(1, color="grey", linewidth=1)
-    ticks = [1, 2, 4, 8]
-    axes.set(xscale="log", yscale="log", xticks=ticks, xticklabels=ticks, xlabel="tokens a call")
+def draw(axes, figures):
+    """Tokens a second over those of the causal network, by tokens a call; L = 256, V = 104."""
+    ends, ticks = {}, [1, 2, 4, 8]
+    for kind, style in (("order", "o-"), ("full", "s--")):
+        for batch in (1, 16):
+            name = f"seconds a sample, L 256 V 104 batch {batch} network "
+            calls = [f"{name}{kind}, {n} a call" for n in ticks]
+            if calls[0] in figures:
+                speeds = [figures[f"{name}causal"] / figures[call] for call in calls]
+                axes.plot(ticks, speeds, style, color=results.DARK)
+                ends[f"{kind}, batch {batch}"] = ticks[-1], speeds[-1]
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(xscale="log", yscale="log", xlabel="tokens a call")
     axes.set_ylabel("times the tokens a second of the cached ARM")
-    axes.legend(fontsize=7)
+    axes.set_xticks(ticks, ticks)
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_title("Several tokens a call: attention in unmasking order beside an ARM")
+    if ends:
+        results.name_ends(axes, ends)
+
+
+PLOTS = {"": draw}
 
 
 def main(config):
@@ -249,8 +256,7 @@ def main(config):
     figures |= results.about(device) | {"seconds": math.ceil(time.time() - began)}
     text = "\n".join(texts)
     name = "order" + f"_{config['only']}" * bool(config["only"])
-    plot = (lambda axes: draw(axes, rows)) if rows else None
-    results.write(config, name, figures, text, plot, script="order")
+    results.write(config, name, figures, text, PLOTS if rows else None, script="order")
     print(text)
     return figures
 

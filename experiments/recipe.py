@@ -173,16 +173,24 @@ def report(config, rows):
     text = results.table(f"Bound after the same arithmetic, {config['data']}", lines, formats)
     print(text)
 
-    def draw(axes):
-        names = [line["variant"] for line in lines][::-1]
-        axes.barh(names, [line["to_the_base"] for line in lines][::-1])
-        axes.set_xlabel("nats per token above the base (negative is better)")
-        axes.axvline(0, color="black", linewidth=0.8)
-        axes.tick_params(axis="y", labelsize=7)
-
-    about = results.about(torch.device("cpu"))
-    results.write(config, named(config), figures | about, text, draw, "recipe")
+    gains = {f"{line['variant']}, to the base": line["to_the_base"] for line in lines}
+    about = gains | results.about(torch.device("cpu"))
+    results.write(config, named(config), figures | about, text, PLOTS, "recipe")
     return figures
+
+
+def draw(axes, figures):
+    """Bars: nats per token to the base, best first; what is worse is light."""
+    end = ", to the base"
+    gains = {name.removesuffix(end): gain for name, gain in figures.items() if name.endswith(end)}
+    gains = {name: gains[name] for name in sorted(gains, key=gains.get)}
+    results.bars(axes, gains, "{:+.3f}", light=[name for name in gains if gains[name] > 0])
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("nats per token less those of the base (to the left is better)")
+    axes.set_title("One setting changed at a time, the arithmetic kept: dark is better")
+
+
+PLOTS = {"": draw}
 
 
 def main(config):

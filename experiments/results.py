@@ -1,7 +1,15 @@
-"""What an experiment leaves behind: NAME.json (its figures), NAME.md (its table), NAME.png."""
+"""What an experiment leaves behind: NAME.json (its figures), NAME.md (its table), NAME.png.
+
+    python -m experiments.results [--results=FOLDER]      draws all plots again, from the figures
+
+A module's PLOTS are {ending: draw(axes, figures)}: each draws NAMEending.png from the flat dict of
+figures alone. A plot has one message, names on the things themselves, and is read in grey, too.
+"""
 
 import contextlib
+import functools
 import hashlib
+import importlib
 import json
 import platform
 import subprocess
@@ -10,12 +18,16 @@ from pathlib import Path
 
 import torch
 
+import config as settings
 from lib.files import whole_file
 
 DEFAULTS = {
     "quick": False,  # a short form, to see that it runs: its figures mean little
     "results": "experiments/results",  # folder for the figures, the table and the plot
 }
+STYLE = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"axes.titlesize": 10, "axes.titlelocation": "left"}
+DARK, LIGHT = "#1f4e79", "#a9bccd"
 
 
 def table(title, rows, formats=None):
@@ -74,11 +86,11 @@ def mark(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def write(config, name, figures, text, draw=None, script=None):
-    """Write NAME.json (flat dict `figures`), NAME.md (`text`, below the command) and NAME.png.
+def write(config, name, figures, text, plots=None, script=None):
+    """Write NAME.json (flat dict `figures`), NAME.md (`text`, below the command) and the plots.
 
-    draw(axes) fills one matplotlib axes; without matplotlib a line says that the plot is left out.
-    script: the module of experiments that makes it, where it is not called `name`.
+    plots: the module's PLOTS; without matplotlib a line says that they are left out. script: the
+    module of experiments that makes it, where it is not called `name`.
     """
     folder = Path(config["results"])
     with whole_file(folder / f"{name}.json") as path:
@@ -86,8 +98,11 @@ def write(config, name, figures, text, draw=None, script=None):
     command = " ".join(["python -m", f"experiments.{script or name}", *sys.argv[1:]])
     with whole_file(folder / f"{name}.md") as path:
         path.write_text(f"Made by `{command}`.\n\n{text}")
-    if draw:
-        plot(folder / f"{name}.png", draw)
+    for ending, draw in (plots or {}).items():
+        plot(folder / f"{name}{ending}.png", functools.partial(draw, figures=figures))
+
+
+# ---- Plots ---------------------------------------------------------------------------------------
 
 
 def plot(path, draw):
@@ -100,8 +115,58 @@ def plot(path, draw):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    draw(axes)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+        draw(axes)
+        with whole_file(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
+        pyplot.close(figure)
+
+
+def bars(axes, values, text="{:,.0f}", light=(), errors=None, start=0.0):
+    """A horizontal bar for each of `values` {name: value}, the number behind it; light: names.
+
+    errors: {name: half of its interval}; start: where the bars begin.
+    """
+    axes.figure.set_size_inches(8, 1 + 0.24 * len(values))
+    places = range(len(values), 0, -1)
+    lengths = [value - start for value in values.values()]
+    colors = [LIGHT if name in light else DARK for name in values]
+    halves = [errors.get(name, 0) for name in values] if errors else None
+    drawn = axes.barh(places, lengths, left=start, color=colors, xerr=halves, ecolor="black")
+    labels = [text.format(value) for value in values.values()]
+    axes.bar_label(drawn, labels, padding=3)
+    axes.set_yticks(places, values)
+    axes.tick_params(axis="y", length=0)
+    axes.margins(x=0.12, y=0.01)
+
+
+def name_ends(axes, ends, gap=0.05):
+    """Write each line's name beside its right end, {name: (x, y)}, `gap` of the axes apart."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = {name: to_axes.transform(end)[1] for name, end in ends.items()}
+    last = -1.0
+    for name in sorted(heights, key=heights.get):
+        last = max(heights[name], last + gap)
+        right = max(to_axes.transform(end)[0] for end in ends.values())
+        axes.text(right + 0.015, last, name, transform=axes.transAxes, va="center")
+
+
+def script_of(name):
+    """The module of experiments whose results are called `name` or name_SOMETHING."""
+    scripts = [path.stem for path in Path(__file__).parent.glob("*.py")]
+    return max((s for s in scripts if f"{name}_".startswith(f"{s}_")), key=len)
+
+
+def main(config):
+    """Draw the plots of all figures in a folder again."""
+    for path in sorted(Path(config["results"]).glob("*.json")):
+        module = importlib.import_module(f"experiments.{script_of(path.stem)}")
+        for ending, draw in getattr(module, "PLOTS", {}).items():
+            picture = path.with_name(f"{path.stem}{ending}.png")
+            plot(picture, functools.partial(draw, figures=json.loads(path.read_text())))
+            print(picture)
+
+
+if __name__ == "__main__":
+    settings.run(main, sys.modules[__name__])

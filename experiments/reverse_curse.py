@@ -22,7 +22,6 @@ What has been trained is kept in reverse_curse.jsonl among the results; the same
 from there. Seeds can be trained beside each other: --seed=N --seeds=1.
 """
 
-import functools
 import importlib.util
 import random
 import re
@@ -409,20 +408,41 @@ def answered(records):
     return "\n".join(["**Examples**", "", "```", *out, "```"])
 
 
-def draw(axes, figures, n):
-    """Bars of the percentages, with their intervals."""
-    for i, (kind, way, name) in enumerate(COLUMNS):
-        stems = [f"{kind}_{task}{way}" for task in SHOWN]
-        heights = [mean(figures[stem]) for stem in stems]
-        low, high = zip(*(interval(figures[stem], n) for stem in stems), strict=True)
-        errors = [[h - a for h, a in zip(heights, low, strict=True)]]
-        errors += [[b - h for h, b in zip(heights, high, strict=True)]]
-        places = [k + 0.17 * (i - 2) for k in range(len(SHOWN))]
-        axes.bar(places, heights, 0.16, yerr=errors, capsize=2, label=name)
-    axes.set_xticks(range(len(SHOWN)), [task.replace("_", ",\n") for task in SHOWN])
-    axes.set(ylabel="correct, percent (substring rule)", ylim=(0, 125))
-    axes.set_title("The reversal curse, from scratch")
-    axes.legend(ncols=3, loc="upper center")
+NAMED = {  # what is asked for, in a plot
+    "same_dtn": "the name,\nin the order read",
+    "same_ntd": "the description,\nin the order read",
+    "reverse_dtn": "the name,\nin the other order",
+    "reverse_ntd": "the description,\nin the other order",
+    "reverse_invented": "an invented name,\nin the other order",
+}
+
+
+def draw(axes, figures):
+    """Bars of both models' percentages, the seeds as dots, SMDM's as short lines."""
+    models = [
+        (-0.18, "mdm", "_cfg", "masked, w = 0.8", results.DARK, "white"),
+        (0.18, "ar", "", "causal", results.LIGHT, "black"),
+    ]
+    for x, task in enumerate(SHOWN):
+        for left, kind, way, name, color, ink in models:
+            place, stem = x + left, f"{kind}_{task}{way}"
+            height, seeds = figures[stem], figures.get(f"{stem}, seeds", [])
+            axes.bar(place, height, 0.34, color=color)
+            axes.text(place, 3, f"{height:.0f}", ha="center", color=ink)
+            if x == 0:
+                axes.text(place, 12, name, ha="center", rotation=90, color=ink)
+            axes.plot([place] * len(seeds), seeds, "o", color="white", mec="black", clip_on=False)
+        if SHOWN[task][1].isdigit():
+            axes.hlines(int(SHOWN[task][1]), x - 0.36, x, color="black", linewidth=2)
+            axes.text(x - 0.38, int(SHOWN[task][1]), "SMDM,\n1.1B", ha="right", va="center")
+    axes.set_xticks(range(len(SHOWN)), [NAMED[task] for task in SHOWN])
+    axes.tick_params(axis="x", length=0)
+    axes.set(ylabel="correct, percent (substring rule); dots: seeds", ylim=(0, 110))
+    axes.set_yticks(range(0, 101, 20))
+    axes.set_title("In an order that it never read the masked model answers, the causal one never")
+
+
+PLOTS = {"": draw}
 
 
 def trained(config, facts, tests):
@@ -469,10 +489,10 @@ def main(config):
     text = "\n".join([about, *tables]) + "\n"
     print(text)
     figures = {name: mean(values) for name, values in percents.items()}
+    figures |= {f"{name}, seeds": values for name, values in percents.items()}
     figures |= {"seeds": config["seeds"]} | results.about(torch.device("cpu"))
     figures |= {"cpu_seconds": sum(record["cpu_seconds"] for record in records)}
-    bars = functools.partial(draw, figures=percents, n=n)
-    results.write(config, "reverse_curse", figures, text, bars)
+    results.write(config, "reverse_curse", figures, text, PLOTS)
     return figures
 
 

@@ -275,6 +275,28 @@ FORMATS = dict.fromkeys(TENTHS, "{:,.1f}") | {"failures": "{:.2f}"}
 FORMATS |= dict.fromkeys(["mfu", "lost", "lost_at_it", "of_the_loader"], "{:.1%}")
 
 
+def draw(axes, figures):
+    """Utilisation against GPUs, a line for each model and engine."""
+    ends, lines = {}, {}
+    for key, value in figures.items():
+        if key.endswith("_mfu"):
+            size, gpus, engine, _ = key.split("_")
+            lines.setdefault((size, engine), []).append((int(gpus), 100 * value))
+    for (size, engine), points in lines.items():
+        style = "o-" if engine == "ddp" else "s--"
+        axes.plot(*zip(*points, strict=True), style, color=results.DARK)
+        ends[f"{size}, {engine.upper()}"] = points[-1]
+    ticks = sorted({gpus for points in lines.values() for gpus, _ in points})
+    axes.set(xscale="log", xlabel="GPUs", ylabel="percent of the peak that is reached", ylim=0)
+    axes.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    axes.minorticks_off()
+    axes.set_title("Computed, not measured: DDP goes on where FSDP waits for the network")
+    results.name_ends(axes, ends)
+
+
+PLOTS = {"": draw}
+
+
 def main(config):
     """Computes and writes the three tables; returns the figures, a flat dict."""
     models, gpu_counts = check(config)
@@ -305,21 +327,8 @@ def main(config):
     }
     text = "\n".join(results.table(title, rows, FORMATS) for title, rows in tables.items())
     print(text)
-    results.write(config, "scaling_up", figures, text, lambda axes: draw(axes, speeds))
+    results.write(config, "scaling_up", figures, text, PLOTS)
     return figures
-
-
-def draw(axes, speeds):
-    """Tokens a second against GPUs; dotted: in proportion to the smallest number of them."""
-    for i, size in enumerate(dict.fromkeys(row["model"] for row in speeds)):
-        for engine, style in (("ddp", "o-"), ("fsdp", "s--")):
-            rows = [row for row in speeds if (row["model"], row["engine"]) == (size, engine)]
-            x, y = [row["GPUs"] for row in rows], [row["tokens_per_second"] for row in rows]
-            axes.plot(x, y, style, color=f"C{i}", label=f"{size} {engine}")
-        axes.plot(x, [y[0] * n / x[0] for n in x], ":", color=f"C{i}", linewidth=0.8)
-    axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens a second")
-    axes.grid(alpha=0.3)
-    axes.legend()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import struct
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from config import UserError
-from experiments import plot_log
+from experiments import plot_log, results
 
 CONFIG = plot_log.DEFAULTS
 
@@ -114,3 +115,13 @@ def test_what_cannot_be_drawn_is_named(tmp_path):
     assert "say where the picture goes" in refusal(folders=[good], out="")
     assert "cannot write" in refusal(folders=[good], out=str(tmp_path))
     assert not (tmp_path / out).exists()
+
+
+def test_every_plot_of_the_results_is_drawn_from_their_figures_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    kept = ROOT / "experiments/results"
+    for path in kept.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    results.main({"results": tmp_path})
+    assert {p.name for p in tmp_path.glob("*.png")} == {p.name for p in kept.glob("*.png")}
+    assert all(p.stat().st_size > 8_000 for p in tmp_path.glob("*.png"))
