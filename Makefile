@@ -1,4 +1,4 @@
-# make demo   train a small model on this machine and see it write    (about 4 minutes on 2 fast CPU cores)
+# make demo   train a small model on this machine for four minutes, and see it write
 # make test   everything that is claimed, checked
 # Each target sets itself up; the environment is .venv.
 

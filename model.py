@@ -36,19 +36,19 @@ import torch.nn.functional as F
 from lib import fused
 
 DEFAULTS = {
-    "n_layer": 6,  # blocks
-    "n_head": 4,  # attention heads of a block
-    "n_embd": 256,  # width D; a head has n_embd / n_head of it, an even number
-    "block_size": 256,  # the longest sequence
+    "n_layer": 0,  # blocks; 0 here and in the next two: train.py's dial says it (lib/budget.py)
+    "n_head": 0,  # attention heads of a block
+    "n_embd": 0,  # width D; a head has n_embd / n_head of it, an even number
+    "block_size": 128,  # the longest sequence
     "vocab_size": 0,  # V, without the mask; train.py takes it from the data
     "attention": "full",  # full | causal | order; ar has causal, any_order full or order
-    "norm": "layer",  # layer | rms
+    "norm": "rms",  # layer | rms
     "mlp": "gelu",  # gelu | swiglu | relu2
     "mlp_width": 0,  # inside the MLP; 0: 4 * n_embd
-    "bias": True,  # in norms, MLP and head (never in attention), as RADD has them
-    "qk_norm": False,  # RMS-normalise queries and keys
+    "bias": False,  # in norms, MLP and head (never in attention), as RADD has them
+    "qk_norm": True,  # RMS-normalise queries and keys
     "conv": 0,  # with full: width of a convolution over embedded tokens, an odd number; 0: none
-    "zero_init": "none",  # none | head | all; starts at zero: head (RADD); all: what blocks add too
+    "zero_init": "all",  # none | head | all; starts at zero: head (RADD); all: what blocks add too
     "dropout": 0.0,  # after attention and after the MLP
     "rotary_bf16": False,  # round the rotary tables to bfloat16, as SMDM's weights expect
     "start_id": -1,  # the token that stands before the first one of a causal network; -1: the mask

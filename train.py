@@ -18,6 +18,7 @@ bfloat16; half of the positions pass the head (diffusion.py, model.py, lib/fused
 
 import contextlib
 import copy
+import itertools
 import math
 import sys
 from typing import NamedTuple
@@ -32,6 +33,7 @@ import sample
 from config import require
 from data import examples, loader, tokenizer
 from lib import checkpoint, parallel, resume
+from lib.budget import Clock, with_dial
 from lib.device import matmul_flops
 from lib.files import Stop
 from lib.log import Log, flops_of_step
@@ -39,40 +41,42 @@ from lib.optim import learning_rate, make_optimizers, update_ema
 from lib.stats import report
 
 DEFAULTS = {
+    "max_minutes": 0.0,  # of training in all; 0: no limit, and 10 where max_iters is 0 too
+    "max_iters": 0,  # optimizer steps in all; 0: no limit
+    "depth": 0,  # the dial: shape, batch and rate follow (lib/budget.py); 0: the machine picks it
     "size": "",  # of SMDM's table (lib/formats.SIZES), as 170M: the shape and kind of the network
     "data": "data/pydocs",  # a prepared folder
     "out_dir": "out/pydocs",  # checkpoint and log go here
     "init_from": "",  # begin with weights and model keys of this (all that checkpoint.load takes)
     "resume": True,  # go on from out_dir/ckpt.pt if it exists; False: start again and overwrite it
     "objective": "any_order",  # one of OBJECTIVES; ar is the causal baseline
-    "loss_weight": "bound",  # one of LOSS_WEIGHTS; of a masked token (attention=full) in training
+    "loss_weight": "sqrt",  # one of LOSS_WEIGHTS; of a masked token (attention=full) in training
     "order": "uniform",  # one of ORDERS; with attention=order
     "order_p": 0.5,  # of mixture: the share of left to right; of local: how far tokens stray
     "prompt_drop": 0.0,  # chance that an example's prompt is masked, for guidance (SMDM: 0.1)
     "random_length": 0.0,  # chance that a step's sequences are cut to a random length (SMDM: 0.01)
-    "batch_size": 32,  # sequences a step, over all processes
+    "batch_size": 0,  # sequences a step, over all processes; 0: by the width (lib/budget.py)
     "micro_batch_size": 0,  # of these a process takes so many at once; 0: its whole share
-    "max_iters": 3000,  # optimizer steps in all
-    "optimizer": "adamw",  # adamw | muon (for the matrices of the blocks, AdamW for the rest)
-    "learning_rate": 1e-3,  # of both: Muon's updates are scaled to the size of AdamW's
+    "optimizer": "muon",  # adamw | muon (for the matrices of the blocks, AdamW for the rest)
+    "learning_rate": 0.0,  # of both (Muon's updates have the size of AdamW's); 0: by the width
     "min_lr": 0.0,  # where the decay ends
-    "warmup_iters": 100,
-    "lr_decay": "cosine",  # cosine | linear | constant
-    "decay_start": 0.0,  # the part of the run before the decay begins (0.5: over the last half)
+    "warmup_iters": 20,
+    "lr_decay": "linear",  # cosine | linear | constant
+    "decay_start": 0.3,  # the part of the run before the decay begins (0.5: over the last half)
     "beta1": 0.9,
     "beta2": 0.95,
-    "weight_decay": 0.1,  # of matrices; decay_all: of every parameter
+    "weight_decay": 0.0,  # of matrices; decay_all: of every parameter
     "decay_all": False,  # as SMDM does
     "grad_clip": 1.0,  # largest norm of the gradient; 0: no clipping
     "ema": 0.0,  # decay of an exponential moving average of the weights, used instead; 0: none
     "skip_nonfinite": False,  # skip a step whose gradient is not finite, in place of ending the run
-    "compile": False,  # torch.compile: starts later, then faster; needs a C++ compiler on the CPU
+    "compile": True,  # torch.compile: starts later, then faster; needs a C++ compiler on the CPU
     "recompute": False,  # compute each block again for its gradient: slower, and less memory
     "parallel": "ddp",  # ddp (each process has the network) | fsdp (a part of it); under torchrun
-    "log_interval": 10,  # steps between two log entries, and until several processes see a stop
+    "log_interval": 10,  # steps between log entries, and until several processes see stop or time
     "save_interval": 0,  # steps between two checkpoints; 0: one at each evaluation
     "keep": 1,  # how many checkpoints are kept; above 1 the last ones stay as ckpt_STEP.pt, too
-    "eval_interval": 500,  # steps between two evaluations
+    "eval_interval": 0,  # steps between two evaluations; 0: ten a run, in a tenth of its minutes
     "eval_sequences": 64,  # held-out blocks that are evaluated each time
     "eval_draws": 4,  # draws of the corruption for each of them
     "show_sample": True,  # print one free sample at each evaluation
@@ -177,7 +181,7 @@ def make_example_batch(config, dataset, step, position):
 def make_batches(config, dataset, team, start=0):
     """Yields this process's micro-batches from step `start` on: consecutive rows, whole pairs."""
     share, micro = shares(config, team)
-    for step in range(start, config["max_iters"]):
+    for step in itertools.count(start):
         for first in range(team.rank * share, (team.rank + 1) * share, micro):
             batch = make_batch(config, dataset, step, range(first, first + micro))
             # Pinned memory is copied to the card beside its work.
@@ -216,15 +220,15 @@ def build(config, team, state=None):
     return model, ema, optimizers
 
 
-def train_step(config, step, batches, loss_of, optimizers, team):
+def train_step(config, step, batches, loss_of, optimizers, team, time=0.0):
     """One optimizer step on this process's next micro-batches -> (loss in nats a token, skipped).
 
     The loss stays on the device. skipped: the gradient was not finite and, with skip_nonfinite, the
-    weights stay as they are.
+    weights stay as they are. time: the part of the run's minutes that is used.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+            group["lr"] = learning_rate(step, config, time)
     if config["dropout"]:
         stream = diffusion.uniforms(config["seed"], step, [STREAMS["dropout"] + team.rank], 1)
         torch.manual_seed(int(stream * 2**53))
@@ -264,21 +268,24 @@ def evaluate_part(config, model, val, team):
     return report([nats_of[i] for i in range(len(val.requests))], val.counts, val.bytes_per_token)
 
 
-def one_sample(config, model, text, prompt, team):
-    """The text of one sample, which begins with the `prompt` ids."""
+def one_sample(config, model, text, val, team):
+    """The text of one sample, which begins with the first held-out prompt, of text an empty one."""
+    prompt = val.requests[0][0] if val else ()
     L = config["example_width"] or config["block_size"]
     x = torch.full((1, L), model.mask_id, device=team.device)  # (1, L)
-    x[0, : len(prompt)] = torch.as_tensor(prompt)
+    x[0, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
     with team.autocast():
         ids = sample.sample(model, x, seed=config["seed"])[0][0].tolist()
     parallel.release(model)
     return sample.text_of(text, ids, len(prompt), config["eos_id"])
 
 
-def save(config, text, step, model, ema, optimizers, team):
+def save(config, text, clock, model, ema, optimizers, team):
     """Writes the checkpoint, all processes together; UserError for weights that are not finite."""
-    path = resume.checkpoint_path(config)
-    state = {"config": config, "tokenizer": text.meta(), "step": step, "model": model.state_dict()}
+    path, step = resume.checkpoint_path(config), clock.step
+    clock.look()
+    state = {"config": config, "tokenizer": text.meta(), "step": step, "minutes": clock.minutes}
+    state |= {"model": model.state_dict()}
     state |= {"ema": ema and ema.state_dict(), "optimizer": [o.state_dict() for o in optimizers]}
     state = parallel.whole(state, keep=team.rank == 0)
     if team.rank == 0:
@@ -292,59 +299,70 @@ def save(config, text, step, model, ema, optimizers, team):
 
 
 def main(config):
-    """Trains as config says; returns the last evaluation, a dict of report. Raises UserError."""
+    """Trains as config says; returns the last evaluation, a dict of report, or None.
+
+    Raises UserError.
+    """
     config = settings.defaults_of([settings, diffusion, network, sys.modules[__name__]]) | config
     # Who takes part, and how the run begins: anew, from other weights, or from where it stopped.
     team = parallel.join(config)
     config, state = resume.begin(config, team)
-    path, start = resume.checkpoint_path(config), state["step"] if state else 0
+    path = resume.checkpoint_path(config)
 
     # Data: blocks of text, or examples, to learn from, and held-out ones to evaluate.
     text = tokenizer.from_meta(loader.read_meta(config["data"])["tokenizer"])
     dataset, val = examples.open_data(config)
 
+    # The network and recipe that fit the time, the machine and the text, where they are not given.
+    config = with_dial(config, dataset, team)
+    resume.check_shape(config, team.world)
+
     # Model, average of its weights, optimizers; the loss, compiled and spread over the processes.
     model, ema, optimizers = build(config, team, state)
     loss_of = parallel.engine(diffusion.Loss(model, config["objective"]), config, team)
-    batches = make_batches(config, dataset, team, start)
+    batches = make_batches(config, dataset, team, state["step"] if state else 0)
     if team.device.type != "cpu":  # there a thread beside the step would only take turns with it
         batches = loader.prefetch(batches)
 
     flops, peak = flops_of_step(config, model, dataset), matmul_flops(team.device, team.autocast)
-    log = Log(config, dataset, start, flops, peak * team.world, is_main=team.rank == 0)
+    clock = Clock(config, state, team)
+    log = Log(config, dataset, clock, flops, peak * team.world, is_main=team.rank == 0)
     log.say_start(model, dataset, val, "averaged" if ema else "raw")
     result, stopped = None, False
     with Stop() as stop, log, parallel.together(path, team), contextlib.closing(batches):
-        for step in range(start + 1, config["max_iters"] + 1):
-            loss, skipped = train_step(config, step - 1, batches, loss_of, optimizers, team)
+        for step in clock:
+            time = clock.time()
+            loss, skipped = train_step(config, step - 1, batches, loss_of, optimizers, team, time)
             if skipped:
                 log.skip(step)
             elif ema:
                 update_ema(ema, model, config["ema"], step)
-            log.step()
+            log.step(loss)
 
-            last = step == config["max_iters"]
+            last = clock.tick(config["log_interval"])
             if step % config["log_interval"] == 0 or last or (stop.signal and team.world == 1):
                 loss, stopped, memory = parallel.agree(loss, stop.signal, team)
                 message = f"the loss is {loss} at step {step}; {checkpoint.last_good(path)}"
                 require(math.isfinite(loss) or config["skip_nonfinite"], message)
-                log.speed(step, loss, learning_rate(step - 1, config), memory)
+                log.speed(step, loss, learning_rate(step - 1, config, time), memory)
 
-            if step % config["eval_interval"] == 0 or last:
+            if clock.due(config["eval_interval"], share=0.1):
                 best = (ema or model).eval()
-                result, line = evaluate_part(config, best, val, team)
-                message = f"the loss is nan at step {step}; {checkpoint.last_good(path)}"
-                require(math.isfinite(result["nats_per_token"]), message)
-                log.say(f"step {step}: {line}")
-                log.write({"step": step} | result)
+                if val:
+                    result, line = evaluate_part(config, best, val, team)
+                    message = f"the loss is nan at step {step}; {checkpoint.last_good(path)}"
+                    require(math.isfinite(result["nats_per_token"]), message)
+                    log.say(f"step {step}: {line}")
+                    log.write({"step": step} | result)
                 if config["show_sample"]:  # by all processes: with fsdp none of them can alone
-                    shown = one_sample(config, best, text, val.requests[0][0], team)
+                    shown = one_sample(config, best, text, val, team)
                     log.say(f"---- a sample\n{shown}\n----")
                 model.train()
+                clock.look(evaluated=True)
                 log.restart(step)
 
-            if step % (config["save_interval"] or config["eval_interval"]) == 0 or last or stopped:
-                save(config, text, step, model, ema, optimizers, team)
+            if clock.due(config["save_interval"] or config["eval_interval"]) or stopped:
+                save(config, text, clock, model, ema, optimizers, team)
                 log.restart(step)
             if stopped:
                 log.say(f"stopped and saved {path} at step {step}; the same command resumes it")

@@ -26,8 +26,10 @@
     # exported
     "size": "170M",
     "block_size": 2048,
+    "qk_norm": False,
     "zero_init": "none",
     "objective": "lambda_dce",
+    "loss_weight": "bound",
     # 0.01 for mdm-170M-100e18-rsl-0.01, with 188,047 steps: they are shorter on average
     "random_length": 0.0,
     "batch_size": 256,
@@ -37,6 +39,7 @@
     "learning_rate": 2e-4,
     "min_lr": 2e-5,
     "lr_decay": "cosine",
+    "decay_start": 0.0,
     "warmup_iters": 1871,
     "beta1": 0.9,
     "beta2": 0.95,

@@ -266,13 +266,15 @@ class HeldOut(NamedTuple):
 
 
 def open_data(config):
-    """(training Blocks or Examples, HeldOut) of config["data"]."""
+    """(training Blocks or Examples, HeldOut or None) of config["data"]."""
     folder, L, causal = config["data"], config["block_size"], config["objective"] == "ar"
     network = causal, config["start_id"]
     if config["example_width"]:
         dataset = Examples(folder, "train", config["seed"], brought_by_network(folder, *network))
     else:
         dataset = loader.Blocks(loader.Tokens(folder, "train"), L, config["seed"])
+    if "val" not in dataset.tokens.meta["splits"]:
+        return dataset, None
     return dataset, held_out(folder, "val", L, config["eval_sequences"], network)
 
 

@@ -39,6 +39,7 @@ DEFAULTS = {
 }
 
 SHARD = 100_000_000  # tokens in a shard, the last one aside
+FEW = 1000  # documents or prompts, of which a hash may hold out none, or far too many
 
 
 # ---- 1. Text in ----------------------------------------------------------------------------------
@@ -68,8 +69,31 @@ def as_utf8(text):
 
 def held_out(name, fraction):
     """True for about `fraction` of all names: a fixed pseudo-random function of the name alone."""
-    digest = hashlib.sha256(name.encode("utf8", "replace")).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return draw_of(name) < fraction * 2**64
+
+
+def draw_of(name):
+    """A pseudo-random number below 2^64, always the same one for a name."""
+    return int.from_bytes(hashlib.sha256(name.encode("utf8", "replace")).digest()[:8], "big")
+
+
+def about_right(held, total, fraction):
+    """Whether what is held out is between half of the `fraction` and twice as much."""
+    return fraction / 2 <= held / max(1, total) <= 2 * fraction
+
+
+def adjusted(names, fraction):
+    """The fraction itself, or where held_out makes none or too much of a few names another one.
+
+    With it held_out holds out that part of them, rounded down: those with the lowest draws.
+    """
+    names = list(itertools.islice(names, FEW + 1))
+    draws = sorted(set(map(draw_of, names)))
+    held = sum(draw < fraction * 2**64 for draw in draws)
+    if len(names) > FEW or about_right(held, len(draws), fraction):
+        return fraction
+    borders, n = [0, *draws, 2**64], int(fraction * len(draws))
+    return (borders[n] + borders[n + 1]) / 2**65
 
 
 # ---- 2. A prepared folder ------------------------------------------------------------------------
@@ -139,6 +163,12 @@ def summary(folder, meta):
     )
     V = meta["vocab_size"]
     return f"{folder}: {splits}; {meta['tokenizer']['kind']} tokenizer, V = {V}"
+
+
+def say_unheld(folder, meta, fraction):
+    """Says where there was too little to hold out the fraction that was wanted."""
+    if fraction and "val" not in meta["splits"]:
+        print(f"{folder} is too short to hold anything out: it trains without evaluations")
 
 
 def write_shards(folder, encoded, shard_tokens):

@@ -1,14 +1,14 @@
 r"""Coarse noise passes for quality: float32 Gumbel noise anneals a sampler (arXiv 2409.02908).
 
-    python train.py configs/pydocs.py --objective=ar --out_dir=out/pydocs_ar     the judge
+    python train.py configs/pydocs_2400.py --objective=ar --out_dir=out/pydocs_ar     the judge
     python -m experiments.annealing                           --ckpt= for the exact part alone
 
 With GPT-2's vocabulary, where float32 shows it too:
 
     python -m data.pydocs.prepare --out=data/bpe --tokenizer=gpt2
-    python train.py configs/pydocs.py --data=data/bpe --out_dir=out/bpe --block_size=64 \
+    python train.py configs/pydocs_2400.py --data=data/bpe --out_dir=out/bpe --block_size=64 \
         --n_layer=3 --max_iters=250
-    python train.py configs/pydocs.py --data=data/bpe --out_dir=out/bpe_ar --block_size=64 \
+    python train.py configs/pydocs_2400.py --data=data/bpe --out_dir=out/bpe_ar --block_size=64 \
         --n_layer=3 --max_iters=200 --objective=ar
     python -m experiments.annealing --ckpt=out/bpe --judge=out/bpe_ar --data=data/bpe \
         --steps=1024 --num_samples=16 --results=experiments/results/bpe

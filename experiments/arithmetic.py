@@ -34,7 +34,7 @@ DEFAULTS = {
     "problems": 40000,  # training examples
     "asked": 100,  # problems of each number of digits, of three or more digits new ones
     "max_iters": 4000,  # training steps of each model
-    "preset": "configs/pydocs.py",  # the recipe of both models, but for SHAPE
+    "preset": "configs/pydocs_2400.py",  # the recipe of both models, but for SHAPE
 }
 
 SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "mlp": "relu2", "batch_size": 64}

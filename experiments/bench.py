@@ -50,8 +50,9 @@ KEPT = "+ freed memory kept"
 COMPILED_TEXTBOOK = "textbook compiled, freed memory kept, for comparison"
 FLOAT32 = "ours in float32, compiled, for comparison"
 SMALL = {"n_layer": 6, "n_head": 4, "n_embd": 256, "block_size": 256}
-SMALL |= {"norm": "rms", "mlp": "relu2", "bias": False, "qk_norm": True}
+SMALL |= {"norm": "rms", "mlp": "relu2", "bias": False, "qk_norm": True, "zero_init": "none"}
 RADD_SMALL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024, "head_padding": 1}
+RADD_SMALL |= {"norm": "layer", "mlp": "gelu", "bias": True, "qk_norm": False, "zero_init": "none"}
 
 
 def transformer(V, shape=SMALL, **keys):

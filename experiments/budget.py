@@ -25,7 +25,7 @@ import evaluate
 from experiments import results
 
 DEFAULTS = {
-    "preset": "configs/pydocs.py",  # the recipe of both
+    "preset": "configs/pydocs_2400.py",  # the recipe of both
     "data": "data/shakespeare",  # a prepared folder
     "minutes": 3.0,  # of wall time for one run
     "seeds": 3,  # runs of each model: seed, seed + 1, ...

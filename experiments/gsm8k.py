@@ -38,7 +38,7 @@ DEFAULTS = {
     "sampler": "confidence",  # one of SAMPLERS
     "steps": 64,  # network calls for the equations, and again for the answer
     "cfg_scale": 0.0,  # guidance (SMDM: 0.1)
-    "preset": "configs/pydocs.py",  # the recipe of the small model
+    "preset": "configs/pydocs_2400.py",  # the recipe of the small model
 }
 
 SAMPLERS = sample.SAMPLERS

@@ -42,6 +42,8 @@ DEFAULTS = {
 
 SCALES = [0.0, 0.2, 0.4, 0.7, 1.0, 1.5]  # w
 GAP = 16  # tokens that an example of standard guidance leaves for the word
+RECIPE = {"optimizer": "adamw", "loss_weight": "bound", "batch_size": 32, "weight_decay": 0.1}
+RECIPE |= {"lr_decay": "cosine", "decay_start": 0.0, "compile": False}  # of fine-tuning
 QUICK = {"words": 8, "max_iters": 2}
 PATTERNS = {  # of a word; "last": of a clause
     "last": r"(?<= )[a-z]{4,12}(?=[.,:;!?\n])",
@@ -114,7 +116,7 @@ def tune(config, tokenizer, block_size, folder):
     meta = examples.prepare(data, tokenized(), tokenizer, block_size)
     keys = {"data": data, "out_dir": out, "init_from": config["ckpt"], "prompt_drop": 0.1}
     keys |= {"max_iters": steps, "eval_interval": steps, "warmup_iters": steps // 10}
-    keys |= {"learning_rate": 1e-3, "show_sample": False}
+    keys |= {"learning_rate": 1e-3, "show_sample": False} | RECIPE
     keys |= {key: config[key] for key in ("seed", "device", "dtype")}
     words = [f"--{key}={value}" for key, value in keys.items()]
     train.main(settings.parse(words, settings, diffusion, network, train))

@@ -48,6 +48,7 @@ SIZES = {10**6: 1, 10**9: 10, 10**12: 10_000}  # tokens: shards
 REAL = 10**9  # tokens of the largest file that is written out
 B, L, V = 64, 1024, 256
 SMALL = {"n_layer": 6, "n_embd": 128, "n_head": 4, "block_size": 128, "vocab_size": V}
+SMALL |= {"batch_size": 32, "learning_rate": 1e-3, "optimizer": "adamw"}
 CALLS, STEPS = 20, 5  # that are timed together
 
 

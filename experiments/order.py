@@ -39,7 +39,7 @@ from lib.device import flops_per_token, machine
 from lib.stats import t95
 
 DEFAULTS = {
-    "preset": "configs/pydocs.py",  # the recipe of all
+    "preset": "configs/pydocs_2400.py",  # the recipe of all
     "seeds": 3,  # 1337, 1338, ...
     "share": 1.0,  # of the preset's operations
     "folder": "out/order",  # where the runs are
@@ -65,6 +65,7 @@ KINDS = {  # name: what differs from the preset
     "ARM": {"objective": "ar"},
 }
 SHAPE = {"n_layer": 6, "n_head": 4, "n_embd": 256, "norm": "rms", "mlp": "relu2", "bias": False}
+SHAPE |= {"qk_norm": False, "zero_init": "none"}
 
 
 # ---- Quality -------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from experiments import results
 from lib.device import flops_per_token
 
 DEFAULTS = {
-    "preset": "configs/pydocs.py",  # the base that the variants change
+    "preset": "configs/pydocs_2400.py",  # the base that the variants change
     "data": "",  # a prepared folder
     "only": "",  # variants, separated by ;, or all; a single one runs here and makes no table
     "steps": 500,  # of the base; the others get as many as cost the same
@@ -137,7 +137,8 @@ def cpu_seconds():
 def mark(config, name):
     """What a row depends on: the preset as it is now, the variant, length, data, dtype."""
     keys = [config[key] for key in ("steps", "data", "device", "dtype")]
-    return results.mark(settings.read_preset(config["preset"]), VARIANTS[name], *keys)
+    preset = settings.parse([config["preset"]], settings, diffusion, network, train)
+    return results.mark(preset, VARIANTS[name], *keys)
 
 
 def fitting(config, path):

@@ -59,7 +59,7 @@ DEFAULTS = {
     "looks": 6,  # at the accuracies during training: the learning curve
     "asked": 300,  # items of each test
     "steps": 32,  # of SMDM's greedy sampler, as in the paper
-    "preset": "configs/pydocs.py",  # the recipe of both models, but for SHAPE
+    "preset": "configs/pydocs_2400.py",  # the recipe of both models, but for SHAPE
 }
 
 SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 128, "mlp": "relu2", "batch_size": 64}
@@ -449,7 +449,8 @@ def trained(config, facts, tests):
     """The records of all seeds and both models; those that `results` lacks are trained and kept."""
     path = Path(config["results"]) / "reverse_curse.jsonl"
     keys = ("epochs", "looks", "steps", "quick", "device", "dtype")
-    recipe = [settings.read_preset(config["preset"]), SHAPE, WIDTH, WAYS, list(rules())]
+    preset = settings.parse([config["preset"]], settings, diffusion, network, train)
+    recipe = [preset, SHAPE, WIDTH, WAYS, list(rules())]
     recipe += [[config[key] for key in keys]]
     records = []
     for seed in range(config["seed"], config["seed"] + config["seeds"]):

@@ -58,7 +58,7 @@ def shape(config, size):
     """The model of a size of SMDM's table, without memory for it."""
     keys = {key: config[key] for key in ("vocab_size", "block_size")}
     with torch.device("meta"):
-        return network.Transformer(network.DEFAULTS | formats.size_config(size) | keys)
+        return network.Transformer(formats.MODEL | formats.size_config(size) | keys)
 
 
 def block_bytes(net):

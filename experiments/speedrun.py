@@ -33,7 +33,7 @@ import train
 from config import choose
 from data import loader
 from experiments import results
-from lib import checkpoint
+from lib import budget, checkpoint
 from lib.log import flops_of_step
 from lib.stats import t95
 
@@ -60,19 +60,24 @@ def recipe(config, form, seed, folder):
     """The command line of one run of train.py."""
     keys = {"data": config["data"], "seed": seed, "out_dir": folder, "show_sample": False}
     keys |= {key: config[key] for key in ("device", "dtype")}
-    if form == "clock":
-        keys |= {"max_minutes": config["minutes"]}
     line = [config["preset"], *(f"--{key}={value}" for key, value in keys.items())]
+    if form == "clock":
+        return [*line, f"--max_minutes={config['minutes']}", "--max_iters=0", "--eval_interval=1e9"]
     mine = settings.parse(line, settings, *TRAINING)
-    steps = int(config["flops"] / step_flops(mine)) if form == "flops" else mine["max_iters"]
+    steps = int(config["flops"] / step_flops(mine))
     settings.require(steps, f"a step takes more than {config['flops']:g} operations")
-    last = [f"--max_iters={steps}", f"--eval_interval={steps}"]
+    last = ["--max_minutes=0", f"--max_iters={steps}", f"--eval_interval={steps}"]
     return [*line, *last, f"--warmup_iters={max(1, min(mine['warmup_iters'], steps // 50))}"]
 
 
 def step_flops(mine):
-    """Operations of a training step, as the log counts them."""
-    mine = mine | {"vocab_size": loader.read_meta(mine["data"])["vocab_size"], "example_width": 0}
+    """Operations of a training step, as the log counts them; UserError without a shape."""
+    shaped = mine["depth"] or (mine["n_layer"] and mine["n_embd"])
+    settings.require(shaped, "the preset must have a depth, or n_layer and n_embd")
+    mine = budget.filled(mine) | {
+        "vocab_size": loader.read_meta(mine["data"])["vocab_size"],
+        "example_width": 0,
+    }
     with torch.device("meta"):
         model = network.Transformer(mine)
     blocks = loader.Blocks(loader.Tokens(mine["data"], "train"), mine["block_size"], mine["seed"])

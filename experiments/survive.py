@@ -37,10 +37,10 @@ DEFAULTS = {
 }
 
 TEXT = "the cat sat on the mat; a dog ran to the log, and the cat ran after it. " * 40
-CLOCK = ("tokens_per_second", "mfu", "memory_mib", "seconds_left")
+CLOCK = ("tokens_per_second", "mfu", "memory_mib", "seconds_left", "minutes")
 KEYS = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "batch_size": 4}
 KEYS |= {"warmup_iters": 2, "ema": 0.9, "dropout": 0.1, "random_length": 0.2, "optimizer": "muon"}
-KEYS |= {"log_interval": 1, "save_interval": 1, "keep": 2, "show_sample": False}
+KEYS |= {"compile": False, "log_interval": 1, "save_interval": 1, "keep": 2, "show_sample": False}
 KEYS |= {"eval_sequences": 2, "eval_draws": 2, "device": "cpu", "dtype": "float32"}
 
 

@@ -21,7 +21,7 @@ import config as settings
 from experiments import results
 
 DEFAULTS = {
-    "preset": "configs/pydocs.py",  # what is trained
+    "preset": "configs/pydocs_2400.py",  # what is trained
     "data": "data/pydocs",  # a prepared folder
     "keys": "",  # further keys of train.py, as "--n_layer=2 --compile=False"
     "iters": 120,  # steps of each run

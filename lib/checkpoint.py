@@ -11,6 +11,7 @@ What the formats call their tensors and settings is in formats.py. Nothing in a 
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import re
@@ -40,7 +41,7 @@ DEFAULTS = {
 
 
 def save(path, state, keep=1):
-    """Writes the dict {config, tokenizer, model, ema, optimizer, step} whole or not at all.
+    """Writes {config, tokenizer, model, ema, optimizer, step, minutes} whole or not at all.
 
     With keep > 1 the last `keep` also stay as NAME_STEP.pt; the newest of them is the file `path`
     by another name.
@@ -91,7 +92,7 @@ def read(path):
         advice = f"; copy {others[-1]} over it to resume from there" if others else ""
         raise UserError(f"{error}{advice}") from None
     require(is_ours(state), f"{file} is not a checkpoint of train.py: it has no config and model")
-    state = {"tokenizer": None, "ema": None} | state
+    state = {"tokenizer": None, "ema": None, "minutes": 0.0} | state
     state["config"] = formats.own_config(state["config"], None, file, file)
     formats.entry(file, "objective", state["config"].get("objective"), "")
     check_parts(state, file)
@@ -108,6 +109,8 @@ def check_parts(state, file):
     step, meta, ema = (state.get(key) for key in ("step", "tokenizer", "ema"))
     broken = f"{file}: no run can be resumed from its"
     require(type(step) is int and step >= 0, f"{broken} step")
+    minutes = state["minutes"]
+    require(type(minutes) is float and 0 <= minutes < math.inf, f"{broken} minutes")
     is_text = meta is None or is_dict(meta, str, lambda value: isinstance(value, str))
     require(is_text, f"{broken} tokenizer")
     require(are_weights(state["model"]), f"{broken} model")

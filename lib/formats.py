@@ -13,7 +13,9 @@ import torch
 import model as network
 from config import RENAMED, UserError, allowed, choose, require, shown, typed
 
-MODEL = network.DEFAULTS
+# What a file means that leaves a model key out: the default at the time.
+OLD = {"norm": "layer", "bias": True, "qk_norm": False, "zero_init": "none"}
+MODEL = network.DEFAULTS | OLD
 
 # ---- 1. Tensors: a table of names each, and one function each way --------------------------------
 

@@ -19,19 +19,24 @@ from lib.files import sweep, whole_file
 
 
 class Log:
-    """Only the first process (is_main) says anything. flops: of a step; peak: of all, a second."""
+    """Only the first process (is_main) says anything. flops: of a step; peak: of all, a second.
 
-    def __init__(self, config, dataset, start, flops, peak, is_main):
+    run: the budget.Clock of the run.
+    """
+
+    def __init__(self, config, dataset, run, flops, peak, is_main):
         self.config, self.flops, self.peak, self.is_main = config, flops, peak, is_main
         self.tokens = config["batch_size"] * dataset.block_size  # of a step
         self.path = Path(config["out_dir"]) / "log.jsonl"
-        self.start, self.began, self.skipped, self.sinks = start, time.perf_counter(), 0, []
+        self.run, self.start, self.skipped, self.sinks = run, run.start, 0, []
+        self.began, self.fifth = time.perf_counter(), None
         self.opened = contextlib.ExitStack()
         if is_main:
             self.begin()
         self.profiler = profiler(config["profile"] * is_main, self.path.with_name("trace.json"))
-        self.bar = tqdm(total=config["max_iters"], initial=start, disable=not is_main, unit="step")
-        self.restart(start)
+        total = config["max_iters"] or None  # where time decides, `speed` knows more
+        self.bar = tqdm(total=total, initial=run.start, disable=not is_main, unit="step")
+        self.restart(run.start)
 
     def begin(self):
         """Drops the entries past `start`, which a resumed run makes again, and opens the sinks."""
@@ -57,21 +62,43 @@ class Log:
         unit = "examples" if self.config["example_width"] else "blocks"
         data, draws = f"{unit} of {self.config['data']} val", self.config["eval_draws"]
         size = f"{len(dataset.tokens):,} training tokens in {dataset.n:,} {unit}"
-        self.say(f"{model.n_parameters():,} parameters; {size}")
-        self.say(f"evaluations: {len(val.requests)} {data}, {draws} draws, {weights} weights")
+        self.parameters = model.n_parameters()
+        self.say(f"{self.parameters:,} parameters; {size}")
+        if val:
+            self.say(f"evaluations: {len(val.requests)} {data}, {draws} draws, {weights} weights")
+        else:
+            self.say(f"no evaluations: {self.config['data']} holds nothing out")
         if self.start:
-            path, last = self.path.with_name("ckpt.pt"), self.config["max_iters"]
-            self.say(f"resuming {path} at step {self.start} of {last}")
+            last = f" of {self.config['max_iters']}" * (self.config["max_iters"] > 0)
+            at = f"at step {self.start}{last}, {self.minutes()}"
+            self.say(f"resuming {self.path.with_name('ckpt.pt')} {at}")
 
     def say(self, text):
         if self.is_main:
             self.bar.write(text)
 
-    def step(self):
-        """One step of training is done."""
+    def minutes(self):
+        limit = self.config["max_minutes"]
+        return f"{self.run.minutes:.1f}{f' of {limit:g}' * (limit > 0)} min"
+
+    def step(self, loss):
+        """One step of training is done. After the tenth a line says how long the run will be."""
         self.bar.update()
+        if self.is_main and self.run.step - self.start in (5, 10):  # compiled by the fifth
+            loss.item()  # waits for the device
+            then, self.fifth = self.fifth, time.perf_counter()
+            if then:
+                self.say_plan((self.fifth - then) / 5)
         if self.config["profile"] and self.is_main:
             self.profiler.step()
+
+    def say_plan(self, pace):
+        """The line after ten steps, which took `pace` seconds each."""
+        steps, seconds = self.run.left(pace)
+        tokens = (self.run.step + steps) * self.tokens
+        size = f"{self.parameters:,} parameters, {self.tokens:,} tokens a step"
+        end = f"{steps:,.0f} steps and {seconds / 60:.1f} minutes to the end"
+        self.say(f"{size}; about {end}, then {tokens / 1e6:,.1f}M tokens in all")
 
     def skip(self, step):
         """A step's gradient was not finite, and it was skipped."""
@@ -102,14 +129,16 @@ class Log:
         """
         now = time.perf_counter()
         per_second = (step - self.since) / (now - self.clock)  # steps
-        left = (now - self.began) / (step - self.start) * (self.config["max_iters"] - step)
+        steps, left = self.run.left((now - self.began) / (step - self.start))
+        self.bar.total = round(step + steps)
         tokens, mfu = per_second * self.tokens, per_second * self.flops / self.peak
         speed = f"{tokens:.0f} tokens/s, {mfu:.0%} of peak, {memory:.0f} MiB"
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {speed}")
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {self.minutes()}, {speed}")
         entry = {"step": step, "loss": loss, "learning_rate": rate}
         entry |= {"tokens": step * self.tokens, "flops": step * self.flops}
         entry |= {"tokens_per_second": tokens, "mfu": mfu, "memory_mib": memory}
-        entry |= {"seconds_left": left} | ({"skipped": self.skipped} if self.skipped else {})
+        entry |= {"minutes": self.run.minutes, "seconds_left": left}
+        entry |= {"skipped": self.skipped} if self.skipped else {}
         self.write(entry)
         self.restart(step)
 

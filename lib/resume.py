@@ -3,12 +3,13 @@
 Who wins, key by key:
 
   the shape of the network (model.DEFAULTS)   the checkpoint that is resumed or taken by init_from,
-  and, when resumed, the objective            else the command; another value that the user set is
-                                              an error
+  and, when resumed, the objective            else the command, else the dial (lib/budget.py);
+                                              another value that the user set is an error
   vocab_size, example_width, eos_id           the data
   attention                                   the objective
-  block_size                                  as the shape; a new network on examples gets their
-                                              width
+  block_size                                  as the shape; a new network gets the width of
+                                              examples, the blocks that a text is laid out in, or
+                                              the length of a text that is shorter
   all else                                    the command, then the preset, then the default: a
                                               resumed run may change its recipe on the way
 """
@@ -71,7 +72,8 @@ def with_size(config):
 def with_saved(config, state, source):
     """The config with the model keys of the state, and of a resumed run its objective."""
     saved, resumed = state["config"], "optimizer" in state
-    keys = [*network.DEFAULTS, *["objective"] * resumed]
+    keys = [*network.DEFAULTS, "depth", *["objective"] * resumed]
+    saved = {"depth": 0} | saved  # older ones have none
     advice = "start again with --resume=False" if resumed else "init_from takes a model as it is"
     require(set(keys) <= saved.keys(), f"{source} does not say how its model was made; {advice}")
     for key in (key for key in config.get("user_keys", ()) if key in keys):
@@ -94,8 +96,10 @@ def with_data(config, state, source):
         require(known, f"{source} was trained with another tokenizer than {data} has")
         other = f"{source} has a vocabulary of {config['vocab_size']}, {data} one of {V}"
         require(config["vocab_size"] == V, other)
-    elif width and "block_size" not in config.get("user_keys", ()):
-        config = config | {"block_size": width}
+    elif "block_size" not in config.get("user_keys", ()):
+        tokens = meta["splits"].get("train", {"tokens": 1})["tokens"]
+        fits = width or meta.get("block_size") or min(config["block_size"], tokens)
+        config = config | {"block_size": fits}
     L, drop, cut = (config[key] for key in ("block_size", "prompt_drop", "random_length"))
     require(config["start_id"] <= V, f"start_id must be at most {V}, the mask")
     require(width or not drop, f"{data} is text without prompts, so prompt_drop must be 0")
@@ -111,18 +115,17 @@ def with_data(config, state, source):
 
 def check(config, world):
     """Raises UserError for settings that cannot be trained."""
-    at_least(1, config, "n_layer", "n_head", "n_embd", "block_size", "batch_size", "max_iters")
-    at_least(1, config, "log_interval", "eval_interval", "eval_sequences", "eval_draws", "keep")
-    at_least(0, config, "micro_batch_size", "warmup_iters", "learning_rate", "weight_decay")
-    at_least(0, config, "conv", "grad_clip", "mlp_width", "head_padding", "min_lr", "save_interval")
-    at_least(0, config, "profile")
+    at_least(1, config, "block_size", "log_interval", "eval_sequences", "eval_draws", "keep")
+    at_least(0, config, "max_iters", "max_minutes", "depth", "n_layer", "n_head", "n_embd")
+    at_least(0, config, "batch_size", "micro_batch_size", "warmup_iters", "learning_rate")
+    at_least(0, config, "weight_decay", "grad_clip", "mlp_width", "head_padding", "min_lr")
+    at_least(0, config, "save_interval", "eval_interval", "profile", "conv")
     for key in ("n_layer", "n_embd", "block_size", "mlp_width"):
         require(config[key] <= 2**20, f"{key} must be at most {2**20}, not {config[key]}")
+    require(config["depth"] <= 256, f"depth must be at most 256, not {config['depth']}")
     require(max(config["beta1"], config["beta2"]) < 1, "beta1 and beta2 must be less than 1")
     fraction(config, "dropout", "ema", "decay_start", "random_length", "prompt_drop")
     fraction(config, "beta1", "beta2")
-    D, H = config["n_embd"], config["n_head"]
-    require(D % (2 * H) == 0, f"n_embd {D} must be a multiple of 2 * n_head = {2 * H}")
     objective = config["objective"]  # perhaps a checkpoint's
     attention = choose("objective", objective, OBJECTIVES).attention
     clash = "attention" in config.get("user_keys", ()) and config["attention"] not in attention
@@ -135,6 +138,12 @@ def check(config, world):
     idle = {"order", "order_p"} & set(config.get("user_keys", ()))
     idle = idle if config.get("attention") != "order" else ()
     require(not idle, f"{min(idle, default='')} is for networks with attention=order; leave it out")
+
+
+def check_shape(config, world):
+    """Raises UserError for a network or a batch that cannot be divided as it has to be."""
+    D, H = config["n_embd"], config["n_head"]
+    require(D % (2 * H) == 0, f"n_embd {D} must be a multiple of 2 * n_head = {2 * H}")
     B, micro = config["batch_size"], config["micro_batch_size"] or config["batch_size"] // world
     parts = f"{world} processes x micro_batch_size {micro}"
     require(micro and B % (world * micro) == 0, f"batch_size {B} must be a multiple of {parts}")

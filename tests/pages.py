@@ -12,11 +12,12 @@ import time
 
 import pytest
 import torch
+from plain import DEFAULTS
 
 import diffusion
 import sample
 from data.tokenizer import Char
-from model import DEFAULTS, Transformer
+from model import Transformer
 from view import page
 
 TEXT = "the cat sat on a mat and ran"

@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 from conftest import training_mask
+from plain import DEFAULTS
 
 import diffusion
 from data import writer
 from data.tokenizer import Char
 from experiments import baselines, bench, textbook
-from model import DEFAULTS, Transformer
+from model import Transformer
 
 CPU = torch.device("cpu")
 TINY = bench.SMALL | {"n_layer": 2, "n_embd": 32, "block_size": 16}

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from plain import DEFAULTS
 
 import train
 from config import RENAMED, UserError, parse
@@ -16,7 +17,7 @@ from data.pairs import prepare as pairs
 from data.tokenizer import Char
 from lib import checkpoint
 from lib.checkpoint import load
-from model import DEFAULTS, Transformer
+from model import Transformer
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 5}
 CAUSAL = {"attention": "causal", "start_id": 1}  # as SMDM's ARM, whose start token is Llama's 1

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import L, V
+from plain import DEFAULTS
 
 import config as settings
 import diffusion
@@ -25,7 +26,7 @@ from evals import choice
 from experiments import common_draws
 from lib import checkpoint
 from lib.stats import mean_and_error
-from model import DEFAULTS, Transformer
+from model import Transformer
 
 ROOT = Path(__file__).parent.parent
 

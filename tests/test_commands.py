@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import ROOT
+from plain import DEFAULTS, RECIPE
 
 import config as settings
 import diffusion
@@ -20,11 +21,12 @@ import train
 from data import writer
 from data.tokenizer import Char
 from lib import checkpoint
-from model import DEFAULTS, Transformer
+from model import Transformer
 
 TEXT = "the cat sat on the mat; a dog ran to the log. " * 20
 TRAIN = ["train", "--data=data", "--out_dir=out", "--n_layer=1", "--n_embd=16"]
-TRAIN += ["--block_size=16", "--max_iters=2"]
+TRAIN += ["--block_size=16", "--max_iters=2", "--n_head=4", "--batch_size=32"]
+TRAIN += [f"--{key}={value}" for key, value in RECIPE.items()]
 SAMPLE = ["sample", "--ckpt=run", "--out=samples.jsonl"]
 EVALUATE = ["evaluate", "--ckpt=run", "--data=data"]
 MODULES = {
@@ -50,7 +52,7 @@ def world(tmp_path_factory):
     text = Char("".join(sorted(set(TEXT))))
     writer.prepare(world / "data", [("train", TEXT), ("val", TEXT[:200])], text)
     writer.prepare(world / "short", [("train", "a cat"), ("val", "a dog")], text)
-    writer.prepare(world / "untold", [("train", TEXT)], text)
+    writer.prepare(world / "unlearnt", [("val", TEXT)], text)
     greek = [("train", "αβγ" * 99), ("val", "αβγ" * 9)]
     writer.prepare(world / "greek", greek, Char("αβγ"))
     loud = "".join(sorted(set(TEXT.upper())))
@@ -201,10 +203,12 @@ BAD = {
     "mlp": ([*TRAIN, "--mlp=relu"], "unknown mlp 'relu'; did you mean 'relu2'?"),
     "zero init": ([*TRAIN, "--zero_init=yes"], "unknown zero_init 'yes'"),
     "size": ([*TRAIN, "--size=18M"], "unknown size '18M'"),
-    "no layers": ([*TRAIN, "--n_layer=0"], "n_layer must be 1 or more, not 0"),
+    "no layers": ([*TRAIN, "--n_layer=-1"], "n_layer must be 0 or more, not -1"),
     "no block": ([*TRAIN, "--block_size=0"], "block_size must be 1 or more, not 0"),
-    "no batch": ([*TRAIN, "--batch_size=0"], "batch_size must be 1 or more, not 0"),
-    "no evaluation": ([*TRAIN, "--eval_interval=0"], "eval_interval must be 1 or more, not 0"),
+    "no batch": ([*TRAIN, "--batch_size=-1"], "batch_size must be 0 or more, not -1"),
+    "no evaluation": ([*TRAIN, "--eval_interval=-1"], "eval_interval must be 0 or more, not -1"),
+    "no time": ([*TRAIN, "--max_minutes=-1"], "max_minutes must be 0 or more, not -1"),
+    "no dial": ([*TRAIN, "--depth=300"], "depth must be at most 256, not 300"),
     "heads": ([*TRAIN, "--n_embd=18"], "n_embd 18 must be a multiple of 2 * n_head = 8"),
     "micro batch": (
         [*TRAIN, "--batch_size=8", "--micro_batch_size=3"],
@@ -227,7 +231,7 @@ BAD = {
     "dtype": ([*TRAIN, "--dtype=half"], "unknown dtype 'half'"),
     # Data
     "short text": ([*TRAIN, "--data=short"], "short holds 5 tokens, less than one block of 16"),
-    "no val": ([*TRAIN, "--data=untold"], "untold has no split 'val', only train"),
+    "no training text": ([*TRAIN, "--data=unlearnt"], "unlearnt has no split 'train', only val"),
     "a folder that is not prepared": ([*TRAIN, "--data=hollow"], "no prepared data in hollow"),
     "a torn shard": ([*TRAIN, "--data=torn"], "the train shards of torn hold 99 bytes"),
     "out_dir is a file": ([*TRAIN, "--out_dir=empty.txt"], "empty.txt"),

@@ -154,7 +154,9 @@ def test_a_boolean_key_alone_means_true_and_any_other_wants_a_value():
     for key in ("steps", "rate", "name"):
         assert refusal(parse, [f"--{key}"], MODULE) == f"write --{key}=VALUE, not '--{key}'"
     train = modules_of("train")
-    assert not parse([], *train)["compile"] and parse(["--compile"], *train)["compile"] is True
+    assert (
+        not parse([], *train)["recompute"] and parse(["--recompute"], *train)["recompute"] is True
+    )
     assert refusal(parse, ["--size"], *train) == "write --size=VALUE, not '--size'"
 
 

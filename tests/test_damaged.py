@@ -12,6 +12,10 @@ from test_checkpoint import FIXTURES, refusal, run, same
 from test_export import command
 from test_formats import edit
 
+import config as settings
+import diffusion
+import model as network
+import train
 from config import UserError
 from data.tokenizer import Char
 from lib import checkpoint, resume
@@ -214,7 +218,8 @@ def test_a_run_cannot_be_resumed_from_a_part_of_another_kind(tmp_path, key):
 
 
 def test_a_run_with_an_unknown_objective_cannot_be_resumed(tmp_path):
-    config = checkpoint.read(FIXTURES / "before_rename_ar.pt")["config"]
+    saved = checkpoint.read(FIXTURES / "before_rename_ar.pt")["config"]
+    config = settings.defaults_of([settings, diffusion, network, train]) | saved
     with pytest.raises(UserError, match="unknown objective 'arr'; did you mean 'ar'"):
         resume.check(config | {"objective": "arr"}, world=1)
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import L, Table, V, random_logits, states, training_mask
+from plain import DEFAULTS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,7 +29,7 @@ from diffusion import (
     unmask_schedule,
 )
 from lib import fused
-from model import DEFAULTS, Transformer
+from model import Transformer
 
 X0 = states(V, L)  # (V^L, L) every clean sequence
 PATTERNS = states(2, L).bool()  # (2^L, L) every mask

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
+from plain import DEFAULTS
 
 import config as settings
 import diffusion
@@ -22,7 +23,7 @@ from evals import zeroshot
 from evaluate import ESTIMATORS, estimate
 from experiments import results, variance
 from lib import checkpoint
-from model import DEFAULTS, Transformer
+from model import Transformer
 
 MODULES = (settings, diffusion, evaluate)
 TEXT = "the cät sat on the mat; a dog ran to the log. " * 20

@@ -283,13 +283,6 @@ def test_the_command_says_it_in_one_line_and_exits_with_2(name, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("fraction", [0.0, 1.0])
-def test_pairs_that_are_all_on_one_side_are_refused(fraction, tmp_path):
-    path = write(tmp_path / "mine.jsonl", GOOD)
-    with pytest.raises(UserError, match="use another --val_fraction"):
-        prepared(pairs, tmp_path / "out", input=path, tokenizer="byte", val_fraction=fraction)
-
-
 @pytest.mark.parametrize("module", [pairs, chat])
 def test_a_command_without_input_says_what_it_needs(module, tmp_path):
     with pytest.raises(UserError, match=r"--input=FILE\.jsonl"):

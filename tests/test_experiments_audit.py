@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import L, Table, V, random_joint, states, true_conditionals
+from plain import DEFAULTS
 
 import config as settings
 import diffusion
@@ -18,7 +19,7 @@ from data.tokenizer import Char
 from experiments import annealing, loss_audit, results
 from lib import checkpoint
 from lib.device import machine
-from model import DEFAULTS, Transformer
+from model import Transformer
 
 TEXT = "the cat sat on the mat; a dog ran to the log. " * 20
 X0 = states(V, L)  # (V^L, L)

@@ -7,6 +7,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from plain import DEFAULTS
 from safetensors.torch import load_file, save_file
 from test_checkpoint import SMALL, X, refusal, run
 
@@ -14,7 +15,7 @@ from config import UserError
 from lib import formats
 from lib.checkpoint import load
 from lib.formats import FIXED, SIZES, published, size_config
-from model import DEFAULTS, Transformer
+from model import Transformer
 
 # ---- Published files -----------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import plain
 import pytest
 import torch
 from conftest import ROOT
@@ -335,7 +336,7 @@ def test_any_shard_is_taken_or_refused_in_one_line(place, shard, prompt, names):
 
 def tiny_state(**keys):
     """What train.py saves of a tiny run."""
-    model = network.Transformer(network.DEFAULTS | SMALL | keys)
+    model = network.Transformer(plain.DEFAULTS | SMALL | keys)
     state = {"config": model.config | {"objective": "any_order", "schedule": "loglinear"}}
     state |= {"step": 3, "ema": None, "model": model.state_dict()}
     state |= {"tokenizer": {"kind": "char", "alphabet": "abcde"}}
@@ -389,7 +390,7 @@ def emptied(folder):
 
 
 RUN = {"max_iters": 4, "batch_size": 2, "warmup_iters": 1, "log_interval": 1, "device": "cpu"}
-RUN |= {"show_sample": False, "eval_sequences": 1, "eval_draws": 1}
+RUN |= {"show_sample": False, "eval_sequences": 1, "eval_draws": 1} | plain.RECIPE
 STATE = tiny_state()
 CKPT = saved(STATE)
 in_states = trees | st.sampled_from([*strange_tensors(), 16**5000, doubling(40), (1, 2), {1}, b"x"])

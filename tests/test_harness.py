@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import plain
 import pytest
 import torch
 
@@ -55,7 +56,7 @@ def save_model(folder, attention="full"):
     """A random character model of 32 tokens, saved as a run would."""
     text = tokenizer.build("char", [ALPHABET])
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32}
-    config = network.DEFAULTS | sizes | {"vocab_size": text.vocab_size, "attention": attention}
+    config = plain.DEFAULTS | sizes | {"vocab_size": text.vocab_size, "attention": attention}
     torch.manual_seed(0)
     model = network.Transformer(config)
     torch.nn.init.normal_(model.unembed.weight, std=1.0)

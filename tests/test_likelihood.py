@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import L, Table, V, random_joint, random_logits, states, true_conditionals
+from plain import DEFAULTS
 
 import diffusion
 import evaluate
@@ -26,7 +27,7 @@ from evaluate import (
 )
 from lib import checkpoint
 from lib.stats import mean_and_error, mean_over_sets, report, t95
-from model import DEFAULTS, Transformer
+from model import Transformer
 
 X0 = states(V, L)  # (V^L, L)
 TURNS = torch.tensor(list(itertools.permutations(range(L))))  # (24, L) orders: turn of each place

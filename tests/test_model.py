@@ -6,12 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from plain import DEFAULTS
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion import nelbo
 from lib import fused
 from lib.device import flops_per_token
-from model import DEFAULTS, Cache, Transformer, rotary_tables, rotate
+from model import Cache, Transformer, rotary_tables, rotate
 
 B, L, V = 3, 10, 7
 VARIANTS = [

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import numpy as np
+import plain
 import pytest
 import torch
 from conftest import states
@@ -34,7 +35,7 @@ def tiny(V=V, L=L, attention="order", dtype=torch.float64, **keys):
     """A network whose weights are far from their beginning, so that every part matters."""
     torch.manual_seed(0)
     shape = {"n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": L, "vocab_size": V}
-    model = Transformer(network.DEFAULTS | shape | {"attention": attention} | keys)
+    model = Transformer(plain.DEFAULTS | shape | {"attention": attention} | keys)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
@@ -294,6 +295,7 @@ def folder(tmp_path):
 def config_of(folder, out, *words):
     shape = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--batch_size=8", "--max_iters=30"]
     more = ["--eval_interval=30", "--eval_sequences=8", "--device=cpu", "--dtype=float32"]
+    more += [f"--{key}={value}" for key, value in plain.RECIPE.items()]
     places = [f"--data={folder}", f"--out_dir={out}", "--attention=order", "--log_interval=1"]
     words = [*shape, *more, *places, "--warmup_iters=2", "--learning_rate=1e-2", *words]
     return settings.parse(words, settings, diffusion, network, train)

@@ -21,10 +21,11 @@ from pages import (
     start_of,
     written,
 )
+from plain import DEFAULTS
 
 import diffusion
 import sample
-from model import DEFAULTS, Transformer
+from model import Transformer
 from view import page
 
 COMMITTED = ROOT / "docs/index.html"

@@ -16,7 +16,7 @@ import train
 from config import UserError
 from data import writer
 from data.tokenizer import Char
-from lib import checkpoint, parallel
+from lib import budget, checkpoint, parallel
 from lib.parallel import Team
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -91,11 +91,29 @@ def disagree(config, world, rank, folder):
         train.main(config | {"out_dir": str(folder / f"own_{rank}")})
 
 
+def hurry(config, world, rank, folder):
+    """Trains by the clock, which is three times as fast in the last process; leaves its rates."""
+    seconds, rates, step_of, now = [0.0], [], train.train_step, budget.now
+
+    def timed_step(config, step, batches, loss_of, optimizers, *rest):
+        done = step_of(config, step, batches, loss_of, optimizers, *rest)
+        seconds[0] += 15.0 if rank == world - 1 else 5.0
+        rates.append(optimizers[0].param_groups[0]["lr"])
+        return done
+
+    train.train_step, budget.now = timed_step, lambda: seconds[0]
+    try:
+        train.main(config)
+    finally:
+        train.train_step, budget.now = step_of, now
+    (folder / f"rates_{rank}").write_text(repr(rates))
+
+
 def simply(config, world, rank, folder):
     train.main(config)
 
 
-JOBS = {"begin": begin, "stumble": stumble, "disagree": disagree, "simply": simply}
+JOBS = {"begin": begin, "stumble": stumble, "disagree": disagree, "hurry": hurry, "simply": simply}
 
 
 def work(rank, world, port, folder, jobs):
@@ -148,6 +166,9 @@ def finished(data, tmp_path_factory):
             for name in ("ddp", "fsdp"):
                 jobs += [("stumble", words(data, folder / f"odd {name}", **odd, parallel=name))]
             jobs += [("disagree", words(data, "none"))]
+            timed = {"max_iters": 0, "max_minutes": 1, "warmup_iters": 0, "log_interval": 2}
+            timed |= {"lr_decay": "linear", "eval_interval": 0}
+            jobs += [("hurry", words(data, folder / "hurried", **timed))]
             run(data, folder / "own_1", max_iters=4)
         if world in (2, 4):
             launch(world, folder, jobs)
@@ -248,6 +269,15 @@ def test_all_processes_skip_a_gradient_that_is_not_finite_on_one(engine, finishe
     assert [entry.get("skipped", 0) for entry in entries] == [0, 0, 1, 2, 2, 2]
     assert "step 4: the gradient is not finite" in (finished / "out_0_of_2").read_text()
     assert all(w.isfinite().all() for w in checkpoint.read(out)["model"].values())
+
+
+def test_processes_whose_clocks_differ_have_one_learning_rate_and_one_end(finished):
+    rates = [eval((finished / f"rates_{rank}").read_text()) for rank in range(2)]
+    assert rates[0] == rates[1] == pytest.approx([1e-3, 1e-3, 5e-4, 5e-4])
+    state = checkpoint.read(finished / "hurried")
+    assert (state["step"], state["minutes"]) == (4, 1.0)
+    evaluated = [e["step"] for e in log(finished / "hurried") if "nats_per_token" in e]
+    assert evaluated == [2, 4], "every tenth that has passed when all look at the clock"
 
 
 def test_what_is_dealt_out_is_everything_in_calls_of_equal_number():

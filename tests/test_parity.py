@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from plain import DEFAULTS
 
 import config as settings
 import diffusion
@@ -22,7 +23,7 @@ import train
 from data import examples
 from data.tokenizer import Char
 from lib import checkpoint, formats, optim, resume
-from model import DEFAULTS, Transformer
+from model import Transformer
 
 
 def close(found, expected, atol=0.0, rtol=0.0):

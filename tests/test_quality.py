@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from plain import DEFAULTS
 
 import config as settings
 import diffusion
@@ -21,7 +22,7 @@ from data.tokenizer import Char
 from evals import quality
 from lib import checkpoint
 from lib.stats import mean_and_error
-from model import DEFAULTS, Transformer
+from model import Transformer
 
 TEXT = "the cat sat on the mat; a dog ran to the log. " * 20
 ALPHABET = "".join(sorted(set(TEXT)))

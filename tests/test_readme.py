@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import plain
 import pytest
 import torch
 from conftest import ROOT
@@ -88,7 +89,7 @@ def world(tmp_path_factory):
     tokenizer = Char("".join(sorted({*string.printable, *"\0"})))
     documents = [("train", TEXT * 40), ("val", TEXT * 40)]
     writer.prepare(folder / "data/pydocs", documents, tokenizer)
-    model = network.Transformer({**network.DEFAULTS, **SHAPE, "vocab_size": tokenizer.vocab_size})
+    model = network.Transformer({**plain.DEFAULTS, **SHAPE, "vocab_size": tokenizer.vocab_size})
     state = {"config": model.config | {"objective": "any_order"}, "tokenizer": tokenizer.meta()}
     state |= {"model": model.state_dict(), "ema": None, "optimizer": [], "step": 1}
     checkpoint.save(folder / "out/pydocs/ckpt.pt", state)

@@ -34,7 +34,7 @@ def parse(line):
 
 @pytest.mark.parametrize("name", recipe.VARIANTS)
 def test_every_variant_costs_what_the_base_costs_up_to_one_step(name, given):
-    config = parse(["--preset=configs/pydocs.py", *given[1:]])
+    config = parse(["--preset=configs/pydocs_2400.py", *given[1:]])
     base, mine = (recipe.settings_of(config, each, 7) for each in (recipe.BASE, name))
     assert base["max_iters"] == 30 and mine["seed"] == 7 and mine["data"] == config["data"]
     cost = mine["max_iters"] * recipe.step_flops(mine)

@@ -249,6 +249,7 @@ def test_guidance_runs_in_both_forms(tmp_path):
     keys = {"data": tmp_path / "text", "out_dir": tmp_path / "run", "device": "cpu"}
     keys |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 48, "batch_size": 4}
     keys |= {"max_iters": 2, "warmup_iters": 1, "show_sample": False, "eval_sequences": 2}
+    keys |= {"compile": False}
     argv = [f"--{key}={value}" for key, value in keys.items()]
     train.main(settings.parse(argv, settings, diffusion, network, train))
     figures, table = run(guidance, tmp_path, ckpt=tmp_path / "run", data=tmp_path / "text")

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import L, V
+from plain import DEFAULTS
 from test_samplers import (
     ADAPTIVE,
     EMPTY,
@@ -19,7 +20,7 @@ from test_samplers import (
 import diffusion
 import sample as decoding
 from config import UserError
-from model import DEFAULTS, Transformer
+from model import Transformer
 from sample import SAMPLERS
 
 # ---- The fast loop is the plain loop -------------------------------------------------------------

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import plain
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ def as_on_a_gpu(q, k, v, causal):
 @pytest.mark.parametrize("n_layer", [1, 3])
 def test_the_forward_pass_keeps_as_many_bytes_as_the_formula_says(n_layer, recompute, monkeypatch):
     monkeypatch.setattr(fused, "attention", as_on_a_gpu)
-    net = network.Transformer(network.DEFAULTS | SMDM | {"n_layer": n_layer})
+    net = network.Transformer(plain.DEFAULTS | SMDM | {"n_layer": n_layer})
     x = torch.randint(96, (4, 32))  # (B, L)
     masked_idx = torch.arange(0, x.numel(), 2)  # (N,) half of them
     if recompute:
@@ -89,7 +90,7 @@ def test_the_forward_pass_keeps_as_many_bytes_as_the_formula_says(n_layer, recom
 
 
 def test_the_logits_that_are_avoided_are_what_a_plain_loss_keeps():
-    net = network.Transformer(network.DEFAULTS | SMDM | {"vocab_size": 2000})
+    net = network.Transformer(plain.DEFAULTS | SMDM | {"vocab_size": 2000})
     x = torch.randint(2000, (2, 32))  # (B, L)
     _, largest = kept_bytes(net, lambda: F.cross_entropy(net(x).flatten(0, 1), x.flatten()))
     held = scaling_up.memory(CONFIG | {"block_size": 32}, net, "ddp", 8, 2)
@@ -103,7 +104,7 @@ def test_a_checkpoint_has_as_many_bytes_as_the_formula_says(ema, tmp_path, monke
     writer.prepare(tmp_path / "data", parts, Char("abcde"))
     keys = {"n_layer": 4, "n_embd": 128, "n_head": 2, "block_size": 16, "batch_size": 2}
     keys |= {"max_iters": 1, "ema": ema, "data": tmp_path / "data", "out_dir": tmp_path}
-    keys |= {"device": "cpu", "show_sample": False, "eval_sequences": 2}
+    keys |= {"device": "cpu", "show_sample": False, "eval_sequences": 2} | plain.RECIPE
     words = [f"--{key}={value}" for key, value in keys.items()]
     train.main(settings.parse(words, settings, diffusion, network, train))
     net, _, _ = checkpoint.load(tmp_path)
@@ -166,7 +167,7 @@ os._exit(0)
 
 def test_processes_send_as_many_bytes_as_the_formula_says(tmp_path):
     world, keys = 3, {"n_embd": 128, "mlp_width": 320, "recompute": False, "compile": False}
-    config = network.DEFAULTS | SMDM | keys
+    config = plain.DEFAULTS | SMDM | keys
     command = [sys.executable, "-c", STEP, json.dumps(config), str(world), str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert run.returncode == 0, run.stderr

@@ -37,6 +37,7 @@ from data import loader, writer
 from data.tokenizer import Char
 from experiments import results, survive
 from lib import checkpoint
+from lib.budget import Clock
 from lib.log import Log
 from lib.parallel import Team
 
@@ -125,7 +126,8 @@ def test_a_full_disk_ends_the_run_in_one_line_and_with_room_it_is_resumed(data, 
 
 def test_a_full_disk_under_the_log_is_one_line(data, tmp_path):
     blocks = loader.Blocks(loader.Tokens(data, "train"), 16, 1)
-    full = Log(config_of(data, tmp_path), blocks, 0, 1.0, 1.0, is_main=True)
+    config = config_of(data, tmp_path)
+    full = Log(config, blocks, Clock(config, None, Team()), 1.0, 1.0, is_main=True)
     (tmp_path / "log.jsonl").unlink()
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     with full, pytest.raises(UserError, match=r"cannot write .*log.jsonl: No space left on device"):
@@ -242,7 +244,8 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path):
     text = Char("".join(sorted(set(TEXT))))
     message = f"not finite at step 5; the last good checkpoint is {tmp_path}/ckpt.pt"
     with pytest.raises(UserError, match=message):
-        train.save(config, text, 5, model, None, optimizers, Team())
+        clock = Clock(config, {"step": 5}, Team())
+        train.save(config, text, clock, model, None, optimizers, Team())
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from plain import RECIPE
 
 import config as settings
 import diffusion
@@ -33,9 +34,9 @@ TEXT = "the cat sat on the mat; a dog ran to the log, and the cat ran after it. 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 8}
 TINY |= {"max_iters": 12, "warmup_iters": 2, "log_interval": 2, "eval_interval": 4}
 TINY |= {"eval_sequences": 6, "eval_draws": 2, "show_sample": False}
-TINY |= {"device": "cpu", "dtype": "float32"}
+TINY |= {"device": "cpu", "dtype": "float32"} | RECIPE
 # What differs between two runs that are the same.
-CLOCK = {"tokens_per_second", "mfu", "memory_mib", "seconds_left"}
+CLOCK = {"tokens_per_second", "mfu", "memory_mib", "seconds_left", "minutes"}
 MODULES = (settings, diffusion, network, train)
 
 
@@ -106,8 +107,9 @@ def same(a, b):
 
 
 def state_of(out):
-    """All that a checkpoint holds of a run but its settings."""
-    return {key: value for key, value in checkpoint.read(out).items() if key != "config"}
+    """All that a checkpoint holds of a run but its settings and its time."""
+    state = checkpoint.read(out)
+    return {key: value for key, value in state.items() if key not in ("config", "minutes")}
 
 
 # ---- The learning rate ---------------------------------------------------------------------------
@@ -533,23 +535,24 @@ def run_without(leave_out, data, out, **keys):
 
 
 def test_the_model_keys_of_the_checkpoint_win_over_defaults(data, tmp_path):
-    run(data, tmp_path, max_iters=4, objective="lambda_dce", qk_norm=True)
+    run(data, tmp_path, max_iters=4, objective="lambda_dce", qk_norm=False)
     run_without(("n_layer", "n_head", "n_embd", "block_size"), data, tmp_path)
     config = checkpoint.read(tmp_path)["config"]
     assert config["max_iters"] == 12 == checkpoint.read(tmp_path)["step"]
     kept = [config[key] for key in ("n_layer", "n_embd", "objective", "qk_norm")]
-    assert kept == [1, 16, "lambda_dce", True]
+    assert kept == [1, 16, "lambda_dce", False]
 
 
-CONFLICTS = {"n_layer": 2, "block_size": 8, "qk_norm": True, "objective": "ar", "vocab_size": 5}
-CONFLICTS |= {"attention": "causal"}
+CONFLICTS = {"n_layer": 2, "block_size": 8, "qk_norm": False, "objective": "ar", "vocab_size": 5}
+CONFLICTS |= {"attention": "causal", "depth": 3}
 
 
 @pytest.mark.parametrize(("key", "value"), CONFLICTS.items())
 def test_a_model_key_that_conflicts_is_an_error_and_changes_nothing(key, value, data, tmp_path):
     run(data, tmp_path, max_iters=4)
     before = [(tmp_path / name).read_bytes() for name in ("ckpt.pt", "log.jsonl")]
-    kept = TINY | {"objective": "any_order", "attention": "full", "qk_norm": False}
+    kept = TINY | {"objective": "any_order", "attention": "full", "qk_norm": True}
+    kept["depth"] = 0
     kept["vocab_size"] = loader.Tokens(data, "train").vocab_size
     conflict = f"{tmp_path / 'ckpt.pt'} was trained with {key}={kept[key]}, not {value}"
     message = f"{conflict}; start again with --resume=False"

@@ -63,9 +63,11 @@ def main(config):
     print(f"{passed}: no question and answer at their beginning")
     texts = (f"{TEMPLATE.format(question)} {answer}" for _, question, answer in turns)
     tokenizer = examples.vocabulary(config["tokenizer"], texts)
-    items = tokenized(turns, tokenizer, config["val_fraction"])
+    held = writer.adjusted((question for _, question, _ in turns), config["val_fraction"])
+    items = tokenized(turns, tokenizer, held)
     meta = examples.prepare(config["out"], items, tokenizer, config["width"])
     print(examples.summary(config["out"], meta))
+    writer.say_unheld(config["out"], meta, config["val_fraction"])
 
 
 if __name__ == "__main__":

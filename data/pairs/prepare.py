@@ -5,8 +5,9 @@
 
 A completion goes on from its prompt as it is, so it brings the space or the newline that stands
 between the two. The prompt is tokenized first and the completion after it: `sample.py --prompt=`
-then asks with the very same tokens. Which pairs are held out depends on their prompts alone. A pair
-longer than the width is dropped and counted; a prompt that fills the width by itself is an error.
+then asks with the very same tokens. Which pairs are held out depends on their prompts alone; of a
+few pairs those with the lowest hashes are. A pair longer than the width is dropped and counted; a
+prompt that fills the width by itself is an error.
 """
 
 import sys
@@ -33,17 +34,13 @@ def pairs(path):
 
 def tokenized(items, tokenizer, val_fraction, width):
     """Yields what examples.prepare takes, of an iterable of (where, prompt, completion)."""
-    splits = set()
     for where, prompt, completion in items:
         split = "val" if writer.held_out(prompt, val_fraction) else "train"
         ids = examples.encode(tokenizer, where, prompt)
         leaves_room = not width or len(ids) + 2 <= width  # one token of answer and the eos
         full = f"the prompt is {len(ids)} tokens, which leaves no answer in an example of {width}"
         require(leaves_room, f"{where}: {full}")
-        splits.add(split)
         yield split, where, ids, examples.encode(tokenizer, where, completion, start=False)
-    advice = "use another --val_fraction"
-    require(len(splits) == 2, f"all pairs are in the {'/'.join(splits)} split; {advice}")
 
 
 def main(config):
@@ -52,10 +49,13 @@ def main(config):
     fraction(config, "val_fraction")
     texts = (prompt + completion for path in paths for _, prompt, completion in pairs(path))
     tokenizer = examples.vocabulary(config["tokenizer"], texts)
+    prompts = (prompt for path in paths for _, prompt, _ in pairs(path))
+    held = writer.adjusted(prompts, config["val_fraction"])
     items = (pair for path in paths for pair in pairs(path))
-    ids = tokenized(items, tokenizer, config["val_fraction"], config["width"])
+    ids = tokenized(items, tokenizer, held, config["width"])
     meta = examples.prepare(config["out"], ids, tokenizer, config["width"])
     print(examples.summary(config["out"], meta))
+    writer.say_unheld(config["out"], meta, config["val_fraction"])
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
     python -m data.text.prepare --input=book.txt,more/ --tokenizer=gpt2
 
 Every line of a .jsonl file is a document. A .txt file is cut into documents at the first blank line
-after 4,096 characters (at a line's end or a space where there is none for long), so that a single
-file has a held-out part too. Which documents are held out depends on their text alone: equal
-documents are always on the same side.
+after 4,096 characters (at a line's end or a space where there is none for long). Which documents
+are held out depends on their text alone: equal documents are always on the same side. Where that
+makes none or too much of a few documents, the end of the text is held out instead; and of a text
+too short for that, nothing.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -25,6 +27,7 @@ DEFAULTS = {
 }
 
 DOCUMENT = 4096  # characters at least of a document cut from a .txt file; at most twice that
+LEAST = 256  # characters held out: fewer say nothing about a model
 LONGEST = 2**28  # characters in a line of a .jsonl: a small .xz can unpack to more than the memory
 KINDS = tuple(kind + packed for kind in (".txt", ".jsonl") for packed in ("", ".gz", ".xz"))
 
@@ -47,11 +50,16 @@ def cut(file):
     while more := file.read(DOCUMENT):
         rest += more
         while len(rest) >= 2 * DOCUMENT:
-            ends = (rest.find(mark, DOCUMENT) for mark in ("\n\n", "\n", " "))
-            end = next((end for end in ends if end >= 0), 2 * DOCUMENT)
+            end = border(rest, DOCUMENT, len(rest)) or 2 * DOCUMENT
             yield rest[:end]
             rest = rest[end:]
     yield rest
+
+
+def border(text, start, end):
+    """Where to cut a text between two positions: a blank line, a line's end or a space, or None."""
+    found = (text.find(mark, start, end) for mark in ("\n\n", "\n", " "))
+    return next((place for place in found if place >= 0), None)
 
 
 def lines(file, path):
@@ -86,15 +94,31 @@ def documents(items):
 
 
 def split(texts, val_fraction):
-    """Yields (split, text); UserError where one of the two was wanted and got nothing."""
-    counts = {"train": 0, "val": 0}
+    """Yields (split, text) of all texts(), a part of them or the end of the last ones being val."""
+    few = itertools.islice(texts(), writer.FEW + 1)
+    sizes = [(len(text), writer.held_out(text, val_fraction)) for text in few]
+    total, held = sum(n for n, _ in sizes), sum(n for n, is_val in sizes if is_val)
+    are_many = len(sizes) > writer.FEW
+    if not are_many and val_fraction * total < LEAST:
+        val_fraction = 0
+    if are_many or val_fraction in (0, 1) or writer.about_right(held, total, val_fraction):
+        part = {True: "val", False: "train"}
+        return ((part[writer.held_out(text, val_fraction)], text) for text in texts())
+    return end_held_out(texts(), round((1 - val_fraction) * total), total)
+
+
+def end_held_out(texts, start, total):
+    """Yields (split, text): of `total` characters about those from `start` on are val."""
+    seen = 0
     for text in texts:
-        name = "val" if writer.held_out(text, val_fraction) else "train"
-        counts[name] += 1
-        yield name, text
-    for name, wanted in (("train", val_fraction < 1), ("val", val_fraction > 0)):
-        none = f"none of the {sum(counts.values())} documents is in the {name} split"
-        require(counts[name] or not wanted, f"{none}; use another --val_fraction")
+        here = start - seen  # where val begins in this text
+        if 0 < here < len(text):
+            here = border(text, here, here + (total - start) // 2) or here
+            yield "train", text[:here]
+            yield "val", text[here:].strip("\n")
+        else:
+            yield "train" if here > 0 else "val", text
+        seen += len(text)
 
 
 def main(config):
@@ -105,9 +129,10 @@ def main(config):
     L, workers = config["block_size"], config["workers"] or os.cpu_count()
     require(0 <= L <= 2**16, f"block_size must be from 0 to 65536, not {L}")
     vocabulary = tokenizer.build(config["tokenizer"], documents(items))
-    pairs = split(documents(items), config["val_fraction"])
+    pairs = split(lambda: documents(items), config["val_fraction"])
     meta = writer.prepare(config["out"], pairs, vocabulary, workers, block_size=L)
     print(writer.summary(config["out"], meta))
+    writer.say_unheld(config["out"], meta, config["val_fraction"])
 
 
 if __name__ == "__main__":

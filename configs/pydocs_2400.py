@@ -1,0 +1,14 @@
+# The demo's recipe at one size and length, 2,400 steps of 6 layers of 96: where experiments start
+# from, so that their figures do not depend on the machine.
+{
+    "data": "data/pydocs",
+    "out_dir": "out/pydocs",
+    "n_layer": 6,
+    "n_head": 2,
+    "n_embd": 96,
+    "batch_size": 32,
+    "max_iters": 2400,
+    "learning_rate": 1e-2,
+    "warmup_iters": 50,
+    "eval_interval": 500,
+}

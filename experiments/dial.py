@@ -1,0 +1,116 @@
+"""Does the dial pick the right network? Its choice and its neighbours for the same arithmetic.
+
+    python -m experiments.dial --data=FOLDER            what has no result yet, then the table
+
+FOLDER is prepared data whose held-out part may be looked at. For each budget of floating-point
+operations the depth that lib/budget.py picks is trained, and one less and one more, each with the
+recipe and the steps that its depth and the budget give. All are evaluated on the same blocks with
+the same masks. What has run is kept, so a screening that was stopped goes on.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+
+import torch
+
+import config as settings
+import diffusion
+import model as network
+import train
+from data import examples, loader
+from experiments import recipe, results
+from lib import budget
+
+DEFAULTS = {
+    "data": "",  # a prepared folder
+    "operations": "1e12,3e12,1e13",  # the budgets, separated by commas
+    "seeds": 2,  # how many seeds (1337, 1338, ...) each run gets
+    "rows": "experiments/results/dial.jsonl",  # keeps what has run
+}
+
+WITHIN = 0.03  # nats that the choice may lie above the best of the three
+
+
+def settings_of(config, operations, depth=0, seed=1337):
+    """The training config of a run; depth 0: as the dial picks it."""
+    words = [f"--data={config['data']}", "--resume=False", "--show_sample=False", "--compile=False"]
+    words += ["--eval_sequences=200", f"--seed={seed}", f"--depth={depth}"]
+    words += [f"--{key}={config[key]}" for key in ("device", "dtype")]
+    mine = settings.parse(words, settings, diffusion, network, train)
+    V = loader.read_meta(config["data"])["vocab_size"]
+    mine |= {"vocab_size": V, "attention": "full", "example_width": 0}
+    if not depth:
+        dataset, _ = examples.open_data(mine)
+        mine["depth"] = budget.fitting_depth(mine, dataset, operations)
+    steps = round(operations / recipe.step_flops(budget.filled(mine)))
+    return mine | {"max_iters": steps, "eval_interval": steps}
+
+
+def run(config, operations, depth, seed):
+    """Trains one network in this process. -> its row"""
+    mine, began = settings_of(config, operations, depth, seed), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        result = train.main(mine | {"out_dir": folder})
+    row = {"mark": mark(config, operations, depth, seed), "steps": mine["max_iters"]}
+    return row | {"cpu_seconds": time.process_time() - began} | result
+
+
+def mark(config, operations, depth, seed):
+    """What a row depends on: all that the run is told, but where it finds its data."""
+    mine = budget.filled(settings_of(config, operations, depth, seed))
+    return results.mark(*[[key, value] for key, value in sorted(mine.items()) if key != "data"])
+
+
+def table_of(config, rows):
+    """(figures, lines): for each budget the dial's choice and its neighbours, and the best."""
+    figures, lines = {}, []
+    for operations in map(float, config["operations"].split(",")):
+        choice = settings_of(config, operations)["depth"]
+        nats = {}
+        for depth in range(max(1, choice - 1), choice + 2):
+            done = [rows[mark(config, operations, depth, seed)] for seed in seeds(config)]
+            mine = budget.filled(settings_of(config, operations, depth))
+            nats[depth] = statistics.mean(row["nats_per_token"] for row in done)
+            shape = f"{mine['n_layer']} x {mine['n_embd']}, batch {mine['batch_size']}"
+            line = {"operations": f"{operations:.0e}", "depth": str(depth), "network": shape}
+            line |= {"learning_rate": mine["learning_rate"], "steps": mine["max_iters"]}
+            line |= {"nats_per_token": nats[depth]}
+            for seed, row in zip(seeds(config), done, strict=True):
+                line[f"seed_{seed}"] = row["nats_per_token"]
+            lines.append(line | {"": "the dial's choice" * (depth == choice)})
+        figures |= {f"depth_{operations:.0e}": choice}
+        figures |= {f"above_best_{operations:.0e}": nats[choice] - min(nats.values())}
+    return figures, lines
+
+
+def seeds(config):
+    return range(1337, 1337 + config["seeds"])
+
+
+def main(config):
+    """Trains what is missing; prints, writes and returns how far the choices are from the best."""
+    settings.at_least(1, config, "seeds")
+    rows = {row["mark"]: row for row in results.kept(config["rows"])}
+    for operations in map(float, config["operations"].split(",")):
+        choice = settings_of(config, operations)["depth"]
+        for seed in seeds(config):
+            for depth in range(max(1, choice - 1), choice + 2):
+                key = mark(config, operations, depth, seed)
+                if key not in rows:
+                    rows[key] = run(config, operations, depth, seed)
+                    results.keep(config["rows"], rows[key])
+                    print(operations, depth, seed, rows[key]["nats_per_token"], flush=True)
+    figures, lines = table_of(config, rows)
+    formats = dict.fromkeys(lines[0], "{:.3f}") | {"steps": "{:,}", "learning_rate": "{:.1e}"}
+    title = f"Nats per token of {config['data']} by depth, for the same operations"
+    text = results.table(title, lines, formats)
+    print(text)
+    figures |= results.about(torch.device("cpu"))
+    results.write(config, "dial", figures, text)
+    return figures
+
+
+if __name__ == "__main__":
+    settings.run(main, settings, results, sys.modules[__name__])

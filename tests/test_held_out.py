@@ -1,0 +1,168 @@
+"""What is held out of little text, how training goes without it, and that README's lines run."""
+
+import json
+
+import pytest
+from test_train import MODULES, TINY, log
+
+import config as settings
+import train
+from config import parse
+from data import examples, loader, tokenizer, writer
+from data.pairs import prepare as pairs
+from data.text import prepare as text
+from lib import checkpoint
+
+pytestmark = pytest.mark.usefixtures("quick")
+WORDS = "The {0} cat sat on {1} mats, and {2} dogs ran after it.\n{3}"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(train, "matmul_flops", lambda *_: 1e9)
+
+
+def prose(characters):
+    """A text of so many characters, in paragraphs, no two of which are equal."""
+    sentences = (WORDS.format(i, i + 1, i + 2, "\n" * (i % 3 == 0)) for i in range(characters))
+    whole = ""
+    while len(whole) < characters:
+        whole += next(sentences)
+    return whole[:characters]
+
+
+def prepared(tmp_path, content, name="own.txt", **keys):
+    """(the train text, the val text or None) of a file with this content, once prepared."""
+    (tmp_path / name).write_text(content)
+    keys = {"input": tmp_path / name, "out": tmp_path / "data", "workers": 1} | keys
+    text.main(parse([f"--{key}={value}" for key, value in keys.items()], text, writer))
+    meta = loader.read_meta(tmp_path / "data")
+    decode = tokenizer.from_meta(meta["tokenizer"]).decode
+    parts = {split: decode(loader.Tokens(tmp_path / "data", split)[:]) for split in meta["splits"]}
+    return parts["train"], parts.get("val")
+
+
+def trained(tmp_path, *words):
+    """(result, config) of a short run on tmp_path/data with the default recipe."""
+    places = [f"--data={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}", "--max_iters=2"]
+    short = ["--compile=False", "--device=cpu", "--dtype=float32", "--eval_draws=1"]
+    result = train.main(parse([*places, *short, *words], *MODULES))
+    return result, checkpoint.read(tmp_path / "out")["config"]
+
+
+@pytest.mark.parametrize("characters", [6_000, 30_000, 60_000])
+def test_the_end_of_a_short_text_is_held_out_and_nothing_is_lost(characters, tmp_path):
+    whole = prose(characters)
+    learnt, held = prepared(tmp_path, whole)
+    squeeze = lambda part: part.replace("\n", "")  # noqa: E731
+    assert squeeze(learnt + held) == squeeze(whole), "one piece, the last one"
+    assert 0.025 * characters <= len(held) <= 0.05 * characters
+    assert held.startswith("The "), "it begins a sentence"
+
+
+def test_of_one_document_on_one_line_the_end_is_held_out(tmp_path):
+    learnt, held = prepared(tmp_path, json.dumps({"text": prose(20_000)}), name="own.jsonl")
+    assert 500 <= len(held) <= 1000 and len(learnt) >= 19_000
+
+
+def test_of_many_documents_the_hash_alone_decides_as_ever(tmp_path):
+    said = [f"document {i} " * 20 for i in range(400)]
+    lines = "".join(json.dumps({"text": each}) + "\n" for each in said)
+    _, held = prepared(tmp_path, lines, name="own.jsonl")
+    expected = [each for each in said if writer.held_out(each, 0.05)]
+    assert 10 <= len(expected) <= 40 and held.split("\n\n") == expected
+
+
+def test_nothing_is_held_out_of_a_text_that_is_too_short_and_it_says_so(tmp_path, capsys):
+    assert prepared(tmp_path, prose(3000))[1] is None
+    assert "too short to hold anything out" in capsys.readouterr().out
+    assert prepared(tmp_path, prose(30_000), val_fraction=0)[1] is None
+    assert "too short" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("characters", [1, 2, 59, 300])
+def test_a_text_too_short_to_hold_anything_out_trains_without_evaluations(
+    characters, tmp_path, capsys
+):
+    prepared(tmp_path, prose(characters))
+    result, config = trained(tmp_path)
+    said = capsys.readouterr().out
+    assert result is None and config["block_size"] == min(characters, 128)
+    assert f"no evaluations: {tmp_path / 'data'} holds nothing out" in said
+    assert said.count("---- a sample\n") == 2 and "nats per token" not in said
+    assert [entry["step"] for entry in log(tmp_path / "out")] == [2]
+
+
+@pytest.mark.parametrize("keys", [{}, {"tokenizer": "byte"}, {"block_size": 64}])
+def test_the_line_for_own_text_trains_and_evaluates_at_once(keys, tmp_path):
+    prepared(tmp_path, prose(30_000), **keys)
+    result, config = trained(tmp_path)
+    assert result["tokens"] > 700 and config["block_size"] == keys.get("block_size", 128)
+    assert config["optimizer"] == "muon" and config["loss_weight"] == "sqrt"
+
+
+# ---- Pairs ---------------------------------------------------------------------------------------
+
+
+def answers(tmp_path, n, prompts=None):
+    """meta.json of n pairs, once prepared."""
+    said = [{"prompt": f"{i % (prompts or n)}? ", "completion": f"{i}!"} for i in range(n)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, said)))
+    words = [f"--input={tmp_path / 'own.jsonl'}", f"--out={tmp_path / 'data'}", "--tokenizer=char"]
+    pairs.main(parse(words, pairs, examples))
+    return loader.read_meta(tmp_path / "data")["splits"]
+
+
+@pytest.mark.parametrize(("n", "prompts"), [(20, 20), (23, 23), (40, 40), (99, 20)])
+def test_of_a_few_pairs_about_as_many_prompts_are_held_out_as_the_fraction_says(
+    n, prompts, tmp_path
+):
+    splits = answers(tmp_path, n, prompts)
+    assert splits["train"]["documents"] + splits["val"]["documents"] == n
+    kept = [examples.Examples(tmp_path / "data", split) for split in ("train", "val")]
+    rows = [zip(*part[range(part.n)], strict=True) for part in kept]
+    learnt, asked = ({x[:a].tobytes() for x, a, _ in part} for part in rows)
+    assert not learnt & asked and len(learnt | asked) == prompts
+    assert 1 <= len(asked) <= prompts / 10
+
+
+def test_what_is_held_out_of_a_few_names_does_not_depend_on_their_order():
+    for n in range(60):
+        names = [f"name {i}" for i in range(n)]
+        fraction = writer.adjusted(names, 0.05)
+        held = {name for name in names if writer.held_out(name, fraction)}
+        assert fraction == writer.adjusted(names[::-1] * 2, 0.05)
+        assert (fraction == 0.05 and n / 40 <= len(held) <= n / 10) or len(held) == n // 20
+    many = [f"name {i}" for i in range(5000)]
+    assert writer.adjusted(many, 0.05) == 0.05 and writer.adjusted(many, 1e-9) == 1e-9
+
+
+def test_pairs_too_few_to_hold_any_out_train_without_evaluations(tmp_path, capsys):
+    assert answers(tmp_path, 7).keys() == {"train"}
+    assert "too short to hold anything out" in capsys.readouterr().out
+    assert trained(tmp_path)[0] is None
+
+
+def test_a_model_of_text_is_fine_tuned_on_answers_by_readme_s_lines(tmp_path):
+    prepared(tmp_path, prose(30_000) + '0123456789?!\0" ')
+    shape = [f"--{key}={value}" for key, value in TINY.items() if key.startswith("n_")]
+    trained(tmp_path, *shape, "--block_size=16")
+    (tmp_path / "out").rename(tmp_path / "text_model")
+    said = [{"prompt": f"{i}? ", "completion": f"{i}!"} for i in range(30)]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, said)))
+    words = {"input": tmp_path / "own.jsonl", "out": tmp_path / "pairs"}
+    words["tokenizer"] = tmp_path / "data"
+    pairs.main(parse([f"--{key}={value}" for key, value in words.items()], pairs, examples))
+    source = f"--init_from={tmp_path / 'text_model'}"
+    result, config = trained(tmp_path, source, f"--data={tmp_path / 'pairs'}")
+    assert result["sequences"] >= 1 and config["n_embd"] == TINY["n_embd"]
+    assert config["learning_rate"] == pytest.approx(1e-3), "a tenth"
+
+
+def test_the_default_recipe_is_the_one_of_the_screenings():
+    config = parse([], *MODULES)
+    recipe = {"optimizer": "muon", "loss_weight": "sqrt", "objective": "any_order"}
+    recipe |= {"norm": "rms", "mlp": "gelu", "bias": False, "qk_norm": True, "zero_init": "all"}
+    recipe |= {"lr_decay": "linear", "decay_start": 0.3, "weight_decay": 0.0, "block_size": 128}
+    assert recipe.items() <= config.items()
+    assert settings.defaults_of(MODULES).keys() >= recipe.keys()
