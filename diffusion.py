@@ -207,34 +207,36 @@ def stratified_uniforms(seed, step, position, batch_size, L):
 
 # ---- 5. The bound: one weighted cross-entropy ----------------------------------------------------
 def cross_entropy(model, h, target, weight, normalised=True):
-    """The plain formula: (sum of weight * CE, CE (N,) without gradient), in nats, from h (N, D).
+    """The plain formula, from h (N, D): (sum of weight * terms, terms (N,), CE (N,)), in nats.
 
-    normalised=False is for scores (t_dse): -logit[target] + sum_v e^logit_v - 1, which is least at
-    e^logit = p, too. model.head_loss (lib/fused.py) gives the same without (N, V) logits.
+    Only the sum has a gradient. Terms are CE; of scores (normalised=False, t_dse) they are
+    -logit[target] + sum_v e^logit_v - 1, never less than CE, and least at e^logit = p, too.
+    model.head_loss (lib/fused.py) gives the same without (N, V) logits.
     """
     logits = model.head(h)  # (N, V)
     logits = logits.to(fused.wide(logits.dtype))
-    total = logits.logsumexp(-1) if normalised else logits.exp().sum(-1) - 1  # (N,)
-    ce = total - logits.gather(-1, target[:, None]).squeeze(-1)  # (N,)
-    return (weight * ce).sum(), ce.detach()
+    at_target = logits.gather(-1, target[:, None]).squeeze(-1)  # (N,)
+    ce = logits.logsumexp(-1) - at_target  # (N,)
+    terms = ce if normalised else logits.exp().sum(-1) - 1 - at_target  # (N,)
+    return (weight * terms).sum(), terms.detach(), ce.detach()
 
 
-def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, plain=False):
+def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, bound=None):
     """The loss: weight * cross-entropy, summed over masked positions; its mean bounds -log p(x0).
 
     NELBO: negative evidence lower bound. x0 (B, L), mask (B, L) bool, weight (B,) or (B, L) ->
     (loss, nats): loss a scalar, summed over the batch, to be differentiated; nats (B,) the same for
     each sequence, without a gradient. masked_idx: masked_indices(mask), made beside the mask so
-    that a GPU need not wait. plain: by the formula above, not by the fused form.
+    that a GPU need not wait. bound: the weights of the NELBO, where `weight` or the terms are
+    others (train.py, loss_weight; t_dse): nats are by these weights, and of CE, then.
     """
     masked_idx, target, w = counted(x0, mask, weight, masked_idx)  # (N,) each
     h = model.hidden(torch.where(mask, model.mask_id, x0), masked_idx)  # (N, D)
     w = w.to(h.device, h.dtype)
-    if plain:
-        loss, ce = cross_entropy(model, h, target, w, normalised)
-    else:
-        loss, ce = model.head_loss(h, target, w, normalised)
-    return loss, summed(w * ce, masked_idx, x0)
+    loss, terms, ce = model.head_loss(h, target, w, normalised)  # cross_entropy, fused
+    if bound is not None:
+        w, terms = counted(x0, mask, bound, masked_idx)[2].to(w), ce  # (N,) each
+    return loss, summed(w * terms, masked_idx, x0)
 
 
 def ar_nll(model, x0, mask=None, weight=None, masked_idx=None):
@@ -243,11 +245,11 @@ def ar_nll(model, x0, mask=None, weight=None, masked_idx=None):
     x = torch.cat([x0.new_full((B, 1), model.start_id), x0[:, :-1]], dim=1)  # (B, L)
     if mask is None:
         h = model.hidden(x).flatten(0, 1)  # (B*L, D)
-        loss, ce = model.head_loss(h, x0.flatten(), h.new_ones(B * L))
+        loss, ce, _ = model.head_loss(h, x0.flatten(), h.new_ones(B * L))
         return loss, ce.view(B, L).sum(1)
     masked_idx, target, w = counted(x0, mask, weight, masked_idx)  # (N,) each
     h = model.hidden(x, masked_idx)  # (N, D)
-    loss, ce = model.head_loss(h, target, w := w.to(h.device, h.dtype))
+    loss, ce, _ = model.head_loss(h, target, w := w.to(h.device, h.dtype))
     return loss, summed(w * ce, masked_idx, x0)
 
 
@@ -263,7 +265,7 @@ def order_nll(model, x0, order, weight=None):
     places = torch.cat([order.new_zeros(B, 1), order[:, :-1], order], dim=1)  # (B, 2L)
     h = model.hidden_in_order(clean, places).flatten(0, 1)  # (B*L, D)
     w = h.new_ones(B * L) if weight is None else weight.flatten().to(h.dtype)  # (B*L,)
-    loss, ce = model.head_loss(h, target.flatten(), w)
+    loss, ce, _ = model.head_loss(h, target.flatten(), w)
     return loss, (w * ce).view(B, L).sum(1)
 
 
@@ -288,18 +290,19 @@ def masked_indices(mask, multiple=1):
 
 
 class Loss(torch.nn.Module):
-    """What training differentiates: the arguments of nelbo or ar_nll -> (loss, nats (B,))."""
+    """What training differentiates: the arguments of nelbo, ar_nll or order_nll -> as these."""
 
     def __init__(self, model, objective):
         super().__init__()
         self.model, self.objective = model, OBJECTIVES[objective]
 
-    def forward(self, x0, mask=None, weight=None, masked_idx=None, order=None):
+    def forward(self, x0, mask=None, weight=None, masked_idx=None, order=None, bound=None):
         if order is not None:
             return order_nll(self.model, x0, order, weight)
         if "causal" in self.objective.attention:
             return ar_nll(self.model, x0, mask, weight, masked_idx)
-        return nelbo(self.model, x0, mask, weight, masked_idx, self.objective.normalised)
+        normalised = self.objective.normalised
+        return nelbo(self.model, x0, mask, weight, masked_idx, normalised, bound=bound)
 
 
 # ---- 6. Unmasking times: when a position is unmasked, known before the network is asked ----------

@@ -44,7 +44,7 @@ import config as settings
 import diffusion
 from config import require
 from data import examples, loader, ngram
-from lib.stats import certainty, mean_over_sets, report, t95
+from lib.stats import certainty, finite, mean_over_sets, report, t95
 from lib.subject import open_text, opened
 
 DEFAULTS = {
@@ -268,10 +268,9 @@ def nats_of_rows(model, x0, mask, weight, name, cond=None, cfg_scale=0.0):
 
 
 def of_set(estimator, nats):
-    """What a set of K draws says: nats (N, K) -> (N,)."""
-    if estimator.mean_of_p:
-        return math.log(nats.shape[1]) - (-nats).logsumexp(1)
-    return nats.mean(1)
+    """What a set of K draws says: nats (N, K) -> (N,). NotFinite where one is no number."""
+    K, nats = nats.shape[1], finite(nats, "log-likelihoods")
+    return math.log(K) - (-nats).logsumexp(1) if estimator.mean_of_p else nats.mean(1)
 
 
 # ---- 3. Answers after prompts, and whole texts ---------------------------------------------------
@@ -326,8 +325,8 @@ def estimate(model, requests, lengths=None, groups=None, progress=False, **optio
         half = error * t95(freedom) if error else 0.0
         if half < o["precision"] and (error == 0 or freedom >= SURE):
             break
-    info |= {"draws": sum(sizes[: number + 1]), "draw_error": error, "draw_half": half}
-    return mean, info | {"seconds": time.time() - began}
+    info |= {"draws": 0 if estimator.exact else sum(sizes[: number + 1]), "draw_error": error}
+    return mean, info | {"draw_half": half, "seconds": time.time() - began}
 
 
 # ---- 4. One text ---------------------------------------------------------------------------------

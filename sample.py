@@ -20,7 +20,6 @@ head. An `order` network (model.py) reads each clean token once, in a cache: Pre
     the calls of that sequence, which are two:             [1, -1, 0, 1]
 """
 
-import json
 import sys
 import time
 
@@ -34,7 +33,8 @@ from config import require
 from data.tokenizer import from_meta
 from lib import checkpoint
 from lib.device import can_compile, machine
-from lib.files import whole_file
+from lib.files import to_json, whole_file
+from lib.stats import finite
 from lib.text import request, suppress_eos, text_of
 from model import Cache, OrderCache
 from samplers import SAMPLERS
@@ -63,6 +63,9 @@ DEFAULTS = {
 }
 
 
+DRAWN = "probabilities of drawn tokens"
+
+
 # ---- 1. The draw ---------------------------------------------------------------------------------
 def categorical(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """Invert the distribution function: logits (N, V), u (N,) uniform -> tokens (N,), their p (N,).
@@ -70,26 +73,36 @@ def categorical(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     In float64. Gumbel noise in float32 cuts the tails, that is, it lowers the temperature unasked
     (arXiv 2409.02908); here a float32 sum over 50,257 tokens would put steps of 1e-7 where rare
     tokens have less probability than that. One uniform number a draw, brought by the caller, makes
-    sampling a function of its noise.
+    sampling a function of its noise. Logits of nan or infinity are NotFinite where that is known
+    without waiting, on the CPU; from another device their p come as nan.
     """
     on_mps = logits.device.type == "mps"  # which has no float64
     logits = (logits.cpu() if on_mps else logits).double()  # (N, V)
-    if temperature == 0:
-        p, token = logits.softmax(-1).max(-1)
-        return token, p
-    p = keep_likely((logits / temperature).softmax(-1), top_k, top_p)  # (N, V)
-    edge = p.cumsum(-1)  # (N, V)
-    target = u.to(edge)[:, None] * edge[:, -1:]  # (N, 1)
-    token = torch.searchsorted(edge, target, right=True).clamp(max=p.shape[-1] - 1)  # (N, 1)
-    return token.squeeze(-1), (p.gather(-1, token) / edge[:, -1:]).squeeze(-1)
+    if temperature < 1e-300:  # 0, or too small to divide by
+        p, token = logits.softmax(-1).max(-1, keepdim=True)  # (N, 1) each
+    else:
+        p = keep_likely((logits / temperature).softmax(-1), top_k, top_p)  # (N, V)
+        edge = p.cumsum(-1)  # (N, V)
+        target = u.to(edge)[:, None] * edge[:, -1:]  # (N, 1)
+        token = torch.searchsorted(edge, target, right=True).clamp(max=p.shape[-1] - 1)  # (N, 1)
+        p = p.gather(-1, token) / edge[:, -1:]  # (N, 1)
+    if p.device.type == "cpu":
+        finite(p, DRAWN)
+    return token.squeeze(-1), p.squeeze(-1)
 
 
 def keep_likely(p, top_k, top_p):
-    """p (N, V) with all but the top_k tokens, and all past the first top_p of the mass, at 0."""
+    """p (N, V) with all but the top_k tokens, and all past the first top_p of the mass, at 0.
+
+    Of equally likely ones the first are kept.
+    """
     if 0 < top_k < p.shape[-1]:
-        p = p.masked_fill(p < p.topk(top_k, dim=-1).values[:, -1:], 0.0)
+        least = p.topk(top_k, dim=-1).values[:, -1:]  # (N, 1)
+        equal, room = p == least, top_k - (p > least).sum(-1, keepdim=True)  # (N, V), (N, 1)
+        p = p.masked_fill((p < least) | (equal & (equal.cumsum(-1) > room)), 0.0)
     if top_p < 1:
-        value, order = (p / p.sum(-1, keepdim=True)).sort(-1, descending=True)  # (N, V)
+        share = p / p.sum(-1, keepdim=True)  # (N, V)
+        value, order = share.sort(dim=-1, descending=True, stable=True)  # (N, V) each
         out = value.cumsum(-1) - value >= top_p  # (N, V) the mass before it is enough
         p = p.masked_fill(torch.zeros_like(out).scatter(-1, order, out), 0.0)
     return p
@@ -109,8 +122,9 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     options: keys of DEFAULTS (sampler, steps, temperature, top_k, top_p, cfg_scale, batch_size),
     schedule, seed; UserError for what they cannot be. suppress (N, L): a token that a position must
     not get, -1 for none. info: nfe (N,) network calls of each sequence, expected_nfe their mean
-    expectation, seconds. A sequence is a pure function of (seed, its place in x): the batch size
-    changes how long it takes, not what comes out. A causal network goes left to right (sample_ar).
+    expectation (None: only sampling tells), seconds. A sequence is a pure function of (seed, its
+    place in x): the batch size changes how long it takes, not what comes out. A causal network goes
+    left to right (sample_ar).
     on_call(sequence (n,), position (n,), call (n,), token (n,), p (n,), logits (n, V)), all on the
     CPU, is told of the tokens that each call unmasks.
     """
@@ -140,6 +154,7 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
             token, p = categorical(logits, u, *draw)  # (n,) each
             tables = torch.full((2, len(live), L), -1.0, dtype=p.dtype)  # (2, b, L) p and entropy
             tables[:, due] = torch.stack([p, entropy_of(logits, o)]).cpu()
+            finite(tables[0], DRAWN)
             tables[1].masked_fill_(~due, torch.inf)
             keep = policy.accept(live, done[live], *tables)[due]  # (n,)
             if on_call:
@@ -149,9 +164,8 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
             x[row[keep].to(x.device), place[keep].to(x.device)] = token
             done[live] += 1
             bar.update(int(keep.sum()))
-    mean, seconds = float(done.double().mean()), time.time() - began
-    expected = mean if policy.expected_nfe is None else policy.expected_nfe
-    return x, {"nfe": done, "expected_nfe": expected, "seconds": seconds}
+    seconds = time.time() - began
+    return x, {"nfe": done, "expected_nfe": policy.expected_nfe, "seconds": seconds}
 
 
 def check_options(o):
@@ -238,15 +252,18 @@ def sample_ar(model, x, o, suppress=None, progress=False):
             first, last = wanted.any(0).nonzero().flatten()[[0, -1]].tolist()
             cache = [Cache(L) for _ in model.blocks]
             start = y.new_full((len(y), 1), model.start_id)  # (b, 1)
+            total = 0.0  # of p: looked at when all is drawn, so that no call waits for it
             new = torch.cat([start, y[:, :first]], dim=1)  # (b, 1 + first)
             for i in range(first, last + 1):
                 logits = model.head(model.hidden(new, cache=cache)[:, -1])  # (b, V)
                 if suppress is not None:
                     suppress_tokens(logits, suppress[now][:, i])
-                token, _ = categorical(logits.float(), noise[now][:, i], *draw)  # (b,)
+                token, p = categorical(logits.float(), noise[now][:, i], *draw)  # (b,) each
+                total = total + p
                 y[:, i] = torch.where(wanted[:, i], token.to(y), y[:, i])
                 new = y[:, i : i + 1]  # (b, 1)
                 bar.update()
+            finite(total.cpu(), DRAWN)
             nfe[now] = last + 1 - first
     mean = float(nfe.double().mean())
     return x, {"nfe": nfe, "expected_nfe": mean, "seconds": time.time() - began}
@@ -306,14 +323,13 @@ def main(config):
         records.append({"text": text_of(tokenizer, row, begin, eos_id), "tokens": row, "nfe": nfe})
         print(f"---- sample {len(records)}: {nfe} network calls\n{records[-1]['text']}")
     nfe, expected, seconds = info["nfe"].double().mean(), info["expected_nfe"], info["seconds"]
-    print(
-        f"---- NFE {nfe:.1f} a sequence, expected {expected:.1f} for {n_new} masked tokens;", end=""
-    )
-    speed = f"{n_new * len(records) / seconds:.0f} tokens/s"
+    expected = "" if expected is None else f", expected {expected:.1f}"
+    print(f"---- NFE {nfe:.1f} a sequence{expected} for {n_new} masked tokens;", end="")
+    speed = f"{n_new * len(records) / max(seconds, 1e-6):.0f} tokens/s"
     print(f" {seconds:.2f} s for {len(records)} samples of {len(ids)} tokens, {speed}")
     if config["out"]:
         with whole_file(config["out"]) as path, open(path, "w", encoding="utf8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.writelines(to_json(record) + "\n" for record in records)
     return records
 
 

@@ -19,7 +19,9 @@ class FixedOrder:
 
     def __init__(self, unmask_step, seed, expected_nfe=None):
         self.step, self.call = unmask_step, step_to_call(unmask_step)  # (N, L) each
-        self.nfe, self.expected_nfe = self.call.max(1).values + 1, expected_nfe  # (N,)
+        self.nfe = self.call.max(1).values + 1  # (N,)
+        known = float(self.nfe.double().mean())  # where the order alone is drawn
+        self.expected_nfe = known if expected_nfe is None else expected_nfe
         self.u = diffusion.uniforms(
             seed, 1, range(len(unmask_step)), unmask_step.shape[1]
         )  # (N, L)
@@ -55,10 +57,11 @@ class Adaptive(FixedOrder):
     and the entropy (b, L) of their distributions in nats, infinite where not due.
     """
 
-    step = expected_nfe = None  # known after the call alone
+    step = None  # known after the call alone
 
-    def __init__(self, masked, seed, choose):
+    def __init__(self, masked, seed, choose, expected_nfe=None):
         self.masked, self.seed, self.choose = masked.clone(), seed, choose  # (N, L)
+        self.expected_nfe = expected_nfe  # None: the network decides
 
     def unfinished(self, done):
         return self.masked.any(1)
@@ -83,7 +86,7 @@ class Remasking(FixedOrder):
     events: for each sequence a list of (due (L,), masked (L,)), one a call.
     """
 
-    step = expected_nfe = None
+    step = expected_nfe = None  # how often a position is unmasked is drawn, too
 
     def __init__(self, events, seed):
         self.events, self.seed = events, seed
@@ -168,7 +171,7 @@ def most_confident(masked, o, counts):
         n = torch.tensor([num_transfer_tokens[i][call] for i, call in pairs])  # (b,)
         return p.argsort(dim=1, descending=True, stable=True).argsort(1) < n[:, None]
 
-    return Adaptive(masked, o["seed"], choose)
+    return Adaptive(masked, o["seed"], choose, sum(map(len, num_transfer_tokens)) / len(masked))
 
 
 def threshold(masked, o):

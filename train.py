@@ -12,6 +12,9 @@
 
     loss = sum over masked i of  weight * CE(network(x)_i, x0_i)  / tokens in the batch
 
+  The log has the NELBO of the batch beside it: the same sum by the weights of the bound, of answers
+  over their tokens without padding, as in evaluation (of ar the exact nats per token).
+
 What makes it fast: a step waits for no number from the device; blocks are compiled one at a time;
 bfloat16; half of the positions pass the head (diffusion.py, model.py, lib/fused.py).
 """
@@ -38,7 +41,7 @@ from lib.device import matmul_flops
 from lib.files import Stop
 from lib.log import Log, flops_of_step
 from lib.optim import learning_rate, make_optimizers, update_ema
-from lib.stats import report
+from lib.stats import NotFinite, report
 
 DEFAULTS = {
     "max_minutes": 0.0,  # of training in all; 0: no limit, and 10 where max_iters is 0 too
@@ -106,7 +109,9 @@ class Batch(NamedTuple):
     weight: torch.Tensor | None  # (b,) or (b, L)
     masked_idx: torch.Tensor | None  # (N,) flat indices of what counts
     n_tokens: int  # of the whole global batch: what the sum of all losses is divided by
+    n_real: int  # the same without padding: what the NELBO is divided by
     order: torch.Tensor | None = None  # (b, L) for an `order` network, in place of a mask
+    bound: torch.Tensor | None = None  # as weight: of the NELBO, where that of the loss is another
 
     def each(self, move):
         """The batch with every tensor moved."""
@@ -117,30 +122,31 @@ def make_batch(config, dataset, step, position):
     """Rows `position` of the global batch of `step`, on the CPU. A pure function of these."""
     if isinstance(dataset, examples.Examples):
         return make_example_batch(config, dataset, step, position)
-    B = config["batch_size"]
-    x0 = torch.from_numpy(dataset.batch(step, position, B))  # (b, block_size)
+    first = resume.seen(config, step)
+    x0 = torch.from_numpy(dataset.batch(first, position))  # (b, block_size)
     numbers = diffusion.uniforms(config["seed"], step, [STREAMS["length"]], 2)  # (1, 2)
     coin, length = numbers[0].tolist()  # for the whole step
     if coin < config["random_length"]:
         x0 = x0[:, : 1 + int(length * x0.shape[1])]  # (b, L)
     L = x0.shape[1]
+    n = config["batch_size"] * L
     if config["objective"] == "ar":
-        return Batch(x0, None, None, None, B * L)
+        return Batch(x0, None, None, None, n, n)
     if config["attention"] == "order":
-        return Batch(x0, None, None, None, B * L, draw_training_order(config, step, position, L))
-    mask, weight = draw_training_mask(config, step, position, L)  # (b, L), (b,)
+        return Batch(x0, None, None, None, n, n, draw_training_order(config, step, position, L))
+    mask, weight, bound = draw_training_mask(config, step, position, L)  # (b, L), (b,) each
     # Each pair of any_order masks L + 1 positions, so N is the same in every step.
     static = config["objective"] == "any_order" and len(position) % 2 == 0
     masked_idx = diffusion.masked_indices(mask, multiple=16 if static else 128)  # (N,)
-    return Batch(x0, mask, weight.float(), masked_idx, B * L)
+    return Batch(x0, mask, weight.float(), masked_idx, n, n, bound=bound.float())
 
 
 def draw_training_mask(config, step, position, L, prompt=None):
-    """(mask (b, L), weight (b,)) of rows `position` of the global batch, weighed as in training."""
+    """mask (b, L), weights (b,) in training and of the bound: rows `position` of the batch."""
     B, schedule = config["batch_size"], diffusion.SCHEDULES[config["schedule"]]
     u, noise = diffusion.stratified_uniforms(config["seed"], step, position, B, L)  # (b,), (b, L)
-    mask, weight = diffusion.draw_mask(config["objective"], u, noise, schedule, prompt)
-    return mask, LOSS_WEIGHTS[config["loss_weight"]](weight)
+    mask, bound = diffusion.draw_mask(config["objective"], u, noise, schedule, prompt)
+    return mask, LOSS_WEIGHTS[config["loss_weight"]](bound), bound
 
 
 def draw_training_order(config, step, position, L, prompt=None):
@@ -158,24 +164,27 @@ def make_example_batch(config, dataset, step, position):
     2410.18514), however the batch is shared out. A dropped prompt is masked and does not count:
     each example by its own coin.
     """
-    B, causal = config["batch_size"], config["objective"] == "ar"
-    rows = dataset[dataset.index(step, position, B)]
+    first, causal = resume.seen(config, step), config["objective"] == "ar"
+    rows = dataset[dataset.index(first, position)]
     x0, prompt, length = map(torch.from_numpy, rows)  # (b, L), (b,), (b,)
     L, place = x0.shape[1], torch.arange(x0.shape[1])  # (L,)
     in_prompt = place < prompt[:, None]  # (b, L)
     if causal:
-        mask, weight = ~in_prompt & (place < length[:, None]), torch.ones(len(x0))  # (b, L), (b,)
+        mask = ~in_prompt & (place < length[:, None])  # (b, L)
+        weight = bound = torch.ones(len(x0))  # (b,)
     else:
-        mask, weight = draw_training_mask(config, step, position, L, prompt)  # (b, L), (b,)
-    weight = (weight[:, None] * mask).float()  # (b, L)
+        mask, weight, bound = draw_training_mask(config, step, position, L, prompt)  # (b, L), (b,)
+    weight, bound = ((w[:, None] * mask).float() for w in (weight, bound))  # (b, L) each
     own = [STREAMS["prompt_drop"] + p for p in position]
     coin = diffusion.uniforms(config["seed"], step, own, 1)  # (b, 1)
     dropped = (coin < config["prompt_drop"]) & in_prompt  # (b, L)
-    n_tokens = int(dataset.counted(dataset.index(step, range(B), B), padding=not causal).sum())
+    whole = dataset.index(first, range(config["batch_size"]))  # (B,) of the global batch
+    n = [int(dataset.counted(whole, padding).sum()) for padding in (not causal, False)]
     if config["attention"] == "order":
         order = draw_training_order(config, step, position, L, prompt)  # (b, L)
-        return Batch(x0, None, (~in_prompt).float(), None, n_tokens, order)  # prompts come first
-    return Batch(x0, mask | dropped, weight, diffusion.masked_indices(mask, multiple=128), n_tokens)
+        return Batch(x0, None, (~in_prompt).float(), None, *n, order)  # prompts come first
+    masked_idx = diffusion.masked_indices(mask, multiple=128)  # (N,)
+    return Batch(x0, mask | dropped, weight, masked_idx, *n, bound=bound)
 
 
 def make_batches(config, dataset, team, start=0):
@@ -221,10 +230,11 @@ def build(config, team, state=None):
 
 
 def train_step(config, step, batches, loss_of, optimizers, team, time=0.0):
-    """One optimizer step on this process's next micro-batches -> (loss in nats a token, skipped).
+    """One optimizer step on this process's next micro-batches -> (loss, NELBO, skipped).
 
-    The loss stays on the device. skipped: the gradient was not finite and, with skip_nonfinite, the
-    weights stay as they are. time: the part of the run's minutes that is used.
+    Loss and NELBO are in nats a token, and stay on the device. skipped: the gradient was not finite
+    and, with skip_nonfinite, the weights stay as they are. time: the part of the run's minutes that
+    is used.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -232,15 +242,17 @@ def train_step(config, step, batches, loss_of, optimizers, team, time=0.0):
     if config["dropout"]:
         stream = diffusion.uniforms(config["seed"], step, [STREAMS["dropout"] + team.rank], 1)
         torch.manual_seed(int(stream * 2**53))
-    (share, micro), cuda, total = shares(config, team), team.device.type == "cuda", 0.0
+    (share, micro), cuda = shares(config, team), team.device.type == "cuda"
+    total = nelbo = 0.0
     for first in range(0, share, micro):
         batch = next(batches).each(lambda z: z.to(team.device, non_blocking=cuda))
         with parallel.accumulate(loss_of, last=first + micro == share):
             with team.autocast():
-                loss, _ = loss_of(*batch[:4], batch.order)
+                loss, nats = loss_of(*batch[:4], batch.order, batch.bound)
             loss = loss * (team.world / batch.n_tokens)  # gradients are averaged over the processes
             loss.backward()
         total += loss.detach()
+        nelbo += nats.sum() * (team.world / batch.n_real)
     skipped = False
     if config["grad_clip"] or config["skip_nonfinite"]:
         norm = torch.nn.utils.clip_grad_norm_(loss_of.parameters(), config["grad_clip"] or math.inf)
@@ -250,7 +262,7 @@ def train_step(config, step, batches, loss_of, optimizers, team, time=0.0):
         if not skipped:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return total, skipped
+    return total, nelbo, skipped
 
 
 # ---- 3. Now and then -----------------------------------------------------------------------------
@@ -261,7 +273,10 @@ def evaluate_part(config, model, val, team):
     mine = parallel.deal([len(prompt) + len(answer) for prompt, answer in val.requests], team)
     options = {"draws": config["eval_draws"], "seed": config["seed"], "groups": mine}
     with team.autocast():
-        nats = evaluate.answer_nats(model, [val.requests[i] for i in mine], **options).tolist()
+        try:
+            nats = evaluate.answer_nats(model, [val.requests[i] for i in mine], **options).tolist()
+        except NotFinite:  # the others do not know yet
+            nats = [math.nan] * len(mine)
     parallel.release(model)
     parts = parallel.gather(list(zip(mine, nats, strict=True)), team)
     nats_of = dict(pair for part in parts for pair in part)
@@ -289,8 +304,8 @@ def save(config, text, clock, model, ema, optimizers, team):
     state |= {"ema": ema and ema.state_dict(), "optimizer": [o.state_dict() for o in optimizers]}
     state = parallel.whole(state, keep=team.rank == 0)
     if team.rank == 0:
-        finite = all(w.isfinite().all() for w in state["model"].values())
-        require(finite, f"the weights are not finite at step {step}; {checkpoint.last_good(path)}")
+        message = f"the weights are not finite at step {step}; {checkpoint.last_good(path)}"
+        require(not checkpoint.not_finite(state["model"]), message)
         checkpoint.save(path, state, config["keep"])
     parallel.gather(None, team)
 
@@ -314,8 +329,7 @@ def main(config):
     dataset, val = examples.open_data(config)
 
     # The network and recipe that fit the time, the machine and the text, where they are not given.
-    config = with_dial(config, dataset, team)
-    resume.check_shape(config, team.world)
+    config = resume.settle(with_dial(config, dataset, team), state, team.world)
 
     # Model, average of its weights, optimizers; the loss, compiled and spread over the processes.
     model, ema, optimizers = build(config, team, state)
@@ -332,19 +346,21 @@ def main(config):
     with Stop() as stop, log, parallel.together(path, team), contextlib.closing(batches):
         for step in clock:
             time = clock.time()
-            loss, skipped = train_step(config, step - 1, batches, loss_of, optimizers, team, time)
+            *losses, skipped = train_step(
+                config, step - 1, batches, loss_of, optimizers, team, time
+            )
             if skipped:
                 log.skip(step)
             elif ema:
                 update_ema(ema, model, config["ema"], step)
-            log.step(loss)
+            log.step(losses[0])
 
             last = clock.tick(config["log_interval"])
             if step % config["log_interval"] == 0 or last or (stop.signal and team.world == 1):
-                loss, stopped, memory = parallel.agree(loss, stop.signal, team)
+                (loss, nelbo), stopped, memory = parallel.agree(losses, stop.signal, team)
                 message = f"the loss is {loss} at step {step}; {checkpoint.last_good(path)}"
                 require(math.isfinite(loss) or config["skip_nonfinite"], message)
-                log.speed(step, loss, learning_rate(step - 1, config, time), memory)
+                log.speed(step, loss, nelbo, learning_rate(step - 1, config, time), memory)
 
             if clock.due(config["eval_interval"], share=0.1):
                 best = (ema or model).eval()

@@ -196,7 +196,7 @@ def layout(folder, meta):
 
 
 class Examples:
-    """Shuffled examples: a batch is a pure function of (seed, step, position in the global batch).
+    """Shuffled examples, each a pure function of (seed, its number in the run).
 
     An epoch takes each example once, in an order of its own. skip: tokens to leave out at the
     beginning of each, 1 where the network brings the bos itself. Raises UserError for what is not a
@@ -227,9 +227,9 @@ class Examples:
         x0 = self.tokens.windows(starts, self.block_size)  # (b, block_size)
         return x0, self.prompt[index], self.length[index]
 
-    def index(self, step, positions, batch_size):
-        """Numbers (b,) of the examples at `positions` of the global batch of `step`."""
-        sample = step * batch_size + np.asarray(positions, np.int64)  # (b,)
+    def index(self, first, positions):
+        """Numbers (b,) of the examples at `positions` of a batch with `first` before it."""
+        sample = first + np.asarray(positions, np.int64)  # (b,)
         epoch, i = np.divmod(sample, self.n)  # (b,) each
         out = np.empty_like(i)  # (b,)
         for e in np.unique(epoch):

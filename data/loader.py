@@ -170,9 +170,9 @@ def permute(i, n, key, rounds=6):
 
 
 class Blocks:
-    """Shuffled training blocks: a batch is a pure function of (seed, step, position in the batch).
+    """Shuffled training blocks, each a pure function of (seed, its number in the run).
 
-    The position counts in the global batch. An epoch cuts the text into n windows from an offset of
+    An epoch cuts the text into n windows from an offset of
     its own and takes each once, in an order of its own. Raises UserError for a text shorter than
     one block.
     """
@@ -198,9 +198,9 @@ class Blocks:
             out[epoch == e] = offset % self.offsets + window * self.block_size
         return out
 
-    def batch(self, step, positions, batch_size):
-        """The samples at `positions` (b,) of the global batch of `step`: (b, block_size) int64."""
-        index = step * batch_size + np.asarray(positions, np.int64)  # (b,)
+    def batch(self, first, positions):
+        """Those at `positions` (b,) of a batch with `first` blocks before it: (b, block_size)."""
+        index = first + np.asarray(positions, np.int64)  # (b,)
         return self.tokens.windows(self.starts(index), self.block_size)
 
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from config import UserError, require
 from data import loader
 from data import tokenizer as tokenizers
-from lib.files import whole_file
+from lib.files import to_json, whole_file
 
 DEFAULTS = {
     "tokenizer": "char",  # char | byte | gpt2 | llama
@@ -152,7 +152,7 @@ def publish(building, folder, meta):
     for new in building.iterdir():
         new.rename(folder / new.name)
     with whole_file(folder / "meta.json") as path:
-        path.write_text(json.dumps(meta, ensure_ascii=False, indent=1), encoding="utf8")
+        path.write_text(to_json(meta, ensure_ascii=False, indent=1), encoding="utf8")
 
 
 def summary(folder, meta):
@@ -243,7 +243,7 @@ def rebuilt(meta):
 
 def encode_all(batches, tokenizer, workers, block_size):
     """encode_batch of all batches, in their order, by several processes, a few batches for each."""
-    meta, pending = json.dumps(tokenizer.meta()), deque()
+    meta, pending = to_json(tokenizer.meta()), deque()
     if workers == 1:
         yield from (encode_batch(batch, meta, block_size) for batch in batches)
         return

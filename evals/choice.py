@@ -28,7 +28,6 @@ boolq, 0.6 for piqa; lambda_dce, 1,024 draws, with 0.6 for arc_easy and social_i
 hellaswag.
 """
 
-import json
 import sys
 import time
 
@@ -42,8 +41,8 @@ import sample
 from config import require
 from data import choice as sets
 from data import examples
-from lib.files import whole_file
-from lib.stats import mean_and_error, perplexity
+from lib.files import to_json, whole_file
+from lib.stats import mean_and_error, plus_minus, shown_perplexity
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # whatever checkpoint.load takes
@@ -76,6 +75,8 @@ def request(tokenizer, start_id, where, context, option):
         ids = examples.encode(tokenizer, where, piece)
         return ids[1:] if tokenizer.bos is not None and tokenizer.bos == start_id else ids
 
+    if not option:
+        return encode(context), []  # of which log p is 0
     both = encode(context + option)
     border = min(len(encode(context.rstrip())), len(both) - 1)  # an option is one token at least
     return both[:border], both[border:]
@@ -121,7 +122,8 @@ def decoded(model, requests, **options):
     """Whether greedy decoding, one token a call by confidence, gives the answer: (N,) bool."""
     right = np.zeros(len(requests), bool)
     lengths = np.array([len(prompt) + len(answer) for prompt, answer in requests])  # (N,)
-    for W in np.unique(lengths).tolist():
+    right[lengths == 0] = True  # there is nothing that could be wrong
+    for W in np.unique(lengths[lengths > 0]).tolist():
         members = np.flatnonzero(lengths == W)
         x0 = torch.tensor([[*requests[i][0], *requests[i][1]] for i in members])  # (n, W)
         prompt = torch.tensor([len(requests[i][0]) for i in members])  # (n,)
@@ -212,14 +214,16 @@ def protocol(config, result, path, subject):
 
 def summary(result):
     """What came out, with standard errors over questions."""
-    right = f"{result['accuracy']:.4f} +- {result['error']:.4f}"
+    said = lambda key, error: f"{result[key]:.4f}{plus_minus(result[error])}"  # noqa: E731
+    right, n = said("accuracy", "error"), result["questions"]
+    error = "standard error" if plus_minus(result["error"]) else f"too few for an error: {n}"
     if "nats_per_word" in result:
-        mean, error = result["nats_per_word"], result["nats_error"]
-        word = f"{mean:.4f} +- {error:.4f} nats a last word, perplexity {perplexity(mean):.2f}"
-        return f"last word right by greedy decoding {right} (standard error); {word}"
-    per_byte = f"{result['accuracy_per_byte']:.4f} +- {result['error_per_byte']:.4f}"
+        mean, nats = result["nats_per_word"], said("nats_per_word", "nats_error")
+        word = f"{nats} nats a last word, perplexity {shown_perplexity(mean)}"
+        return f"last word right by greedy decoding {right} ({error}); {word}"
+    per_byte = said("accuracy_per_byte", "error_per_byte")
     rest = f"by nats per byte of the option {per_byte}; by chance {result['chance']:.4f}"
-    return f"accuracy {right} (standard error); {rest}"
+    return f"accuracy {right} ({error}); {rest}"
 
 
 def keep(path, questions, nats, picks, right):
@@ -230,7 +234,7 @@ def keep(path, questions, nats, picks, right):
             keys = ("nats", "answer", "answer_per_byte", "right")
             record = {"question": question.where, "gold": question.gold}
             record |= {key: value.tolist() for key, value in zip(keys, values, strict=True)}
-            file.write(json.dumps(record) + "\n")
+            file.write(to_json(record) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ The harness asks three things, of a masked diffusion model or a causal one:
   generate_until         masks behind the context, filled by a sampler; cut at the first stop string
                          or end-of-text token
 
+Where a block does not hold a context and what follows, a continuation keeps as much of its context
+as there is room for, and a context is kept whole before an answer, which gets the rest of the
+block, one token at least. How many were cut is printed behind the table.
+
 Optional: pip install -r requirements-lm_eval.txt
 """
 
@@ -88,12 +92,18 @@ def options(config, *keys):
     return {key: config[key] for key in (*keys, "seed", "batch_size")} | {"progress": True}
 
 
-def log_p_of_continuations(subject, config, requests):
-    """loglikelihood: (context, continuation) -> [(log p, whether greedy decoding gives it)]."""
-    model, tokenizer = subject.model, subject.tokenizer
+def log_p_of_continuations(subject, config, cuts, requests):
+    """loglikelihood: (context, continuation) -> [(log p, whether greedy decoding gives it)].
+
+    cuts, here and below: a Counter of what a block did not hold.
+    """
+    model, tokenizer, L = subject.model, subject.tokenizer, subject.model.block_size
     texts = [request.args for request in requests]
-    pairs = [choice.request(tokenizer, model.start_id, "a request", *text) for text in texts]
-    pairs = [choice.fit(*pair, model.block_size) for pair in pairs]
+    whole = [choice.request(tokenizer, model.start_id, "a request", *text) for text in texts]
+    pairs = [choice.fit(*pair, L) for pair in whole]
+    cuts["continuations"] += len(pairs)
+    cuts["continuations cut short"] += sum(len(answer) > L for _, answer in whole)
+    cuts["contexts without their beginning"] += lacking(whole, pairs)
     keys = options(config, "estimator", "draws", "schedule", "cfg_scale")
     groups = [request.doc_id for request in requests]
     nats = evaluate.answer_nats(model, pairs, groups, **keys)  # (N,)
@@ -103,21 +113,35 @@ def log_p_of_continuations(subject, config, requests):
     greedy = np.zeros(len(pairs), bool)  # (N,)
     keys = options(config, "cfg_scale")
     greedy[alone] = choice.decoded(model, [pairs[i] for i in alone], **keys)
-    return list(zip((-nats).tolist(), greedy.tolist(), strict=True))
+    return list(zip((0.0 - nats).tolist(), greedy.tolist(), strict=True))
+
+
+def lacking(whole, pairs):
+    """How many prompts of pairs (prompt, answer) are shorter than in `whole`."""
+    return sum(len(a) > len(b) for (a, _), (b, _) in zip(whole, pairs, strict=True))
 
 
 def log_p_of_texts(subject, config, requests):
-    """loglikelihood_rolling: (text,) -> [log p]."""
-    L, log_p = subject.model.block_size, []
+    """loglikelihood_rolling: (text,) -> [log p]; a bos is given, no part of the text."""
+    model, L, log_p = subject.model, subject.model.block_size, []
     keys = options(config, "estimator", "draws", "strata", "schedule")
     for request in requests:
-        ids = examples.encode(subject.tokenizer, "a request", request.args[0])
-        blocks = [np.array(ids[start : start + L]) for start in range(0, len(ids), L)]
-        log_p.append(-float(evaluate.estimate(subject.model, blocks, **keys)[0].sum()))
+        text = "", *request.args
+        bos, ids = choice.request(subject.tokenizer, model.start_id, "a request", *text)
+        first = L - len(bos)
+        blocks = [([], ids[i : i + L]) for i in range(first, len(ids), L)]
+        blocks.insert(0, (bos, ids[:first]))
+        log_p.append(0.0 - float(evaluate.estimate(model, blocks, **keys)[0].sum()))
     return log_p
 
 
-def generated(subject, config, requests):
+def room(prompt, wanted, block_size):
+    """(the prompt, tokens of an answer) that a block holds: the prompt goes first."""
+    n = max(1, min(wanted, block_size - len(prompt)))
+    return prompt[max(0, len(prompt) + n - block_size) :], n
+
+
+def generated(subject, config, cuts, requests):
     """generate_until: (context, wish) -> [text].
 
     Of the dict `wish` it takes until, max_gen_toks, do_sample and temperature.
@@ -126,8 +150,12 @@ def generated(subject, config, requests):
     alike = collections.defaultdict(list)  # {(tokens in the prompt, new ones, temperature): [...]}
     for i, request in enumerate(requests):
         context, wish = request.args
-        n = min(wish.get("max_gen_toks", config["max_new_tokens"]), model.block_size - 1)
-        prompt = examples.encode(tokenizer, "a request", context)[-(model.block_size - n) :]
+        whole = examples.encode(tokenizer, "a request", context)
+        wanted = wish.get("max_gen_toks", config["max_new_tokens"])
+        prompt, n = room(whole, wanted, model.block_size)
+        cuts["answers"] += 1
+        cuts["answers cut short"] += n < wanted
+        cuts["prompts without their beginning"] += len(prompt) < len(whole)
         temperature = float(wish.get("temperature", 1.0)) if wish.get("do_sample", False) else 0.0
         alike[len(prompt), n, temperature].append((i, prompt))
     keys = options(config, "sampler", "steps", "schedule", "cfg_scale")
@@ -173,19 +201,25 @@ def main(config):
         unknown = f"lm_eval has no task '{task}'{nearest(task, manager.all_tasks)}"
         require(task in manager.all_tasks, unknown)
 
+    cuts = collections.Counter()
+
     class Answerer(LM):
-        loglikelihood = staticmethod(partial(log_p_of_continuations, subject, config))
+        loglikelihood = staticmethod(partial(log_p_of_continuations, subject, config, cuts))
         loglikelihood_rolling = staticmethod(partial(log_p_of_texts, subject, config))
-        generate_until = staticmethod(partial(generated, subject, config))
+        generate_until = staticmethod(partial(generated, subject, config, cuts))
 
     keys = {"tasks": tasks, "task_manager": manager, "bootstrap_iters": 1000}
     with subject.autocast():
         output = lm_eval.simple_evaluate(Answerer(), limit=config["limit"] or None, **keys)
     name, _ = evaluate.estimator_of(subject.model, config["estimator"])
     likelihoods = evaluate.method(name, f"{config['draws']} draws")
-    guided = f"cfg_scale {config['cfg_scale']}; {subject.words}"
-    print(f"lm-evaluation-harness {lm_eval.__version__}: likelihoods {likelihoods}; {guided}")
+    text = "left to right" if subject.causal else f"by {config['sampler']}, {config['steps']} steps"
+    method = f"likelihoods {likelihoods}; text {text}; cfg_scale {config['cfg_scale']}"
+    print(f"lm-evaluation-harness {lm_eval.__version__}: {method}; {subject.words}")
     print(lm_eval.utils.make_table(output))
+    if cuts:
+        counts = ", ".join(f"{n} {what}" for what, n in cuts.items())
+        print(f"of a block of {subject.model.block_size} tokens: {counts}")
     return output["results"]
 
 

@@ -30,7 +30,6 @@ papers: its first token in a block is read and not judged.
 
 import contextlib
 import functools
-import math
 import sys
 from collections import Counter
 from pathlib import Path
@@ -47,7 +46,7 @@ from config import UserError, require
 from data import examples, loader
 from data.tokenizer import from_meta
 from lib.device import machine
-from lib.stats import mean_and_error
+from lib.stats import FEWEST, finite, mean_and_error, perplexity, plus_minus
 
 DEFAULTS = {
     "judge": "",  # whatever checkpoint.load takes, or hf:NAME, a causal model of transformers
@@ -194,7 +193,8 @@ def judge_nats(judge, ids):
     blocks = [(s, row[i : i + size]) for s, row in enumerate(ids) for i in range(0, len(row), size)]
     blocks = [(s, block) for s, block in blocks if len(block) > judge.unjudged]
     nats, counted = np.zeros(len(ids)), np.zeros(len(ids))
-    np.add.at(nats, [s for s, _ in blocks], judge.nats([block for _, block in blocks]))
+    of_block = finite(judge.nats([block for _, block in blocks]), "log-likelihoods by the judge")
+    np.add.at(nats, [s for s, _ in blocks], of_block)
     np.add.at(counted, [s for s, _ in blocks], [len(block) - judge.unjudged for _, block in blocks])
     return nats, counted
 
@@ -207,12 +207,10 @@ def measure(records, judge):
     ids, own = ids_for(judge, records)
     nats, counted = judge_nats(judge, ids)  # (S,), (S,)
     per_token, error = mean_and_error(nats, counted)
-    ppl, ppls = math.exp(min(per_token, 700.0)), np.exp(np.minimum(nats / counted, 700))
-    measures = {
-        "generative perplexity": (ppl, ppl * error),
-        "nats per token": (per_token, error),
-        "mean of the samples' own perplexities": mean_and_error(ppls),
-    }
+    ppl, ppls = perplexity(per_token), [perplexity(each) for each in nats / counted]
+    measures = {"generative perplexity": (ppl, ppl * error), "nats per token": (per_token, error)}
+    with np.errstate(invalid="ignore", over="ignore"):  # a perplexity may be infinite
+        measures["mean of the samples' own perplexities"] = mean_and_error(ppls)
     for name, variety in VARIETY.items():
         measures[name] = mean_and_error([variety(record["tokens"]) for record in records])
     read = "tokens as they are" if own else "the text, encoded anew"
@@ -282,11 +280,12 @@ def main(config):
 
     print(f"{len(records)} samples {source}")
     print(f"judge {config['judge']}: {judge.words}; it read {read}")
-    heads = "mean ± standard error over samples", "samples", "held-out text" * bool(held)
+    error = "± standard error" if len(records) >= FEWEST else "(too few for an error)"
+    heads = f"mean {error} over samples", "samples", "held-out text" * bool(held)
     print("{:40}{:>22}{:>22}".format(*heads))
     for name in measures:
         pairs = [part[name] for part in (measures, beside) if name in part]
-        cells = [f"{value:.4g} ± {error:.2g}" for value, error in pairs]
+        cells = [f"{value:.4g}{plus_minus(error, '.2g', '±')}" for value, error in pairs]
         print(f"{name:40}" + "".join(f"{cell:>22}" for cell in cells))
     flat = {name: value for name, (value, _) in measures.items()}
     flat |= {f"{name}, error": error for name, (_, error) in measures.items()}

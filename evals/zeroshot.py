@@ -21,7 +21,8 @@ import diffusion
 import evaluate
 from config import UserError, choose, require
 from data import loader
-from lib.files import whole_file
+from lib.files import to_json, whole_file
+from lib.stats import shown_perplexity
 from lib.subject import open_text
 
 DEFAULTS = {
@@ -47,13 +48,12 @@ def main(config):
     weights, rows = digest(subject.model), []
     for name, folder in folders.items():
         identity = identify(config, folder, weights, subject)
-        result = finished(config["out"]).get(identity)
-        if result:
+        if identity in finished(config["out"]):
             print(f"{folder}: already in {config['out']}")
         else:
             result = evaluate.evaluate(config, subject, folder, "test")
             keep(config["out"], finished(config["out"]) | {identity: result})
-        rows.append({"set": name} | result)
+        rows.append({"set": name} | finished(config["out"])[identity])
     print(table(rows))
     return rows
 
@@ -84,7 +84,7 @@ def identify(config, folder, weights, subject):
     """All that a result depends on, as one line of JSON."""
     facts = {key: config[key] for key in FACTS} | {"weights": weights, "as": subject.words}
     facts |= {"folder": str(folder), "text": loader.read_meta(folder)}
-    return json.dumps(facts, sort_keys=True)
+    return to_json(facts, sort_keys=True)
 
 
 def finished(path):
@@ -100,7 +100,7 @@ def finished(path):
     for i, line in enumerate(text.splitlines(), 1):
         try:
             entry = json.loads(line)
-            results[json.dumps(entry["identity"], sort_keys=True)] = entry["result"] | {}
+            results[to_json(entry["identity"], sort_keys=True)] = entry["result"] | {}
         except (ValueError, KeyError, TypeError, RecursionError):
             other = "is no result of a zero-shot table; give another --out=FILE"
             raise UserError(f"{path} line {i} {other}") from None
@@ -111,7 +111,7 @@ def keep(path, results):
     """Write the results to the file, which is whole at any time."""
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf8") as file:
         for identity, result in results.items():
-            file.write(json.dumps({"identity": json.loads(identity), "result": result}) + "\n")
+            file.write(to_json({"identity": json.loads(identity), "result": result}) + "\n")
 
 
 # ---- The table -----------------------------------------------------------------------------------
@@ -122,13 +122,21 @@ def table(rows):
     heads = ["set", "tokens", "nats/token", "perplexity", "+- draws", "+- text"]
     lines = ["{:12} {:>9} {:>10} {:>10} {:>9} {:>9}  estimator".format(*heads)]
     for row in rows:
-        mean, ppl = row["nats_per_token"], row["perplexity"]
-        halves = row["draw_half"], row["interval"][1] - mean
-        draws, text = (ppl * math.expm1(half) if mean + half < 700 else math.inf for half in halves)
-        by = f"{row['estimator']}, {row['draws']} draws" if row["draw_error"] else row["estimator"]
-        numbers = f"{row['tokens']:9,} {mean:10.4f} {ppl:10.2f} {draws:9.2f} {text:9.2f}"
-        lines.append(f"{row['set']:12} {numbers}  {by}")
+        mean, high = row["nats_per_token"], row["interval"][1]
+        halves = (row["draw_half"], None if high is None else high - mean)
+        draws, text = (wider(mean, half) for half in halves)
+        drawn = row["draw_error"] != 0  # None: by too few draws for an error
+        by = row["estimator"] + f", {row['draws']} draws" * drawn
+        cells = f"{shown_perplexity(mean):>10} {draws:>9} {text:>9}  {by}"
+        lines.append(f"{row['set']:12} {row['tokens']:9,} {mean:10.4f} {cells}")
     return "\n".join(lines)
+
+
+def wider(mean, half):
+    """How far the perplexity e^mean is from e^(mean + half), as text."""
+    if half is None:
+        return "unknown"
+    return f"{math.exp(mean) * math.expm1(half):.2f}" if mean + half < 700 else "inf"
 
 
 if __name__ == "__main__":

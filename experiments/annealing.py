@@ -47,6 +47,7 @@ import sample
 from config import require
 from evals import quality
 from experiments import results
+from lib.stats import plus_minus
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # a masked model that writes; empty: the exact part alone
@@ -227,7 +228,7 @@ def trained_part(config, steps):
         row = {"noise": noise, "steps": n, "NFE": nfe}
         for name in ("generative perplexity", "entropy, nats", "distinct-2", "repetition"):
             value, error = measures[name]
-            row[name] = f"{value:.4g} ± {error:.2g}"
+            row[name] = f"{value:.4g}{plus_minus(error, '.2g', '±')}"
             figures[f"{noise}, {n} steps, {name}"] = value
             figures[f"{noise}, {n} steps, {name}, error"] = error
         rows.append(row)

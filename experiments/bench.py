@@ -16,7 +16,6 @@ though half of them ask for nothing.
 import contextlib
 import copy
 import ctypes
-import json
 import math
 import multiprocessing
 import statistics
@@ -39,6 +38,7 @@ from data import loader
 from experiments import baselines, results
 from lib import fused, parallel
 from lib.device import can_compile, flops_per_token, keep_memory, machine
+from lib.files import to_json
 
 DEFAULTS = {
     "rounds": 5,  # how often each variant is timed, in turns; quick: 2
@@ -399,7 +399,7 @@ def loading(rounds, device):
         tokens.tofile(Path(folder) / "train_00000.bin")
         split = {"tokens": len(tokens), "documents": 1, "bytes": len(tokens)}
         meta = {"tokenizer": {"kind": "byte"}, "vocab_size": 256, "dtype": "uint16"}
-        (Path(folder) / "meta.json").write_text(json.dumps(meta | {"splits": {"train": split}}))
+        (Path(folder) / "meta.json").write_text(to_json(meta | {"splits": {"train": split}}))
         blocks = loader.Blocks(loader.Tokens(folder, "train"), 1024, seed=0)
         count = iter(range(10**9))
 
@@ -408,7 +408,7 @@ def loading(rounds, device):
             diffusion.draw_mask("any_order", u, noise)
 
         variants = {
-            "blocks of 1024, 64 a batch": lambda: blocks.batch(next(count), range(64), 64),
+            "blocks of 1024, 64 a batch": lambda: blocks.batch(64 * next(count), range(64)),
             "their masks (any_order)": masks,
         }
         times = alternate(variants, rounds, device)
@@ -552,7 +552,7 @@ def main(config):
 
     figures |= results.about(device) | {"seconds": time.time() - began}
     results.write(config, "bench", figures, "\n".join(texts), PLOTS)
-    print(json.dumps(figures, indent=1))
+    print(to_json(figures, indent=1))
     return figures
 
 

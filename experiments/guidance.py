@@ -31,7 +31,7 @@ from data import examples, loader
 from experiments import results
 from lib import checkpoint
 from lib.device import machine
-from lib.stats import mean_and_error
+from lib.stats import mean_and_error, plus_minus
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # a masked diffusion model of text, trained on `data`
@@ -160,7 +160,7 @@ def shown(name, line, curve, n):
     """The line as the table shows it, n being how many words w was evaluated on."""
     row = {"masked": name, "words evaluated": n, "w": f"{line['w']}"}
     row |= {key: f"{line[key]:.1f}" for key in ("w = 0", "with w")}
-    row["gain"] = f"{line['gain']:+.1f} ± {line['half']:.1f}"
+    row["gain"] = f"{line['gain']:+.1f}{plus_minus(line['half'], '.1f', '±')}"
     return row | {f"w={w}": f"{share:.1f}" for w, share in zip(SCALES, curve, strict=True)}
 
 

@@ -13,7 +13,6 @@ Then a small network is trained with its batches made in the loop and made befor
 has one to itself.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -36,6 +35,7 @@ from data import loader
 from experiments import results
 from experiments.bench import alternate, middle
 from lib.device import machine
+from lib.files import to_json
 from lib.parallel import Team
 
 DEFAULTS = {
@@ -63,7 +63,7 @@ def write_tokens(folder, n, shards):
             file.truncate(2 * (n // shards))
     splits = {"train": {"tokens": n, "documents": 1, "bytes": n}}
     meta = {"tokenizer": {"kind": "byte"}, "vocab_size": V, "dtype": "uint16", "splits": splits}
-    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "meta.json").write_text(to_json(meta))
 
 
 def config_of(**keys):
@@ -80,7 +80,7 @@ def measure(folder, rounds):
     config, step = config_of(batch_size=B), iter(range(10**9))
     blocks = loader.Blocks(tokens, L, seed=0)
     makers = {
-        "blocks": lambda: blocks.batch(next(step), range(B), B),
+        "blocks": lambda: blocks.batch(B * next(step), range(B)),
         "batches": lambda: train.make_batch(config, blocks, next(step), range(B)),
     }
     speeds = {}

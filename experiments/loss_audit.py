@@ -75,7 +75,7 @@ from diffusion import masked_indices
 from experiments import results
 from lib import checkpoint
 from lib.device import machine
-from lib.stats import t95
+from lib.stats import FEWEST, t95
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # a masked model that is audited beside the joint; empty: the joint alone
@@ -232,7 +232,7 @@ def audit(h, rules, tolerance=1e-10):
 def model_terms(config):
     """h (S, L) of the checkpoint on held-out blocks."""
     settings.at_least(1, config, "batch_size")
-    settings.at_least(2, config, "sequences")
+    settings.at_least(FEWEST, config, "sequences")
     device, autocast = machine(config)
     model, _, trained = checkpoint.load(config["ckpt"], device)
     exact = f"{config['ckpt']} is causal: its loss is exact, there is nothing to audit"
@@ -241,8 +241,8 @@ def model_terms(config):
     alike = trained["tokenizer"] in (None, tokens.meta["tokenizer"])
     alike = alike and tokens.vocab_size == model.vocab_size
     require(alike, f"{config['data']} has another tokenizer than {config['ckpt']}")
-    short = f"{config['data']} val has {len(tokens)} tokens, less than two blocks of {L}"
-    require(len(tokens) >= 2 * L, short)
+    short = f"{config['data']} val has {len(tokens)} tokens, less than {FEWEST} blocks of {L}"
+    require(len(tokens) >= FEWEST * L, short)
     n = 4 if config["quick"] else config["sequences"]
     blocks = [tokens[start : start + L] for start in spread(range(0, len(tokens) // L * L, L), n)]
     with autocast():

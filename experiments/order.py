@@ -16,7 +16,6 @@ L, L/2, L/4 and L/8 calls of equal numbers of tokens. All in turns, in one run.
 
 import contextlib
 import math
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -36,7 +35,7 @@ from data import loader
 from experiments import results
 from lib import checkpoint
 from lib.device import flops_per_token, machine
-from lib.stats import t95
+from lib.stats import mean_and_error, plus_minus, t95
 
 DEFAULTS = {
     "preset": "configs/pydocs_2400.py",  # the recipe of all
@@ -143,9 +142,9 @@ def spelled(values):
     """The mean of some seeds and half of its 95% interval, and the values."""
     if not values:
         return ""
-    half = t95(len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5 if values[1:] else 0
+    mean, error = mean_and_error(values)
     each = ", ".join(f"{value:.3f}" for value in values)
-    return f"{statistics.mean(values):.3f} +- {half:.3f} ({each})"
+    return f"{mean:.3f}{plus_minus(t95(len(values) - 1) * error, '.3f')} ({each})"
 
 
 # ---- Speed ---------------------------------------------------------------------------------------

@@ -2,10 +2,10 @@
 
     python -m experiments.plot_log out/a out/b --out=curves.png
 
-Loss against steps, tokens and floating-point operations. Lines are the training loss, weighted as
-that run trains (so a bound, or not), smoothed and faintly as logged. Dots are the held-out bound
-with its 95% interval: these can be compared. What a run has not written to log.jsonl yet is not
-there.
+Against steps, tokens and floating-point operations. Solid lines are the NELBO of the training
+batches, smoothed and faintly as logged; dashed ones, where a run trains by other weights, the loss
+by these, which is no bound. Dots are the held-out bound with its 95% interval. Solid lines and dots
+can be compared. What a run has not written to log.jsonl yet is not there.
 """
 
 import json
@@ -30,22 +30,24 @@ MOST = 8  # runs that one can tell apart
 
 
 def read_row(line):
-    """One line of log.jsonl -> (its kind, [nats per token, step, a, b]).
+    """One line of log.jsonl -> (its kind, [nats per token, step, a, b, NELBO]).
 
-    a, b: tokens and operations, or the ends of the interval.
+    a, b: tokens and operations, or the ends of the interval. NELBO: of the batch; older logs have
+    none.
     """
     entry = json.loads(line)
     kind = "loss" if "loss" in entry else "nats_per_token"
     a, b = (entry["tokens"], entry["flops"]) if kind == "loss" else entry["interval"]
-    values = entry[kind], entry["step"], a, b
+    values = entry[kind], entry["step"], a, b, entry.get("nelbo")
     return kind, [math.nan if value is None else float(value) for value in values]
 
 
 def read_log(folder):
-    """(training (n, 4), held-out (m, 6)) of an out_dir.
+    """(training (n, 5), held-out (m, 6)) of an out_dir.
 
-    The columns: nats per token, step, tokens, operations[, interval]. A last line that is cut off
-    is left out: the run may be writing it. UserError where there is no log, or none of a run.
+    The columns: nats per token, step, tokens, operations, NELBO or interval. A last line that is
+    cut off is left out: the run may be writing it. UserError where there is no log, or none of a
+    run.
     """
     path = Path(folder, "log.jsonl")
     others = [log.parent for log in Path(folder).parent.glob("*/log.jsonl")]
@@ -59,10 +61,10 @@ def read_log(folder):
             raise UserError(f"{path}, line {number}: no entry of a training run") from None
         rows[kind].append(row)
     require(rows["loss"], f"{path} has no training step yet")
-    train, held_out = (np.array(part).reshape(-1, 4) for part in rows.values())  # (n, 4), (m, 4)
+    train, held_out = (np.array(part).reshape(-1, 5) for part in rows.values())  # (n, 5), (m, 5)
     # Tokens and operations until then.
-    cost = train[-1:, 2:] / train[-1, 1] * held_out[:, 1:2]  # (m, 2)
-    return train, np.hstack([held_out[:, :2], cost, held_out[:, 2:]])
+    cost = train[-1:, 2:4] / train[-1, 1] * held_out[:, 1:2]  # (m, 2)
+    return train, np.hstack([held_out[:, :2], cost, held_out[:, 2:4]])
 
 
 def smoothed(y, part):
@@ -78,6 +80,14 @@ def smoothed(y, part):
     return np.divide(total, count, out=np.full(len(y), math.nan), where=count > 0)
 
 
+def curves(train):
+    """{line style: nats per token (n,)} of a run: its NELBO, and its loss where it is another."""
+    loss, nelbo = train[:, 0], train[:, 4]  # (n,) each
+    if np.allclose(loss, nelbo, rtol=1e-3, equal_nan=True):
+        return {"-": nelbo}
+    return {"-": nelbo, "--": loss} if np.isfinite(nelbo).any() else {"--": loss}
+
+
 def label(folder, held_out):
     """The name of a run, and its last bound."""
     if not len(held_out):
@@ -90,9 +100,11 @@ def label(folder, held_out):
 def draw(axes, column, runs, part):
     """One panel: every run against a column of its arrays."""
     for i, (folder, (train, held_out)) in enumerate(runs):
-        line = {"color": f"C{i}", "linewidth": 1.5, "label": label(folder, held_out)}
-        axes.plot(train[:, column], train[:, 0], color=f"C{i}", linewidth=0.6, alpha=0.25)
-        axes.plot(train[:, column], smoothed(train[:, 0], part), **line)
+        name = {"label": label(folder, held_out)}
+        for style, nats in curves(train).items():
+            axes.plot(train[:, column], nats, style, color=f"C{i}", linewidth=0.6, alpha=0.25)
+            axes.plot(train[:, column], smoothed(nats, part), style, color=f"C{i}", **name)
+            name = {}
         error = np.nan_to_num(np.abs(held_out[:, 4:].T - held_out[:, 0]), posinf=0)  # (2, m)
         dots = {"fmt": "o", "markersize": 4, "capsize": 2, "color": f"C{i}"}
         axes.errorbar(held_out[:, column], held_out[:, 0], error, **dots)
@@ -105,7 +117,8 @@ def limits(runs, part):
 
     Before that they fall steeply.
     """
-    lines = [smoothed(train[:, 0], part)[len(train) // 10 :] for _, (train, _) in runs]
+    lines = [nats for _, (train, _) in runs for nats in curves(train).values()]
+    lines = [smoothed(nats, part)[len(nats) // 10 :] for nats in lines]
     values = np.concatenate([held_out[:, 0] for _, (_, held_out) in runs] + lines)  # (n,)
     values = values[np.isfinite(values)]
     low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
@@ -137,7 +150,8 @@ def main(config):
     panels[2].set_xscale("log")
     panels[2].set_xlim(left=min(train[len(train) // 50, 3] for _, (train, _) in runs))
     names = panels[0].get_legend_handles_labels()
-    title = "lines: training loss; dots: held-out bound, 95% interval, the last one in figures"
+    title = "solid: NELBO of training batches; dashed: the loss by training's own weights; "
+    title += "dots: held-out bound, 95% interval, the last one in figures"
     figure.legend(*names, loc="outside lower center", ncols=2, title=title, frameon=False)
     with whole_file(config["out"]) as path:
         figure.savefig(path, format="png", dpi=110)

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 import config as settings
-from lib.files import whole_file
+from lib.files import to_json, whole_file
 
 DEFAULTS = {
     "quick": False,  # a short form, to see that it runs: its figures mean little
@@ -37,6 +38,8 @@ def table(title, rows, formats=None):
         return "| " + " | ".join(cells) + " |"
 
     def shown(key, value):
+        if isinstance(value, float) and not math.isfinite(value):
+            return "–"  # nothing was found out
         return value if isinstance(value, str) else formats.get(key, "{:,.0f}").format(value)
 
     formats, keys = formats or {}, list(rows[0])
@@ -78,12 +81,12 @@ def keep(path, record):
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
     with open(path, "a") as file:
-        file.write("\n" * torn + json.dumps(record) + "\n")
+        file.write("\n" * torn + to_json(record) + "\n")
 
 
 def mark(*parts):
     """A hash of all that a record depends on: it counts only where it would be made again."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return hashlib.sha256(to_json(parts).encode()).hexdigest()
 
 
 def write(config, name, figures, text, plots=None, script=None):
@@ -94,7 +97,7 @@ def write(config, name, figures, text, plots=None, script=None):
     """
     folder = Path(config["results"])
     with whole_file(folder / f"{name}.json") as path:
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+        path.write_text(to_json(figures, indent=1) + "\n")
     command = " ".join(["python -m", f"experiments.{script or name}", *sys.argv[1:]])
     with whole_file(folder / f"{name}.md") as path:
         path.write_text(f"Made by `{command}`.\n\n{text}")

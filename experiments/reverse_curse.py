@@ -49,7 +49,7 @@ from data.reversal.prepare import files
 from data.tokenizer import Tokenizer
 from experiments import people, results
 from lib import parallel
-from lib.stats import t95
+from lib.stats import FEWEST, t95
 
 DEFAULTS = {
     "from": "",  # a folder with Berglund's .jsonl files; empty: downloaded to data/reversal/raw
@@ -343,14 +343,14 @@ COLUMNS = [  # of the table and the plot
 def interval(percents, n):
     """95% interval (low, high) of the mean of some seeds' percentages on n people.
 
-    Wilson's, and Student's for the seeds. All seeds are asked about the same people, ten times
-    about each, so n grows with neither. (The invented people are others in every seed: for them it
-    is too wide.)
+    Wilson's, and Student's for three seeds or more; of fewer it is over people alone. All seeds are
+    asked about the same people, ten times about each, so n grows with neither. (The invented people
+    are others in every seed: for them it is too wide.)
     """
     p, k, z = mean(percents) / 100, len(percents), 1.96
     middle, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
     low, high = (100 * (middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
-    of_seeds = t95(k - 1) * stdev(percents) / k**0.5 if k > 1 else 0.0
+    of_seeds = t95(k - 1) * stdev(percents) / k**0.5 if k >= FEWEST else 0.0
     low, high = 100 * p - hypot(100 * p - low, of_seeds), 100 * p + hypot(high - 100 * p, of_seeds)
     return max(0.0, low), min(100.0, high)
 

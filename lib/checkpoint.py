@@ -10,7 +10,6 @@ What the formats call their tensors and settings is in formats.py. Nothing in a 
 """
 
 import contextlib
-import json
 import math
 import os
 import pickle
@@ -28,7 +27,7 @@ import config as settings
 from config import UserError, choose, require
 from data import download, tokenizer
 from lib import formats
-from lib.files import whole_file
+from lib.files import to_json, whole_file
 from model import Transformer, rotary_tables
 
 DEFAULTS = {
@@ -115,6 +114,9 @@ def check_parts(state, file):
     require(is_text, f"{broken} tokenizer")
     require(are_weights(state["model"]), f"{broken} model")
     require(ema is None or are_weights(ema), f"{broken} ema")
+    for part in ("model", "ema"):
+        name = not_finite(state[part] or {})
+        require(not name, f"{broken} {part}: the tensor {name} holds nan or infinity")
     require(isinstance(state.get("optimizer"), list), f"{broken} optimizer")
     for optimizer in state["optimizer"]:
         require(is_optimizer_state(optimizer), f"{broken} optimizer")
@@ -146,6 +148,12 @@ def is_plain(w):
     if not (isinstance(w, torch.Tensor) and w.dtype in floats and w.layout == torch.strided):
         return False
     return not w.is_meta and w.numel() * w.element_size() <= w.untyped_storage().nbytes()
+
+
+def not_finite(weights):
+    """The name of the first tensor that holds nan or infinity; None where there is none."""
+    ends = ((name, w.aminmax()) for name, w in weights.items() if w.numel())  # makes no copy
+    return next((name for name, pair in ends if not all(map(torch.isfinite, pair))), None)
 
 
 def unpickle(file):
@@ -295,6 +303,8 @@ def fill(model, weights, format, file):
     if frequency in weights:
         rotary = torch.allclose(weights[frequency].float(), expected[frequency], rtol=0.01)
         require(rotary, f"{file}: {frequency} is not that of rotary embeddings with base 10000")
+    name = not_finite(weights)
+    require(not name, f"{file}: the tensor {name} holds nan or infinity; nothing can come of it")
     model.load_state_dict(formats.from_format(weights, names, config, format), assign=True)
     model.cos, model.sin = rotary_tables(config)  # (block_size, d/2) each; in no file
 
@@ -326,7 +336,7 @@ def export(ckpt, to, format):
     model, _, config = load(ckpt)
     refuse_misfit(config, format, ckpt)
     weights = formats.to_format(model.state_dict(), config, format)
-    text = json.dumps(formats.format_config(config, format), indent=1)
+    text = to_json(formats.format_config(config, format), indent=1)
     paths = Path(to) / "config.json", Path(to) / "model.safetensors"
     with whole_file(paths[0]) as config_file, whole_file(paths[1]) as weights_file:
         config_file.write_text(text, encoding="ascii")

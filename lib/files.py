@@ -1,6 +1,8 @@
-"""Files that are whole or not there, and a stop that is noticed where it can be obeyed."""
+"""Files that are whole or not there, JSON, and a stop that is noticed where it can be obeyed."""
 
 import contextlib
+import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -28,6 +30,20 @@ def whole_file(path):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def to_json(value, **options):
+    """JSON that any parser reads: nan and infinity, for which it has no word, are null."""
+    return json.dumps(without_nan(value), allow_nan=False, **options)
+
+
+def without_nan(value):
+    """The value with None for every float in it that is not finite."""
+    if isinstance(value, dict):
+        return {key: without_nan(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sweep(folder):

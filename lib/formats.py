@@ -140,7 +140,7 @@ def own_config(raw, weights, where, file):
     raw = renamed(raw)
     saved = MODEL | dict.fromkeys(SIZE_KEYS) | raw
     config = {key: entry(where, key, saved[key], MODEL[key]) for key in MODEL}
-    others = EXAMPLES | {"objective": "", "schedule": ""}
+    others = EXAMPLES | {"objective": "", "schedule": "", "batch_size": 0, "ahead": 0}
     config |= {key: entry(where, key, raw[key], others[key]) for key in others if key in raw}
     for key, value in raw.items():
         plain = isinstance(value, (str, int, float, list, dict, type(None)))

@@ -18,7 +18,7 @@ def wide(dtype):
 
 
 def cross_entropy(h, head, target, weight, normalised=True, chunk=0):
-    """(sum of weight * CE, CE (N,)) as diffusion.cross_entropy, without (N, V) logits in memory.
+    """diffusion.cross_entropy without (N, V) logits in memory: (loss, terms (N,), CE (N,)).
 
     h (N, D), head: (weight (V, D), bias (V,) or None), target (N,), weight (N,). chunk: so many
     positions at a time; 0: head_chunk.
@@ -31,8 +31,9 @@ def cross_entropy(h, head, target, weight, normalised=True, chunk=0):
     W, bias = (None if z is None else z.to(dtype) for z in head)  # cast once, not with each chunk
     pieces = zip(h.split(chunk), target.split(chunk), weight.split(chunk), strict=True)
     logits = ((F.linear(a.to(W.dtype), W, bias), b, c) for a, b, c in pieces)
-    ce = torch.cat([cross_entropy_and_grad(*each, normalised)[0] for each in logits])  # (N,)
-    return (weight * ce).sum(), ce
+    pieces = [cross_entropy_and_grad(*each, normalised)[:2] for each in logits]
+    terms, ce = map(torch.cat, zip(*pieces, strict=True))  # (N,) each
+    return (weight * terms).sum(), terms, ce
 
 
 def head_chunk(V):
@@ -41,21 +42,22 @@ def head_chunk(V):
 
 
 def cross_entropy_and_grad(logits, target, weight, normalised=True):
-    """CE (N,) of logits (N, V), and the gradient of sum(weight * CE) at the logits (N, V).
+    """Terms (N,), CE (N,), and the gradient of sum(weight * terms) at the logits (N, V).
 
-    That is weight * (softmax(logits) - onehot(target)). normalised=False: CE is -logit[target] +
-    sum_v e^logit_v - 1, and e^logits take the place of the softmax. One table holds the logits,
-    then their exponentials, then the gradient.
+    Terms are CE, the gradient weight * (softmax(logits) - onehot(target)). normalised=False: terms
+    are -logit[target] + sum_v e^logit_v - 1, and e^logits take the place of the softmax. One table
+    holds the logits, then their exponentials, then the gradient.
     """
     table = logits.to(wide(logits.dtype), copy=True)  # (N, V)
     if normalised:
         table -= table.max(-1, keepdim=True).values
     at_target = table.gather(-1, target[:, None])  # (N, 1)
     total = table.exp_().sum(-1, keepdim=True)  # (N, 1)
-    ce = (total.log() if normalised else total - 1) - at_target  # (N, 1)
+    ce = total.log() - at_target  # (N, 1)
+    terms = ce if normalised else total - 1 - at_target  # (N, 1)
     w = weight[:, None]  # (N, 1)
     grad = table.mul_(w / total if normalised else w).scatter_add_(1, target[:, None], -w)  # (N, V)
-    return ce.squeeze(-1), grad
+    return terms.squeeze(-1), ce.squeeze(-1), grad
 
 
 def product_dtype(h):
@@ -79,25 +81,25 @@ class FusedCrossEntropy(torch.autograd.Function):
         dh = torch.empty_like(h)  # (N, D)
         dW = torch.zeros_like(W, dtype=wide(W.dtype))  # (V, D)
         dbias = None if bias is None else torch.zeros_like(bias)  # (V,)
-        ces = []
+        pieces = []
         for start in range(0, max(1, len(h)), chunk):  # once also where nothing is masked
             now = slice(start, start + chunk)
             part = h[now].to(dtype)  # (chunk, D)
             logits = F.linear(part, W_cast, bias_cast)  # (chunk, V)
-            ce, grad = cross_entropy_and_grad(logits, target[now], weight[now], normalised)
+            *piece, grad = cross_entropy_and_grad(logits, target[now], weight[now], normalised)
             if dbias is not None:
                 dbias += grad.sum(0)
             grad = grad.to(dtype)
             dh[now] = grad @ W_cast
             dW += grad.T @ part
-            ces.append(ce)
+            pieces.append(piece)
         ctx.save_for_backward(dh, dW, dbias)
-        ce = torch.cat(ces)  # (N,)
-        ctx.mark_non_differentiable(ce)
-        return (weight * ce).sum(), ce
+        terms, ce = map(torch.cat, zip(*pieces, strict=True))  # (N,) each
+        ctx.mark_non_differentiable(terms, ce)
+        return (weight * terms).sum(), terms, ce
 
     @staticmethod
-    def backward(ctx, scale, _):
+    def backward(ctx, scale, _terms, _ce):
         dh, dW, dbias = ctx.saved_tensors
         grads = [None if z is None else z * scale for z in (dh, dW, dbias)]
         return *grads, None, None, None, None

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from config import UserError
 from lib.device import flops_per_token
-from lib.files import sweep, whole_file
+from lib.files import sweep, to_json, whole_file
+from lib.resume import seen
 
 
 class Log:
@@ -26,7 +27,7 @@ class Log:
 
     def __init__(self, config, dataset, run, flops, peak, is_main):
         self.config, self.flops, self.peak, self.is_main = config, flops, peak, is_main
-        self.tokens = config["batch_size"] * dataset.block_size  # of a step
+        self.tokens = config["batch_size"] * mean_length(config, dataset)  # of a step
         self.path = Path(config["out_dir"]) / "log.jsonl"
         self.run, self.start, self.skipped, self.sinks = run, run.start, 0, []
         self.began, self.fifth = time.perf_counter(), None
@@ -60,12 +61,14 @@ class Log:
 
     def say_start(self, model, dataset, val, weights):
         unit = "examples" if self.config["example_width"] else "blocks"
-        data, draws = f"{unit} of {self.config['data']} val", self.config["eval_draws"]
+        data, by = f"{unit} of {self.config['data']} val", "exact"
+        if self.config["objective"] != "ar":
+            by = f"upper bound by {self.config['eval_draws']} draws each"
         size = f"{len(dataset.tokens):,} training tokens in {dataset.n:,} {unit}"
         self.parameters = model.n_parameters()
         self.say(f"{self.parameters:,} parameters; {size}")
         if val:
-            self.say(f"evaluations: {len(val.requests)} {data}, {draws} draws, {weights} weights")
+            self.say(f"evaluations: {len(val.requests)} {data}, {by}, {weights} weights")
         else:
             self.say(f"no evaluations: {self.config['data']} holds nothing out")
         if self.start:
@@ -96,7 +99,7 @@ class Log:
         """The line after ten steps, which took `pace` seconds each."""
         steps, seconds = self.run.left(pace)
         tokens = (self.run.step + steps) * self.tokens
-        size = f"{self.parameters:,} parameters, {self.tokens:,} tokens a step"
+        size = f"{self.parameters:,} parameters, {self.tokens:,.0f} tokens a step"
         end = f"{steps:,.0f} steps and {seconds / 60:.1f} minutes to the end"
         self.say(f"{size}; about {end}, then {tokens / 1e6:,.1f}M tokens in all")
 
@@ -107,35 +110,38 @@ class Log:
         self.say(f"step {step}: the gradient is not finite, {kept}")
 
     def write(self, entry):
-        """One line of log.jsonl, where nan and infinity are null. UserError on a full disk."""
+        """One line of log.jsonl. UserError on a full disk."""
         if not self.is_main:
             return
         numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float))}
-        odd = {key: None for key, value in numbers.items() if not math.isfinite(value)}
         try:
             with open(self.path, "a") as file:
-                file.write(json.dumps(entry | odd) + "\n")
+                file.write(to_json(entry) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from None
         part = "val" if "nats_per_token" in entry else "train"
         for sink in self.sinks:
             sink(entry["step"], {f"{part}/{key}": value for key, value in numbers.items()})
 
-    def speed(self, step, loss, rate, memory):
+    def speed(self, step, loss, nelbo, rate, memory):
         """One entry. rate: of learning; memory: MiB of the process that has most.
 
-        mfu: the part of the machine's speed in matrix products that is used. The time left is by
-        what the steps so far took, evaluations included.
+        loss: as trained; nelbo: of the same batch, by the weights of the bound. tokens, flops: of
+        all sequences seen. mfu: the part of the machine's speed in matrix products that is used.
+        The time left is by what the steps so far took, evaluations included.
         """
         now = time.perf_counter()
         per_second = (step - self.since) / (now - self.clock)  # steps
         steps, left = self.run.left((now - self.began) / (step - self.start))
         self.bar.total = round(step + steps)
         tokens, mfu = per_second * self.tokens, per_second * self.flops / self.peak
-        speed = f"{tokens:.0f} tokens/s, {mfu:.0%} of peak, {memory:.0f} MiB"
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {self.minutes()}, {speed}")
-        entry = {"step": step, "loss": loss, "learning_rate": rate}
-        entry |= {"tokens": step * self.tokens, "flops": step * self.flops}
+        speed = f"{tokens:.0f} tokens/s, {mfu:.0%} of peak"
+        speed += f", {memory:.0f} MiB" if math.isfinite(memory) else ""  # Windows does not say
+        losses = f"loss {loss:.3f}, nelbo {nelbo:.3f}"
+        self.bar.set_postfix_str(f"{losses}, {self.minutes()}, {speed}")
+        counted = seen(self.config, step) / self.config["batch_size"]  # in steps of today's size
+        entry = {"step": step, "loss": loss, "nelbo": nelbo, "learning_rate": rate}
+        entry |= {"tokens": round(counted * self.tokens), "flops": counted * self.flops}
         entry |= {"tokens_per_second": tokens, "mfu": mfu, "memory_mib": memory}
         entry |= {"minutes": self.run.minutes, "seconds_left": left}
         entry |= {"skipped": self.skipped} if self.skipped else {}
@@ -161,7 +167,17 @@ def flops_of_step(config, model, dataset):
     share = 0.5 if config["attention"] == "full" else 1.0
     if config["example_width"]:
         share *= dataset.counted(range(dataset.n), padding=not causal).mean() / L
-    return 3 * flops_per_token(model, L, share) * config["batch_size"] * L
+    n_tokens = config["batch_size"] * mean_length(config, dataset)
+    return 3 * flops_per_token(model, L, share) * n_tokens
+
+
+def mean_length(config, dataset):
+    """Tokens of a sequence, in the mean over steps that random_length cuts and those it does not.
+
+    Of examples all, the padding included.
+    """
+    L = dataset.block_size
+    return L - config["random_length"] * (L - 1) / 2
 
 
 def profiler(steps, path):

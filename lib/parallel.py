@@ -79,11 +79,12 @@ def gather(value, team):
     return parts
 
 
-def agree(loss, signal, team):
-    """(mean loss, largest signal, largest memory in MiB) of all. Waits for the device."""
-    parts = gather((loss.item(), signal, peak_memory(team.device)), team)
+def agree(losses, signal, team):
+    """(mean of each loss, largest signal, largest memory in MiB) of all. Waits for the device."""
+    parts = gather((torch.stack(losses).tolist(), signal, peak_memory(team.device)), team)
     losses, signals, memories = zip(*parts, strict=True)
-    return sum(losses) / team.world, max(signals), max(memories)
+    means = [sum(each) / team.world for each in zip(*losses, strict=True)]
+    return means, max(signals), max(memories)
 
 
 @contextlib.contextmanager

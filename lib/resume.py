@@ -10,6 +10,7 @@ Who wins, key by key:
   block_size                                  as the shape; a new network gets the width of
                                               examples, the blocks that a text is laid out in, or
                                               the length of a text that is shorter
+  batch_size                                  the command; the data go on where they were (`ahead`)
   all else                                    the command, then the preset, then the default: a
                                               resumed run may change its recipe on the way
 """
@@ -57,6 +58,11 @@ def starting_point(config, path):
     model, _, saved = checkpoint.load(config["init_from"])
     state = {"config": saved, "tokenizer": saved["tokenizer"], "step": 0}
     return state | {"model": model.state_dict()}, config["init_from"]
+
+
+def seen(config, step):
+    """How many sequences the run has seen before `step`, also with other batch sizes before."""
+    return config.get("ahead", 0) + step * config["batch_size"]
 
 
 def with_size(config):
@@ -138,6 +144,18 @@ def check(config, world):
     idle = {"order", "order_p"} & set(config.get("user_keys", ()))
     idle = idle if config.get("attention") != "order" else ()
     require(not idle, f"{min(idle, default='')} is for networks with attention=order; leave it out")
+
+
+def settle(config, state, world):
+    """The config, dial turned, with `ahead`: of a resumed run whose batch_size has changed.
+
+    Raises UserError for a network or a batch that cannot be divided as it has to be.
+    """
+    check_shape(config, world)
+    if not state or "optimizer" not in state:
+        return config | {"ahead": 0}
+    step, B = state["step"], config["batch_size"]
+    return config | {"ahead": seen({"batch_size": B} | state["config"], step) - step * B}
 
 
 def check_shape(config, world):

@@ -5,6 +5,23 @@ import math
 import numpy as np
 import torch
 
+from config import UserError
+
+FEWEST = 3  # values whose spread is taken for an error: two are near each other by chance too often
+
+
+class NotFinite(UserError):
+    """A number that would be used is nan or infinite."""
+
+
+def finite(values, what):
+    """The values, a tensor or an array; NotFinite where one is nan or infinite."""
+    bad = ~torch.as_tensor(values).isfinite()
+    if bad.any():
+        why = "the weights are damaged, or too large for the dtype"
+        raise NotFinite(f"{int(bad.sum())} of {bad.numel()} {what} are nan or infinite: {why}")
+    return values
+
 
 def mean_over_sets(sets, sizes):
     """Mean (S,) over R independent sets of draws (S, R), and the standard error of their sum.
@@ -24,20 +41,30 @@ def mean_and_error(values, lengths=None):
     """sum(values) / sum(lengths) and its standard error, clustered by item: (S,) -> two floats.
 
     The ratio estimator and the usual linearisation of its error. Without lengths it is the mean and
-    its standard error. Infinite for one item.
+    its standard error. Infinite for fewer items than FEWEST.
     """
     values = np.asarray(values, float)
     lengths = np.ones(len(values)) if lengths is None else np.asarray(lengths, float)
     mean, S = values.sum() / lengths.sum(), len(values)
     residual = values - mean * lengths  # (S,)
-    error = math.sqrt((residual**2).sum() * S / (S - 1)) / lengths.sum() if S > 1 else math.inf
-    return float(mean), error
+    if S < FEWEST:
+        return float(mean), math.inf
+    return float(mean), math.sqrt((residual**2).sum() * S / (S - 1)) / lengths.sum()
 
 
 def t95(freedom):
-    """Half a 95% interval in standard errors, Student's t: Abramowitz and Stegun, 26.7.5."""
+    """Half a 95% interval in standard errors, Student's t: Abramowitz and Stegun, 26.7.5.
+
+    Infinite for less freedom than FEWEST values have.
+    """
     terms = enumerate((2.372, 2.822, 2.556, 1.589), 1)
-    return 1.96 + sum(c / freedom**k for k, c in terms) if freedom else math.inf
+    enough = freedom >= FEWEST - 1
+    return 1.96 + sum(c / freedom**k for k, c in terms) if enough else math.inf
+
+
+def plus_minus(half, form=".4f", sign="+-"):
+    """The half of an interval, or an error, as text behind its value; "" where it is not known."""
+    return f" {sign} {half:{form}}" if half is not None and math.isfinite(half) else ""
 
 
 def perplexity(nats):
@@ -45,8 +72,15 @@ def perplexity(nats):
     return math.exp(nats) if nats < 700 else math.inf
 
 
+def shown_perplexity(nats):
+    return f"{perplexity(nats):.2f}" if nats < 700 else f"e^{nats:.0f}"
+
+
 def report(nats, lengths, bytes_per_token):
-    """The result as a dict and as text: nats, lengths (S,). The 95% interval is over texts."""
+    """The result as a dict and as text: nats, lengths (S,). The 95% interval is over texts.
+
+    Where these are too few it is infinite in the dict, and the text says so.
+    """
     mean, error = mean_and_error(nats, lengths)
     half, bit = t95(len(nats) - 1) * error, math.log(2)
     bits, per_byte = mean / bit, mean / bit / bytes_per_token
@@ -60,11 +94,13 @@ def report(nats, lengths, bytes_per_token):
         "tokens": int(sum(lengths)),
         "sequences": len(nats),
     }
+    known = math.isfinite(half)
+    interval = "95% interval" if known else f"too few sequences for an interval: {len(nats)}"
     text = (
-        f"{mean:.4f} +- {half:.4f} nats per token (95% interval)"
-        f" = {bits:.4f} +- {half / bit:.4f} bits per token"
-        f" = {per_byte:.4f} +- {half / bit / bytes_per_token:.4f} bits per byte;"
-        f" perplexity {perplexity(mean):.2f}"
+        f"{mean:.4f}{plus_minus(half)} nats per token ({interval})"
+        f" = {bits:.4f}{plus_minus(half / bit)} bits per token"
+        f" = {per_byte:.4f}{plus_minus(half / bit / bytes_per_token)} bits per byte;"
+        f" perplexity {shown_perplexity(mean)}"
     )
     return result, text
 
@@ -74,11 +110,12 @@ def certainty(result, precision, most, strata):
     error, half, draws = result["draw_error"], result["draw_half"], result["draws"]
     network = f"{result['rows']:,} rows of the network in {result['calls']:,} calls"
     took = f"{network}, {result['seconds']:.1f} s"
-    if error == 0:
+    if not draws:
         return f"no draws: for this text the number has no error; {took}"
     if not math.isfinite(half):
-        more = f"give --draws={2 * strata} or more"
-        return f"one set of {draws} draws does not show their error: {more}; {took}"
+        sets = 1 + math.ceil((FEWEST - 1) / result["sequences"])
+        more = f"give --draws={sets * strata} or more"
+        return f"{draws} draws a sequence are too few to show their error: {more}; {took}"
     interval = f"standard error {error:.4f}, +- {half:.4f} nats per token (95%)"
     text = f"the draws alone, on this text: {interval}; {took}"
     if half < precision:

@@ -375,7 +375,7 @@ def test_an_epoch_takes_every_window_once_and_the_next_one_takes_others(tmp_path
     blocks = loader.Blocks(numbers(tmp_path, 1000), 8, seed=1)
     assert blocks.n == 124
     n = 3 * blocks.n  # 3 epochs in one batch
-    seen = blocks.batch(0, np.arange(n), n).reshape(3, blocks.n, 8)
+    seen = blocks.batch(0, np.arange(n)).reshape(3, blocks.n, 8)
     assert np.array_equal(seen, seen[..., :1] + np.arange(8))  # windows are consecutive text
     starts = seen[..., 0]
     for epoch in starts:
@@ -390,25 +390,25 @@ def test_every_offset_and_every_token_come_up(tmp_path):
     blocks = loader.Blocks(numbers(tmp_path, 100), 8, seed=1)
     first = [blocks.starts(e * blocks.n + np.arange(blocks.n)).min() for e in range(200)]
     assert set(first) == set(range(100 - 8 * blocks.n + 1))
-    assert set(blocks.batch(0, np.arange(2400), 2400).ravel()) == set(range(100))
+    assert set(blocks.batch(0, np.arange(2400)).ravel()) == set(range(100))
 
 
 def test_a_batch_does_not_depend_on_how_its_positions_are_shared_out(tmp_path):
     tokens = numbers(tmp_path, 1000)
-    whole = loader.Blocks(tokens, 8, seed=3).batch(17, np.arange(12), 12)
+    whole = loader.Blocks(tokens, 8, seed=3).batch(17 * 12, np.arange(12))
     for world in (2, 3, 4):
         for rank in range(world):
             blocks = loader.Blocks(tokens, 8, seed=3)
-            part = blocks.batch(17, np.arange(rank, 12, world), 12)
+            part = blocks.batch(17 * 12, np.arange(rank, 12, world))
             assert np.array_equal(part, whole[rank::world])
-    assert not np.array_equal(loader.Blocks(tokens, 8, seed=4).batch(17, np.arange(12), 12), whole)
-    assert not np.array_equal(loader.Blocks(tokens, 8, seed=3).batch(18, np.arange(12), 12), whole)
+    assert not np.array_equal(loader.Blocks(tokens, 8, seed=4).batch(17 * 12, np.arange(12)), whole)
+    assert not np.array_equal(loader.Blocks(tokens, 8, seed=3).batch(18 * 12, np.arange(12)), whole)
 
 
 @pytest.mark.parametrize("n", [8, 9, 15, 16, 17])
 def test_a_text_of_hardly_a_block_still_trains_and_a_shorter_one_is_an_error(n, tmp_path):
     tokens = numbers(tmp_path, n)
-    batch = loader.Blocks(tokens, 8, seed=0).batch(0, np.arange(50), 50)
+    batch = loader.Blocks(tokens, 8, seed=0).batch(0, np.arange(50))
     assert set(batch[:, 0]) <= set(range(n - 7)) and len(set(batch[:, 0])) > min(n - 8, 4)
     with pytest.raises(UserError, match=f"holds {n} tokens, less than one block of {n + 1}"):
         loader.Blocks(tokens, n + 1, seed=0)
@@ -438,7 +438,7 @@ meta["splits"] = {{"train": split}}
 blocks = loader.Blocks(loader.Tokens(folder, "train"), 1024, 0)
 before = len(os.listdir("/dev/fd"))
 for step in range(100):
-    blocks.batch(step, np.arange(32), 32)
+    blocks.batch(32 * step, np.arange(32))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 peak //= 1024 if sys.platform == "darwin" else 1  # KiB
 print(len(os.listdir("/dev/fd")) - before, peak)

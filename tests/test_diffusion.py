@@ -518,11 +518,32 @@ def test_plain_is_the_fused_loss_in_value_and_gradient(name, grad, normalised, m
         loss, nats = nelbo(model, *batch, normalised=normalised)
         with monkeypatch.context() as patch:
             patch.setattr(fused, "cross_entropy", None)  # the plain formula stands on its own
-            plain_loss, plain_nats = nelbo(model, *batch, normalised=normalised, plain=True)
+            formula = functools.partial(diffusion.cross_entropy, model)
+            patch.setattr(model, "head_loss", formula, raising=False)
+            plain_loss, plain_nats = nelbo(model, *batch, normalised=normalised)
     assert same(loss, plain_loss) and same(nats, plain_nats) and not plain_nats.requires_grad
     if grad:
         found, plain = gradients(model, loss), gradients(model, plain_loss)
         assert all(same(*pair) for pair in zip(found, plain, strict=True))
+
+
+@pytest.mark.parametrize("normalised", [True, False], ids=["normalised", "unnormalised"])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_loss_of_other_weights_knows_the_bound_as_well(name, grad, normalised):
+    model = MODELS[name]()
+    x0, mask, bound = corrupted(model)
+    weight = torch.linspace(0.5, 3, len(x0))  # (B,) as training likes it
+    with torch.set_grad_enabled(grad):
+        loss, nats = nelbo(model, x0, mask, weight, normalised=normalised, bound=bound)
+    same_loss, _ = plain_nelbo(model, x0, mask, weight, normalised)
+    _, wanted = plain_nelbo(model, x0, mask, bound)  # of probabilities, whatever the loss is of
+    assert same(loss, same_loss, 1e-5) and same(nats, wanted, 1e-5) and not nats.requires_grad
+    alone = nelbo(model, x0, mask, weight, normalised=normalised)[0]
+    assert torch.equal(loss, alone) and loss.requires_grad == grad
+    if grad:
+        pairs = zip(gradients(model, loss), gradients(model, same_loss), strict=True)
+        assert all(same(*pair, 1e-4) for pair in pairs)
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 7, 1000])
@@ -580,7 +601,7 @@ def test_the_head_costs_one_product_in_evaluation_and_three_in_training():
     target = torch.arange(20) % 7
     for grad, products in ((False, 1), (True, 3)):
         with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
-            loss, _ = fused.cross_entropy(h, (W, None), target, torch.ones(20), chunk=8)
+            loss, *_ = fused.cross_entropy(h, (W, None), target, torch.ones(20), chunk=8)
             if grad:
                 loss.backward()
         assert counter.get_total_flops() == products * 2 * 20 * 7 * 16

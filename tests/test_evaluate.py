@@ -99,6 +99,7 @@ def test_the_program_evaluates_a_causal_network_exactly(program, tmp_path, capsy
     assert result["nats_per_token"] == pytest.approx(nats.sum().item() / 205, rel=1e-6)
     out = capsys.readouterr().out
     assert result["estimator"] == "ar" and "blocks of 16; exact; " in out
+    assert result["draws"] == 0 and "7 draws" not in out
     assert (
         "no draws: for this text the number has no error; 13 rows of the network in 2 calls" in out
     )
@@ -121,8 +122,14 @@ def test_the_program_says_what_it_did(program, capsys):
 def test_one_set_of_draws_says_that_it_does_not_know_its_error(program, capsys):
     result, _ = program(draws=2)
     assert result["draw_error"] == math.inf
-    shown = "one set of 2 draws does not show their error: give --draws=8 or more"
+    shown = "2 draws a sequence are too few to show their error: give --draws=8 or more"
     assert shown in capsys.readouterr().out
+    program(draws=8, sequences=1)  # two sets of one sequence are two numbers
+    out = capsys.readouterr().out
+    shown = "8 draws a sequence are too few to show their error: give --draws=12 or more"
+    assert shown in out and "(too few sequences for an interval: 1)" in out and "+-" not in out
+    program(draws=12, sequences=1)
+    assert "the draws alone, on this text: standard error" in capsys.readouterr().out
 
 
 def test_the_program_draws_until_the_estimate_is_as_precise_as_asked_for(program, capsys):

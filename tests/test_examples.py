@@ -167,7 +167,7 @@ def test_examples_come_back_as_they_were_written(tmp_path):
 
 def test_every_epoch_takes_each_example_once_in_an_order_of_its_own(tmp_path):
     data = numbered(tmp_path)
-    order = [data.index(step, range(4), 4) for step in range(10)]  # 4 epochs, steps across
+    order = [data.index(4 * step, range(4)) for step in range(10)]  # 4 epochs, steps across
     order = np.concatenate(order).reshape(4, 10)
     assert all(sorted(epoch) == list(range(10)) for epoch in order.tolist())
     assert len({tuple(epoch) for epoch in order.tolist()}) == 4
@@ -176,9 +176,9 @@ def test_every_epoch_takes_each_example_once_in_an_order_of_its_own(tmp_path):
 @pytest.mark.parametrize("step", [0, 2, 7])  # a part of step 2 is in the second epoch
 def test_a_batch_does_not_depend_on_how_it_is_shared_out(step, tmp_path):
     data = numbered(tmp_path)
-    whole = data.index(step, range(4), 4).tolist()
-    assert whole == [data.index(step, [position], 4).item() for position in range(4)]
-    assert whole != Examples(tmp_path, "train", seed=4).index(step, range(4), 4).tolist()
+    whole = data.index(4 * step, range(4)).tolist()
+    assert whole == [data.index(4 * step, [position]).item() for position in range(4)]
+    assert whole != Examples(tmp_path, "train", seed=4).index(4 * step, range(4)).tolist()
 
 
 def test_a_network_that_brings_the_bos_reads_examples_without_it(tmp_path):

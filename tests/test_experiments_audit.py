@@ -338,7 +338,7 @@ BAD = {
     "one block shows no error": (
         loss_audit,
         ["--ckpt=run", "--data=data", "--sequences=1"],
-        "sequences must be 2 or more",
+        "sequences must be 3 or more",
     ),
     "no checkpoint": (loss_audit, ["--ckpt=out/none"], "no checkpoint out/none"),
     "nobody writes": (annealing, ["--ckpt=judge", "--judge=judge"], "judge is causal"),

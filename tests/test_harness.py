@@ -3,12 +3,14 @@
 Left out where that large package is not installed: pip install -r requirements-lm_eval.txt
 """
 
+import collections
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import plain
@@ -134,7 +136,9 @@ def test_rolling_likelihood_is_that_of_consecutive_blocks(installed, tmp_path):
 
 
 @pytest.mark.parametrize("attention", ["full", "causal"])
-def test_generated_text_is_what_the_sampler_writes_up_to_the_stop(installed, tmp_path, attention):
+def test_generated_text_is_what_the_sampler_writes_up_to_the_stop(
+    installed, tmp_path, attention, capsys
+):
     ckpt = save_model(tmp_path / "run", attention)
     model, text, _ = checkpoint.load(str(ckpt), "cpu")
     prompts, written = ["abc", "def", "ab cd"], []
@@ -150,6 +154,11 @@ def test_generated_text_is_what_the_sampler_writes_up_to_the_stop(installed, tmp
     more += f"generation_kwargs:\n  until: [{json.dumps(stop)}]\n  max_gen_toks: 8\n"
     write_task(tmp_path, "writing", "generate_until", lines, "{{prompt}}", "gold", more)
     assert ask(tmp_path, ckpt, "writing", steps=4)["exact_match,none"] == 1.0
+    out = capsys.readouterr().out
+    assert (
+        "text left to right; " in out if attention == "causal" else "text by confidence, 4" in out
+    )
+    assert "of a block of 32 tokens: 3 answers, 0 answers cut short, 0 prompts without" in out
 
 
 def test_greedy_decoding_is_found_out_for_a_continuation_without_rivals(installed, tmp_path):
@@ -163,6 +172,57 @@ def test_greedy_decoding_is_found_out_for_a_continuation_without_rivals(installe
     more = "target_delimiter: ''\n"
     write_task(tmp_path, "last", "loglikelihood", lines, "{{context}}", '"{{last}}"', more)
     assert ask(tmp_path, ckpt, "last")["acc,none"] == 0.5
+
+
+# ---- What a block does not hold ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["full", "causal"])
+def test_an_answer_as_long_as_the_block_is_cut_and_not_its_prompt(tmp_path, attention, monkeypatch):
+    """Blocks of 32 tokens, answers of as many as the task wishes: what the network sees of both."""
+    prompts = {
+        "abc def": (8, 8),
+        "abc": (256, 29),
+        "a" * 31: (5, 1),
+        "ab" * 20: (4, 1),
+        "": (32, 32),
+    }
+    seen, real, cuts = {}, sample.sample, collections.Counter()
+
+    def spy(model, x, **options):
+        tokens, info = real(model, x, **options)
+        for row, filled in zip(x.tolist(), tokens.tolist(), strict=True):
+            prompt = [token for token in row if token != model.mask_id]
+            seen[subject.tokenizer.decode(prompt)] = len(row) - len(prompt)
+            assert filled[: len(prompt)] == prompt
+        return tokens, info
+
+    monkeypatch.setattr(sample, "sample", spy)
+    config = settings.options({"steps": 2}, settings, diffusion, harness)
+    given = evaluate.DEFAULTS | settings.DEFAULTS | FLOAT32
+    subject = evaluate.opened(given | {"ckpt": str(save_model(tmp_path, attention))})
+    requests = [(p, {"until": [], "max_gen_toks": n}) for p, (n, _) in prompts.items()]
+    requests = [SimpleNamespace(args=pair) for pair in requests]
+    texts = harness.generated(subject, config, cuts, requests)
+    kept = {prompt[-31:] if len(prompt) > 31 else prompt: n for prompt, (_, n) in prompts.items()}
+    assert seen == kept and [len(text) for text in texts] == [n for _, n in prompts.values()]
+    said = {"answers": 5, "answers cut short": 3, "prompts without their beginning": 1}
+    assert cuts == said
+
+
+def test_what_a_block_cuts_of_contexts_and_continuations_is_counted(tmp_path):
+    subject = evaluate.opened(
+        evaluate.DEFAULTS | settings.DEFAULTS | FLOAT32 | {"ckpt": str(save_model(tmp_path))}
+    )
+    config, cuts = (
+        settings.options({"draws": 2}, settings, diffusion, harness),
+        collections.Counter(),
+    )
+    pairs = [("abc", " def"), ("a" * 32, " def"), ("abc", " d" * 20), ("", "abc")]
+    requests = [SimpleNamespace(args=p, task_name="t", doc_id=0) for p in pairs]
+    harness.log_p_of_continuations(subject, config, cuts, requests)
+    said = {"continuations": 4, "continuations cut short": 1, "contexts without their beginning": 2}
+    assert cuts == said
 
 
 @pytest.mark.parametrize(

@@ -335,7 +335,7 @@ def official_examples(case, folder, protected=True, width=0, skip=0):
         folder, [("train", "", row[:a], row[a : b - 1]) for row, a, b in pieces], text, width
     )
     found = examples.Examples(folder, "train", skip=skip)
-    found.index = lambda step, position, batch_size: np.asarray(position)
+    found.index = lambda first, position: np.asarray(position)
     return found
 
 

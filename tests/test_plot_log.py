@@ -17,8 +17,8 @@ from experiments import plot_log, results
 CONFIG = plot_log.DEFAULTS
 
 
-def line(step, loss):
-    entry = {"step": step, "loss": loss, "learning_rate": 0.1}
+def line(step, loss, **more):
+    entry = {"step": step, "loss": loss, "learning_rate": 0.1} | more
     return entry | {"tokens": step * 100, "flops": step * 1e6, "mfu": 0.5}
 
 
@@ -38,7 +38,8 @@ def test_a_log_is_read_as_steps_tokens_and_operations(tmp_path):
     entries = [line(10, 3.0), line(20, 2.5), evaluation(20, 2.6), line(30, 2.0)]
     folder = log(tmp_path / "a", *entries, evaluation(35, 2.1))
     train, held_out = plot_log.read_log(folder)
-    assert train.tolist() == [[3.0, 10, 1000, 1e7], [2.5, 20, 2000, 2e7], [2.0, 30, 3000, 3e7]]
+    columns = [[3.0, 10, 1000, 1e7], [2.5, 20, 2000, 2e7], [2.0, 30, 3000, 3e7]]
+    assert train[:, :4].tolist() == columns and np.isnan(train[:, 4]).all()
     assert held_out[:, :4].tolist() == [[2.6, 20, 2000, 2e7], [2.1, 35, 3500, 3.5e7]]
     assert np.allclose(held_out[:, 4:], [[2.5, 2.7], [2.0, 2.2]])
     assert plot_log.label("a", held_out) == "a: 2.100 ± 0.100 at 35"
@@ -51,6 +52,21 @@ def test_a_line_in_the_writing_is_left_out_and_a_number_that_json_lacks_is_a_gap
     assert math.isnan(train[0, 0]) and len(train) == 2
     assert plot_log.label("a", held_out) == "a: 2.000 at 20"
     assert plot_log.smoothed(train[:, 0], 1.0).tolist() == [2.0, 2.0]
+
+
+def test_a_run_is_drawn_by_its_bound_and_its_loss_beside_it_where_that_is_another(tmp_path):
+    logs = {"bound": (2.0, 2.0), "weighted": (3.0, 2.0), "old": (2.0, None), "gap": (None, None)}
+    drawn = {}
+    for name, (loss, nelbo) in logs.items():
+        more = {} if name == "old" else {"nelbo": nelbo}
+        entries = [line(1, 2.0, nelbo=2.0)] * (name == "gap") + [line(2, loss, **more)]
+        train, _ = plot_log.read_log(log(tmp_path / name, *entries))
+        drawn[name] = {k: v[~np.isnan(v)].tolist() for k, v in plot_log.curves(train).items()}
+    assert drawn["bound"] == drawn["gap"] == {"-": [2.0]}
+    assert drawn["weighted"] == {"-": [2.0], "--": [3.0]} and drawn["old"] == {"--": [2.0]}
+    runs = [(name, plot_log.read_log(tmp_path / name)) for name in ("bound", "weighted")]
+    low, high = plot_log.limits(runs, 0.0)
+    assert low < 2.0 and high > 3.0
 
 
 def test_smoothing_keeps_a_line_straight_and_means_what_it_says():

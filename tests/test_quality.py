@@ -116,6 +116,14 @@ def test_what_is_longer_than_the_judge_can_read_is_judged_in_blocks():
     assert counted.tolist() == [6, 3, 0] and nats.tolist() == [8, 8, 0]
 
 
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_a_judge_that_says_nan_or_infinity_is_noticed(odd, monkeypatch):
+    judge = Counting()
+    monkeypatch.setattr(judge, "nats", lambda blocks: np.array([1.0, odd]))
+    with pytest.raises(UserError, match="1 of 2 log-likelihoods by the judge are nan or infinite"):
+        quality.measure(records("abc", "bca"), judge)
+
+
 def test_a_text_that_the_judge_cannot_read_is_named():
     with pytest.raises(
         UserError, match="the judge cannot read sample 2: character 'g' is not among"

@@ -18,6 +18,7 @@ import config as settings
 import diffusion
 import sample as decoding
 import samplers
+from lib.stats import NotFinite
 from sample import SAMPLERS, categorical
 from samplers import step_to_call
 
@@ -110,6 +111,36 @@ def test_temperature_zero_takes_the_likeliest_token_and_says_how_likely_it_is():
     token, p = categorical(logits, torch.rand(20), temperature=0)
     assert torch.equal(token, logits.argmax(-1))
     assert torch.allclose(p, logits.double().softmax(-1).max(-1).values)
+
+
+@pytest.mark.parametrize(
+    "keys", [{"temperature": 0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-310}], ids=str
+)
+def test_what_leaves_one_token_leaves_the_first_of_equally_likely_ones(keys):
+    u = (torch.arange(100, dtype=torch.float64) + 0.5) / 100  # (N,)
+    for size in (4, 40):  # short and long rows are sorted in other ways
+        logits = torch.full((size,), 2.0).index_fill(0, torch.arange(1, size - 1), 5.0)  # (V,)
+        token, _ = categorical(logits.expand(100, -1), u, **keys)  # (N,)
+        assert token.unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 7])
+def test_top_k_keeps_exactly_k_whatever_is_equally_likely(k):
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000  # (N,)
+    for logits in ([0.0] * 7, [1.0, 5.0, 5.0, 2.0, 5.0, 1.0, 1.0], [3.0, 3.0, 1.0] + [2.0] * 4):
+        token, _ = categorical(torch.tensor(logits).expand(1000, -1), u, top_k=k)
+        first = sorted(range(7), key=lambda v: -logits[v])[:k]  # stable, so the first of equals
+        assert token.unique().tolist() == sorted(first)
+
+
+@pytest.mark.parametrize("keys", [{}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.5}], ids=str)
+@pytest.mark.parametrize("odd", [math.nan, math.inf])
+def test_logits_that_are_no_numbers_draw_nothing(odd, keys):
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, odd, 1.0]])  # (N, V)
+    with pytest.raises(NotFinite, match="1 of 2 probabilities of drawn tokens are nan or infinite"):
+        categorical(logits, torch.tensor([0.5, 0.5]), **keys)
+    logits[1, 1] = -math.inf  # a token that is never drawn
+    assert categorical(logits, torch.tensor([0.5, 0.5]), **keys)[0][1] != 1
 
 
 def test_tokens_of_probability_1e_12_come_up_as_often_as_they_should():

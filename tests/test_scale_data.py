@@ -315,7 +315,7 @@ def test_an_epoch_of_laid_out_documents_takes_every_block_once(tmp_path):
     blocks = loader.Blocks(tokens, 8, seed=1)
     assert blocks.n * 8 == len(tokens)
     whole = sorted(map(bytes, loader.in_order(tokens, 8)))
-    orders = [blocks.batch(epoch, np.arange(blocks.n), blocks.n) for epoch in range(3)]
+    orders = [blocks.batch(epoch * blocks.n, np.arange(blocks.n)) for epoch in range(3)]
     assert all(sorted(map(bytes, order)) == whole for order in orders)
     assert not np.array_equal(orders[0], orders[1])
 
@@ -377,8 +377,8 @@ def test_evaluation_blocks_are_read_when_they_are_asked_for(tmp_path, monkeypatc
 def test_prefetching_changes_neither_items_nor_order(tmp_path):
     writer.prepare(tmp_path, [("train", "abcdefghij" * 100)], tokenizer.Byte())
     blocks = loader.Blocks(loader.Tokens(tmp_path, "train"), 8, seed=0)
-    batches = (blocks.batch(step, np.arange(4), 4) for step in range(50))
-    plain = [blocks.batch(step, np.arange(4), 4) for step in range(50)]
+    batches = (blocks.batch(4 * step, np.arange(4)) for step in range(50))
+    plain = [blocks.batch(4 * step, np.arange(4)) for step in range(50)]
     assert all(map(np.array_equal, loader.prefetch(batches), plain))
     assert list(loader.prefetch([])) == [] and list(loader.prefetch([None, 0])) == [None, 0]
     assert list(itertools.islice(loader.prefetch(itertools.count()), 99)) == list(range(99))

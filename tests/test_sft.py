@@ -77,7 +77,7 @@ def batch_of(data, step=0, position=range(8), **keys):
 
 def placed(dataset, step, n=8):
     """(prompt (n, 1), length (n, 1), place (L,)) of the examples of a global batch."""
-    index = dataset.index(step, range(n), n)
+    index = dataset.index(step * n, range(n))
     lengths = (torch.from_numpy(z[index])[:, None] for z in (dataset.prompt, dataset.length))
     return *lengths, torch.arange(dataset.block_size)
 
@@ -214,7 +214,7 @@ def step_of(data, world=1, rank=0, **keys):
     )
     dataset = examples.Examples(data, "train", config["seed"])
     batches, loss_of = train.make_batches(config, dataset, team), diffusion.Loss(model, objective)
-    loss, skipped = train.train_step(config, 0, batches, loss_of, [optimizer], team)
+    loss, _, skipped = train.train_step(config, 0, batches, loss_of, [optimizer], team)
     assert not skipped
     return loss, gradients, before, config
 

@@ -226,7 +226,7 @@ def gradient_of_step(data, **keys):
     before = copy.deepcopy(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     batches = train.make_batches(config, blocks, Team())
-    loss, skipped = train.train_step(config, 0, batches, loss_of, [optimizer], Team())
+    loss, _, skipped = train.train_step(config, 0, batches, loss_of, [optimizer], Team())
     assert not skipped
     pairs = zip(before.parameters(), model.parameters(), strict=True)
     return loss, [a.detach() - b.detach() for a, b in pairs]

@@ -9,7 +9,6 @@ NELBO, app.js what is seen and done.
 """
 
 import base64
-import json
 import os
 import re
 import sys
@@ -25,7 +24,7 @@ from config import require
 from data.tokenizer import from_meta
 from lib import checkpoint
 from lib.device import machine
-from lib.files import whole_file
+from lib.files import to_json, whole_file
 from view.trace import Recorder
 
 DEFAULTS = {
@@ -107,7 +106,7 @@ def made(config, make):
 def html(data, code):
     """The page. What a model says is text, in its data as well: there a '<' cannot begin a tag."""
     parts = {path.name: path.read_text("utf8") for path in HERE.glob("*.js")}
-    parts |= {"code": code, "data": json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")}
+    parts |= {"code": code, "data": to_json(data, ensure_ascii=False).replace("<", "\\u003c")}
     frame = (HERE / "page.html").read_text("utf8")
     return re.sub(r"\{\{([\w.]+)\}\}", lambda found: parts[found[1]], frame)
 

@@ -82,7 +82,8 @@ def animated(trace, o):
         body += [letters(x, y, text, moving("token", draw["call"]) if draw else "")]
     bottom = tokens[-1][1] + 1.6 * HIGH
     for call in at:
-        text = f"network call {call + 1} of {len(at)}, expected {run['expected']:.1f}"
+        text = f"network call {call + 1} of {len(at)}"
+        text += f", expected {run['expected']:.1f}" if run["expected"] is not None else ""
         body += [letters(0, bottom, text, moving("note", call))]
     return [f"<style>{css}</style>", *body], bottom
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from config import UserError, at_least, require, run
 from data import download, loader, tokenizer, writer
-from lib.files import whole_file
+from lib.files import to_json, whole_file
 
 DEFAULTS = {
     "shards": 10,  # of training text, 200 MB each; one more is held out
@@ -95,7 +95,7 @@ def fetch_shard(repo, name, building, lengths, stop):
     source = download.hub_file(f"datasets/{repo}", published, building, stop)
     counts = convert(source, building / f"{name}.bin", lengths)
     with whole_file(building / f"{name}.json") as path:
-        path.write_text(json.dumps(counts))
+        path.write_text(to_json(counts))
     source.unlink()
 
 
@@ -161,7 +161,7 @@ def publish(folder, names, counts, meta):
         keys = ("tokens", "documents", "bytes")
         meta["splits"][split] = {key: sum(count[key] for count in own) for key in keys}
     with whole_file(folder / "meta.json") as path:
-        path.write_text(json.dumps(meta | {"shards": shards}))
+        path.write_text(to_json(meta | {"shards": shards}))
     shutil.rmtree(building, ignore_errors=True)
 
 
