@@ -61,8 +61,32 @@ def nearest(name, known):
 
 def choose(key, value, options):
     """options[value] (of a dict) or value (in a list); UserError names the nearest one."""
-    require(value in options, f"unknown {key} '{value}'{nearest(value, options)}")
+    if not (isinstance(value, str) and value in options):
+        raise UserError(f"unknown {key} '{value}'{nearest(str(value), options)}")
     return options[value] if isinstance(options, dict) else value
+
+
+class Table(dict):
+    """{name: entry}, all there is of one kind; to add one is to add one entry.
+
+    An unknown name is a UserError wherever it is looked up. So is an entry that lacks something, at
+    the first look: lacking(entry) -> what, in words, or "".
+    """
+
+    def __init__(self, kind, lacking=None, /, **entries):
+        super().__init__(entries)
+        self.kind, self.lacking, self.whole = kind, lacking, {}
+
+    def __getitem__(self, name):
+        entry = super().__getitem__(choose(self.kind, name, list(self)))
+        if self.lacking and self.whole.get(name, self) is not entry:
+            try:
+                problem = self.lacking(entry)
+            except Exception as error:  # an entry may hold anything
+                problem = f"fails with {type(error).__name__}: {error}"
+            require(not problem, f"the {self.kind} '{name}' {problem}")
+            self.whole[name] = entry
+        return entry
 
 
 def at_least(low, config, *keys):
@@ -172,6 +196,12 @@ def merge(items, *modules):
 def options(given, *modules):
     """A call's keyword options over the modules' DEFAULTS: `sample(model, x, steps=8)`."""
     return merge([(key, key, value) for key, value in given.items()], *modules)
+
+
+def completed(config, *modules):
+    """A config that was made in Python over the DEFAULTS, checked as a command's; others stay."""
+    known = defaults_of(modules)
+    return config | options({key: config[key] for key in config if key in known}, *modules)
 
 
 def read_preset(path):

@@ -31,7 +31,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from config import Table, choose
 from lib import fused
+from lib.entries import of_objective, of_order, of_schedule
 
 DEFAULTS = {
     "schedule": "loglinear",  # one of SCHEDULES; any_order, lambda_dce and ar train without one
@@ -56,28 +58,10 @@ def geometric(t, sigma_min=1e-4, sigma_max=20.0):
     return -torch.expm1(-sigma_bar), slope * torch.exp(-sigma_bar)
 
 
-SCHEDULES = {"loglinear": loglinear, "cosine": cosine, "geometric": geometric}
+SCHEDULES = Table("schedule", of_schedule, loglinear=loglinear, cosine=cosine, geometric=geometric)
 
 
-# ---- 2. The concrete score and its loss, as the papers write them (only the tests need them) -----
-def concrete_score(log_p, m):
-    """(1 - m)/m * p(x0_i = v | visible): log_p (..., V), m -> (..., V). RADD eq. 3.2."""
-    return (1 - m) / m * log_p.exp()
-
-
-def score_entropy(log_score, x0, m, dm):
-    """Denoising score entropy (DSE) of masked positions, in nats: log_score (..., V), x0 (...).
-
-    RADD eq. 2.11, from SEDD (arXiv 2310.16834). With score = (1 - m)/m e^logit it is
-    dm/m * (-logit[x0] + sum_v e^logit_v - 1). Where the logits are log-probabilities the sum is 1,
-    and what is left is the weighted cross-entropy of t_dce. dm / (1 - m) is the slope of sigma_bar.
-    """
-    ratio = (1 - m) / m  # the true score: `ratio` at the clean token, 0 elsewhere
-    at_x0 = log_score.gather(-1, x0[..., None]).squeeze(-1)
-    return dm / (1 - m) * (log_score.exp().sum(-1) - ratio * at_x0 + ratio * (ratio.log() - 1))
-
-
-# ---- 3. Objectives are data: which positions are masked, and the loss weight of a masked token ---
+# ---- 2. Objectives are data: which positions are masked, and the loss weight of a masked token ---
 #
 # Along a random order, the chain rule -log p = sum_k CE(k-th token | those before it) is a
 # likelihood. While k tokens are masked, the next one is any of the k, so its expected cost is h_k,
@@ -120,13 +104,15 @@ def t_dce(u, noise, n, schedule):
     return noise < m[:, None], dm / m
 
 
-OBJECTIVES = {
-    "any_order": Objective(any_order, attention=("full", "order")),
-    "lambda_dce": Objective(lambda_dce),
-    "t_dce": Objective(t_dce),
-    "t_dse": Objective(t_dce, normalised=False),
-    "ar": Objective(None, attention=("causal",)),  # nothing is masked: the baseline
-}
+OBJECTIVES = Table(
+    "objective",
+    of_objective,  # the first use of an entry checks that its weights make the bound
+    any_order=Objective(any_order, attention=("full", "order")),
+    lambda_dce=Objective(lambda_dce),
+    t_dce=Objective(t_dce),
+    t_dse=Objective(t_dce, normalised=False),
+    ar=Objective(None, attention=("causal",)),  # nothing is masked: the baseline
+)
 
 
 def draw_mask(objective, u, noise, schedule=loglinear, prompt=None):
@@ -146,13 +132,15 @@ def draw_mask(objective, u, noise, schedule=loglinear, prompt=None):
 
 # An `order` network (model.py) is trained on orders in place of masks: in one pass it predicts each
 # token of x0 from those before it in the order, all L terms of the chain rule at once.
-ORDERS = {  # from noise and place (B, L) in [0, 1), coin (B, 1): numbers whose order is the order
-    "uniform": lambda noise, place, coin, p: noise,
-    "left_to_right": lambda noise, place, coin, p: place,
-    "right_to_left": lambda noise, place, coin, p: -place,
-    "mixture": lambda noise, place, coin, p: torch.where(coin < p, place, noise),
-    "local": lambda noise, place, coin, p: place + p * noise,
-}
+ORDERS = Table(  # from noise and place (B, L) in [0, 1), coin (B, 1): numbers, sorted to an order
+    "order",
+    of_order,
+    uniform=lambda noise, place, coin, p: noise,
+    left_to_right=lambda noise, place, coin, p: place,
+    right_to_left=lambda noise, place, coin, p: -place,
+    mixture=lambda noise, place, coin, p: torch.where(coin < p, place, noise),
+    local=lambda noise, place, coin, p: place + p * noise,
+)
 
 
 def draw_order(name, noise, coin, p=0.5, prompt=None):
@@ -164,11 +152,11 @@ def draw_order(name, noise, coin, p=0.5, prompt=None):
     place = (torch.arange(L) / L).expand(noise.shape)  # (B, L)
     key = ORDERS[name](noise, place, coin, p)  # (B, L)
     if prompt is not None:
-        key = torch.where(place * L < prompt[:, None] - 0.5, place - 2, key)  # below all others
+        key = key.masked_fill(torch.arange(L) < prompt[:, None], -torch.inf)
     return key.argsort(dim=1, stable=True)
 
 
-# ---- 4. Draws of low variance, the same for any number of processes ------------------------------
+# ---- 3. Draws of low variance, the same for any number of processes ------------------------------
 def stratified(jitter, position, batch_size):
     """u (B,) for draw_mask: one in each of batch_size strata of (0, 1), in antithetic pairs.
 
@@ -205,11 +193,12 @@ def stratified_uniforms(seed, step, position, batch_size, L):
     return u, uniforms(seed, step, position, L)
 
 
-# ---- 5. The bound: one weighted cross-entropy ----------------------------------------------------
+# ---- 4. The bound: one weighted cross-entropy ----------------------------------------------------
 def cross_entropy(model, h, target, weight, normalised=True):
     """The plain formula, from h (N, D): (sum of weight * terms, terms (N,), CE (N,)), in nats.
 
-    Only the sum has a gradient. Terms are CE; of scores (normalised=False, t_dse) they are
+    Only the sum has a gradient. Terms are CE; of scores (1 - m)/m e^logit that need not add up
+    (normalised=False: t_dse, score entropy: SEDD, arXiv 2310.16834, RADD eq. 2.11) they are
     -logit[target] + sum_v e^logit_v - 1, never less than CE, and least at e^logit = p, too.
     model.head_loss (lib/fused.py) gives the same without (N, V) logits.
     """
@@ -305,7 +294,7 @@ class Loss(torch.nn.Module):
         return nelbo(self.model, x0, mask, weight, masked_idx, normalised, bound=bound)
 
 
-# ---- 6. Unmasking times: when a position is unmasked, known before the network is asked ----------
+# ---- 5. Unmasking times: when a position is unmasked, known before the network is asked ----------
 def unmask_prob(schedule, t, s, sampler="ancestral"):
     """Probability that a token masked at time t is unmasked by the step to s < t: (...), float64.
 
@@ -314,8 +303,9 @@ def unmask_prob(schedule, t, s, sampler="ancestral"):
     euler: the rate of going back at t, m'(t)/m(t), times the step: RADD eq. D.13, D.15, D.29; at
     most 1. For the log-linear schedule both are (t - s)/t: RADD eq. D.16.
     """
-    m, dm = schedule(t)
-    return 1 - schedule(s)[0] / m if sampler == "ancestral" else ((t - s) * dm / m).clamp(max=1.0)
+    (m, dm), (m_s, _) = schedule(t), schedule(s)
+    p = {"ancestral": 1 - m_s / m, "euler": ((t - s) * dm / m).clamp(max=1.0)}
+    return choose("sampler", sampler, p)
 
 
 def unmask_schedule(schedule, steps, sampler="ancestral"):
@@ -345,7 +335,7 @@ def expected_nfe(r, L):
     return float((1 - (1 - r) ** L).sum())
 
 
-# ---- 7. Guidance ---------------------------------------------------------------------------------
+# ---- 6. Guidance ---------------------------------------------------------------------------------
 def predict(model, x, masked_idx, cond, cfg_scale=0.0):
     """Logits (N, V) at flat positions masked_idx (N,) of x (B, L), guided by x where cond (B, L).
 

@@ -1,6 +1,7 @@
 """Evaluation: how many nats a model needs for text that it has not seen.
 
-    python evaluate.py --ckpt=out/pydocs --data=data/pydocs
+    python evaluate.py --ckpt=out/pydocs                                  its own data, held out
+    python evaluate.py --ckpt=out/pydocs --text="The list is sorted."     token by token
     python evaluate.py --ckpt=out/pydocs --precision=0.002 --draws=256    draws until it is so sharp
 
 - A masked diffusion model has a bound (NELBO: negative evidence lower bound), estimated from draws
@@ -42,14 +43,17 @@ from tqdm import tqdm
 
 import config as settings
 import diffusion
-from config import require
-from data import examples, loader, ngram
+from config import Table, require
+from data import ngram
+from lib.rows import batches, random_numbers
 from lib.stats import certainty, finite, mean_over_sets, report, t95
-from lib.subject import open_text, opened
+from lib.subject import evaluated, folder_of, ids_of_text, open_text, opened, with_remarks
+from lib.text import by_token
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # whatever checkpoint.load takes
-    "data": "data/pydocs",  # a prepared folder
+    "data": "",  # a prepared folder; empty: the one that the checkpoint learnt from
+    "text": "",  # in place of data: a sentence (or FILE:PATH) that is scored token by token
     "split": "val",  # the part of the folder that is evaluated
     "estimator": "any_order",  # one of ESTIMATORS; a causal network is exact anyway
     "draws": 16,  # for each sequence; the most of them where precision is given
@@ -147,51 +151,38 @@ class Estimator(NamedTuple):
     rank: object = None  # Draw -> turns (b, W) of that chain rule: a row each, or one pass (order)
     exact: bool = False  # nothing is drawn
     mean_of_p: bool = False  # a set says -log(mean of p), not the mean of -log p
+    normalised: bool = True  # False: the output is a score, not log-probabilities
 
 
-ESTIMATORS = {
-    "any_order": Estimator(any_order, random_order),  # the latter for an `order` network
-    "lambda_dce": Estimator(lambda_dce),
-    "t_dce": Estimator(t_dce),
-    "t_dse": Estimator(t_dce),
-    "chain": Estimator(rank=random_order),
-    "orders": Estimator(rank=random_order, mean_of_p=True),
-    "left_to_right": Estimator(rank=left_to_right, exact=True),
-    "right_to_left": Estimator(rank=right_to_left, exact=True),
-}
-AR = Estimator(ar, exact=True)  # of causal networks, which have no other
+ESTIMATORS = Table(
+    "estimator",
+    lambda entry: "" if entry.row or entry.rank else "has neither row nor rank",
+    any_order=Estimator(any_order, random_order),  # the latter for an `order` network
+    lambda_dce=Estimator(lambda_dce),
+    t_dce=Estimator(t_dce),
+    t_dse=Estimator(t_dce, normalised=False),
+    chain=Estimator(rank=random_order),
+    orders=Estimator(rank=random_order, mean_of_p=True),
+    left_to_right=Estimator(rank=left_to_right, exact=True),
+    right_to_left=Estimator(rank=right_to_left, exact=True),
+)
+AR = Estimator(ar, left_to_right, exact=True)  # of causal networks, which have no other
 
 
 def estimator_of(model, name):
     """(name, Estimator) that evaluates this network: the one of that name, unless it is causal."""
-    causal = model.config["attention"] == "causal"
-    return ("ar", AR) if causal else (name, ESTIMATORS[name])
+    estimator = ESTIMATORS[name]
+    return ("ar", AR) if model.config["attention"] == "causal" else (name, estimator)
 
 
 # ---- 2. A set of draws for many requests, in full batches ----------------------------------------
-def random_numbers(seed, number, place, draw, size, n):
-    """u (b,) and noise (b, n) of draws `draw` (b,) in set `number` of `size`, for requests `place`.
-
-    Pure functions of these; the first of the n do not depend on n. Over the set u is stratified.
-    """
-    jitter = distinct_uniforms(seed, 2 * number + 1, place * size + draw // 2, 1)  # (b, 1)
-    noise = distinct_uniforms(seed, 2 * number, place * size + draw, n)  # (b, n)
-    return diffusion.stratified(jitter.squeeze(1), draw, size), noise
-
-
-def distinct_uniforms(seed, step, position, n):
-    """diffusion.uniforms, each position drawn once: many rows of a chain have the same numbers."""
-    position, row = position.unique(return_inverse=True)
-    return diffusion.uniforms(seed, step, position, n)[row]  # (b, n)
-
-
 @torch.no_grad()
 def set_nats(model, requests, o, number=0, size=1):
     """Set `number` of `size` draws for each request -> (nats (N, size), {"rows", "calls"} it took).
 
     requests: N pairs (prompt ids, answer ids); o: the options, as `merged` has them.
     """
-    name, estimator = estimator_of(model, o["estimator"])
+    _, estimator = estimator_of(model, o["estimator"])
     plain = not (o["cfg_scale"] or o["pad_to"])
     one_pass = plain and estimator.rank is not None and model.config["attention"] == "order"
     groups = torch.arange(len(requests)) if o["groups"] is None else torch.as_tensor(o["groups"])
@@ -214,7 +205,7 @@ def set_nats(model, requests, o, number=0, size=1):
                 x0 = F.pad(x0, fill, value=model.mask_id)  # (b, W + fill)
                 mask, weight, cond = (F.pad(z, fill) for z in (mask, weight, place < 0))
                 guidance = (cond, o["cfg_scale"]) if o["cfg_scale"] else ()
-                row_nats = nats_of_rows(model, x0, mask, weight, name, *guidance)  # (b,)
+                row_nats = nats_of_rows(model, x0, mask, weight, estimator, *guidance)  # (b,)
             nats.index_put_((torch.from_numpy(i), k), row_nats, accumulate=True)
             cost["rows"] += len(x0) * (2 if one_pass or o["cfg_scale"] else 1)
             cost["calls"] += 1
@@ -222,31 +213,19 @@ def set_nats(model, requests, o, number=0, size=1):
     return nats, cost
 
 
-def batches(lengths, turns, size, batch_size):
-    """Yield (request (b,), draw (b,), turn (b,)), b <= batch_size: each needed row, by length.
+def nats_in_order(model, x0, draw, rank, counted=None):
+    """-log p(answer) along the order of rank (b, W), prompts first, in one pass: (b,) float64.
 
-    lengths (N,), turns (N,) rows of a draw. There is no padding: two lengths share no call.
+    counted (b, W): which of the terms, in their order; without it those of the answer.
     """
-    for length in np.unique(lengths):
-        members = np.flatnonzero(lengths == length)
-        first = np.cumsum([0, *turns[members] * size])  # (members + 1,) each request's first row
-        for start in range(0, first[-1], batch_size):
-            row = np.arange(start, min(start + batch_size, first[-1]))  # (b,)
-            i = np.searchsorted(first, row, side="right") - 1  # (b,)
-            draw, turn = np.divmod(row - first[i], turns[members[i]])  # (b,) each
-            yield members[i], torch.from_numpy(draw), torch.from_numpy(turn)
-
-
-def nats_in_order(model, x0, draw, rank):
-    """-log p(answer) along the order of rank (b, W), prompts first, in one pass: (b,) float64."""
     place, device = draw.place, model.cos.device  # (b, W)
     order = torch.where(place < 0, place - place.shape[1], rank).argsort(1)  # (b, W)
-    counted = torch.arange(x0.shape[1]) >= draw.prompt[:, None]  # (b, W)
-    z = (x0.to(device), order.to(device), counted.to(device))
+    answer = torch.arange(x0.shape[1]) >= draw.prompt[:, None] if counted is None else counted
+    z = (x0.to(device), order.to(device), answer.to(device))
     return diffusion.order_nll(model, *z)[1].cpu().double()
 
 
-def nats_of_rows(model, x0, mask, weight, name, cond=None, cfg_scale=0.0):
+def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
     """weight * cross-entropy, summed over each row: (b, W) each -> (b,) float64. One network call.
 
     With cond (b, W) the logits are guided by it (diffusion.predict).
@@ -254,10 +233,10 @@ def nats_of_rows(model, x0, mask, weight, name, cond=None, cfg_scale=0.0):
     counted = weight.flatten().nonzero().flatten()  # (n,) what counts, and alone leaves the network
     device = next(model.parameters()).device
     x0, mask, weight, counted = (z.to(device) for z in (x0, mask, weight.float(), counted))
-    if name == "ar":
+    if model.config["attention"] == "causal":
         nats = diffusion.ar_nll(model, x0, mask, weight, counted)[1]  # (b,)
     elif cond is None:
-        nats = diffusion.nelbo(model, x0, mask, weight, counted, normalised=name != "t_dse")[1]
+        nats = diffusion.nelbo(model, x0, mask, weight, counted, estimator.normalised)[1]  # (b,)
     else:
         x = torch.where(mask, model.mask_id, x0)  # (b, W)
         logits = diffusion.predict(model, x, counted, cond.to(device), cfg_scale)  # (n, V)
@@ -329,6 +308,31 @@ def estimate(model, requests, lengths=None, groups=None, progress=False, **optio
     return mean, info | {"draw_half": half, "seconds": time.time() - began}
 
 
+@torch.no_grad()
+def token_nats(model, ids, **options):
+    """What each token of a text costs along the chain rule: ids (L,) -> nats (draws, L) float64.
+
+    Given the tokens before it in an order; a draw is one order, its sum -log p along it, and a row
+    one token. options as of answer_nats; UserError for an estimator that is no chain rule.
+    """
+    o = merged(options)
+    _, estimator = estimator_of(model, o["estimator"])
+    none = f"{o['estimator']} has no nats of each token; try --estimator=chain"
+    require(estimator.rank and not estimator.mean_of_p, none)
+    L, K = len(ids), 1 if estimator.exact else o["draws"]
+    nats = torch.zeros(K, L, dtype=torch.float64)
+    for row in torch.arange(K * L).split(o["batch_size"]):
+        k, turn, zero = row // L, row % L, torch.zeros_like(row)  # (b,) each
+        draw = Draw(*random_numbers(o["seed"], 0, zero, k, K, L), turn, zero, None)
+        x0, turns = torch.as_tensor(ids).expand(len(row), L), estimator.rank(draw)  # (b, L)
+        if model.config["attention"] == "order":
+            row_nats = nats_in_order(model, x0, draw, turns, F.one_hot(turn, L))  # (b,)
+        else:
+            row_nats = nats_of_rows(model, x0, *one_term(draw, turns), estimator)  # (b,)
+        nats[k, turns.argsort(1)[torch.arange(len(row)), turn]] = row_nats
+    return nats
+
+
 # ---- 4. One text ---------------------------------------------------------------------------------
 def check(config):
     """Raise UserError for settings that no evaluation has."""
@@ -341,15 +345,7 @@ def check(config):
 
 def evaluate(config, subject, folder, split):
     """Evaluate one split of a prepared folder, print how and what came out -> a dict."""
-    tokens, starts, L = open_text(config, subject, folder, split)
-    width, counts = examples.layout(folder, tokens.meta)[0], tokens.meta["splits"][split]
-    if width:  # the bound of each answer, given its prompt
-        network = subject.causal, subject.model.start_id
-        part = examples.held_out(folder, split, L, config["sequences"], network)
-    else:
-        blocks = [tokens[start : start + L] for start in starts]  # (L,) each
-        size = counts["bytes"] / counts["tokens"]
-        part = examples.HeldOut(blocks, [len(block) for block in blocks], size)
+    meta, part, L = open_text(config, subject, folder, split)
     keys = ("estimator", "draws", "strata", "precision", "schedule", "seed", "batch_size")
     options = {key: config[key] for key in keys} | {"progress": True}
     with subject.autocast():
@@ -358,16 +354,9 @@ def evaluate(config, subject, folder, split):
     result, text = report(nats, part.counts, part.bytes_per_token)
     result |= info | {"estimator": name, "block_size": L, "data": str(folder)}
     draws = f"{result['draws']} draws a sequence in sets of {config['strata']}"
-    unit = f"answers in examples of {width}, given their prompts" if width else f"blocks of {L}"
-    print(
-        f"{folder} {split}: {result['tokens']} of {counts['tokens']} tokens, "
-        f"{counts['documents']} documents, {len(nats)} {unit}"
-        f"{', the rest left out' * (config['protocol'] == 'radd')}; "
-        f"{method(name, draws)}; {subject.words}"
-    )
-    if "protocol" in tokens.meta:
-        print(f"text: {tokens.meta['protocol']}")
-    print(text + " (a token is a character)" * (tokens.meta["tokenizer"]["kind"] == "char"))
+    what = evaluated(result, split, meta, config["protocol"])
+    print(f"{what}; {method(name, draws)}; {subject.words}")
+    print(with_remarks(meta, text))
     print(certainty(result, config["precision"], config["draws"], config["strata"]))
     return result
 
@@ -380,18 +369,29 @@ def method(name, draws):
     return f"exact along the order {name}" if exact else f"upper bound by {name}, {draws}"
 
 
+def score(config, subject):
+    """Evaluate config["text"], print a line for each token -> {"tokens", "nats", "total", ...}."""
+    ids = ids_of_text(subject, config["text"])
+    options = {key: config[key] for key in ("estimator", "draws", "seed", "batch_size")}
+    with subject.autocast():
+        nats = token_nats(subject.model, ids, **options)  # (draws, L)
+    name, _ = estimator_of(subject.model, config["estimator"])
+    result, text = by_token(subject.tokenizer, ids, nats)
+    print(f"{text}\n-log p(text): {method(name, f'{len(nats)} orders')}; {subject.words}")
+    return result | {"estimator": name}
+
+
 def main(config):
-    """Evaluate config["ckpt"] on config["data"]; return the result, a dict."""
+    """Evaluate config["ckpt"] on config["text"] or config["data"]; return the result, a dict."""
     check(config)
-    folder, split = config["data"], config["split"]
-    result = evaluate(config, opened(config), folder, split)
-    meta = loader.read_meta(folder)
-    is_text = not examples.layout(folder, meta)[0] and {"train", "val"} <= meta["splits"].keys()
-    counted = ngram.baseline(folder) if is_text and split == "val" else {}
+    subject = opened(config, reads_text=bool(config["text"]))
+    if config["text"]:
+        return score(config, subject)
+    folder = folder_of(config, subject)
+    result = evaluate(config, subject, folder, config["split"])
+    counted = ngram.baseline(folder) if config["split"] == "val" else {}
     if counted:
-        nats = ", ".join(f"{name} {value:.4f}" for name, value in counted.items())
-        baseline = "n-gram baseline, for comparison (Witten-Bell, counted on the training text)"
-        print(f"{baseline}: {nats} nats per token")
+        print(ngram.words(counted))
     return result | {"ngram_nats": counted}
 
 

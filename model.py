@@ -33,7 +33,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from config import Table, choose
 from lib import fused
+from lib.entries import ATTENTIONS
 
 DEFAULTS = {
     "n_layer": 0,  # blocks; 0 here and in the next two: train.py's dial says it (lib/budget.py)
@@ -41,14 +43,14 @@ DEFAULTS = {
     "n_embd": 0,  # width D; a head has n_embd / n_head of it, an even number
     "block_size": 128,  # the longest sequence
     "vocab_size": 0,  # V, without the mask; train.py takes it from the data
-    "attention": "full",  # full | causal | order; ar has causal, any_order full or order
-    "norm": "rms",  # layer | rms
-    "mlp": "gelu",  # gelu | swiglu | relu2
+    "attention": "full",  # one of ATTENTIONS; ar has causal, any_order full or order
+    "norm": "rms",  # one of NORMS
+    "mlp": "gelu",  # one of MLPS
     "mlp_width": 0,  # inside the MLP; 0: 4 * n_embd
     "bias": False,  # in norms, MLP and head (never in attention), as RADD has them
     "qk_norm": True,  # RMS-normalise queries and keys
     "conv": 0,  # with full: width of a convolution over embedded tokens, an odd number; 0: none
-    "zero_init": "all",  # none | head | all; starts at zero: head (RADD); all: what blocks add too
+    "zero_init": "all",  # one of ZERO_INITS; starts at zero: head (RADD); all: what blocks add too
     "dropout": 0.0,  # after attention and after the MLP
     "rotary_bf16": False,  # round the rotary tables to bfloat16, as SMDM's weights expect
     "start_id": -1,  # the token that stands before the first one of a causal network; -1: the mask
@@ -75,27 +77,42 @@ def rotate(z, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(z.dtype)
 
 
+NORMS = Table(
+    "norm",
+    layer=lambda config: nn.LayerNorm(config["n_embd"], eps=1e-5, bias=config["bias"]),
+    rms=lambda config: nn.RMSNorm(config["n_embd"], eps=1e-5),
+)
+MLPS = Table(  # (activation, whether it is that of a gate)
+    "mlp",
+    gelu=(fused.gelu, False),
+    swiglu=(F.silu, True),
+    relu2=(lambda h: F.relu(h).square(), False),
+)
+ZERO_INITS = Table(  # how the names of weights end that start at zero
+    "zero_init",
+    none=(),
+    head=("unembed.weight",),
+    all=("unembed.weight", "proj.weight", "down.weight"),
+)
+
+
 def make_norm(config):
-    if config["norm"] == "rms":
-        return nn.RMSNorm(config["n_embd"], eps=1e-5)
-    return nn.LayerNorm(config["n_embd"], eps=1e-5, bias=config["bias"])
+    return NORMS[config["norm"]](config)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D, self.kind = config["n_embd"], config["mlp"]
+        D, (self.activation, gated) = config["n_embd"], MLPS[config["mlp"]]
         width = config["mlp_width"] or 4 * D
-        if self.kind == "swiglu":
-            self.gate = nn.Linear(D, width, bias=config["bias"])
+        self.gate = nn.Linear(D, width, bias=config["bias"]) if gated else None
         self.up = nn.Linear(D, width, bias=config["bias"])
         self.down = nn.Linear(width, D, bias=config["bias"])
 
     def forward(self, h):  # (..., D) -> (..., D)
-        if self.kind == "swiglu":
-            return self.down(F.silu(self.gate(h)) * self.up(h))
-        h = self.up(h)  # (..., width)
-        return self.down(F.relu(h).square() if self.kind == "relu2" else fused.gelu(h))
+        if self.gate is None:
+            return self.down(self.activation(self.up(h)))
+        return self.down(self.activation(self.gate(h)) * self.up(h))
 
 
 class Block(nn.Module):
@@ -255,6 +272,7 @@ class Transformer(nn.Module):
         super().__init__()
         D, V = config["n_embd"], config["vocab_size"]
         assert D % config["n_head"] == 0 and (D // config["n_head"]) % 2 == 0
+        choose("attention", config["attention"], ATTENTIONS)
         self.config = config
         self.block_size, self.vocab_size, self.mask_id = config["block_size"], V, V
         self.start_id = V if config["start_id"] < 0 else config["start_id"]
@@ -280,14 +298,13 @@ class Transformer(nn.Module):
         As SMDM has it (arXiv 2410.18514). One tensor at a time, drawn whole: a network that is
         spread over processes starts with the same numbers.
         """
-        D, n_layer, zero = self.config["n_embd"], self.config["n_layer"], self.config["zero_init"]
+        D, n_layer = self.config["n_embd"], self.config["n_layer"]
+        zero = ZERO_INITS[self.config["zero_init"]]
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 out = name.endswith(("proj.weight", "down.weight"))
                 std = 1 / (math.sqrt(D) * n_layer) if out else math.sqrt(2 / (5 * D))
-                if (out and zero == "all") or (name == "unembed.weight" and zero != "none"):
-                    std = 0.0
-                if name == "conv":  # a position begins with its own token alone
+                if name == "conv" or name.endswith(zero):  # conv: a position begins as its token
                     std = 0.0
                 yield name, torch.empty(parameter.shape).normal_(std=std)
             else:

@@ -5,17 +5,20 @@
   samples from another distribution than the network's, at any number of calls: sure tokens first.
 - A remasking one also takes tokens back, at steps that are known beforehand as well.
 
-To add a sampler: a function (masked (N, L) bool, options) -> policy, and its name in SAMPLERS.
+To add a sampler: one entry in SAMPLERS, a function (masked (N, L) bool, options) -> policy.
 A policy is asked by the loop in sample.py: unfinished, remasked, due, noise, accept.
 """
 
 import torch
 
 import diffusion
+from config import Table
 
 
 class FixedOrder:
     """Each position's step is known before the first call: unmask_step (N, L), -1: conditions."""
+
+    by_entropy = False  # whether `accept` needs the entropies; elsewhere they are 0
 
     def __init__(self, unmask_step, seed, expected_nfe=None):
         self.step, self.call = unmask_step, step_to_call(unmask_step)  # (N, L) each
@@ -59,9 +62,9 @@ class Adaptive(FixedOrder):
 
     step = None  # known after the call alone
 
-    def __init__(self, masked, seed, choose, expected_nfe=None):
+    def __init__(self, masked, seed, choose, by_entropy=False, expected_nfe=None):
         self.masked, self.seed, self.choose = masked.clone(), seed, choose  # (N, L)
-        self.expected_nfe = expected_nfe  # None: the network decides
+        self.by_entropy, self.expected_nfe = by_entropy, expected_nfe  # None: the network decides
 
     def unfinished(self, done):
         return self.masked.any(1)
@@ -124,7 +127,7 @@ def step_to_call(unmask_step):
 
 
 def by_time(masked, o):
-    """Ancestral and Euler sampling: each position's step by itself, by the unmasking schedule."""
+    """Ancestral or Euler sampling: each position's step by itself, by the unmasking schedule."""
     (N, L), schedule = masked.shape, diffusion.SCHEDULES[o["schedule"]]
     r = diffusion.unmask_schedule(schedule, o["steps"], o["sampler"])  # (steps,)
     u = diffusion.uniforms(o["seed"], 0, range(N), L)  # (N, L)
@@ -193,7 +196,7 @@ def entropy_bound(masked, o):
         within = h.isfinite() & (h.cumsum(1) - h <= o["max_entropy"])  # (b, L)
         return torch.zeros_like(within).scatter(1, order, within)
 
-    return Adaptive(masked, o["seed"], choose)
+    return Adaptive(masked, o["seed"], choose, by_entropy=True)
 
 
 def remask(masked, o):
@@ -243,16 +246,17 @@ def smdm_counts(n, steps):
     return [count for count in counts if count]
 
 
-SAMPLERS = {
-    "ancestral": by_time,
-    "euler": by_time,
-    "any_order": any_order,
-    "left_to_right": left_to_right,
-    "right_to_left": right_to_left,
-    "confidence": confidence,
-    "smdm_greedy": smdm_greedy,
-    "threshold": threshold,
-    "entropy_bound": entropy_bound,
-    "remask": remask,
-    "remask_rescale": remask_rescale,
-}
+SAMPLERS = Table(
+    "sampler",
+    ancestral=by_time,
+    euler=by_time,
+    any_order=any_order,
+    left_to_right=left_to_right,
+    right_to_left=right_to_left,
+    confidence=confidence,
+    smdm_greedy=smdm_greedy,
+    threshold=threshold,
+    entropy_bound=entropy_bound,
+    remask=remask,
+    remask_rescale=remask_rescale,
+)

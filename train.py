@@ -33,7 +33,7 @@ import diffusion
 import evaluate
 import model as network
 import sample
-from config import require
+from config import Table, require
 from data import examples, loader, tokenizer
 from lib import checkpoint, parallel, resume
 from lib.budget import Clock, with_dial
@@ -50,7 +50,7 @@ DEFAULTS = {
     "size": "",  # of SMDM's table (lib/formats.SIZES), as 170M: the shape and kind of the network
     "data": "data/pydocs",  # a prepared folder
     "out_dir": "out/pydocs",  # checkpoint and log go here
-    "init_from": "",  # begin with weights and model keys of this (all that checkpoint.load takes)
+    "init_from": "",  # begin with weights and model keys of this checkpoint; block_size may grow
     "resume": True,  # go on from out_dir/ckpt.pt if it exists; False: start again and overwrite it
     "objective": "any_order",  # one of OBJECTIVES; ar is the causal baseline
     "loss_weight": "sqrt",  # one of LOSS_WEIGHTS; of a masked token (attention=full) in training
@@ -89,11 +89,12 @@ DEFAULTS = {
 }
 
 OBJECTIVES, ORDERS = diffusion.OBJECTIVES, diffusion.ORDERS
-LOSS_WEIGHTS = {  # of a masked token in training, from the bound's (b,), of which 2 is usual
-    "bound": lambda weight: weight,
-    "sqrt": lambda weight: 2 * weight.sqrt(),
-    "constant": lambda weight: torch.full_like(weight, 2.0),
-}
+LOSS_WEIGHTS = Table(  # of a masked token in training, from the bound's (b,), of which 2 is usual
+    "loss_weight",
+    bound=lambda weight: weight,
+    sqrt=lambda weight: 2 * weight.sqrt(),
+    constant=lambda weight: torch.full_like(weight, 2.0),
+)
 # Random numbers that are no batch's: positions of their own, which no batch reaches.
 STREAMS = {"length": 2**62, "dropout": 2**62 + 1, "prompt_drop": 2**61, "order": 2**60}
 
@@ -289,8 +290,10 @@ def one_sample(config, model, text, val, team):
     L = config["example_width"] or config["block_size"]
     x = torch.full((1, L), model.mask_id, device=team.device)  # (1, L)
     x[0, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
+    keys = ("sampler", "temperature") if config["example_width"] else ()  # as sample.py answers
+    options = {"seed": config["seed"]} | {key: sample.ANSWERS[key] for key in keys}
     with team.autocast():
-        ids = sample.sample(model, x, seed=config["seed"])[0][0].tolist()
+        ids = sample.sample(model, x, **options)[0][0].tolist()
     parallel.release(model)
     return sample.text_of(text, ids, len(prompt), config["eos_id"])
 
@@ -318,7 +321,7 @@ def main(config):
 
     Raises UserError.
     """
-    config = settings.defaults_of([settings, diffusion, network, sys.modules[__name__]]) | config
+    config = settings.completed(config, settings, diffusion, network, sys.modules[__name__])
     # Who takes part, and how the run begins: anew, from other weights, or from where it stopped.
     team = parallel.join(config)
     config, state = resume.begin(config, team)

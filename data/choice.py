@@ -12,7 +12,7 @@ import string
 from pathlib import Path
 from typing import NamedTuple
 
-from config import require
+from config import Table, require
 from data.examples import field, records
 
 ARC = "Question: {question}\nAnswer:"
@@ -46,11 +46,11 @@ def read(name, place, limit=0):
     for a line that is not JSON, lacks a key or holds another type there, and for a gold that none
     of the options is.
     """
-    path = find(name, Path(place))
+    reader, path = READERS[name], find(name, Path(place))
     lines = articles(records(path)) if name == "race" else records(path)
     questions = []
     for where, record in itertools.islice(lines, limit or None):
-        contexts, options, gold = READERS[name](where, record)
+        contexts, options, gold = reader(where, record)
         filled = options and all(map(str.strip, options))
         require(filled, f"{where}: an option is empty, or there is none")
         in_range(where, options, gold)
@@ -206,17 +206,18 @@ def lambada(where, record):
     return [text], [word], 0
 
 
-READERS = {
-    "arc_challenge": lettered("arc_challenge"),
-    "arc_easy": lettered("arc_easy"),
-    "boolq": boolq,
-    "hellaswag": hellaswag,
-    "lambada": lambada,
-    "openbookqa": lettered("openbookqa"),
-    "piqa": keyed("piqa", "sol1", "sol2", answer="label"),
-    "plain": plain,
-    "race": race,
-    "sciq": sciq,
-    "social_iqa": keyed("social_iqa", "answerA", "answerB", "answerC", answer="label", first=1),
-    "winogrande": winogrande,
-}
+READERS = Table(
+    "set",
+    arc_challenge=lettered("arc_challenge"),
+    arc_easy=lettered("arc_easy"),
+    boolq=boolq,
+    hellaswag=hellaswag,
+    lambada=lambada,
+    openbookqa=lettered("openbookqa"),
+    piqa=keyed("piqa", "sol1", "sol2", answer="label"),
+    plain=plain,
+    race=race,
+    sciq=sciq,
+    social_iqa=keyed("social_iqa", "answerA", "answerB", "answerC", answer="label", first=1),
+    winogrande=winogrande,
+)

@@ -26,7 +26,6 @@ from data import loader, writer
 from data import tokenizer as tokenizers
 
 DEFAULTS = {
-    "tokenizer": "gpt2",  # char | byte | gpt2 | llama, or a prepared folder: its tokenizer
     "width": 0,  # tokens in an example, prompt and eos included; 0: as many as the longest needs
 }
 
@@ -69,10 +68,8 @@ def field(where, record, key):
 
 
 def vocabulary(name, texts):
-    """The tokenizer that `name` means (see DEFAULTS); `texts` are read for a new alphabet only."""
-    if Path(name, "meta.json").is_file():
-        return tokenizers.from_meta(loader.read_meta(name)["tokenizer"])
-    return tokenizers.build(name, itertools.chain([EOS], texts))
+    """tokenizer.named with an eos in a new alphabet."""
+    return tokenizers.named(name, itertools.chain([EOS], texts))
 
 
 def eos_of(tokenizer):
@@ -138,10 +135,12 @@ def collect(examples, tokenizer, width):
     """{split: Ragged} of the examples; those longer than the width, if not 0, are only counted."""
     eos, splits = eos_of(tokenizer), {}
     end = f"{tokenizer.decode([eos])!r}, which marks its end"
+    other = "; for answers of several lines take another tokenizer, as byte, and train anew with it"
+    advice = other if tokenizer.decode([eos]) == "\n" else ""
     bar = tqdm(examples, desc="tokenizing", unit=" examples", disable=None)
     for split, where, prompt, answer in bar:
         require(answer, f"{where}: the answer is empty")
-        require(eos not in answer, f"{where}: the answer holds {end}")
+        require(eos not in answer, f"{where}: the answer holds {end}{advice}")
         part = splits.setdefault(split, Ragged())
         if width and len(prompt) + len(answer) >= width:
             part.dropped += 1

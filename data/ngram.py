@@ -8,13 +8,17 @@ from data.loader import Tokens, read_meta
 def baseline(folder, limit=2**24):
     """Nats per held-out token of n-gram models of the training text: {"unigram": ..., ...}.
 
+    {} where the folder holds no text with both parts.
     Witten-Bell smoothing, which has nothing to tune: after a context h seen c(h) times before T(h)
     distinct tokens, p(v | h) = (c(hv) + T(h) p(v | h less its first token)) / (c(h) + T(h)),
     starting from the uniform 1/V. Stops at trigrams, or where the table of V^n counts exceeds
     `limit`. Reads `limit` tokens of each split at most.
     """
+    meta, nats = read_meta(folder), {}
+    if meta.get("width") or not {"train", "val"} <= meta["splits"].keys():
+        return nats
     train, val = Tokens(folder, "train")[:limit], Tokens(folder, "val")[:limit]  # (N,) (M,)
-    V, nats = read_meta(folder)["vocab_size"], {}
+    V = meta["vocab_size"]
     p = np.full(len(val), 1 / V)  # (M,) of each held-out token
     for n, name in enumerate(["unigram", "bigram", "trigram"], start=1):
         if V**n > limit or len(val) < n:
@@ -27,6 +31,13 @@ def baseline(folder, limit=2**24):
         p[n - 1 :] = np.where(c > 0, smoothed, backoff)
         nats[name] = float(-np.log(p).mean())
     return nats
+
+
+def words(nats):
+    """The baseline, for people."""
+    nats = ", ".join(f"{name} {value:.4f}" for name, value in nats.items())
+    method = "Witten-Bell, counted on the training text"
+    return f"n-gram baseline, for comparison ({method}): {nats} nats per token"
 
 
 def ngrams(x, n, V):

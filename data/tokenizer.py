@@ -10,7 +10,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import UserError, choose, require, shown
+from config import Table, UserError, require, shown
+from data import loader
+
+DEFAULTS = {
+    # char | byte | gpt2 | llama, or whose tokenizer it is: a prepared folder, a checkpoint
+    "tokenizer": "char",
+}
 
 MASK = "█"
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,6 +37,7 @@ class Tokenizer:
     bos = None  # id that begins a document, if there is one
     eot = None  # id that ends a document, if there is one
     separator = ""  # text between two documents, where no id does it
+    joins_spaces = False  # whether the token of a word holds the space before it
 
     def __init__(self, table):
         self.table = [*table, MASK.encode()]
@@ -92,6 +99,7 @@ class GPT2(Tokenizer):
 
     kind = "gpt2"
     eot = 50256
+    joins_spaces = True
 
     def __init__(self):
         """Raises Unavailable where tiktoken neither has nor can fetch the vocabulary."""
@@ -115,6 +123,7 @@ class Llama(Tokenizer):
 
     kind = "llama"
     bos, eot = 1, 2
+    joins_spaces = True
 
     def __init__(self):
         """Reads LLAMA, or the copy in the shared folder; Unavailable where there is no model."""
@@ -156,7 +165,23 @@ class Llama(Tokenizer):
         return [self.bos, *self.encode(text)]
 
 
-KINDS = {tokenizer.kind: tokenizer for tokenizer in (Char, Byte, GPT2, Llama)}
+KINDS = Table("tokenizer", char=Char, byte=Byte, gpt2=GPT2, llama=Llama)
+
+
+def named(name, texts):
+    """The tokenizer that --tokenizer=name means: a new one of a kind, or that of what has one.
+
+    That is a prepared folder or all that checkpoint.load takes. UserError where there is none.
+    """
+    if name in KINDS or not (os.path.exists(name) or "/" in name):
+        return build(name, texts)
+    if Path(name, "meta.json").is_file():
+        return from_meta(loader.read_meta(name)["tokenizer"])
+    from lib import checkpoint  # which imports this file
+
+    _, tokenizer, config = checkpoint.load(name)
+    require(config["tokenizer"], f"{name} names no tokenizer")
+    return tokenizer or from_meta(config["tokenizer"])  # which says what it lacks
 
 
 def build(kind, texts):
@@ -166,9 +191,9 @@ def build(kind, texts):
     never shows then makes the bound as bad as it should. Leaving it out would mean altering the
     held-out text, and a bound that flatters.
     """
-    choose("tokenizer", kind, KINDS)
-    if kind != "char":
-        return KINDS[kind]()
+    tokenizer = KINDS[kind]
+    if tokenizer is not Char:
+        return tokenizer()
     alphabet = set(Char.separator)
     for text in tqdm(texts, desc="collecting characters", unit=" documents", disable=None):
         alphabet.update(text)
@@ -181,8 +206,8 @@ def from_meta(meta):
     message = f"a tokenizer's meta must be a dict of texts with a kind, not {shown(meta)}"
     require(texts and "kind" in meta, message)
     rest = {key: value for key, value in meta.items() if key != "kind"}
-    kind = choose("tokenizer", meta["kind"], list(KINDS))
+    kind, tokenizer = meta["kind"], KINDS[meta["kind"]]
     wanted = ["alphabet"] if kind == "char" else []
     message = f"the meta of a {kind} tokenizer has beside its kind the keys {wanted}"
     require(list(rest) == wanted, f"{message}, not {list(rest)}")
-    return KINDS[kind](**rest)
+    return tokenizer(**rest)

@@ -34,10 +34,6 @@ from data import loader
 from data import tokenizer as tokenizers
 from lib.files import to_json, whole_file
 
-DEFAULTS = {
-    "tokenizer": "char",  # char | byte | gpt2 | llama
-}
-
 SHARD = 100_000_000  # tokens in a shard, the last one aside
 FEW = 1000  # documents or prompts, of which a hash may hold out none, or far too many
 

@@ -24,6 +24,7 @@ import sample
 import train
 from config import require
 from data import examples
+from data import tokenizer as tokenizers
 from data.gsm8k import prepare
 from experiments import results
 from lib import checkpoint
@@ -123,7 +124,7 @@ def small_model(config, folder):
     """Prepares examples of characters, trains SHAPE on them, and returns the folder of the run."""
     data, out, width = f"{folder}/examples", f"{folder}/run", config["width"]
     words = [f"--from={config['from']}", "--tokenizer=char", f"--out={data}", f"--width={width}"]
-    prepare.main(settings.parse(words, prepare, examples))
+    prepare.main(settings.parse(words, prepare, examples, tokenizers))
     keys = SHAPE | {"data": data, "out_dir": out, "block_size": width}
     keys |= {key: config[key] for key in ("seed", "max_iters", "device", "dtype")}
     keys |= {"eval_interval": config["max_iters"]}

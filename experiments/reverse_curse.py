@@ -231,7 +231,7 @@ def recipe_of(config, data, objective, seed):
     recipe = settings.parse(argv, settings, diffusion, network, train)
     steps = config["epochs"] * data.n // recipe["batch_size"]
     recipe |= {"vocab_size": data.tokens.vocab_size, "block_size": WIDTH}
-    recipe |= {"attention": diffusion.OBJECTIVES[objective].attention}
+    recipe |= {"attention": diffusion.OBJECTIVES[objective].attention[0]}
     recipe |= {"max_iters": steps, "warmup_iters": steps // 25}
     return recipe | {key: config[key] for key in ("device", "dtype")}
 

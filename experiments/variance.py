@@ -26,6 +26,7 @@ import evaluate
 from config import require
 from data import loader
 from experiments import results
+from lib.rows import distinct_uniforms, random_numbers
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # a trained masked model
@@ -57,25 +58,26 @@ def repeated(subject, x0, method, n_sets, config):
     """The means of n_sets independent sets for each block: x0 (S, L) -> (S, n_sets), per token."""
     estimator, schedule, size, source = method
     (S, L), seed, schedule = x0.shape, config["seed"], diffusion.SCHEDULES[schedule]
-    turns = 1 if evaluate.ESTIMATORS[estimator].row else L
+    rule = evaluate.ESTIMATORS[estimator]
+    turns = 1 if rule.row else L
     rows = torch.arange(S * n_sets * size * turns)  # each a block, set, draw, turn
     nats = torch.zeros(S * n_sets, dtype=torch.float64)
     pieces, name = rows.split(config["batch_size"]), f"{estimator} by {size}"
     for part in tqdm(pieces, desc=name, disable=None, leave=False):
         turn, draw, place = part % turns, part // turns % size, part // turns // size  # (b,) each
-        u, noise = evaluate.random_numbers(seed, 0, place, draw, size, L)  # (b,), (b, L)
+        u, noise = random_numbers(seed, 0, place, draw, size, L)  # (b,), (b, L)
         if source == "unpaired":
-            jitter = evaluate.distinct_uniforms(seed, 1, place * size + draw, 1)  # (b, 1)
+            jitter = distinct_uniforms(seed, 1, place * size + draw, 1)  # (b, 1)
             u = (draw + 1 - jitter.squeeze(1)) / size
         if source == "published":
             mask, weight = diffusion.draw_mask(estimator, u, noise)  # (b, L), (b,)
             weight = weight[:, None] * mask  # (b, L)
         else:
             numbers = evaluate.Draw(u, noise, turn, torch.zeros_like(place), schedule)
-            mask, weight = evaluate.row_of(evaluate.ESTIMATORS[estimator], numbers)  # (b, L) each
+            mask, weight = evaluate.row_of(rule, numbers)  # (b, L) each
         block = x0[place // n_sets]  # (b, L)
         with subject.autocast():
-            row_nats = evaluate.nats_of_rows(subject.model, block, mask, weight, estimator)  # (b,)
+            row_nats = evaluate.nats_of_rows(subject.model, block, mask, weight, rule)  # (b,)
         nats.index_add_(0, place, row_nats / size / L)
     return nats.view(S, n_sets)
 
@@ -83,8 +85,8 @@ def repeated(subject, x0, method, n_sets, config):
 def measure(name, subject, x0, config):
     """A row of the table: the mean, and the variance of a network row with its standard error."""
     (estimator, _, size, _), (S, L) = METHODS[name], x0.shape
-    row, _, exact, _ = evaluate.ESTIMATORS[estimator]
-    chain = row is None
+    rule = evaluate.ESTIMATORS[estimator]
+    chain, exact = rule.row is None, rule.exact
     n_sets = 1 if exact else max(2, config["draws"] // size // (16 if chain else 1))
     began = time.time()
     sets = repeated(subject, x0, METHODS[name], n_sets, config)  # (S, n_sets)

@@ -25,6 +25,7 @@ def machine(config):
     name = config["device"]
     if name == "auto":
         name = next(kind for kind in available if available[kind])
+    choose("dtype", config["dtype"], ["auto", "float32", "bfloat16"])
     kind = name.split(":")[0]
     is_here = choose("device", kind, available)
     require(re.fullmatch(r"\w+(:\d+)?", name), f"device must be like cpu or cuda:1, not '{name}'")

@@ -11,7 +11,7 @@ import re
 import torch
 
 import model as network
-from config import RENAMED, UserError, allowed, choose, require, shown, typed
+from config import RENAMED, Table, UserError, allowed, choose, require, shown, typed
 
 # What a file means that leaves a model key out: the default at the time.
 OLD = {"norm": "layer", "bias": True, "qk_norm": False, "zero_init": "none"}
@@ -20,20 +20,21 @@ MODEL = network.DEFAULTS | OLD
 # ---- 1. Tensors: a table of names each, and one function each way --------------------------------
 
 # fmt: off
-NAMES = {  # model.py's name of a module or tensor -> the published one
-    "nanomdm": {},
-    "radd": {
+NAMES = Table(  # model.py's name of a module or tensor -> the published one
+    "format",
+    nanomdm={},
+    radd={
         "embed.weight": "vocab_embed.embedding", "qkv": "attn_qkv", "proj": "attn_out",
         "mlp.up": "mlp.0", "mlp.down": "mlp.2",
         "norm": "output_layer.norm_final", "unembed": "output_layer.linear",
     },
-    "smdm": {
+    smdm={
         "embed": "transformer.wte", "blocks": "transformer.h",
         "norm1": "norm_1", "qkv": "attn.attn", "proj": "attn.proj", "norm2": "norm_2",
         "mlp.gate": "mlp.swiglu.w1", "mlp.up": "mlp.swiglu.w2", "mlp.down": "mlp.swiglu.w3",
         "norm": "transformer.ln_f", "unembed": "lm_head",
     },
-}
+)
 # fmt: on
 FREQUENCY = "rotary_emb.inv_freq"  # RADD's files hold the rotary frequencies beside the weights
 

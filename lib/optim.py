@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from config import choose
 from lib import parallel
 
 # a x + b x^3 + c x^5: five times, it takes singular values from (0, 1] to 0.7..1.2.
@@ -74,6 +75,7 @@ def make_optimizers(config, model):
     Matrices alone decay, or all (decay_all).
     """
     muon, decayed, plain = [], [], []
+    choose("optimizer", config["optimizer"], ["adamw", "muon"])
     for name, p in model.named_parameters():
         if config["optimizer"] == "muon" and name.startswith("blocks.") and p.dim() == 2:
             muon.append(p)
@@ -102,7 +104,7 @@ def learning_rate(step, config, time=0.0):
     done = (step - start) / max(1, end - start) if end else 0.0
     done = min(1.0, max(0.0, done, (time - late) / max(1e-9, 1 - late)))  # 0..1
     shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return floor + (peak - floor) * shapes[config["lr_decay"]]
+    return floor + (peak - floor) * choose("lr_decay", config["lr_decay"], shapes)
 
 
 @torch.no_grad()

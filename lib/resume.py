@@ -7,7 +7,8 @@ Who wins, key by key:
                                               another value that the user set is an error
   vocab_size, example_width, eos_id           the data
   attention                                   the objective
-  block_size                                  as the shape; a new network gets the width of
+  block_size                                  as the shape, but after init_from it may be another:
+                                              positions are rotary; a new network gets the width of
                                               examples, the blocks that a text is laid out in, or
                                               the length of a text that is shorter
   batch_size                                  the command; the data go on where they were (`ahead`)
@@ -42,7 +43,12 @@ def begin(config, team):
     apart = f"the processes do not see the same {path}"
     require(len(set(steps)) == 1, f"{apart}; out_dir must be a folder that all of them share")
     check(config, team.world)
-    return with_data(config, state, source), state
+    config = with_data(config, state, source)
+    before = state["config"]["block_size"] if state else config["block_size"]
+    if before != config["block_size"] and team.rank == 0:
+        why = "positions are rotary, so the network takes any number of them"
+        print(f"block_size {before} of {source} becomes {config['block_size']}: {why}")
+    return config, state
 
 
 def starting_point(config, path):
@@ -78,7 +84,9 @@ def with_size(config):
 def with_saved(config, state, source):
     """The config with the model keys of the state, and of a resumed run its objective."""
     saved, resumed = state["config"], "optimizer" in state
+    free = set() if resumed else {"block_size"} & {*config.get("user_keys", ())}
     keys = [*network.DEFAULTS, "depth", *["objective"] * resumed]
+    keys = [key for key in keys if key not in free]
     saved = {"depth": 0} | saved  # older ones have none
     advice = "start again with --resume=False" if resumed else "init_from takes a model as it is"
     require(set(keys) <= saved.keys(), f"{source} does not say how its model was made; {advice}")
@@ -99,13 +107,15 @@ def with_data(config, state, source):
     V, (width, eos_id) = meta["vocab_size"], examples.layout(data, meta)
     if state:
         known = state["tokenizer"] in (None, meta["tokenizer"])
-        require(known, f"{source} was trained with another tokenizer than {data} has")
+        other = f"{source} was trained with another tokenizer than {data} has"
+        require(known, f"{other}; prepare the data again with --tokenizer={source}")
         other = f"{source} has a vocabulary of {config['vocab_size']}, {data} one of {V}"
         require(config["vocab_size"] == V, other)
-    elif "block_size" not in config.get("user_keys", ()):
-        tokens = meta["splits"].get("train", {"tokens": 1})["tokens"]
-        fits = width or meta.get("block_size") or min(config["block_size"], tokens)
-        config = config | {"block_size": fits}
+    resumed = state and "optimizer" in state
+    if not (resumed or "block_size" in config.get("user_keys", ())):
+        L, tokens = config["block_size"], meta["splits"].get("train", {"tokens": 1})["tokens"]
+        new = width or meta.get("block_size") or min(L, tokens)
+        config = config | {"block_size": max(width, L) if state else new}
     L, drop, cut = (config[key] for key in ("block_size", "prompt_drop", "random_length"))
     require(config["start_id"] <= V, f"start_id must be at most {V}, the mask")
     require(width or not drop, f"{data} is text without prompts, so prompt_drop must be 0")

@@ -4,11 +4,12 @@ from typing import NamedTuple
 
 import torch
 
-from config import require
+from config import choose, require
 from data import examples, loader
 from data.tokenizer import from_meta
 from lib import checkpoint
 from lib.device import dtype_name, machine
+from lib.text import encode, typed
 
 
 class Subject(NamedTuple):
@@ -41,8 +42,24 @@ def opened(config, reads_text=False):
     return Subject(model, tokenizer, trained, autocast, words)
 
 
+def ids_of_text(subject, text):
+    """The ids of a text of the command line; UserError where they do not fit the network."""
+    ids, most = encode(subject.tokenizer, subject.model, typed(text)), subject.model.block_size
+    fits = f"a text must have from 1 to {most} tokens (block_size), not {len(ids)}"
+    require(0 < len(ids) <= most, fits)
+    return ids
+
+
+def folder_of(config, subject):
+    """The prepared folder that config["data"] names, or else what the checkpoint learnt from."""
+    folder = config["data"] or subject.trained.get("data")
+    unknown = f"{config['ckpt']} does not say what it learnt from; give --data=FOLDER"
+    require(folder and isinstance(folder, str), unknown)
+    return folder
+
+
 def open_text(config, subject, folder, split):
-    """(Tokens, first positions of the blocks, L) of a folder; UserError if it does not fit."""
+    """(meta, HeldOut, tokens in a block) of a folder's split; UserError if it does not fit."""
     tokens, ckpt = loader.Tokens(folder, split), config["ckpt"]
     most, V = subject.model.block_size, subject.model.vocab_size
     L, width = config["block_size"] or most, examples.layout(folder, tokens.meta)[0]
@@ -54,7 +71,31 @@ def open_text(config, subject, folder, split):
     require(alphabet_fits, f"{folder} has another alphabet than {ckpt}")
     require(width <= most, f"{folder} has examples of {width} tokens, {ckpt} reads {most}")
     loader.fits(tokens, width or L)
-    end = len(tokens) if config["protocol"] == "whole" else len(tokens) // L * L
+    if width:  # the bound of each answer, given its prompt
+        network = subject.causal, subject.model.start_id
+        part = examples.held_out(folder, split, L, config["sequences"], network)
+        return tokens.meta, part, L
+    ends = {"whole": len(tokens), "radd": len(tokens) // L * L}
+    end = choose("protocol", config["protocol"], ends)
     short = f"{folder} {split} has {len(tokens)} tokens, no whole block of {L}"
     require(end, f"{short}; try --protocol=whole")
-    return tokens, loader.spread(range(0, end, L), config["sequences"]), L
+    starts, counts = range(0, end, L), tokens.meta["splits"][split]
+    blocks = [tokens[start : start + L] for start in loader.spread(starts, config["sequences"])]
+    size = counts["bytes"] / counts["tokens"]
+    return tokens.meta, examples.HeldOut(blocks, list(map(len, blocks)), size), L
+
+
+def evaluated(result, split, meta, protocol):
+    """What the result of an evaluation is about, in words."""
+    counts, width = meta["splits"][split], meta.get("width")
+    part = f"{result['tokens']} of {counts['tokens']} tokens, {counts['documents']} documents"
+    unit = f"blocks of {result['block_size']}"
+    unit = f"answers in examples of {width}, given their prompts" if width else unit
+    rest = ", the rest left out" * (protocol == "radd")
+    return f"{result['data']} {split}: {part}, {result['sequences']} {unit}{rest}"
+
+
+def with_remarks(meta, text):
+    """The text of a report, with what is to be known of the data."""
+    before = f"text: {meta['protocol']}\n" if "protocol" in meta else ""
+    return before + text + " (a token is a character)" * (meta["tokenizer"]["kind"] == "char")

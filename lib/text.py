@@ -5,19 +5,42 @@ import re
 import torch
 
 from config import require
+from data.writer import opened
+from lib.stats import mean_and_error, t95
+
+
+def typed(text):
+    """What a text of the command line says: itself, or the file of FILE:PATH.
+
+    Less the newline that ends the file, which editors put there unasked.
+    """
+    if not text.startswith("FILE:"):
+        return text
+    with opened(text.removeprefix("FILE:")) as file:
+        return file.read().removesuffix("\n")
+
+
+def encode(tokenizer, model, text, start=True):
+    """The ids of a text; one at the very beginning follows the tokenizer's bos, if it has one.
+
+    So did every document in training. A causal network whose start_id is that bos reads it anyway.
+    """
+    bos = [tokenizer.bos] if start and tokenizer.bos not in (None, model.start_id) else []
+    return bos + tokenizer.encode(text, start) if text else []
 
 
 def request(tokenizer, model, prompt="", suffix="", template="", length=0):
     """One request as a list of ids, mask_id where a token is wanted; UserError if it cannot be met.
 
-    A text at the very beginning follows the tokenizer's bos, if it has one, as every document did
-    in training; a causal network whose start_id is that bos reads it anyway.
+    Where the token of a word holds the space before it (BPE), the space before a gap is left to
+    what fills the gap: in training hardly any stood alone. The prompts of a model of examples are
+    taken as they are, as in training.
     """
-    block = model.block_size
+    block, verbatim = model.block_size, model.config.get("example_width")
 
-    def encode(text, start):
-        bos = [tokenizer.bos] if start and tokenizer.bos not in (None, model.start_id) else []
-        return bos + tokenizer.encode(text, start) if text else []
+    def before_gap(text, start):
+        text = text.removesuffix(" ") if tokenizer.joins_spaces and not verbatim else text
+        return encode(tokenizer, model, text, start)
 
     if template:
         require(not prompt and not suffix, "give --template or --prompt and --suffix, not both")
@@ -25,7 +48,9 @@ def request(tokenizer, model, prompt="", suffix="", template="", length=0):
         pieces = re.split(r"___(\d+)", template)  # text, gap, text, gap, ..., text
         example = "write ___12 for a gap of 12 tokens in"
         require(len(pieces) > 1, f"the template has no gap: {example} '{template}'")
-        texts, gaps = [encode(text, i == 0) for i, text in enumerate(pieces[::2])], pieces[1::2]
+        (*before, last), gaps = pieces[::2], pieces[1::2]
+        texts = [before_gap(text, start=i == 0) for i, text in enumerate(before)]
+        texts.append(encode(tokenizer, model, last, start=False))
         for gap in gaps:
             require(len(gap) < 8, f"a gap of ___{gap} tokens is longer than the block ({block})")
         total = sum(map(len, texts)) + sum(map(int, gaps))
@@ -37,10 +62,23 @@ def request(tokenizer, model, prompt="", suffix="", template="", length=0):
         return ids
     length = length or block
     require(length <= block, f"length must be at most block_size {block}, not {length}")
-    head, tail = encode(prompt, start=True), encode(suffix, start=False)
+    head, tail = before_gap(prompt, start=True), encode(tokenizer, model, suffix, start=False)
     n_new, nothing = length - len(head) - len(tail), f"leaves nothing of length {length} to fill"
     require(n_new > 0, f"prompt and suffix are {length - n_new} tokens, which {nothing}")
     return head + [model.mask_id] * n_new + tail
+
+
+def by_token(tokenizer, ids, nats):
+    """The nats (draws, L) of the tokens ids (L,) as a dict and as a table."""
+    mean = nats.mean(0).tolist()
+    total, error = mean_and_error(nats.sum(1))
+    texts = [tokenizer.table[i].decode("utf8", "replace") for i in ids]
+    lines = [f"{value:10.4f}  {text!r}" for value, text in zip(mean, texts, strict=True)]
+    half = f" +- {t95(len(nats) - 1) * error:.4f} (95% over the orders)" if len(nats) > 1 else ""
+    lines = ["      nats  token, given those before it in the order", *lines]
+    lines.append(f"{total:10.4f}  in all{half}, {total / len(ids):.4f} per token")
+    result = {"tokens": ids, "texts": texts, "nats": mean, "total": total, "draws": len(nats)}
+    return result, "\n".join(lines)
 
 
 def suppress_eos(x, begins, least, eos_id):

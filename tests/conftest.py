@@ -97,6 +97,23 @@ def training_mask(objective, seed, step, position, batch_size, L, schedule=diffu
     return diffusion.draw_mask(objective, u, noise, schedule)
 
 
+def concrete_score(log_p, m):
+    """(1 - m)/m * p(x0_i = v | visible): log_p (..., V), m -> (..., V). RADD Theorem 1, eq. 3.2."""
+    return (1 - m) / m * log_p.exp()
+
+
+def score_entropy(log_score, x0, m, dm):
+    """Denoising score entropy (DSE) of masked positions, in nats: log_score (..., V), x0 (...).
+
+    RADD eq. 2.11, from SEDD (arXiv 2310.16834). With score = (1 - m)/m e^logit it is
+    dm/m * (-logit[x0] + sum_v e^logit_v - 1). Where the logits are log-probabilities the sum is 1,
+    and what is left is the weighted cross-entropy of t_dce. dm / (1 - m) is the slope of sigma_bar.
+    """
+    ratio = (1 - m) / m  # the true score: `ratio` at the clean token, 0 elsewhere
+    at_x0 = log_score.gather(-1, x0[..., None]).squeeze(-1)
+    return dm / (1 - m) * (log_score.exp().sum(-1) - ratio * at_x0 + ratio * (ratio.log() - 1))
+
+
 @pytest.fixture
 def joint():
     return random_joint()

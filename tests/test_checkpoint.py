@@ -12,7 +12,7 @@ from plain import DEFAULTS
 
 import train
 from config import RENAMED, UserError, parse
-from data import examples
+from data import examples, tokenizer
 from data.pairs import prepare as pairs
 from data.tokenizer import Char
 from lib import checkpoint
@@ -178,7 +178,7 @@ def test_a_run_from_before_the_renaming_is_resumed_as_if_nothing_had_changed(
     lines = [{"prompt": f"{i}a", "completion": f"{3 * i % 100}b"} for i in range(10, 60)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     words = [f"--input={tmp_path / 'in.jsonl'}", f"--out={tmp_path / 'data'}", "--tokenizer=char"]
-    pairs.main(parse([*words, "--val_fraction=0.2"], pairs, examples))
+    pairs.main(parse([*words, "--val_fraction=0.2"], pairs, examples, tokenizer))
     shutil.copy(FIXTURES / f"before_rename_{kind}.pt", tmp_path / "ckpt.pt")
     config = checkpoint.read(tmp_path)["config"] | {"max_iters": 8, "resume": True}
     train.main(config | {"data": str(tmp_path / "data"), "out_dir": str(tmp_path)})

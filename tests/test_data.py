@@ -525,7 +525,7 @@ def test_trigrams_beat_bigrams_beat_unigrams_on_pydocs(pydocs_folder):
 
 def test_shakespeare_has_the_customary_split(tmp_path, shared):
     copy = shared("data/tinyshakespeare.txt")
-    shakespeare.main(parse([f"--input={copy}", f"--out={tmp_path}"], shakespeare, writer))
+    shakespeare.main(parse([f"--input={copy}", f"--out={tmp_path}"], shakespeare, tokenizer))
     train, val = loader.Tokens(tmp_path, "train"), loader.Tokens(tmp_path, "val")
     assert (len(train), len(val), train.vocab_size) == (1_003_854, 111_540, 65)
     vocabulary = tokenizer.from_meta(train.meta["tokenizer"])

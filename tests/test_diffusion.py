@@ -12,7 +12,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import L, Table, V, random_logits, states, training_mask
+from conftest import (
+    L,
+    Table,
+    V,
+    concrete_score,
+    random_logits,
+    score_entropy,
+    states,
+    training_mask,
+)
 from plain import DEFAULTS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -257,7 +266,7 @@ def noised(joint, m):
 def test_the_concrete_score_is_the_ratio_of_noised_probabilities(name, t, network, joint):
     m = SCHEDULES[name](double(t))[0]
     p, x = noised(joint, m).flatten(), states(V + 1, L)
-    score = diffusion.concrete_score(network(x), m)  # ((V+1)^L, L, V)
+    score = concrete_score(network(x), m)  # ((V+1)^L, L, V)
     for i, v in itertools.product(range(L), range(V)):
         masked = (x[:, i] == V).nonzero().flatten()  # (n,) rows of x
         y = masked - (V - v) * (V + 1) ** (L - 1 - i)  # (n,) the rows of x with the masked i := v
@@ -274,7 +283,7 @@ def test_score_entropy_is_weighted_cross_entropy_plus_what_the_sum_differs_from_
     logits = logits.log_softmax(-1) if normalised else logits
     x0 = torch.arange(9) % V  # (9,)
     ce = -logits[torch.arange(9), x0]  # (9,)
-    got = diffusion.score_entropy(logits + ((1 - m) / m).log()[:, None], x0, m, dm)
+    got = score_entropy(logits + ((1 - m) / m).log()[:, None], x0, m, dm)
     assert torch.allclose(got, dm / m * (ce + logits.exp().sum(-1) - 1), rtol=1e-9, atol=1e-9)
     assert not normalised or torch.allclose(got, dm / m * ce, rtol=1e-9, atol=1e-9)
 
@@ -282,8 +291,8 @@ def test_score_entropy_is_weighted_cross_entropy_plus_what_the_sum_differs_from_
 def test_the_concrete_score_and_only_it_makes_score_entropy_least():
     m, dm = cosine(double(0.4))
     p = double([0.5, 0.3, 0.2])
-    log_score = diffusion.concrete_score(p.log(), m).log().requires_grad_()  # (V,)
-    loss = (p * diffusion.score_entropy(log_score.expand(V, V), torch.arange(V), m, dm)).sum()
+    log_score = concrete_score(p.log(), m).log().requires_grad_()  # (V,)
+    loss = (p * score_entropy(log_score.expand(V, V), torch.arange(V), m, dm)).sum()
     assert torch.autograd.grad(loss, log_score)[0].abs().max() < 1e-12
 
 
@@ -294,7 +303,7 @@ def test_the_unnormalised_loss_is_score_entropy(name):
     noise = uniforms(0, 0, range(len(X0)), L)
     mask, weight = draw_mask("t_dse", u, noise, SCHEDULES[name])
     log_score = model(torch.where(mask, V, X0)) + ((1 - m) / m).log()[:, None, None]  # (V^L, L, V)
-    entropy = diffusion.score_entropy(log_score, X0, m[:, None], dm[:, None])  # (V^L, L)
+    entropy = score_entropy(log_score, X0, m[:, None], dm[:, None])  # (V^L, L)
     loss, nats = nelbo(model, X0, mask, weight, normalised=False)
     assert same(nats, (entropy * mask).sum(1), 1e-5) and same(loss, (entropy * mask).sum(), 1e-5)
 

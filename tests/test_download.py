@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from config import UserError, parse
-from data import download, loader, writer
+from data import download, loader, tokenizer
 from data.shakespeare import prepare as shakespeare
 
 ROOT = Path(__file__).parent.parent
@@ -348,7 +348,7 @@ def test_shakespeare_downloads_its_text(server, tmp_path, monkeypatch):
     server.body = b"To be, or not to be.\n" * 10
     monkeypatch.setattr(shakespeare, "URL", server.url)
     monkeypatch.setattr(shakespeare, "SHA256", hashlib.sha256(server.body).hexdigest())
-    shakespeare.main(parse([f"--out={tmp_path}"], shakespeare, writer))
+    shakespeare.main(parse([f"--out={tmp_path}"], shakespeare, tokenizer))
     assert (len(loader.Tokens(tmp_path, "train")), len(loader.Tokens(tmp_path, "val"))) == (189, 21)
     assert (tmp_path / "raw" / "input.txt").read_bytes() == server.body
 

@@ -41,7 +41,7 @@ def pair(prompt, completion):
 def prepared(module, folder, **keys):
     """The training examples of a data/NAME/prepare.py run."""
     words = [f"--{key}={value}" for key, value in (keys | {"out": folder}).items()]
-    module.main(parse(words, module, examples))
+    module.main(parse(words, module, examples, tokenizer))
     return Examples(folder, "train")
 
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import L, Table, V, random_joint, states, true_conditionals
+from conftest import L, Table, V, random_joint, score_entropy, states, true_conditionals
 from plain import DEFAULTS
 
 import config as settings
@@ -127,7 +127,7 @@ def test_score_entropy_of_a_normalised_network_expects_the_entropy_as_well():
         x0 = X0[:, mask, None].expand(-1, -1, len(t))  # (V^L, k, T)
         loss = torch.zeros(len(X0), len(t), dtype=torch.float64)  # (V^L, T) with nothing masked
         if mask.any():
-            loss = diffusion.score_entropy(log_score, x0, m, dm).sum(1)  # (V^L, T)
+            loss = score_entropy(log_score, x0, m, dm).sum(1)  # (V^L, T)
         total += joint.flatten() @ loss @ (dt * m ** mask.sum() * (1 - m) ** (~mask).sum())
     assert float(total) / L == pytest.approx(entropy_of(joint.numpy()), abs=1e-10)
 

@@ -19,7 +19,7 @@ import diffusion
 import evaluate
 import sample
 from config import UserError, parse
-from data import writer
+from data import tokenizer
 from data.text import prepare as prepare_text
 from data.tokenizer import Char
 from lib import checkpoint
@@ -223,7 +223,7 @@ def test_text_goes_into_a_published_model_as_its_authors_have_it(tmp_path, vocab
         f"--tokenizer={vocabulary}",
         "--workers=1",
     ]
-    prepare_text.main(parse([*words, "--val_fraction=0.4"], prepare_text, writer))
+    prepare_text.main(parse([*words, "--val_fraction=0.4"], prepare_text, tokenizer))
     words = [ckpt, f"--data={tmp_path / 'data'}", "--sequences=3", "--draws=2"]
     result = evaluate.main(parse(words, settings, diffusion, evaluate))
     assert abs(result["nats_per_token"] - math.log(V)) < 1, "a network that knows nothing"

@@ -259,7 +259,7 @@ VOCABULARIES = [tokenizer.Byte(), tokenizer.Char("ab_ 12")]
 
 def network_of(V, block_size):
     """What a request asks of its network."""
-    return SimpleNamespace(mask_id=V, start_id=V, block_size=block_size)
+    return SimpleNamespace(mask_id=V, start_id=V, block_size=block_size, config={})
 
 
 requests = {"vocabulary": st.sampled_from(VOCABULARIES), "template": templates, "suffix": words}
@@ -637,7 +637,7 @@ def test_any_log_is_drawn_or_refused_in_one_line(place, drawn):
             assert low < high and plot_log.label(folder, log[1])
 
 
-PREPARED = {"text": (text, writer), "pairs": (pairs, examples)}
+PREPARED = {"text": (text, tokenizer), "pairs": (pairs, examples, tokenizer)}
 TEXTS = st.sampled_from(["a.txt", "a.jsonl", "a.jsonl.gz"])
 KEYS = {"text": "some words", "prompt": "a", "completion": "b"}
 

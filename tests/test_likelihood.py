@@ -184,7 +184,7 @@ def test_with_true_conditionals_the_bound_is_the_likelihood_of_the_answer(prompt
     for pattern in states(2, l)[1:].bool():
         mask = F.pad(pattern, (prompt, 0)).expand(len(X0), L)
         weight = share_of(int(pattern.sum()), l) * mask.double()
-        total = total + nats_of_rows(network, X0, mask, weight, "any_order")
+        total = total + nats_of_rows(network, X0, mask, weight, ESTIMATORS["any_order"])
     close(total, conditional(joint, prompt))
     with pytest.raises(AssertionError):
         close(1.01 * total, conditional(joint, prompt))
@@ -462,7 +462,9 @@ def test_the_published_likelihoods_come_out_of_the_published_draws(cfg_scale, sm
         mask, weight = diffusion.draw_mask("lambda_dce", t, r, prompt=torch.full((8,), len(prefix)))
         weight = weight[:, None] * mask  # (8, W)
         guidance = (given, cfg_scale) if cfg_scale else ()
-        row_nats = nats_of_rows(model, x0, mask, weight, "lambda_dce", *guidance)  # (8,)
+        row_nats = nats_of_rows(
+            model, x0, mask, weight, ESTIMATORS["lambda_dce"], *guidance
+        )  # (8,)
         nats.append(row_nats.mean().item())
     assert sum(nats) / 2 == pytest.approx(case["mc"][cfg_scale], abs=1e-4)
     options = {"estimator": "left_to_right", "cfg_scale": cfg_scale}

@@ -1,17 +1,26 @@
 """What sample.py is asked for: prompts, suffixes and templates, and what is made of them."""
 
+import contextlib
+import itertools
 import json
+import os
+import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT
 from test_sample import network_of
 
 import config as settings
 import diffusion
+import model as network
 import sample as decoding
 from config import UserError
-from data.tokenizer import Char
+from data.tokenizer import Char, build
 from lib import checkpoint
+from lib.text import typed
 from sample import SAMPLERS, request
 
 # ---- Requests ------------------------------------------------------------------------------------
@@ -20,10 +29,11 @@ TEXT = Char("abcdefghijklmnopqrstuvwxyz _.\n0123456789")
 MASK, BLOCK = TEXT.vocab_size, 30
 
 
-def network_for(mask_id, block_size, start_id=None):
+def network_for(mask_id, block_size, start_id=None, **config):
     """All that a request asks of a network."""
     start_id = mask_id if start_id is None else start_id
-    return SimpleNamespace(mask_id=mask_id, block_size=block_size, start_id=start_id)
+    own = {"mask_id": mask_id, "block_size": block_size, "start_id": start_id}
+    return SimpleNamespace(**own, config=config)
 
 
 def asked(**keys):
@@ -167,3 +177,147 @@ def test_a_text_at_the_beginning_follows_bos_unless_the_network_reads_that_by_it
     assert asked(prompt="ab", length=5, start_id=0) == "ab███"
     assert asked(template="a___2b") == " a██B" and asked(template="___2b") == "██B"
     assert asked(prompt="a", suffix="b", length=4) == " a█B" and asked(length=3) == "███"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_a_space_before_a_gap_is_left_to_the_word_that_fills_it(
+    kind, shared, tmp_path, monkeypatch
+):
+    if kind == "llama":
+        pytest.importorskip("sentencepiece")
+    for file in shared("data/tiktoken_cache").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    text = build(kind, [])
+    lone, V = text.encode(" ", start=False), text.vocab_size
+
+    def pieces(width=0, **keys):
+        ids = request(text, network_for(V, 30, V, example_width=width), **keys)
+        return [list(group) for masked, group in itertools.groupby(ids, V.__eq__) if not masked]
+
+    start = [text.bos] * (text.bos is not None)
+    the, words = start + text.encode("The"), [text.encode(each, False) for each in (" of", " and")]
+    assert pieces(template="The ___8 of ___2 and") == [the, *words]
+    assert pieces(template="The___8 of___2 and") == [the, *words]
+    assert pieces(prompt="The ", suffix=" and", length=9) == [the, words[1]]
+    assert pieces(prompt="The  ", length=9)[0] != the and pieces(prompt="The\n", length=9)[0] != the
+    assert pieces(width=9, prompt="The ", length=9) == [start + text.encode("The ")]  # as trained
+    assert lone[0] not in pieces(template="The ___8 of ___2")[0]
+
+
+def test_characters_keep_the_space_before_a_gap():
+    assert asked(template="a ___2 b") == "a ## b" and asked(prompt="a ", length=3) == "a #"
+
+
+def test_a_text_of_the_command_line_may_be_a_file(tmp_path):
+    path = tmp_path / "prompt.txt"
+    for written, text in {"a\nb\n": "a\nb", "a\n\n": "a\n", "a": "a", "": ""}.items():
+        path.write_text(written)
+        assert typed(f"FILE:{path}") == text
+    assert typed("FILES: a\\n") == "FILES: a\\n" and typed("") == ""
+    with pytest.raises(UserError, match=r"cannot read gone\.txt"):
+        typed("FILE:gone.txt")
+    path.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        typed(f"FILE:{path}")
+
+
+# ---- The command on a terminal -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """{kind: folder} of tiny networks of text, of examples, and of examples left to right."""
+    folders = {}
+    for kind in ("text", "examples", "causal"):
+        keys = {"attention": "causal" if kind == "causal" else "full", "block_size": BLOCK}
+        keys |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": TEXT.vocab_size}
+        model = network.Transformer(network.DEFAULTS | keys)
+        state = {"config": model.config | {"objective": "any_order"}, "tokenizer": TEXT.meta()}
+        state["config"] |= {"example_width": 9, "eos_id": 29} if kind != "text" else {}
+        state |= {"model": model.state_dict(), "ema": None, "optimizer": [], "step": 1}
+        folders[kind] = tmp_path_factory.mktemp(kind)
+        checkpoint.save(folders[kind] / "ckpt.pt", state)
+    return folders
+
+
+def on_a_terminal(lines, *words):
+    """(exit code, what a terminal shows, errors) of sample.py, told these lines, then Ctrl-D."""
+    pty = pytest.importorskip("pty")  # Windows has none
+    ours, theirs = pty.openpty()
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TERM": "dumb"}
+    command = [sys.executable, "sample.py", "--device=cpu", *words]
+    keys = {"stdin": theirs, "stdout": theirs, "stderr": subprocess.PIPE, "env": env, "cwd": ROOT}
+    process, shown = subprocess.Popen(command, **keys), b""
+    os.close(theirs)
+    lines = [*lines, None]
+    with contextlib.suppress(OSError):  # the terminal's other end is closed
+        while part := os.read(ours, 4096):
+            shown += part
+            if lines and shown.endswith(b"> "):
+                line = lines.pop(0)
+                os.write(ours, b"\x04" if line is None else f"{line}\n".encode())
+    os.close(ours)
+    return process.wait(60), shown.decode().replace("\r", ""), process.communicate()[1].decode()
+
+
+def test_on_a_terminal_it_asks_for_prompts_and_goes_on_until_there_are_no_more(checkpoints):
+    ckpt = f"--ckpt={checkpoints['text']}"
+    code, shown, errors = on_a_terminal(["the list ", "", "é", "x" * 40, "the list "], ckpt)
+    assert code == 0 and "Traceback" not in errors
+    assert shown.count("---- sample 1:") == 3 and shown.count("> ") == 6
+    assert shown.count("calls\nthe list ") == 2
+    assert "character 'é' is not among" in shown and "prompt and suffix are 40 tokens" in shown
+    first, second = re.findall(r"calls\n(the list .*?)\n---- NFE", shown, re.S)
+    assert first != second  # another seed
+
+
+@pytest.mark.parametrize("wish", ["--num_samples=2", "--prompt=ab", "--template=a___2"])
+def test_on_a_terminal_it_asks_nothing_of_who_has_said_what_to_do(wish, checkpoints):
+    code, shown, _ = on_a_terminal([], f"--ckpt={checkpoints['text']}", wish)
+    assert code == 0 and "> " not in shown and "---- sample 1:" in shown
+
+
+def test_without_a_terminal_it_writes_free_samples_as_ever(checkpoints):
+    command = [sys.executable, "sample.py", "--device=cpu", f"--ckpt={checkpoints['text']}"]
+    keys = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(command, input="the list\n", check=True, **keys)
+    assert done.stdout.count("---- sample") == 4 and "> " not in done.stdout
+
+
+# ---- What suits answers --------------------------------------------------------------------------
+
+
+def command(ckpt, *words):
+    words = [f"--ckpt={ckpt}", "--device=cpu", "--prompt=ab", *words]
+    return decoding.command(settings.parse(words, settings, diffusion, decoding))
+
+
+def test_a_model_of_examples_answers_as_measured_best_unless_it_is_told_otherwise(
+    checkpoints, monkeypatch
+):
+    told = []
+    plain = decoding.sample
+    spy = lambda *arguments, **options: told.append(options) or plain(*arguments, **options)  # noqa: E731
+    monkeypatch.setattr(decoding, "sample", spy)
+    keys = ("sampler", "temperature", "num_samples", "steps")
+    for kind, words, wanted in (
+        ("text", [], ("ancestral", 1.0, 4, 128)),
+        ("examples", [], ("confidence", 0.0, 1, 128)),
+        ("examples", ["--sampler=ancestral", "--num_samples=4"], ("ancestral", 0.0, 4, 128)),
+        ("examples", ["--temperature=1"], ("confidence", 1.0, 1, 128)),
+        ("causal", [], ("ancestral", 0.0, 1, 128)),  # left to right, whatever the sampler
+    ):
+        records = command(checkpoints[kind], *words)
+        options = told.pop()
+        assert tuple(options[key] for key in keys) == wanted and len(records) == wanted[2]
+        assert len(records[0]["tokens"]) == (BLOCK if kind == "text" else 9)
+
+
+def test_the_prompt_of_a_file_has_its_lines(checkpoints, tmp_path):
+    (tmp_path / "prompt.txt").write_text("a\nb\n")
+    (record, *_) = command(checkpoints["text"], f"--prompt=FILE:{tmp_path / 'prompt.txt'}")
+    assert TEXT.decode(record["tokens"][:3]) == "a\nb" and record["tokens"][3] != MASK
+    wish = f"--template=FILE:{tmp_path / 'prompt.txt'}"
+    with pytest.raises(UserError, match="the template has no gap"):
+        command(checkpoints["text"], "--prompt=", wish)

@@ -335,7 +335,7 @@ def test_your_own_text_is_laid_out_alike_by_any_number_of_processes(tmp_path):
         (tmp_path / f"{part}.jsonl").write_text("\n".join(lines[part::3]))
     for workers in (1, 3):
         args = [f"--input={tmp_path}", f"--out={tmp_path / str(workers)}", f"--workers={workers}"]
-        text.main(parse([*args, "--tokenizer=byte", "--block_size=64"], text, writer))
+        text.main(parse([*args, "--tokenizer=byte", "--block_size=64"], text, tokenizer))
     files = sorted(path.name for path in (tmp_path / "1").iterdir())
     for name in files:
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "3" / name).read_bytes()
@@ -343,7 +343,7 @@ def test_your_own_text_is_laid_out_alike_by_any_number_of_processes(tmp_path):
     for size, says in {-1: "from 0", 2**30: "from 0 to 65536"}.items():
         args = [f"--input={tmp_path}", f"--out={tmp_path / 'x'}", f"--block_size={size}"]
         with pytest.raises(UserError, match=f"block_size must be {says}"):
-            text.main(parse(args, text, writer))
+            text.main(parse(args, text, tokenizer))
 
 
 # ---- Evaluation blocks ---------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def step_of(data, world=1, rank=0, **keys):
     """(loss, gradients, model as it was, config) of train_step on one process's part of step 0."""
     config = config_of(data, grad_clip=0.0, **keys)
     objective, team = config["objective"], Team(world, rank)
-    attention = diffusion.OBJECTIVES[objective].attention
+    attention = diffusion.OBJECTIVES[objective].attention[0]
     config |= {"vocab_size": 256, "attention": attention, "block_size": 14}
     model, _, _ = train.build(config, Team())
     before, gradients = copy.deepcopy(model), {}
@@ -342,6 +342,28 @@ def test_a_run_begins_with_the_weights_and_the_model_keys_of_another(form, data,
     assert checkpoint.read(tmp_path / "out")["step"] == 1
 
 
+@pytest.mark.parametrize(("keys", "length"), [({}, 14), ({"block_size": 20}, 20)])
+def test_the_block_of_weights_to_begin_with_grows_with_their_positions(
+    keys, length, data, tmp_path, capsys
+):
+    text = tmp_path / "bytes"
+    writer.prepare(text, [("train", "abcdefgh" * 20), ("val", "cab " * 50)], TEXT)
+    source = tmp_path / "source"
+    run(text, source, block_size=8, max_iters=2, eval_interval=2)
+    keys = {"init_from": source, "learning_rate": 0.0, "weight_decay": 0.0, "max_iters": 1} | keys
+    capsys.readouterr()
+    run(data, tmp_path / "out", **keys)
+    assert f"block_size 8 of {source} becomes {length}: positions" in capsys.readouterr().out
+    (one, _, _), (two, _, config) = (checkpoint.load(out) for out in (source, tmp_path / "out"))
+    assert two.block_size == config["block_size"] == length and len(two.cos) == length
+    x = torch.tensor([[256, 97, 98, 256, 99, 100, 256, 101]])  # (1, 8)
+    assert torch.equal(one(x), two(x)) and torch.equal(one.cos, two.cos[:8])
+    run(data, tmp_path / "out", **keys | {"max_iters": 2, "learning_rate": 1e-3})  # resumed
+    assert checkpoint.read(tmp_path / "out")["step"] == 2
+    with pytest.raises(UserError, match=f"block_size={length}, not 30"):
+        run(data, tmp_path / "out", **keys | {"max_iters": 3, "block_size": 30})
+
+
 def test_the_published_models_can_be_begun_with(shared, data, tmp_path):
     """Their 64 tokens are not bytes, and that is said; on others of 64 tokens both kinds learn."""
     folder, own = shared("fixtures/smdm_tiny"), tmp_path / "examples"
@@ -385,7 +407,7 @@ REFUSED = {
     ),
     "another tokenizer": (
         {"init_from": "SOURCE", "data": "TEXT"},
-        "was trained with another tokenizer than",
+        "has; prepare the data again with --tokenizer=",
     ),
     "text without prompts": (
         {"prompt_drop": 0.1, "data": "TEXT"},

@@ -212,7 +212,7 @@ def build(data, **keys):
     """(config, model, blocks, Loss) at the beginning of a run."""
     config = config_of(data, "unused", **keys)
     tokens = loader.Tokens(data, "train")
-    attention = diffusion.OBJECTIVES[config["objective"]].attention
+    attention = diffusion.OBJECTIVES[config["objective"]].attention[0]
     config |= {"vocab_size": tokens.vocab_size, "attention": attention}
     model, _, _ = train.build(config, Team())
     loss_of = diffusion.Loss(model, config["objective"])

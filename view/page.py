@@ -25,6 +25,8 @@ from data.tokenizer import from_meta
 from lib import checkpoint
 from lib.device import machine
 from lib.files import to_json, whole_file
+from lib.text import typed
+from samplers import Remasking
 from view.trace import Recorder
 
 DEFAULTS = {
@@ -61,8 +63,10 @@ def with_weights(model, tokenizer, o):
     config, n, kind = model.config, model.n_parameters(), tokenizer.kind
     simple = n <= MOST and config["attention"] != "causal" and kind in ("char", "byte")
     simple = simple and not any(config[key] for key in ("rotary_bf16", "head_padding", "conv"))
+    known = {"norm": ("layer", "rms"), "mlp": ("gelu", "swiglu", "relu2")}  # to network.js
+    simple = simple and all(config[key] in known[key] for key in known)
     require(simple, "a page cannot hold this model; record a sample of it with --trace")
-    template = o["template"] or f"___{model.block_size}"
+    template = typed(o["template"]) or f"___{model.block_size}"
     sample.request(tokenizer, model, template=template)  # or its UserError
     about = f"This file holds a masked diffusion language model of {n:,} parameters, which writes "
     about += "here, in your browser; nothing is fetched. Its matrices are rounded to 8‑bit whole "
@@ -80,11 +84,12 @@ def with_weights(model, tokenizer, o):
 def recorded(model, tokenizer, o):
     """The data of a page or a picture that plays samples drawn now, by the keys of sample.py."""
     rule = "a record holds one draw a position: no causal network, no sampler that masks again"
-    plain = model.config["attention"] != "causal" and not o["sampler"].startswith("remask")
-    require(plain, rule)
-    wish = {key: o[key] for key in ("prompt", "suffix", "template", "length")}
-    ids = sample.request(tokenizer, model, **wish)
+    require(model.config["attention"] != "causal", rule)
+    wish = {key: typed(o[key]) for key in ("prompt", "suffix", "template")}
+    ids = sample.request(tokenizer, model, **wish, length=o["length"])
     x = torch.tensor([ids] * o["num_samples"], device=next(model.parameters()).device)  # (N, L)
+    policy = sample.SAMPLERS[o["sampler"]]((x == model.mask_id).cpu(), o)
+    require(not isinstance(policy, Remasking), rule)
     recorder = Recorder(tokenizer, x, model.mask_id, o)
     _, info = sample.sample(model, x, progress=True, on_call=recorder, **o)
     about = f"A recorded sample of a model of {model.n_parameters():,} parameters: {o['sampler']}, "
@@ -98,6 +103,7 @@ def made(config, make):
     model, tokenizer, trained = checkpoint.load(config["ckpt"], device)
     require(trained["tokenizer"], f"{config['ckpt']} names no tokenizer, so it cannot read text")
     keys = settings.defaults_of([settings, diffusion, sample])
+    config = sample.suited(config, trained)
     with autocast():
         tokenizer = tokenizer or from_meta(trained["tokenizer"])
         return make(model, tokenizer, {key: config[key] for key in keys})

@@ -2,14 +2,11 @@
 
 from samplers import SAMPLERS
 
-TIMED = ("ancestral", "euler")  # samplers whose steps are drawn ahead; of others a call is a step
-
 
 def unmask_steps(masked, o):
     """The step of each position (N, L), as sample.py draws it; None where a call is a step."""
-    if o["sampler"] not in TIMED:
-        return None
-    return SAMPLERS[o["sampler"]](masked, o).step  # (N, L)
+    policy = SAMPLERS[o["sampler"]](masked, o)
+    return None if policy.expected_nfe is None else policy.step  # drawn by time, ahead of the calls
 
 
 class Recorder:

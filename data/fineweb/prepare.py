@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, at_least, require, run
+from config import UserError, at_least, choose, require, run
 from data import download, loader, tokenizer, writer
 from lib.files import to_json, whole_file
 
@@ -166,7 +166,7 @@ def publish(folder, names, counts, meta):
 
 
 def main(config):
-    repo, most = SAMPLES[config["sample"]]
+    repo, most = choose("sample", config["sample"], SAMPLES)
     at_least(1, config, "shards", "threads")
     n = config["shards"]
     require(n <= most, f"sample {config['sample']} has {most} shards, not {n}")

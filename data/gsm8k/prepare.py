@@ -18,6 +18,7 @@ from pathlib import Path
 
 from config import require, run
 from data import download, examples
+from data import tokenizer as tokenizers
 
 DEFAULTS = {
     "from": "",  # a folder that holds the files; without one they are downloaded
@@ -104,4 +105,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__], examples)
+    run(main, sys.modules[__name__], examples, tokenizers)

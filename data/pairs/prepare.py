@@ -14,6 +14,7 @@ import sys
 
 from config import fraction, require, run
 from data import examples, writer
+from data import tokenizer as tokenizers
 
 DEFAULTS = {
     "input": "",  # files, separated by commas
@@ -59,4 +60,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__], examples)
+    run(main, sys.modules[__name__], examples, tokenizers)

@@ -77,7 +77,7 @@ def main(config):
     texts = documents()
     split_of = {name: "val" if writer.held_out(name, HELD_OUT) else "train" for name in texts}
     pairs = [(split_of[name], text) for name, text in texts.items()]
-    vocabulary = tokenizer.build(config["tokenizer"], texts.values())
+    vocabulary = tokenizer.named(config["tokenizer"], texts.values())
     meta = writer.prepare(config["out"], pairs, vocabulary)
     digest = hashlib.sha256("\n\n".join(texts.values()).encode("utf8")).hexdigest()
     characters = len(set().union(*texts.values()))
@@ -86,4 +86,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__], writer)
+    run(main, sys.modules[__name__], tokenizer)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from config import require, run
 from data import download, examples
+from data import tokenizer as tokenizers
 from data.pairs.prepare import pairs
 
 DEFAULTS = {
@@ -76,4 +77,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__], examples)
+    run(main, sys.modules[__name__], examples, tokenizers)

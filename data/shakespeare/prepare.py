@@ -27,10 +27,10 @@ def main(config):
         text = file.read()
     cut = int(0.9 * len(text))
     require(cut, f"{path} holds no text")
-    vocabulary = tokenizer.build(config["tokenizer"], [text])
+    vocabulary = tokenizer.named(config["tokenizer"], [text])
     meta = writer.prepare(config["out"], [("train", text[:cut]), ("val", text[cut:])], vocabulary)
     print(writer.summary(config["out"], meta))
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__], writer)
+    run(main, sys.modules[__name__], tokenizer)

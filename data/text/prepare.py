@@ -128,7 +128,7 @@ def main(config):
     at_least(0, config, "workers")
     L, workers = config["block_size"], config["workers"] or os.cpu_count()
     require(0 <= L <= 2**16, f"block_size must be from 0 to 65536, not {L}")
-    vocabulary = tokenizer.build(config["tokenizer"], documents(items))
+    vocabulary = tokenizer.named(config["tokenizer"], documents(items))
     pairs = split(lambda: documents(items), config["val_fraction"])
     meta = writer.prepare(config["out"], pairs, vocabulary, workers, block_size=L)
     print(writer.summary(config["out"], meta))
@@ -136,4 +136,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__], writer)
+    run(main, sys.modules[__name__], tokenizer)

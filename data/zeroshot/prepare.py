@@ -27,15 +27,16 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, at_least, require, run
+from config import UserError, at_least, choose, require, run
 from data import download, examples, loader, writer
+from data import tokenizer as tokenizers
 from lib.files import whole_file
 
 DEFAULTS = {
     "set": "all",  # lambada | wikitext2 | ptb | wikitext103 | lm1b | all
     "from": "",  # a folder with the files, or the file of one set; without it they are downloaded
     "out": "data/zeroshot",  # gets a prepared folder for each set
-    "tokenizer": "gpt2",  # byte | gpt2 | llama, or a prepared folder: its tokenizer
+    "tokenizer": "gpt2",  # RADD's; byte, llama, or whose it is: a prepared folder, a checkpoint
     "detokenise": True,  # undo, as RADD does, what the set's tokenizer did to spaces and marks
     "eos": True,  # a border mark with every row (GPT-2: 50256 behind it); False: a newline ends it
     "protocol": "whole",  # whole (keep every token) | radd (drop the remainders that RADD drops)
@@ -232,7 +233,7 @@ def prepare(name, config):
     place, folder = config["from"], Path(config["out"], name)
     raw = folder.parent / "raw"
     paths, difference = find(name, place) if place else (fetch(name, raw), "")
-    tokenizer = examples.vocabulary(config["tokenizer"], texts(name, paths, config, ""))
+    tokenizer = tokenizers.named(config["tokenizer"], texts(name, paths, config, ""))
     lines = list(texts(name, paths, config, tokenizer.separator))
     require(any(map(str.strip, lines)), f"{paths[0]} holds no text")
     pieces = ids = tokenized(lines, tokenizer, config, name)
@@ -293,6 +294,8 @@ def marks(config, tokenizer):
 
 
 def main(config):
+    choose("set", config["set"], ["all", *SETS])
+    choose("protocol", config["protocol"], ["whole", "radd"])
     names = list(SETS) if config["set"] == "all" else [config["set"]]
     at_least(1, config, "num_proc", "block_size")
     one = len(names) == 1 or not Path(config["from"]).is_file()

@@ -1,0 +1,65 @@
+"""What an entry of a table in diffusion.py lacks, in words: found out when it is first used.
+
+In float64, and within a few milliseconds: config.Table asks.
+"""
+
+import torch
+
+ATTENTIONS = ("full", "causal", "order")
+
+
+def of_schedule(schedule):
+    """t (T,) -> (m, m') (T,) each: m grows from 0 to 1, and m' is its slope."""
+    t, h = torch.linspace(0.01, 0.99, 50, dtype=torch.float64), 1e-5  # (50,)
+    pair = schedule(t)
+    if not (isinstance(pair, tuple) and len(pair) == 2):
+        return "gives no pair (m(t), m'(t)): the slope m' is missing"
+    if not all(torch.is_tensor(z) and z.shape == t.shape for z in pair):
+        return f"must give m and m' in the shape of t {tuple(t.shape)}"
+    ends = schedule(torch.tensor([0.0, 1.0], dtype=t.dtype))[0].tolist()
+    if not (0 <= ends[0] <= 0.01 and 0.99 <= ends[1] <= 1):
+        return f"must grow from m(0) = 0 to m(1) = 1, not from {ends[0]:.3g} to {ends[1]:.3g}"
+    slope = (schedule(t + h)[0] - schedule(t - h)[0]) / (2 * h)  # (50,)
+    off = (~torch.isclose(pair[1], slope, rtol=1e-3)).nonzero().flatten().tolist()
+    if off:
+        i = off[0]
+        return f"has m'({t[i]:.2f}) = {pair[1][i]:.4g}, but m grows by {slope[i]:.4g} there"
+    return "" if (slope > 0).all() else "must grow at every t: m' > 0"
+
+
+def of_order(order):
+    """(noise (B, L), place (B, L), coin (B, 1), p) -> numbers (B, L), sorted into an order."""
+    noise = torch.linspace(0, 0.9, 15, dtype=torch.float64).view(3, 5)  # (3, 5)
+    place, coin = (torch.arange(5) / 5).expand(3, 5), noise[:, :1]  # (3, 5), (3, 1)
+    key = order(noise, place, coin, 0.5)
+    if not (torch.is_tensor(key) and key.shape == noise.shape and key.is_floating_point()):
+        return "must give one number for each position, in the shape of the noise (B, L)"
+    return "" if key.isfinite().all() else "gives numbers that are not finite, which have no order"
+
+
+def of_objective(objective):
+    """A draw whose weights make the bound: each number of masked tokens brings its mean CE once.
+
+    By quadrature for three tokens, with a schedule that is no line, without a prompt and behind
+    one: E[weight; i masked, k in all] = 1/3 for each i and k. u is v^3, since weights are like 1/u.
+    """
+    if not (isinstance(objective.attention, tuple) and {*objective.attention} <= {*ATTENTIONS}):
+        return f"must have an attention that is a tuple of {', '.join(ATTENTIONS)}"
+    if objective.draw is None:
+        causal = objective.attention == ("causal",)
+        return "" if causal else "has no draw, which a network that is not causal needs"
+    z = torch.quasirandom.SobolEngine(4).draw(2**16, dtype=torch.float64)[1:]  # (N, 4)
+    v = 1 - z[:, 0]  # (N,)
+    behind = torch.cat([torch.full_like(z[:, :1], torch.inf), z[:, 1:]], dim=1)  # (N, 4)
+    for noise, n in ((z[:, 1:], 3), (behind, torch.full((len(v),), 3))):
+        mask, weight = objective.draw(v**3, noise, n, lambda t: (t**2, 2 * t))
+        if mask.shape != noise.shape or mask.dtype != torch.bool or weight.shape != v.shape:
+            return "must draw (mask (B, L) bool, weight (B,))"
+        mask = mask[:, -3:]  # (N, 3)
+        counted = (3 * v**2 * weight)[:, None] * mask  # (N, 3)
+        share = [(counted * (mask.sum(1) == k)[:, None]).mean(0) for k in (1, 2, 3)]
+        share = torch.stack(share)  # (3, 3) of k and i
+        if abs(share.sum() / 3 - 1) > 0.01 or (3 * share - 1).abs().max() > 0.05:
+            sums = ", ".join(f"{x:.3f}" for x in share.sum(1).tolist())
+            return f"gives no bound: of 3 tokens 1, 2, 3 masked ones count {sums} times, not once"
+    return ""

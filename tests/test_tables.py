@@ -1,0 +1,169 @@
+"""Tables of names: an unknown one is an error wherever it enters, and an entry is all it takes."""
+
+import re
+
+import pytest
+import torch
+from conftest import L, Table, V, random_logits
+
+import config as settings
+import diffusion
+import evaluate
+import model as network
+import sample
+import train
+from config import UserError
+from data import choice, tokenizer
+from data.fineweb import prepare as fineweb
+from data.zeroshot import prepare as zeroshot
+from lib import device, formats, optim
+
+SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": L, "vocab_size": V}
+KEYS = settings.defaults_of([settings, diffusion, network, train]) | SHAPE
+MODEL = Table(random_logits())
+CAUSAL = network.Transformer(KEYS | {"attention": "causal"})
+X = torch.full((1, L), V)  # (1, L)
+U, NOISE = torch.rand(2, dtype=torch.float64), torch.rand(2, L, dtype=torch.float64)
+REQUESTS = [([0], [1, 2])]
+
+
+def keys_of(module, **given):
+    return settings.defaults_of([module]) | {"set": "ptb", "tokenizer": "byte"} | given
+
+
+CALLS = {  # of the library, in Python, with a name that is nearly right
+    "draw_mask": lambda: diffusion.draw_mask("any_ordr", U, NOISE),
+    "draw_order": lambda: diffusion.draw_order("unifrom", NOISE, U[:, None]),
+    "schedule": lambda: diffusion.SCHEDULES["cosin"],
+    "no text": lambda: diffusion.SCHEDULES[None],
+    "a list": lambda: diffusion.OBJECTIVES[["any_order"]],
+    "unmask_prob": lambda: diffusion.unmask_prob(diffusion.cosine, U, U / 2, "eulre"),
+    "Loss": lambda: diffusion.Loss(MODEL, "lambda"),
+    "attention": lambda: network.Transformer(KEYS | {"attention": "fulll"}),
+    "attention of a table": lambda: network.Transformer(KEYS | {"attention": ("full",)}),
+    "norm": lambda: network.Transformer(KEYS | {"norm": "rsm"}),
+    "mlp": lambda: network.Transformer(KEYS | {"mlp": "swigl"}),
+    "zero_init": lambda: network.Transformer(KEYS | {"zero_init": "heads"}),
+    "sampler": lambda: sample.sample(MODEL, X, sampler="confidense"),
+    "sampler, causal": lambda: sample.sample(CAUSAL, X, sampler="confidense"),
+    "schedule of a sampler": lambda: sample.sample(MODEL, X, schedule="cosin"),
+    "answer_nats": lambda: evaluate.answer_nats(MODEL, REQUESTS, estimator="chian"),
+    "estimate": lambda: evaluate.estimate(MODEL, REQUESTS, estimator="chian"),
+    "estimator, causal": lambda: evaluate.estimator_of(CAUSAL, "chian"),
+    "method": lambda: evaluate.method("chian", ""),
+    "optimizer": lambda: optim.make_optimizers(KEYS | {"optimizer": "moun"}, CAUSAL),
+    "lr_decay": lambda: optim.learning_rate(200, KEYS | {"lr_decay": "cosin"}),
+    "dtype": lambda: device.machine(KEYS | {"dtype": "float16"}),
+    "loss_weight": lambda: train.LOSS_WEIGHTS["sqr"],
+    "train, objective": lambda: train.main({"objective": "any_ordr"}),
+    "train, parallel": lambda: train.main({"parallel": "fdsp"}),
+    "train, a type": lambda: train.main({"max_iters": "many"}),
+    "format": lambda: formats.to_format({"norm.weight": U}, KEYS, "raddd"),
+    "set": lambda: choice.read("hella", "mine.jsonl"),
+    "tokenizer": lambda: tokenizer.KINDS["gpt"],
+    "zero-shot set": lambda: zeroshot.main(keys_of(zeroshot, set="ptp")),
+    "zero-shot protocol": lambda: zeroshot.main(keys_of(zeroshot, protocol="rad")),
+    "sample of FineWeb": lambda: fineweb.main(keys_of(fineweb, sample="10")),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_an_unknown_name_is_a_user_error_also_from_python(call):
+    with pytest.raises(UserError, match=r"unknown \w+ '.*'; (did you mean|there is)|many"):
+        call()
+
+
+def test_every_table_is_one_that_refuses_unknown_names():
+    modules = (diffusion, network, sample, evaluate, train, choice, tokenizer)
+    names = [(module, name) for module in modules for name in vars(module) if name.isupper()]
+    tables = {name: getattr(module, name) for module, name in names}
+    tables = {name: table for name, table in tables.items() if isinstance(table, dict)}
+    plain = {name for name, table in tables.items() if not isinstance(table, settings.Table)}
+    assert plain == {"DEFAULTS", "STREAMS", "FORMATS", "ANSWERS"} & tables.keys()
+    assert {"SCHEDULES", "OBJECTIVES", "ORDERS", "SAMPLERS", "ESTIMATORS"} <= tables.keys()
+
+
+# ---- What an entry lacks -------------------------------------------------------------------------
+
+
+def twice(u, noise, n, schedule):
+    mask, weight = diffusion.any_order(u, noise, n, schedule)
+    return mask, 1.02 * weight
+
+
+def without_slope(u, noise, n, schedule):
+    m, _ = schedule(u)
+    return noise < m[:, None], 1 / m
+
+
+def first_ones(u, noise, n, schedule):  # which are masked is no matter of chance
+    k = diffusion.any_order(u, noise, n, schedule)[0].sum(1)  # (B,)
+    place = (noise < torch.inf).cumsum(1) - 1  # (B, L)
+    return (place < k[:, None]) & (noise < torch.inf), n / k
+
+
+def of_the_masked(u, noise, n, schedule):  # the mean over the masked tokens
+    mask = noise < u[:, None]
+    return mask, n / mask.sum(1).clamp(min=1)
+
+
+O = diffusion.Objective
+LACKING = [
+    ("SCHEDULES", lambda t: t**2, "gives no pair (m(t), m'(t)): the slope m' is missing"),
+    ("SCHEDULES", lambda t: (t**2, t), "has m'(0.01) = 0.01, but m grows by 0.02 there"),
+    ("SCHEDULES", lambda t: (t, 1.0), "must give m and m' in the shape of t"),
+    ("SCHEDULES", lambda t: (t / 2, torch.ones_like(t) / 2), "must grow from m(0) = 0 to m(1) = 1"),
+    ("SCHEDULES", lambda t: (1 - t, -torch.ones_like(t)), "must grow from m(0) = 0 to m(1) = 1"),
+    ("SCHEDULES", lambda: 0, "fails with TypeError"),
+    ("SCHEDULES", None, "fails with TypeError"),
+    ("ORDERS", lambda noise, place, coin, p: coin, "must give one number for each position"),
+    ("ORDERS", lambda noise, place, coin, p: place.log(), "gives numbers that are not finite"),
+    ("ORDERS", lambda noise, place, coin, p: noise > 0.5, "must give one number for each position"),
+    ("ORDERS", lambda noise: noise, "fails with TypeError"),
+    ("OBJECTIVES", O(twice), "gives no bound: of 3 tokens 1, 2, 3 masked ones count 1.02"),
+    ("OBJECTIVES", O(without_slope), "gives no bound: of 3 tokens"),
+    ("OBJECTIVES", O(first_ones), "gives no bound: of 3 tokens"),
+    ("OBJECTIVES", O(of_the_masked), "gives no bound: of 3 tokens"),
+    ("OBJECTIVES", O(lambda u, noise, n, schedule: noise < u[:, None]), "fails with "),
+    ("OBJECTIVES", O(None), "has no draw, which a network that is not causal needs"),
+    ("OBJECTIVES", O(diffusion.lambda_dce, attention="full"), "must have an attention that is a"),
+    ("OBJECTIVES", diffusion.lambda_dce, "fails with AttributeError"),
+]
+
+
+@pytest.mark.parametrize(("table", "entry", "lacks"), LACKING)
+def test_an_entry_that_lacks_a_part_says_so_at_its_first_use(table, entry, lacks, monkeypatch):
+    table = getattr(diffusion, table)
+    monkeypatch.setitem(table, "mine", entry)
+    for _ in range(2):  # it is not forgotten
+        with pytest.raises(UserError, match=re.escape(f"the {table.kind} 'mine' {lacks}")):
+            table["mine"]
+
+
+def test_an_estimator_without_a_row_or_a_rank_says_so(monkeypatch):
+    monkeypatch.setitem(evaluate.ESTIMATORS, "mine", evaluate.Estimator(exact=True))
+    with pytest.raises(UserError, match="the estimator 'mine' has neither row nor rank"):
+        evaluate.answer_nats(MODEL, REQUESTS, estimator="mine")
+
+
+@pytest.mark.parametrize("table", ["SCHEDULES", "OBJECTIVES", "ORDERS"])
+def test_every_entry_that_we_bring_is_whole(table):
+    table = getattr(diffusion, table)
+    assert [table[name] for name in table] == list(table.values())
+
+
+def test_an_entry_that_is_replaced_is_looked_at_again(monkeypatch):
+    monkeypatch.setitem(diffusion.SCHEDULES, "mine", lambda t: (t, torch.ones_like(t)))
+    diffusion.SCHEDULES["mine"]
+    monkeypatch.setitem(diffusion.SCHEDULES, "mine", lambda t: t)
+    with pytest.raises(UserError, match="the slope m' is missing"):
+        diffusion.SCHEDULES["mine"]
+
+
+@pytest.mark.parametrize("order", diffusion.ORDERS)
+def test_prompts_come_first_and_left_to_right_in_every_order(order):
+    noise = torch.rand(50, 7, generator=torch.Generator().manual_seed(1))  # (50, 7)
+    prompt = torch.arange(50) % 7  # (50,)
+    drawn = diffusion.draw_order(order, noise, noise[:, :1], 0.5, prompt)  # (50, 7)
+    for row, n in zip(drawn.tolist(), prompt.tolist(), strict=True):
+        assert row[:n] == list(range(n)) and sorted(row) == list(range(7))

@@ -1,0 +1,117 @@
+"""One sentence, token by token: terms of a chain rule that add up; and the data of a checkpoint."""
+
+import pytest
+import torch
+from conftest import L, Table, V, random_logits
+
+import config as settings
+import diffusion
+import evaluate
+import model as network
+import train
+from config import UserError
+from data import tokenizer, writer
+from evaluate import answer_nats, token_nats
+from lib import checkpoint
+
+IDS = [2, 0, 1, 1]
+SHAPE = {"n_layer": 2, "n_head": 1, "n_embd": 8, "block_size": 9, "vocab_size": V}
+TEXT = "the list is sorted.\n"
+
+
+def trained(attention):
+    """A network of that attention whose head is not zero."""
+    torch.manual_seed(3)
+    return network.Transformer(network.DEFAULTS | SHAPE | {"attention": attention}).eval()
+
+
+@pytest.mark.parametrize("order", ["left_to_right", "right_to_left"])
+def test_a_token_costs_what_it_does_given_those_before_it_in_the_order(order):
+    model, (nats,) = (
+        Table(random_logits()),
+        token_nats(Table(random_logits()), IDS, estimator=order),
+    )
+    for i in range(L):
+        x = torch.tensor([IDS])
+        x[0, i:] = V
+        if order == "right_to_left":
+            x = torch.tensor([IDS])
+            x[0, : i + 1] = V
+        wanted = -model(x)[0, i].log_softmax(-1)[IDS[i]].item()
+        assert nats[i].item() == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("attention", ["full", "causal", "order"])
+@pytest.mark.parametrize("name", ["left_to_right", "right_to_left", "chain", "any_order"])
+def test_the_tokens_of_a_text_cost_together_what_the_text_does(name, attention):
+    model, ids = trained(attention), [0, 2, 1, 1, 2]
+    nats = token_nats(model, ids, estimator=name, draws=6, seed=4)  # (draws, 5)
+    exact = attention == "causal" or "to" in name
+    assert nats.shape == (1 if exact else 6, 5) and (nats > 0).all()
+    same = "chain" if name == "any_order" and attention != "order" else name  # of the same noise
+    requests = [(torch.tensor([]), torch.tensor(ids))]
+    wanted = answer_nats(model, requests, estimator=same, draws=6, seed=4).item()
+    assert nats.sum(1).mean().item() == pytest.approx(wanted, rel=1e-5)
+    parts = token_nats(model, ids, estimator=name, draws=6, seed=4, batch_size=4)
+    assert torch.allclose(parts, nats, rtol=1e-5)
+
+
+def test_what_has_no_tokens_of_its_own_is_refused():
+    for name in ("lambda_dce", "t_dce", "orders"):
+        with pytest.raises(UserError, match=f"{name} has no nats of each token; try"):
+            token_nats(Table(random_logits()), IDS, estimator=name)
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(a run's folder, the folder that it learnt from)"""
+    folder = tmp_path_factory.mktemp("run")
+    data, out = str(folder / "data"), str(folder / "out")
+    text = tokenizer.Char("".join(sorted(set(TEXT))))
+    writer.prepare(data, [("train", TEXT * 9), ("val", TEXT * 3)], text)
+    keys = {"data": data, "out_dir": out, "max_iters": 2, "eval_interval": 2, "batch_size": 2}
+    keys |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 20, "device": "cpu"}
+    words = [f"--{key}={value}" for key, value in keys.items()]
+    train.main(settings.parse(words, settings, diffusion, network, train))
+    return out, data
+
+
+def evaluated(*words):
+    words = ["--device=cpu", *words]
+    return evaluate.main(settings.parse(words, settings, diffusion, evaluate))
+
+
+def test_a_sentence_is_scored_and_it_is_said_how(run, tmp_path, capsys):
+    capsys.readouterr()
+    result = evaluated(f"--ckpt={run[0]}", "--text=is sorted", "--draws=3")
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 9 + 3 and result["texts"] == list("is sorted")
+    assert out[0].split()[0] == "nats" and out[1].endswith("'i'") and out[3].endswith("' '")
+    assert sum(result["nats"]) == pytest.approx(result["total"])
+    assert "in all +- " in out[-2] and "upper bound by any_order, 3 orders" in out[-1]
+    (tmp_path / "text.txt").write_text("is sorted\n")
+    options = [f"--text=FILE:{tmp_path / 'text.txt'}", "--estimator=left_to_right"]
+    assert evaluated(f"--ckpt={run[0]}", *options)["texts"] == list("is sorted")
+    assert "exact along the order left_to_right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("é", "character 'é' is not among"), ("the " * 6, "from 1 to 20 tokens .block_size., not 24")],
+)
+def test_a_sentence_that_cannot_be_read_is_one_line(text, says, run):
+    with pytest.raises(UserError, match=says):
+        evaluated(f"--ckpt={run[0]}", f"--text={text}")
+
+
+def test_a_checkpoint_is_evaluated_on_what_it_learnt_from(run, tmp_path):
+    few = ["--draws=4", "--sequences=2"]
+    own = evaluated(f"--ckpt={run[0]}", *few)
+    named = evaluated(f"--ckpt={run[0]}", f"--data={run[1]}", *few)
+    assert own["data"] == run[1] and own["nats_per_token"] == named["nats_per_token"]
+    checkpoint.export(run[0], tmp_path / "export", "nanomdm")
+    with pytest.raises(UserError, match="does not say what it learnt from; give --data=FOLDER"):
+        evaluated(f"--ckpt={tmp_path / 'export'}", *few)
