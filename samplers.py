@@ -174,7 +174,8 @@ def most_confident(masked, o, counts):
         n = torch.tensor([num_transfer_tokens[i][call] for i, call in pairs])  # (b,)
         return p.argsort(dim=1, descending=True, stable=True).argsort(1) < n[:, None]
 
-    return Adaptive(masked, o["seed"], choose, sum(map(len, num_transfer_tokens)) / len(masked))
+    expected = sum(map(len, num_transfer_tokens)) / len(masked)
+    return Adaptive(masked, o["seed"], choose, expected_nfe=expected)
 
 
 def threshold(masked, o):
