@@ -11,14 +11,20 @@
 """
 
 import ast
+import contextlib
 import difflib
+import errno
 import functools
+import importlib
 import inspect
 import math
 import os
 import re
 import reprlib
+import signal
 import sys
+import threading
+import traceback
 from pathlib import Path
 
 DEFAULTS = {
@@ -26,6 +32,11 @@ DEFAULTS = {
     "dtype": "auto",  # auto (bfloat16 where the hardware multiplies it) | float32 | bfloat16
     "seed": 1337,  # every random draw is a function of this
 }
+
+# The keys that name a file or a folder, or several with commas between them: ~ is the home there.
+PATHS = {"ckpt", "data", "folder", "from", "include_path", "init_from", "input", "judge", "out"}
+PATHS |= {"out_dir", "page", "preset", "reference", "results", "rows", "samples", "svg", "to"}
+PATHS |= {"tokenizer"}
 
 RENAMED = {  # keys of earlier versions, for who types one and for checkpoints that hold them
     "causal": "attention",
@@ -37,6 +48,9 @@ RENAMED = {  # keys of earlier versions, for who types one and for checkpoints t
     "row_width": "example_width",
     "unused_rows": "head_padding",
 }
+
+
+ROOT = Path(__file__).resolve().parent
 
 
 class UserError(Exception):
@@ -101,6 +115,31 @@ def fraction(config, *keys):
         require(0 <= config[key] <= 1, f"{key} must be from 0 to 1, not {config[key]}")
 
 
+def optional(name, wanted):
+    """The module `name` of an optional package; UserError where it is not there or does not load.
+
+    wanted: how the message begins, what needs it. A folder that only has the package's name, as
+    the one that wandb leaves where it ran, is none.
+    """
+    package = name.rpartition(".")[2]
+    try:
+        module = importlib.import_module(name)
+        if hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
+            raise ImportError
+        return module
+    except ImportError:
+        raise UserError(f"{wanted} needs one more package: pip install {package}") from None
+    except Exception as error:  # one that was built for other versions can raise anything
+        broken = f"needs {package}, which does not load here ({first_line(error)})"
+        raise UserError(f"{wanted} {broken}") from None
+
+
+def first_line(error):
+    """What an error says, in short, or else its kind."""
+    said = str(error).strip().splitlines()
+    return said[0][:200] if said else type(error).__name__
+
+
 # ---- One key -------------------------------------------------------------------------------------
 
 
@@ -138,6 +177,19 @@ def typed(key, value, default):
         number.is_integer(), f"{key} must be a whole number, not {shown(value)}"
     )  # False also for nan and infinity
     return int(number if isinstance(value, str) and re.search("[.eE]", value) else value)
+
+
+def at_home(key, value):
+    """The path, or paths, of a key with ~ as the home folder; UserError where there is none."""
+
+    def whole(found):
+        path = os.path.expanduser(found[0])
+        is_name = path == found[0] and not os.path.lexists(path)
+        message = f"{key}: no home folder {found[0]}; a folder that is called so is ./{found[0]}"
+        require(not is_name, message)
+        return path
+
+    return re.sub(r"(?<![^,])~[^,]*", whole, value)
 
 
 @functools.cache
@@ -186,6 +238,7 @@ def merge(items, *modules):
     for where, key, value in items:
         require(key in config, f"unknown key {where}{nearest(key, config)}")
         config[key] = typed(where, value, config[key])
+        config[key] = at_home(where, config[key]) if key in PATHS else config[key]
         if key in listed:
             file, _, _ = where.rpartition(": ")
             unknown = f"{file}: " * bool(file) + f"unknown {key} '{config[key]}'"
@@ -205,13 +258,18 @@ def completed(config, *modules):
 
 
 def read_preset(path):
-    """A preset file is one Python dict literal; it is read, never executed."""
-    path = Path(path)
+    """A preset file is one Python dict literal; it is read, never executed.
+
+    One that is not in the working directory is looked for in this repository.
+    """
+    path = Path(at_home("preset", str(path)))
+    if not os.path.isfile(path) and os.path.isfile(ROOT / path):  # called from another folder
+        path = ROOT / path
     if not os.path.isfile(path):  # unlike path.is_file() this is False also where one may not look
-        folder = path.parent if os.path.isdir(path.parent) else Path("configs")
-        raise UserError(f"no preset file {path}{nearest(path, folder.glob('*.py'))}")
+        folder = path.parent if os.path.isdir(path.parent) else ROOT / "configs"
+        raise UserError(f"no preset file {path}{nearest(path, folder.glob('[!.]*.py'))}")
     try:
-        preset = ast.literal_eval(path.read_text(encoding="utf8"))
+        preset = ast.literal_eval(path.read_text(encoding="utf-8-sig"))
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         why = str(error).splitlines() or ["nested too deeply"]  # a MemoryError says nothing
         raise UserError(f"{path} must hold one Python dict literal ({why[0]})") from None
@@ -260,12 +318,53 @@ def help_text(*modules):
     return "\n".join(blocks)
 
 
+# ---- One program ---------------------------------------------------------------------------------
+
+
+def interrupted(number, frame):
+    """Ctrl-C: ends one of our programs in one line while it imports, and is as ever elsewhere."""
+    script = Path(sys.argv[0])  # -m while a package is being found
+    ours = script.name == "-m" or (script.suffix == ".py" and ROOT in script.resolve().parents[:3])
+    frames = (outer.f_code.co_filename for outer, _ in traceback.walk_stack(frame))
+    if not (ours and any("importlib" in name for name in frames)):
+        signal.default_int_handler(number, frame)
+    print(f"\n{script.name}: interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+def ready_streams():
+    """Closed streams swallow, characters that one lacks are replaced, a line is out at once."""
+    for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf8"))  # noqa: SIM115
+        elif mode == "w" and hasattr(stream, "reconfigure"):  # a notebook's has none
+            plain = stream.errors in ("strict", "surrogateescape")
+            stream.reconfigure(errors="replace" if plain else stream.errors, line_buffering=True)
+
+
+def system_error(error):
+    """The message of an OSError, for one line; "" where only the reader of the output is gone."""
+    windows = sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None
+    unread = isinstance(error, BrokenPipeError) or windows
+    try:
+        sys.stdout.flush()
+    except OSError:  # again at Python's own end, unless all else goes nowhere
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return "" if unread else first_line(error)
+
+
 def run(main, *modules):
     """Runs main(config) as a command, with --help.
 
-    A UserError or full memory is one line and exit code 2; Ctrl-C is exit code 130.
+    A UserError, full memory or an error of the system is one line and exit code 2; Ctrl-C is exit
+    code 130, and the end of who reads the output (head) that of a program that SIGPIPE kills, 141.
     """
     script = Path(sys.argv[0]).name
+    if signal.getsignal(signal.SIGINT) is interrupted:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    ready_streams()
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
             print(sys.modules["__main__"].__doc__ or "")
@@ -274,12 +373,13 @@ def run(main, *modules):
         else:
             main(parse(sys.argv[1:], *modules))
         sys.stdout.flush()
-    except BrokenPipeError:  # what reads the output has seen enough, as head does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except UserError as error:
         print(f"{script}: {error}".replace("\n", "\\n"), file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        message = system_error(error)
+        print(f"{script}: {message}\n" * bool(message), end="", file=sys.stderr)
+        sys.exit(2 if message else 141)
     except (MemoryError, RuntimeError) as error:  # torch says it by either
         wanted = re.search(
             r"allocate [\d.]+ ?\w+|(?:allocate|size calculation) [^.,(]*\w", str(error)
@@ -295,3 +395,10 @@ def run(main, *modules):
     except KeyboardInterrupt:
         print(f"\n{script}: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+if (
+    threading.current_thread() is threading.main_thread()
+    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, interrupted)

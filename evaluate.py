@@ -31,6 +31,7 @@ What makes it fast: draws come in sets, stratified in antithetic pairs (u, 1 - u
 calls of independent ones for the same interval. Sets are independent: their spread tells the error.
 """
 
+import config as settings  # isort: skip (first: from here on Ctrl-C is one line)
 import math
 import sys
 import time
@@ -39,12 +40,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-import config as settings
 import diffusion
 from config import Table, require
 from data import ngram
+from lib.log import progress_bar
 from lib.rows import batches, random_numbers
 from lib.stats import certainty, finite, mean_over_sets, report, t95
 from lib.subject import evaluated, folder_of, ids_of_text, open_text, opened, with_remarks
@@ -189,7 +189,7 @@ def set_nats(model, requests, o, number=0, size=1):
     lengths = np.array([[len(p), len(a)] for p, a in requests], int).reshape(-1, 2)  # (N, 2)
     turns = lengths[:, 1] if estimator.row is None and not one_pass else lengths[:, 1].clip(max=1)
     nats, cost = torch.zeros(len(requests), size, dtype=torch.float64), {"rows": 0, "calls": 0}
-    with tqdm(total=nats.numel(), disable=not o["progress"], unit="draw", leave=False) as bar:
+    with progress_bar(o["progress"], nats.numel(), "draw") as bar:
         for i, k, turn in batches(lengths.sum(1), turns, size, o["batch_size"]):  # (b,) each
             x0 = np.stack([np.concatenate(requests[j]).astype(np.int64) for j in i])  # (b, W)
             x0, prompt = torch.from_numpy(x0), torch.from_numpy(lengths[i, 0])  # (b, W), (b,)

@@ -22,6 +22,7 @@ head. An `order` network (model.py) reads each clean token once, in a cache: Pre
     the calls of that sequence, which are two:             [1, -1, 0, 1]
 """
 
+import config as settings  # isort: skip (first: from here on Ctrl-C is one line)
 import contextlib
 import itertools
 import sys
@@ -29,15 +30,14 @@ import time
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-import config as settings
 import diffusion
 from config import require
 from data.tokenizer import from_meta
 from lib import checkpoint
 from lib.device import can_compile, machine
 from lib.files import to_json, whole_file
+from lib.log import progress_bar
 from lib.stats import finite
 from lib.text import request, suppress_eos, text_of, typed
 from model import Cache, OrderCache
@@ -147,7 +147,7 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     policy = SAMPLERS[o["sampler"]](masked, o)
     predict = Predictor(model, cond, o)
     done = torch.zeros(N, dtype=torch.long)  # calls of each sequence
-    with tqdm(total=int(masked.sum()), disable=not progress, unit="token", leave=False) as bar:
+    with progress_bar(progress, int(masked.sum()), "token") as bar:
         while len(live := policy.unfinished(done).nonzero().flatten()[: o["batch_size"]]):  # (b,)
             again = policy.remasked(live, done[live])  # (b, L) or None
             if again is not None:
@@ -252,7 +252,7 @@ def sample_ar(model, x, o, suppress=None, progress=False):
     noise = diffusion.uniforms(o["seed"], 1, range(N), L)  # (N, L)
     noise = noise.to(x.device, torch.float32 if x.device.type == "mps" else torch.float64)
     nfe, B = torch.zeros(N, dtype=torch.long), o["batch_size"]  # (N,)
-    with tqdm(total=-(-N // B) * L, disable=not progress, unit="token", leave=False) as bar:
+    with progress_bar(progress, -(-N // B) * L, "token") as bar:
         for now in (slice(start, start + B) for start in range(0, N, B)):
             y, wanted = x[now], masked[now]  # (b, L) views
             if not wanted.any():

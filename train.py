@@ -19,6 +19,7 @@ What makes it fast: a step waits for no number from the device; blocks are compi
 bfloat16; half of the positions pass the head (diffusion.py, model.py, lib/fused.py).
 """
 
+import config as settings  # isort: skip (first: from here on Ctrl-C is one line)
 import contextlib
 import copy
 import itertools
@@ -28,7 +29,6 @@ from typing import NamedTuple
 
 import torch
 
-import config as settings
 import diffusion
 import evaluate
 import model as network
@@ -51,7 +51,7 @@ DEFAULTS = {
     "data": "data/pydocs",  # a prepared folder
     "out_dir": "out/pydocs",  # checkpoint and log go here
     "init_from": "",  # begin with weights and model keys of this checkpoint; block_size may grow
-    "resume": True,  # go on from out_dir/ckpt.pt if it exists; False: start again and overwrite it
+    "resume": True,  # go on from out_dir/ckpt.pt; False: begin anew, the old run is kept in old_1
     "objective": "any_order",  # one of OBJECTIVES; ar is the causal baseline
     "loss_weight": "sqrt",  # one of LOSS_WEIGHTS; of a masked token (attention=full) in training
     "order": "uniform",  # one of ORDERS; with attention=order
@@ -322,8 +322,13 @@ def main(config):
     Raises UserError.
     """
     config = settings.completed(config, settings, diffusion, network, sys.modules[__name__])
-    # Who takes part, and how the run begins: anew, from other weights, or from where it stopped.
     team = parallel.join(config)
+    with resume.alone(config, team):  # a second start with this out_dir is refused
+        return train(config, team)
+
+
+def train(config, team):
+    # How the run begins: anew, from other weights, or from where it stopped.
     config, state = resume.begin(config, team)
     path = resume.checkpoint_path(config)
 

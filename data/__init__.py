@@ -3,3 +3,5 @@
 `python -m data.NAME.prepare` writes a folder that train.py and evaluate.py read. What corrupts or
 evaluates the tokens does not belong here.
 """
+
+import config  # noqa: F401 (first of all: from here on Ctrl-C is one line)

@@ -19,6 +19,7 @@ import requests
 from tqdm import tqdm
 
 from config import UserError, require
+from lib.files import lock
 
 TRIES = 5  # failures in a row, without a new byte between them, before it gives up
 LONGEST_WAIT = 60  # seconds between two tries, whatever the server asks for
@@ -28,6 +29,10 @@ PASSING = (  # errors that may be gone at the next try
     requests.Timeout,
     requests.exceptions.ChunkedEncodingError,
 )
+
+
+class CannotWrite(UserError):
+    """A download has no place here."""
 
 
 class TryAgain(Exception):
@@ -46,7 +51,7 @@ def fetch(url, path, sha256=None, size=None, headers=None, first_wait=1.0, stop=
     the result by, an interrupted run is, too. After drops, 429 and 5xx it waits (first_wait
     seconds, then twice that, ..., or what Retry-After says) and tries again. Raises UserError for a
     refusal, a wrong length or hash, when it gives up, and soon after another thread sets `stop` (a
-    threading.Event).
+    threading.Event); CannotWrite where the system cannot.
     """
     path, stop = Path(path), stop or threading.Event()
     part = path.with_name(path.name + ".part")
@@ -57,7 +62,7 @@ def fetch(url, path, sha256=None, size=None, headers=None, first_wait=1.0, stop=
         path.parent.mkdir(parents=True, exist_ok=True)
         require(not part.is_symlink(), f"{part} is a symbolic link: it is not written through")
         with open(part, "ab") as file:
-            lock(file)  # of several processes that want the file, one downloads
+            lock(file, wait=True)  # of several processes that want the file, one downloads
             if is_expected(path, **wanted):
                 return path
             left = file.seek(0, os.SEEK_END)  # bytes that an interrupted run left
@@ -68,24 +73,19 @@ def fetch(url, path, sha256=None, size=None, headers=None, first_wait=1.0, stop=
             if not is_expected(part, **wanted):
                 file.truncate(0)
                 raise UserError(f"{url} is not the expected file: its length or hash is wrong")
-            os.replace(part, path)
+            with contextlib.suppress(PermissionError):  # Windows moves no open file
+                os.replace(part, path)
+                return path
+        os.replace(part, path)
     except requests.RequestException as error:  # its kind alone: the rest may hold the headers sent
         raise UserError(f"cannot fetch {url}: {type(error).__name__}") from None
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise CannotWrite(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         with contextlib.suppress(OSError):
             if not wanted["hash"] or part.stat().st_size == 0:
                 part.unlink()
     return path
-
-
-def lock(file):
-    """Waits until no other process holds the file; Windows has no such lock, and does not wait."""
-    with contextlib.suppress(ImportError):
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def is_expected(path, hash, size):
@@ -217,6 +217,16 @@ def stated(response):
     return {"hash": hash and hash[1], "size": number(headers.get("X-Linked-Size"))}
 
 
+def cache():
+    """The folder of downloads: NANOMDM_CACHE, or nanomdm in the user's folder of such things."""
+    if own := os.environ.get("NANOMDM_CACHE"):
+        return Path(os.path.expanduser(own))
+    of_user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    missing = "there is no home folder for downloads; set NANOMDM_CACHE to a folder"
+    require(os.path.isabs(of_user), missing)
+    return Path(of_user, "nanomdm")
+
+
 def hub_file(repo, filename, folder=None, stop=None):
     """A file of a Hugging Face repository ("owner/name", "datasets/owner/name") -> its path.
 
@@ -228,13 +238,16 @@ def hub_file(repo, filename, folder=None, stop=None):
     safe = all(re.fullmatch(name, part) and part not in (".", "..") for part in parts)
     shape = re.fullmatch(r"(datasets/)?[\w.-]+(/[\w.-]+)?", repo)
     require(safe and shape, f"'{repo}' and '{filename}' do not name a file of a Hub repository")
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    cache = Path(os.environ.get("NANOMDM_CACHE", Path.home() / ".cache" / "nanomdm"))
-    folder = Path(folder or cache / repo.replace("/", "--"))
+    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    advice = "" if folder else "; set NANOMDM_CACHE to another folder"
+    folder = Path(folder or cache() / repo.replace("/", "--"))
     inside = (folder / filename).resolve().is_relative_to(folder.resolve())
     require(inside, f"{folder / filename} leads out of {folder} by a symbolic link")
     token = os.environ.get("HF_TOKEN", "").strip()
     require(re.fullmatch(r"[!-~]*", token), "HF_TOKEN holds characters that no token has")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     url = f"{hub}/{repo}/resolve/main/{quote(filename)}"
-    return fetch(url, folder / filename, headers=headers, stop=stop)
+    try:
+        return fetch(url, folder / filename, headers=headers, stop=stop)
+    except CannotWrite as error:
+        raise UserError(f"{error}{advice}") from None

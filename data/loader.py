@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import require
+from config import ROOT, require
 
 # ---- 1. A prepared folder ------------------------------------------------------------------------
 
@@ -35,21 +35,27 @@ def shards(folder, split):
     return sorted(numbers, key=numbers.get)
 
 
+def preparer(name):
+    """What Python runs to prepare data/NAME, from the working directory."""
+    path = ROOT / "data" / name / "prepare.py"
+    return f"-m data.{name}.prepare" if Path.cwd() == ROOT else str(path)
+
+
 def read_meta(folder):
     """The meta.json of a prepared folder; UserError where it is missing or damaged."""
     folder = Path(folder)
-    recipe = f"data.text.prepare --input=FILE --out={folder}"
+    recipe = f"{preparer('text')} --input=FILE --out={folder}"
     if (Path(__file__).parent / folder.name / "prepare.py").is_file():
-        recipe = f"data.{folder.name}.prepare"
+        recipe = preparer(folder.name)
     path = folder / "meta.json"
-    require(path.is_file(), f"no prepared data in {folder}; prepare it with: python -m {recipe}")
+    require(path.is_file(), f"no prepared data in {folder}; prepare it with: python {recipe}")
     try:
         small = path.stat().st_size < 2**26  # the largest alphabet takes 2**23
         meta = json.loads(path.read_bytes()) if small else {}
         undamaged = describes_tokens(meta)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         undamaged = False
-    require(undamaged, f"{path} is damaged; prepare it again with: python -m {recipe}")
+    require(undamaged, f"{path} is damaged; prepare it again with: python {recipe}")
     return meta
 
 

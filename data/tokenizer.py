@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import Table, UserError, require, shown
+from config import ROOT, Table, UserError, optional, require, shown
 from data import loader
 
 DEFAULTS = {
@@ -19,7 +19,6 @@ DEFAULTS = {
 }
 
 MASK = "█"
-ROOT = Path(__file__).resolve().parent.parent
 LLAMA = ROOT / "data/llama/tokenizer.model"  # not ours to give away: comes with Llama 2
 
 
@@ -128,11 +127,10 @@ class Llama(Tokenizer):
     def __init__(self):
         """Reads LLAMA, or the copy in the shared folder; Unavailable where there is no model."""
         try:
-            import sentencepiece
-        except ImportError:
-            advice = "pip install sentencepiece"
-            raise Unavailable(f"the llama tokenizer needs one more package: {advice}") from None
-        shared = ROOT / os.environ.get("NANOMDM_SHARED", "../shared")
+            sentencepiece = optional("sentencepiece", "the llama tokenizer")
+        except UserError as error:
+            raise Unavailable(error) from None
+        shared = ROOT / (os.environ.get("NANOMDM_SHARED") or "../shared")
         path = LLAMA if LLAMA.is_file() else shared / "data/llama_tokenizer/tokenizer.model"
         if not path.is_file():
             raise Unavailable(f"no tokenizer.model of Llama 2: put it at {LLAMA}")

@@ -18,8 +18,11 @@ import itertools
 import json
 import lzma
 import multiprocessing
+import os
 import shutil
 import signal
+import sys
+import types
 import zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +35,7 @@ from tqdm import tqdm
 from config import UserError, require
 from data import loader
 from data import tokenizer as tokenizers
-from lib.files import to_json, whole_file
+from lib.files import only_one, to_json, whole_file
 
 SHARD = 100_000_000  # tokens in a shard, the last one aside
 FEW = 1000  # documents or prompts, of which a hash may hold out none, or far too many
@@ -46,7 +49,7 @@ def opened(path, newline=None):
     """Opens a text file, perhaps .gz or .xz; UserError where what the block reads is damaged."""
     path = Path(path)
     try:
-        opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
+        opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
         with opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
             yield file
     except UnicodeDecodeError:
@@ -56,6 +59,17 @@ def opened(path, newline=None):
         raise UserError(f"{path} is damaged or cut off") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+
+
+def listed(names):
+    """The names in a list with commas between them, of which a file's or folder's can have some."""
+    parts, found = names.split(","), []
+    while parts:
+        lengths = range(len(parts), 1, -1)
+        n = next((n for n in lengths if os.path.exists(",".join(parts[:n]))), 1)
+        found.append(",".join(parts[:n]))
+        parts = parts[n:]
+    return [name for name in found if name]
 
 
 def as_utf8(text):
@@ -124,19 +138,18 @@ def about(tokenizer):
 def replacing(folder):
     """Yields an empty folder inside `folder` for new shards, and removes it; see publish.
 
-    Raises UserError where the system cannot write.
+    Raises UserError where the system cannot write, or another program prepares the folder.
     """
-    folder, building = Path(folder), Path(folder, ".preparing")
-    try:
-        shutil.rmtree(building, ignore_errors=True)  # what a killed run left
-        building.mkdir(parents=True)
-        yield building
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # a folder made for nothing; one that holds anything stays
+    building = Path(folder, ".preparing")
+    with only_one(folder, "out"):
+        try:
+            shutil.rmtree(building, ignore_errors=True)  # what a killed run left
+            building.mkdir()
+            yield building
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
 
 
 def publish(building, folder, meta):
@@ -146,7 +159,7 @@ def publish(building, folder, meta):
         for old in loader.shards(folder, split):
             old.unlink()
     for new in building.iterdir():
-        new.rename(folder / new.name)
+        new.replace(folder / new.name)
     with whole_file(folder / "meta.json") as path:
         path.write_text(to_json(meta, ensure_ascii=False, indent=1), encoding="utf8")
 
@@ -237,17 +250,43 @@ def rebuilt(meta):
     return tokenizers.from_meta(json.loads(meta))
 
 
+def cores():
+    """Cores that this process may use; no more than Windows lets it wait for at a time."""
+    ours = getattr(os, "sched_getaffinity", None)
+    return min(61, len(ours(0)) if ours else os.cpu_count() or 1)
+
+
+@contextlib.contextmanager
+def nameless_main():
+    """Inside, processes that are started neither run the program itself again nor hear Ctrl-C.
+
+    They would run it to know its names, and a script without a guard would begin all over in each.
+    These need none of its names, and end with the program.
+    """
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    mask = getattr(signal, "pthread_sigmask", lambda *_: ())  # Windows has none
+    before = mask(getattr(signal, "SIG_BLOCK", 0), [signal.SIGINT])
+    try:
+        yield
+    finally:
+        mask(getattr(signal, "SIG_SETMASK", 0), before)
+        sys.modules["__main__"] = main
+
+
 def encode_all(batches, tokenizer, workers, block_size):
     """encode_batch of all batches, in their order, by several processes, a few batches for each."""
     meta, pending = to_json(tokenizer.meta()), deque()
-    if workers == 1:
+    first = list(itertools.islice(batches, 2 if workers > 1 else 0))
+    batches = itertools.chain(first, batches)
+    if len(first) < 2:  # one batch is not worth a process
         yield from (encode_batch(batch, meta, block_size) for batch in batches)
         return
     spawn, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
     with ProcessPoolExecutor(workers, spawn, signal.signal, ignore) as pool:  # Ctrl-C is our own
         try:
             for batch in batches:
-                pending.append(pool.submit(encode_batch, batch, meta, block_size))
+                with nameless_main():
+                    pending.append(pool.submit(encode_batch, batch, meta, block_size))
                 if len(pending) > 2 * workers:
                     yield pending.popleft().result()
             while pending:

@@ -3,3 +3,5 @@
 What estimates a likelihood belongs in evaluate.py, what prepares data in data/, and a claim of a
 paper that is measured in experiments/.
 """
+
+import config  # noqa: F401 (first of all: from here on Ctrl-C is one line)

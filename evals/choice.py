@@ -29,12 +29,15 @@ hellaswag.
 """
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, too
+import config as settings  # isort: skip (first, as in train.py)
 import time
 
 import numpy as np
 import torch
 
-import config as settings
 import diffusion
 import evaluate
 import sample

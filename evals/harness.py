@@ -21,16 +21,18 @@ block, one token at least. How many were cut is printed behind the table.
 Optional: pip install -r requirements-lm_eval.txt
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, too
+import config as settings  # isort: skip (first, as in train.py)
 import collections
 import contextlib
-import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 
-import config as settings
 import diffusion
 import evaluate
 import sample

@@ -28,21 +28,23 @@ is cut into blocks, each judged without what stands before it. A Hugging Face ju
 papers: its first token in a block is read and not judged.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, too
+import config as settings  # isort: skip (first, as in train.py)
 import contextlib
 import functools
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-import config as settings
 import diffusion
 import evaluate
 import sample
-from config import UserError, require
+from config import UserError, first_line, optional, require
 from data import examples, loader
 from data.tokenizer import from_meta
 from lib.device import machine
@@ -119,16 +121,12 @@ class HuggingFace:
 
     def __init__(self, config):
         name = config["judge"].removeprefix("hf:")
+        hf = optional("transformers", f"the judge hf:{name}")
         try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-        except ImportError:
-            install = "pip install transformers"
-            raise UserError(f"the judge hf:{name} needs one more package: {install}") from None
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, use_safetensors=True)
+            self.tokenizer = hf.AutoTokenizer.from_pretrained(name)
+            model = hf.AutoModelForCausalLM.from_pretrained(name, use_safetensors=True)
         except (OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"transformers cannot load the judge hf:{name}: {reason}") from None
         self.device, self.autocast = machine(config)
         self.model, self.batch_size = model.float().to(self.device).eval(), config["batch_size"]

@@ -8,15 +8,17 @@ Each set is evaluated as evaluate.py does it, by the same keys. Its result is ke
 under all that it depends on: a table that was interrupted is resumed, and nothing is done twice.
 """
 
-import hashlib
-import json
-import math
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, too
+import config as settings  # isort: skip (first, as in train.py)
+import hashlib
+import json
+import math
+
 import torch
 
-import config as settings
 import diffusion
 import evaluate
 from config import UserError, choose, require
@@ -63,7 +65,7 @@ def prepared(sets):
     names = SETS if sets == "all" else [name.strip() for name in sets.split(",")]
     folders = {choose("set", name, SETS): Path("data/zeroshot", name) for name in names}
     for name, folder in folders.items():
-        recipe = f"prepare it with: python -m data.zeroshot.prepare --set={name}"
+        recipe = f"prepare it with: python {loader.preparer('zeroshot')} --set={name}"
         require((folder / "meta.json").is_file(), f"no prepared data in {folder}; {recipe}")
     return folders
 

@@ -2,3 +2,5 @@
 
 Each prints one table and writes results/NAME.json, .md and .png. Nothing else imports from here.
 """
+
+import config  # noqa: F401 (first of all: from here on Ctrl-C is one line)

@@ -134,7 +134,7 @@ def onset(V, bits):
 def exact_part(vocabularies, steps):
     """(rows of the table, flat figures) of first_step for each dtype, V and number of steps."""
     rows, figures = [], {}
-    for name, bits in tqdm(BITS.items(), desc="exact laws", leave=False):
+    for name, bits in tqdm(BITS.items(), "exact laws", disable=None, leave=False):
         for V in vocabularies:
             p, count = zipf(V)
             begins = onset(V, bits)
@@ -192,7 +192,7 @@ def textbook(model, x, steps, dtype, seed=0, batch_size=32):
     x, p = x.clone(), torch.empty(N, L, V, device=device)  # (N, L), (N, L, V)
     generator = torch.Generator(device).manual_seed(seed)
     stale, nfe = torch.ones(N, dtype=torch.bool, device=device), torch.zeros(N, dtype=torch.long)
-    for left in tqdm(range(steps, 0, -1), unit="step", leave=False):
+    for left in tqdm(range(steps, 0, -1), unit="step", disable=None, leave=False):
         for rows in stale.nonzero().flatten().split(batch_size) if stale.any() else []:  # (b,)
             p[rows] = model(x[rows]).float().softmax(-1)
             nfe[rows.cpu()] += 1
@@ -289,10 +289,10 @@ def main(config):
     if rows:
         title = f"{config['num_samples']} samples of {config['ckpt']}, judged by {config['judge']}"
         text += "\n" + results.table(f"{title} (± one standard error)", rows)
-    print(text)
     figures |= more | results.about(torch.device("cpu")) | {"seconds": time.time() - began}
     figures |= {key: config[key] for key in ("ckpt", "judge", "num_samples", "seed")}
     results.write(config, "annealing", figures, text, PLOTS if rows else None)
+    print(text)
     return figures
 
 

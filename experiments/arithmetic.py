@@ -200,11 +200,11 @@ def main(config):
         f"greedy tokens; {cpu:.0f} CPU seconds. Sums of one and two digits have mostly been seen "
         "in training, longer ones never.\n\n"
     )
-    print(table)
     figures = figures_of(lines, asked) | {"cpu_seconds": cpu, "digits": digits}
     figures["asked"] = config["asked"]
     figures |= results.about(torch.device("cpu"))
     results.write(config, "arithmetic", figures, about + table, PLOTS)
+    print(table)
     return figures
 
 

@@ -90,7 +90,7 @@ def alternate(variants, rounds, device):
         function()
         calls[name] = math.ceil(TURN / seconds_of(function, device)) or 1
     times = {name: [] for name in variants}
-    for _ in tqdm(range(rounds), desc=next(iter(variants)), leave=False):
+    for _ in tqdm(range(rounds), next(iter(variants)), disable=None, leave=False):
         for name, function in variants.items():
             times[name].append(seconds_of(function, device, calls[name]))
     return times
@@ -184,7 +184,7 @@ def resident():
 
     statm = Path("/proc/self/statm")
     if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize()
+        return int(statm.read_text("utf8").split()[1]) * resource.getpagesize()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -399,7 +399,8 @@ def loading(rounds, device):
         tokens.tofile(Path(folder) / "train_00000.bin")
         split = {"tokens": len(tokens), "documents": 1, "bytes": len(tokens)}
         meta = {"tokenizer": {"kind": "byte"}, "vocab_size": 256, "dtype": "uint16"}
-        (Path(folder) / "meta.json").write_text(to_json(meta | {"splits": {"train": split}}))
+        meta = to_json(meta | {"splits": {"train": split}})
+        (Path(folder) / "meta.json").write_text(meta, encoding="utf8")
         blocks = loader.Blocks(loader.Tokens(folder, "train"), 1024, seed=0)
         count = iter(range(10**9))
 

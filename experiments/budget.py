@@ -99,9 +99,9 @@ def main(config):
     formats = dict.fromkeys(SHOWN, "{:.4f}") | {"seconds": "{:.1f}"}
     title = f"Nats per token of {config['data']} after {config['minutes']:g} minutes"
     text = results.table(f"{title} (seconds: the mean's is the longest)", rows, formats)
-    print(text)
     figures |= {"seconds_in_all": time.time() - began} | results.about(torch.device("cpu"))
     results.write(config, "budget", figures, text)
+    print(text)
     return figures
 
 

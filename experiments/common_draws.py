@@ -76,9 +76,9 @@ def main(config):
     title = f"{config['set']}, {len(questions)} questions, {config['draws']} draws, {seeds} seeds"
     formats = dict.fromkeys(table[0].keys() - {"estimator"}, "{:.3g}")
     text = results.table(f"{title}; variances in nats^2", table, formats)
-    print(text)
     about = results.about(next(model.parameters()).device) | {"seconds": time.time() - began}
     results.write(config, "common_draws", figures | about, text)
+    print(text)
     return figures
 
 

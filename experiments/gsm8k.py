@@ -172,10 +172,10 @@ def main(config):
     ]
     table = results.table("GSM8K test, two passes", [line], {"percent": "{:.1f}"})
     table += "\n".join(["\n```", *shown[:3], "```\n"])
-    print(table)
     figures = {"right_percent": line["percent"], "in_form": in_form, "problems": n}
     figures |= {"seconds": time.time() - began} | results.about(device)
     results.write(config, "gsm8k", figures, table)
+    print(table)
     return figures
 
 

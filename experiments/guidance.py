@@ -210,9 +210,9 @@ def main(config):
         "95% intervals of the gain"
     )
     table = results.table(title, rows) + f"\n{PAPER}\n"
-    print(table)
     figures |= results.about(next(model.parameters()).device)
     results.write(config, "guidance", figures, table, PLOTS)
+    print(table)
     return figures
 
 

@@ -63,7 +63,7 @@ def write_tokens(folder, n, shards):
             file.truncate(2 * (n // shards))
     splits = {"train": {"tokens": n, "documents": 1, "bytes": n}}
     meta = {"tokenizer": {"kind": "byte"}, "vocab_size": V, "dtype": "uint16", "splits": splits}
-    (folder / "meta.json").write_text(to_json(meta))
+    (folder / "meta.json").write_text(to_json(meta), encoding="utf8")
 
 
 def config_of(**keys):
@@ -103,7 +103,7 @@ def resident():
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return float("nan")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return int(statm.read_text("utf8").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def training(folder, rounds, keys):
@@ -171,7 +171,7 @@ def main(config):
 
     lines, figures = [], {"need": NEED}
     with tempfile.TemporaryDirectory(dir=base) as place:
-        for n, shards in tqdm(SIZES.items(), desc="token files", leave=False):
+        for n, shards in tqdm(SIZES.items(), "token files", disable=None, leave=False):
             folder = Path(place, str(n))
             write_tokens(folder, n, shards)
             with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
@@ -190,8 +190,8 @@ def main(config):
     formats = {"ratio": "{:.3f}x", "batches_over_need": "{:.1f}x", "seconds": "{:.3f}"}
     text = results.table(f"Tokens a second of one core, batches of {B} x {L}", lines, formats)
     text += "\n" + results.table("Five steps of training on this machine", trained, formats)
-    print(text)
     results.write(config, "loading", figures, text, PLOTS)
+    print(text)
     return figures
 
 

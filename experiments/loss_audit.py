@@ -197,7 +197,7 @@ def measured_terms(model, blocks, seed, batch_size):
     """h (S, L), float64, of S blocks (L,), by one random partition of the positions for each k."""
     device, L = next(model.parameters()).device, len(blocks[0])
     h = torch.zeros(len(blocks), L, dtype=torch.float64)
-    for s, block in enumerate(tqdm(blocks, unit="block", leave=False)):
+    for s, block in enumerate(tqdm(blocks, unit="block", disable=None, leave=False)):
         masks, k = masks_of(L, s, seed)  # (R, L), (R,)
         for mask, size in zip(masks.split(batch_size), k.split(batch_size), strict=True):
             x0, masked_idx = torch.from_numpy(block).expand(len(mask), L), masked_indices(mask)
@@ -312,12 +312,12 @@ def main(config):
     title = f"The joint's entropy is {entropy:.6f} nats per token; the model: {audited}"
     formats = {"joint": "{:.6f}", "minus the entropy": "{:+.6f}"}
     text = results.table(title, rows_of(exact, model), formats)
-    print(text)
     figures = {"entropy of the joint": entropy} | figures_of(exact, model, h)
     figures |= results.about(torch.device("cpu"))
     figures |= {key: config[key] for key in ("ckpt", "data", "sequences", "seed")}
     figures |= {"seconds": time.time() - began}
     results.write(config, "loss_audit", figures, text, PLOTS)
+    print(text)
     return figures
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, fraction, nearest, require, run
+from config import UserError, fraction, nearest, optional, require, run
 from lib.files import whole_file
 
 DEFAULTS = {
@@ -135,11 +135,7 @@ def main(config):
     require(config["out"], "say where the picture goes: --out=curves.png")
     fraction(config, "smooth")
     runs = [(folder, read_log(folder)) for folder in folders]
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("drawing needs one more package: pip install matplotlib") from None
-    matplotlib.use("Agg")
+    optional("matplotlib", "drawing").use("Agg")
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 3, figsize=(15, 5), sharey=True, layout="constrained")

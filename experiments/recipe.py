@@ -12,10 +12,10 @@ those of another block size are evaluated on as many blocks of their own.
 """
 
 import contextlib
-import resource
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -121,17 +121,12 @@ def independent_draws(yes):
 
 def run(config, name, seed):
     """Trains one variant in this process. -> its row"""
-    used, draws = cpu_seconds(), independent_draws(VARIANTS[name].get("independent", False))
+    used, draws = time.process_time(), independent_draws(VARIANTS[name].get("independent", False))
     with tempfile.TemporaryDirectory() as folder, draws:
         mine = settings_of(config, name, seed) | {"out_dir": folder}
         result = train.main(mine)
     row = {"name": name, "seed": seed, "mark": mark(config, name), "steps": mine["max_iters"]}
-    return row | {"cpu_seconds": cpu_seconds() - used} | result
-
-
-def cpu_seconds():
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+    return row | {"cpu_seconds": time.process_time() - used} | result
 
 
 def mark(config, name):
@@ -172,11 +167,11 @@ def report(config, rows):
     lines.sort(key=lambda line: (line["to_the_base"], line["nats_per_token"]))
     formats = {"nats_per_token": "{:.3f}", "to_the_base": "{:+.3f}"}
     text = results.table(f"Bound after the same arithmetic, {config['data']}", lines, formats)
-    print(text)
 
     gains = {f"{line['variant']}, to the base": line["to_the_base"] for line in lines}
     about = gains | results.about(torch.device("cpu"))
     results.write(config, named(config), figures | about, text, PLOTS, "recipe")
+    print(text)
     return figures
 
 
@@ -208,7 +203,7 @@ def main(config):
         return results.kept(path)[-1]
     seeds = [config["seed"] + i for i in range(config["seeds"])]
     wanted = [(name, seed) for seed in seeds for name in names]
-    for name, seed in tqdm(wanted, unit="run"):
+    for name, seed in tqdm(wanted, unit="run", disable=None):
         if not any((row["name"], row["seed"]) == (name, seed) for row in fitting(config, path)):
             child = [sys.executable, "-m", "experiments.recipe", *sys.argv[1:]]
             child += [f"--only={name}", f"--seed={seed}"]

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import config as settings
+from config import UserError, optional
 from lib.files import to_json, whole_file
 
 DEFAULTS = {
@@ -54,13 +55,14 @@ def table(title, rows, formats=None):
 
 def about(device):
     """What was measured on: commit, machine, threads, torch."""
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(commit, capture_output=True, text=True, check=False).stdout.strip()
+    command, commit = ["git", "rev-parse", "--short", "HEAD"], ""
+    with contextlib.suppress(OSError):  # there is no git
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     name, cpu = platform.processor(), Path("/proc/cpuinfo")
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
     elif cpu.exists():
-        lines = [line for line in cpu.read_text().splitlines() if "model name" in line]
+        lines = [line for line in cpu.read_text("utf8").splitlines() if "model name" in line]
         name = lines[0].split(":")[1].strip() if lines else name
     threads = torch.get_num_threads()
     return {"commit": commit, "machine": name, "threads": threads, "torch": torch.__version__}
@@ -69,7 +71,7 @@ def about(device):
 def kept(path):
     """The records of a .jsonl file, [] where there is none; without a line that was cut off."""
     records = []
-    for line in Path(path).read_text().splitlines() if Path(path).is_file() else []:
+    for line in Path(path).read_text("utf8").splitlines() if Path(path).is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
     return records
@@ -80,7 +82,7 @@ def keep(path, record):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-    with open(path, "a") as file:
+    with open(path, "a", encoding="utf8") as file:
         file.write("\n" * torn + to_json(record) + "\n")
 
 
@@ -97,10 +99,10 @@ def write(config, name, figures, text, plots=None, script=None):
     """
     folder = Path(config["results"])
     with whole_file(folder / f"{name}.json") as path:
-        path.write_text(to_json(figures, indent=1) + "\n")
+        path.write_text(to_json(figures, indent=1) + "\n", encoding="utf8")
     command = " ".join(["python -m", f"experiments.{script or name}", *sys.argv[1:]])
     with whole_file(folder / f"{name}.md") as path:
-        path.write_text(f"Made by `{command}`.\n\n{text}")
+        path.write_text(f"Made by `{command}`.\n\n{text}", encoding="utf8")
     for ending, draw in (plots or {}).items():
         plot(folder / f"{name}{ending}.png", functools.partial(draw, figures=figures))
 
@@ -111,11 +113,10 @@ def write(config, name, figures, text, plots=None, script=None):
 def plot(path, draw):
     """Call draw(axes) on a fresh matplotlib axes and saves it as the PNG file `path`."""
     try:
-        import matplotlib
-    except ImportError:
-        print(f"no {path.name}: matplotlib is missing (pip install matplotlib)", file=sys.stderr)
+        optional("matplotlib", "it").use("Agg")
+    except UserError as error:
+        print(f"no {path.name}: {error}", file=sys.stderr)
         return
-    matplotlib.use("Agg")
     from matplotlib import pyplot
 
     with pyplot.rc_context(STYLE):

@@ -488,12 +488,12 @@ def main(config):
     possible = {task: mean(record["possible"][task] for record in records) for task in SHOWN}
     tables = [table(percents, possible, n), curves(records), answered(records)]
     text = "\n".join([about, *tables]) + "\n"
-    print(text)
     figures = {name: mean(values) for name, values in percents.items()}
     figures |= {f"{name}, seeds": values for name, values in percents.items()}
     figures |= {"seeds": config["seeds"]} | results.about(torch.device("cpu"))
     figures |= {"cpu_seconds": sum(record["cpu_seconds"] for record in records)}
     results.write(config, "reverse_curse", figures, text, PLOTS)
+    print(text)
     return figures
 
 

@@ -326,8 +326,8 @@ def main(config):
         "One step, and the whole budget": speeds,
     }
     text = "\n".join(results.table(title, rows, FORMATS) for title, rows in tables.items())
-    print(text)
     results.write(config, "scaling_up", figures, text, PLOTS)
+    print(text)
     return figures
 
 

@@ -67,7 +67,7 @@ def live(config, progress):
 
     train.train_step, checkpoint.save = train_step, saving
     said = Path(config["out_dir"]).with_suffix(".txt")
-    sys.stdout = sys.stderr = open(said, "a")  # noqa: SIM115 (until the process ends)
+    sys.stdout = sys.stderr = open(said, "a", encoding="utf8")  # noqa: SIM115
     train.main(config)
 
 
@@ -94,7 +94,7 @@ def leave_alone(config):
     process, progress = start(config)
     begin, rest = (wait(process, progress, step) for step in (1, config["max_iters"]))
     process.join()
-    said = Path(config["out_dir"]).with_suffix(".txt").read_text()
+    said = Path(config["out_dir"]).with_suffix(".txt").read_text("utf8")
     message = f"a run has ended by itself with {process.exitcode}: {said[-300:]}"
     settings.require(process.exitcode == 0, message)
     return begin, rest / (config["max_iters"] - 1)
@@ -145,7 +145,7 @@ def same(a, b):
 
 def outcome(folder):
     """All that a run leaves, but its settings and what depends on the clock."""
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text("utf8").splitlines()]
     steady = [{k: v for k, v in entry.items() if k not in CLOCK} for entry in entries]
     state = checkpoint.read(folder)
     parts = {key: state[key] for key in ("model", "ema", "optimizer", "step")}
@@ -189,8 +189,8 @@ def main(config):
     columns = ("kills", "while_saving", "corrupted", "lost_steps", "identical")
     row = {key: str(figures[key]) for key in columns}
     text = results.table(f"A run of {config['steps']} steps, killed again and again", [row])
-    print(text)
     results.write(config, "survive", figures, text)
+    print(text)
     return figures
 
 

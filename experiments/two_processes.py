@@ -71,10 +71,10 @@ def main(config):
     formats = dict.fromkeys(("ratio", "lowest_ratio", "highest_ratio"), "{:.2f}")
     title = f"{config['preset']}, {config['iters']} steps, {config['rounds']} rounds"
     text = results.table(title, rows, formats)
-    print(text)
     figures |= {"rounds": config["rounds"], "seconds": time.time() - began}
     figures |= results.about(torch.device("cpu"))
     results.write(config, "two_processes", figures, text)
+    print(text)
     return figures
 
 

@@ -147,7 +147,6 @@ def main(config):
     }
     title = f"{config['ckpt']}, {len(x0)} blocks of {L} of {config['data']} {config['split']}"
     text = results.table(title, rows, formats | {"seconds": "{:.0f}"})
-    print(text)
     drawn = {key(row["estimator"]): row for row in rows if row["variance_of_a_row"]}
     figures = {f"share_of_iid_{name}": row["share_of_iid"] for name, row in drawn.items()}
     figures |= {f"rows_for_0.01_{name}": row["rows_for_0.01"] for name, row in drawn.items()}
@@ -155,6 +154,7 @@ def main(config):
     figures |= {"seed": config["seed"], "seconds": seconds}
     figures |= results.about(next(subject.model.parameters()).device)
     results.write(config, "variance", figures, text, PLOTS)
+    print(text)
     return figures
 
 

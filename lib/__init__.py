@@ -3,3 +3,5 @@
 Checkpoints and weight formats, processes and devices, the optimizer, the fused loss, the log,
 files. Nothing here imports one of the five but for the network that a checkpoint holds.
 """
+
+import config  # noqa: F401 (first of all: from here on Ctrl-C is one line)

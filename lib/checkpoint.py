@@ -9,21 +9,25 @@ JingyangOu/radd-t-dce or nieshen/SMDM/mdm_safetensors/mdm-170M-100e18.safetensor
 What the formats call their tensors and settings is in formats.py. Nothing in a file is executed.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, too
+import config as settings  # isort: skip (first, as in train.py)
 import contextlib
+import itertools
 import math
 import os
 import pickle
 import re
-import sys
+import shutil
 import warnings
 import zipfile
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import config as settings
 from config import UserError, choose, require
 from data import download, tokenizer
 from lib import formats
@@ -43,18 +47,21 @@ def save(path, state, keep=1):
     """Writes {config, tokenizer, model, ema, optimizer, step, minutes} whole or not at all.
 
     With keep > 1 the last `keep` also stay as NAME_STEP.pt; the newest of them is the file `path`
-    by another name.
+    by another name, or a copy where files cannot have two.
     """
     with whole_file(path) as temporary:
         try:
             torch.save(state, temporary)
         except RuntimeError:  # what torch makes of an OSError
             raise UserError(f"cannot write {path}; is the disk full?") from None
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows syncs what may be written only
             os.fsync(file)  # on the disk before it takes the place of the last one
     if keep > 1:
         with whole_file(path.with_name(f"{path.stem}_{state['step']}.pt")) as temporary:
-            os.link(path, temporary)
+            try:
+                os.link(path, temporary)
+            except (OSError, AttributeError):  # a file system, or a Python, without links
+                shutil.copyfile(path, temporary)
         kept = kept_beside(path)
         last = sorted(step for step in kept if step <= state["step"])[-keep:]
         for step in kept.keys() - set(last):  # later ones, too: a run resumed earlier remakes them
@@ -70,8 +77,29 @@ def last_good(path):
 def kept_beside(path):
     """{step: file} of the checkpoints that `save` has kept beside `path`."""
     pattern = re.compile(rf"{re.escape(path.stem)}_(\d+)\.pt")
-    names = {file: pattern.fullmatch(file.name) for file in path.parent.iterdir()}
+    names = {file: pattern.fullmatch(file.name) for file in path.parent.glob("*.pt")}
     return {int(name[1]): file for file, name in names.items() if name}
+
+
+def set_aside(path):
+    """Moves the checkpoints of a run, `path` and beside it, and its log to a folder of their own.
+
+    -> that folder, old_1 or old_2 or ..., or None where there is no checkpoint. UserError where the
+    system cannot.
+    """
+    try:
+        checkpoints = [file for file in (path, *kept_beside(path).values()) if file.is_file()]
+        if not checkpoints:
+            return None
+        folders = (path.with_name(f"old_{n}") for n in itertools.count(1))
+        aside = next(folder for folder in folders if not folder.exists())
+        aside.mkdir()
+        for file in (*checkpoints, path.with_name("log.jsonl")):
+            if file.is_file():
+                file.rename(aside / file.name)
+        return aside
+    except OSError as error:
+        raise UserError(f"cannot move {path} aside: {error.strerror or error}") from None
 
 
 def read(path):
@@ -160,6 +188,8 @@ def unpickle(file):
     """torch.load of data alone; UserError for damage, and for code, which is never run."""
     try:
         zipped = zipfile.is_zipfile(file)  # all but the oldest; only these can be memory-mapped
+        # Windows replaces no file that is mapped, and torch maps none with such bytes in its name.
+        mapped = zipped and sys.platform != "win32" and not re.search("[\udc80-\udcff]", str(file))
         if zipped:
             with zipfile.ZipFile(file) as archive:
                 size = sum(item.file_size for item in archive.infolist())
@@ -167,7 +197,7 @@ def unpickle(file):
                 require(not bomb and archive.testzip() is None, "a size or a checksum is wrong")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles that torch did not write
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can raise anything
         code = re.search(r"GLOBAL (\S+)", str(error))
         if code and isinstance(error, pickle.UnpicklingError):

@@ -2,15 +2,16 @@
 
 import contextlib
 import ctypes
+import functools
 import math
+import os
 import re
-import shutil
 import sys
 import time
 
 import torch
 
-from config import choose, require
+from config import choose, first_line, require
 
 
 def machine(config):
@@ -65,9 +66,24 @@ def keep_memory(keep=True):
         mallopt(-1, 2**31 - 1 if keep else 2**26)  # M_TRIM_THRESHOLD
 
 
+@functools.cache
 def can_compile(device):
-    """torch.compile needs a C++ compiler for the CPU; without one training is only slower."""
-    return device.type != "cpu" or bool(shutil.which("c++") or shutil.which("g++"))
+    """Whether torch.compile works here: tried once, and where it does not, a line says why.
+
+    It may lack a compiler, Python's headers, or a cache that it may write. Without it all is only
+    slower.
+    """
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as error:  # of any part of it
+        cause = re.search(r".*\berror: .*", str(error))  # what the C++ compiler says
+        why = cause[0].strip()[:200] if cause else first_line(error)
+        if os.environ.get("RANK", "0") == "0":  # one process speaks for all
+            print(
+                f"torch.compile does not work here, so nothing is compiled: {why}", file=sys.stderr
+            )
+        return False
 
 
 def peak_memory(device):

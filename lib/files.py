@@ -1,13 +1,21 @@
-"""Files that are whole or not there, JSON, and a stop that is noticed where it can be obeyed."""
+"""Files that are whole or not there, JSON, a folder that one program has, a stop obeyed in time."""
 
 import contextlib
+import errno
 import json
 import math
 import os
+import platform
+import secrets
 import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 from config import UserError, require
+
+# ---- 1. Whole files ------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -20,16 +28,25 @@ def whole_file(path):
     """
     path = Path(path)
     require(path.name, f"cannot write {path}: it is a folder")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.replace(temporary, path)
+        replace(temporary, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def replace(source, target):
+    """os.replace; Windows refuses it while another program reads `target`, so it is tried again."""
+    for wait in (0.01, 0.1, 0.4, 1.5):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(wait)
+    os.replace(source, target)
 
 
 def to_json(value, **options):
@@ -46,24 +63,143 @@ def without_nan(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def sweep(folder):
-    """Removes what processes killed in whole_file have left in a folder where none writes now."""
-    for torn in Path(folder).glob(".*.[0-9]*.tmp"):
+def sweep(folder, *names):
+    """Removes what processes killed in whole_file have left of these files, which none writes."""
+    for torn in (torn for name in names for torn in Path(folder).glob(f".{name}.[0-9]*.tmp")):
         with contextlib.suppress(OSError):
             torn.unlink()
 
 
-class Stop:
-    """Notes Ctrl-C or SIGTERM, so that the loop can finish its step and save.
+# ---- 2. One program a folder ---------------------------------------------------------------------
 
-    A second Ctrl-C is not held back.
+
+@contextlib.contextmanager
+def only_one(folder, key):
+    """Inside the block `folder` is this program's alone; yields whether the system sees to that.
+
+    Who has it stands in folder/.lock. The lock on that file is the system's and ends with its
+    process, however that ends. Raises UserError where another has the folder; key chooses another.
+    Where there are no locks (on some network drives) a line says so, and the block goes on.
+    """
+    folder, path = Path(folder), Path(folder, ".lock")
+    try:
+        made = [place for place in (folder, *folder.parents) if not place.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        file, locked = open_locked(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+    try:
+        file.seek(0)
+        owner = file.readline(200).strip()
+        others = f"{folder} is in use by {owner or 'another process'}"
+        require(locked is not False, f"{others}; choose another with --{key}=")
+        if locked is None:
+            last = f"; it was last used by {owner}" * bool(owner)
+            alone = f"this system has no locks: see to it that nothing else uses {folder}{last}"
+            print(alone, file=sys.stderr)
+        name_owner(file)
+        yield bool(locked)
+    finally:
+        if locked is not False:
+            remove(path, file)
+        file.close()
+        for place in made:  # a folder made for nothing; one that holds anything stays
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+
+def open_locked(path):
+    """(the file, open, whether it is locked now): lock tells which."""
+    for _ in range(9):
+        file = open(path, "a+", encoding="utf8", errors="replace")  # noqa: SIM115 (only_one closes)
+        locked = lock(file)
+        with contextlib.suppress(OSError):
+            if locked is False or os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                break
+        file.close()  # whoever had it took it away in between
+    return file, locked
+
+
+def name_owner(file):
+    """Makes the lock file say whose it is."""
+    with contextlib.suppress(OSError):  # a full disk does not matter here
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {platform.node()}, since {since}\n")
+        file.flush()
+
+
+def remove(path, file):
+    """Removes an open file; where it has to be closed first, as on Windows, it is."""
+    try:
+        path.unlink()
+    except PermissionError:
+        file.close()
+        with contextlib.suppress(OSError):
+            path.unlink()
+    except OSError:
+        return
+
+
+def lock(file, wait=False):
+    """Locks a file until it is closed -> True; False where another has it, None where none can.
+
+    wait: until no other has it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return lock_on_windows(file, wait)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return True
+    except OSError as error:
+        return False if error.errno in (errno.EAGAIN, errno.EACCES) else None
+
+
+def lock_on_windows(file, wait):
+    """The same by a lock on one byte, as far behind what others read of the file as it goes."""
+    try:
+        import msvcrt
+    except ImportError:
+        return None
+    here = os.lseek(file.fileno(), 0, os.SEEK_CUR)
+    try:
+        while True:
+            os.lseek(file.fileno(), 2**31 - 2, os.SEEK_SET)
+            try:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                return True
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                    return None
+            if not wait:
+                return False
+            time.sleep(0.1)
+    finally:
+        os.lseek(file.fileno(), here, os.SEEK_SET)
+
+
+# ---- 3. A stop -----------------------------------------------------------------------------------
+
+
+class Stop:
+    """Notes Ctrl-C, SIGTERM or the end of the terminal, so that the loop can finish and save.
+
+    A second Ctrl-C is not held back. In a thread, which gets no signals, there is nothing to note.
     """
 
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # no system has all
     signal = 0
 
     def __enter__(self):
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        self.before = {number: signal.signal(number, self.note) for number in numbers}
+        numbers = [getattr(signal, name) for name in self.names if hasattr(signal, name)]
+        if threading.current_thread() is not threading.main_thread():
+            numbers = []
+        self.before = {number: signal.getsignal(number) for number in numbers}
+        for number, handler in self.before.items():
+            if handler != signal.SIG_IGN or number == signal.SIGINT:  # nohup goes on without one
+                signal.signal(number, self.note)
         return self
 
     def note(self, number, _):
@@ -72,4 +208,4 @@ class Stop:
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)

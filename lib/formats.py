@@ -229,7 +229,7 @@ def read_settings(file):
     if path is None:
         return {}, file
     try:
-        text = path.read_text(encoding="utf8")
+        text = path.read_text(encoding="utf-8-sig")
         raw = read_yaml(text) if path is hydra else json.loads(text)
     except (OSError, ValueError, RecursionError):
         raise UserError(f"{path} is damaged") from None

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import UserError
+from config import UserError, optional
+from lib.checkpoint import set_aside
 from lib.device import flops_per_token
-from lib.files import sweep, to_json, whole_file
+from lib.files import to_json, whole_file
 from lib.resume import seen
 
 
@@ -35,21 +36,27 @@ class Log:
         if is_main:
             self.begin()
         self.profiler = profiler(config["profile"] * is_main, self.path.with_name("trace.json"))
-        total = config["max_iters"] or None  # where time decides, `speed` knows more
-        self.bar = tqdm(total=total, initial=run.start, disable=not is_main, unit="step")
+        total, hidden = config["max_iters"] or None, not is_main or None
+        # total: where time decides, `speed` knows more. hidden: None where stderr is no terminal.
+        self.bar = tqdm(total=total, initial=run.start, disable=hidden, unit="step")
         self.restart(run.start)
 
     def begin(self):
-        """Drops the entries past `start`, which a resumed run makes again, and opens the sinks."""
-        sweep(self.path.parent)
-        lines = []
-        if self.start and self.path.is_file():
-            lines = self.path.read_text(errors="replace").splitlines(keepends=True)
-        with whole_file(self.path) as temporary:
-            temporary.write_text("".join(line for line in lines if step_of(line) <= self.start))
+        """Opens the sinks, and drops the entries past `start`, which a resumed run makes again.
+
+        A run that begins anew moves an older one aside.
+        """
         for key, sink in {"wandb": wandb_sink, "tensorboard": tensorboard_sink}.items():
             if self.config[key]:
                 self.sinks.append(sink(self.config, self.path.parent, self.start, self.opened))
+        lines = []
+        if not self.start and (aside := set_aside(self.path.with_name("ckpt.pt"))):
+            print(f"the run that was here is kept: --ckpt={aside}")
+        if self.start and self.path.is_file():
+            lines = self.path.read_text("utf8", errors="replace").splitlines(keepends=True)
+        with whole_file(self.path) as temporary:
+            text = "".join(line for line in lines if step_of(line) <= self.start)
+            temporary.write_text(text, encoding="utf8")
 
     def __enter__(self):
         self.opened.enter_context(self.bar)
@@ -75,10 +82,15 @@ class Log:
             last = f" of {self.config['max_iters']}" * (self.config["max_iters"] > 0)
             at = f"at step {self.start}{last}, {self.minutes()}"
             self.say(f"resuming {self.path.with_name('ckpt.pt')} {at}")
+            if self.run.last:
+                more = "a larger --max_iters= or --max_minutes= goes on"
+                self.say(f"it is finished; --out_dir= begins another, {more}")
 
     def say(self, text):
+        """Prints it. A run outlives who reads what it says: head, or a terminal that is closed."""
         if self.is_main:
-            self.bar.write(text)
+            with contextlib.suppress(OSError):
+                self.bar.write(text)
 
     def minutes(self):
         limit = self.config["max_minutes"]
@@ -115,7 +127,7 @@ class Log:
             return
         numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float))}
         try:
-            with open(self.path, "a") as file:
+            with open(self.path, "a", encoding="utf8") as file:
                 file.write(to_json(entry) + "\n")
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from None
@@ -137,8 +149,10 @@ class Log:
         tokens, mfu = per_second * self.tokens, per_second * self.flops / self.peak
         speed = f"{tokens:.0f} tokens/s, {mfu:.0%} of peak"
         speed += f", {memory:.0f} MiB" if math.isfinite(memory) else ""  # Windows does not say
-        losses = f"loss {loss:.3f}, nelbo {nelbo:.3f}"
-        self.bar.set_postfix_str(f"{losses}, {self.minutes()}, {speed}")
+        said = f"loss {loss:.3f}, nelbo {nelbo:.3f}, {self.minutes()}, {speed}"
+        self.bar.set_postfix_str(said)
+        if self.bar.disable:
+            self.say(f"step {step} of about {step + steps:.0f}: {said}, {left:.0f} s left")
         counted = seen(self.config, step) / self.config["batch_size"]  # in steps of today's size
         entry = {"step": step, "loss": loss, "nelbo": nelbo, "learning_rate": rate}
         entry |= {"tokens": round(counted * self.tokens), "flops": counted * self.flops}
@@ -151,6 +165,11 @@ class Log:
     def restart(self, step):
         """Starts the clock anew: what came before, an evaluation say, is not training time."""
         self.clock, self.since = time.perf_counter(), step
+
+
+def progress_bar(shown, total, unit):
+    """A bar that leaves nothing behind, on a terminal alone: none is drawn into a file."""
+    return tqdm(total=total, unit=unit, disable=not shown or None, leave=False)
 
 
 def step_of(line):
@@ -195,10 +214,7 @@ def profiler(steps, path):
 
 def wandb_sink(config, folder, start, opened):
     """sink(step, numbers) into the project config["wandb"]; the starts of one run are a group."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--wandb needs a package: pip install wandb") from None
+    wandb = optional("wandb", "--wandb")
     name = f"{folder.name} from {start}"
     run = wandb.init(project=config["wandb"], group=folder.name, name=name, config=config)
     opened.callback(run.finish)
@@ -207,9 +223,6 @@ def wandb_sink(config, folder, start, opened):
 
 def tensorboard_sink(config, folder, start, opened):
     """sink(step, numbers) into out_dir/tensorboard; the entries past `start` are purged."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard needs a package: pip install tensorboard") from None
+    SummaryWriter = optional("torch.utils.tensorboard", "--tensorboard").SummaryWriter
     writer = opened.enter_context(SummaryWriter(folder / "tensorboard", purge_step=start + 1))
     return lambda step, numbers: [writer.add_scalar(k, v, step) for k, v in numbers.items()]

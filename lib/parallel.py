@@ -16,6 +16,7 @@ import datetime
 import functools
 import os
 import re
+import sys
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from config import UserError, require
 from lib.device import can_compile, keep_memory, machine, peak_memory
 
+# What a message advises where a run cannot be resumed.
+ANEW = "begin anew in another --out_dir=, or here with --resume=False, which keeps the old run"
 PATIENCE = datetime.timedelta(minutes=10)  # for a process that hangs; a dead one is noticed at once
 
 
@@ -44,9 +47,9 @@ class Team(NamedTuple):
 
 def join(config):
     """The Team as torchrun has set it up, joined up; on CUDA each process gets its own device."""
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    world, rank, local_rank = launched(os.environ)
     if world > 1 and config["device"] in ("auto", "cuda") and torch.cuda.is_available():
-        config = config | {"device": f"cuda:{os.environ['LOCAL_RANK']}"}
+        config = config | {"device": f"cuda:{local_rank}"}
         torch.cuda.set_device(config["device"])
     if world > 1 and not dist.is_initialized():
         backend = "nccl" if config["device"].startswith("cuda") else "gloo"
@@ -54,6 +57,28 @@ def join(config):
         dist.init_process_group(backend, **group)
         atexit.register(dist.destroy_process_group)  # or a thread of gloo outlives Python's end
     return Team(world, rank, *machine(config))
+
+
+def launched(env):
+    """(processes, number of this one, its number on this machine) as torchrun says in `env`.
+
+    It sets all of the variables; others, and whoever leaves one behind, set some. These mean
+    nothing then, which a line says. UserError for what are no such numbers.
+    """
+    wanted = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    there = [name for name in wanted if env.get(name)]
+    if there != [*wanted]:
+        if there and env.get("WORLD_SIZE") != "1":
+            missing = ", ".join(name for name in wanted if name not in there)
+            said = f"{', '.join(there)} set, but not {missing}: not by torchrun, so not heeded"
+            print(f"{said}; this is one process", file=sys.stderr)
+        return 1, 0, 0
+    values = [env["WORLD_SIZE"], env["RANK"], env.get("LOCAL_RANK") or env["RANK"]]
+    are_numbers = all(re.fullmatch("[0-9]{1,9}", value) for value in values)
+    world, rank, local_rank = map(int, values) if are_numbers else (0, 0, 0)
+    message = "WORLD_SIZE, RANK and LOCAL_RANK must be whole numbers, the ranks less than the size"
+    require(max(rank, local_rank) < world, f"{message}, not {', '.join(values)}")
+    return world, rank, local_rank
 
 
 def own_store():
@@ -221,7 +246,7 @@ def optimizer_parts(state, optimizer):
         shapes = ((), parameters[i].shape) if 0 <= i < len(parameters) else ()
         misfit = f"the optimizer's state {i} does not fit its parameters"
         alike = all(value.shape in shapes for value in entry.values())
-        require(shapes and alike, f"{misfit}; start again with --resume=False")
+        require(shapes and alike, f"{misfit}; {ANEW}")
         parts[i] = {k: part(v, parameters[i]) if v.dim() else v for k, v in entry.items()}
     return parts
 

@@ -16,17 +16,38 @@ Who wins, key by key:
                                               resumed run may change its recipe on the way
 """
 
+import contextlib
 from pathlib import Path
 
 import model as network
 from config import UserError, at_least, choose, fraction, require
 from data import examples, loader
 from diffusion import OBJECTIVES
-from lib import checkpoint, formats, parallel
+from lib import checkpoint, files, formats, parallel
+from lib.parallel import ANEW
 
 
 def checkpoint_path(config):
     return Path(config["out_dir"]) / "ckpt.pt"
+
+
+@contextlib.contextmanager
+def alone(config, team):
+    """Inside the block out_dir is this run's alone, and free of what killed runs left half-written.
+
+    The first process sees to it for all. UserError, on all, where another run has the folder.
+    """
+    refused = ""
+    with contextlib.ExitStack() as held:
+        try:
+            folder = Path(config["out_dir"])
+            if team.rank == 0 and held.enter_context(files.only_one(folder, "out_dir")):
+                files.sweep(folder, "ckpt.pt", "ckpt_*.pt", "log.jsonl", "trace.json")
+        except UserError as error:
+            refused = str(error)
+        refused = parallel.gather(refused, team)[0]
+        require(not refused, refused)
+        yield
 
 
 def begin(config, team):
@@ -55,9 +76,9 @@ def starting_point(config, path):
     """(state, its name): that of the checkpoint `path`, of init_from, or (None, "")."""
     if config["resume"] and path.is_file():
         return checkpoint.read(path), path
-    kept = checkpoint.kept_beside(path) if config["resume"] and path.parent.is_dir() else {}
+    kept = checkpoint.kept_beside(path) if config["resume"] else {}
     if kept:
-        advice = f"copy {kept[max(kept)]} to {path} to resume, or start again with --resume=False"
+        advice = f"copy {kept[max(kept)]} to {path} to resume, or {ANEW}"
         raise UserError(f"no {path}, but checkpoints of the run are beside it; {advice}")
     if not config["init_from"]:
         return None, ""
@@ -88,7 +109,7 @@ def with_saved(config, state, source):
     keys = [*network.DEFAULTS, "depth", *["objective"] * resumed]
     keys = [key for key in keys if key not in free]
     saved = {"depth": 0} | saved  # older ones have none
-    advice = "start again with --resume=False" if resumed else "init_from takes a model as it is"
+    advice = ANEW if resumed else "init_from takes a model as it is"
     require(set(keys) <= saved.keys(), f"{source} does not say how its model was made; {advice}")
     for key in (key for key in config.get("user_keys", ()) if key in keys):
         conflict = f"{source} was trained with {key}={saved[key]}, not {config[key]}"
@@ -182,11 +203,10 @@ def load_optimizers(optimizers, saved):
 
     Raises UserError where the state does not fit.
     """
-    again = "see --resume=False"
-    require(len(saved) == len(optimizers), f"a resumed run must keep its optimizer; {again}")
+    require(len(saved) == len(optimizers), f"a resumed run must keep its optimizer; {ANEW}")
     for optimizer, state in zip(optimizers, saved, strict=True):
         groups = optimizer.state_dict()["param_groups"]
         own, before = ([g["params"] for g in each] for each in (groups, state["param_groups"]))
-        require(own == before, f"a resumed run must keep decay_all; {again}")
+        require(own == before, f"a resumed run must keep decay_all; {ANEW}")
         parts = parallel.optimizer_parts(state["state"], optimizer)
         optimizer.load_state_dict({"state": parts, "param_groups": groups})

@@ -460,7 +460,7 @@ def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
     with whole_file(path) as temporary:
         temporary.write_text("new")
     assert path.read_text() == "new" and len(list(tmp_path.iterdir())) == 2
-    sweep(tmp_path)
+    sweep(tmp_path, path.name)
     assert list(tmp_path.iterdir()) == [path]
 
 

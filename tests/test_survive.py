@@ -152,7 +152,7 @@ def test_a_folder_that_is_read_only_is_one_line_at_the_start_and_stays_as_it_is(
     if root:
         os.seteuid(65534)  # nothing is read-only for root
     try:
-        assert refusal(text, out) == f"cannot write {out}/log.jsonl: Permission denied"
+        assert refusal(text, out) == f"cannot write {out}/.lock: Permission denied"
     finally:
         if root:
             os.seteuid(0)

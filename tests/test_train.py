@@ -28,7 +28,7 @@ from config import UserError
 from data import loader, ngram, writer
 from data.tokenizer import Char
 from lib import checkpoint, resume
-from lib.parallel import Team
+from lib.parallel import ANEW, Team
 
 TEXT = "the cat sat on the mat; a dog ran to the log, and the cat ran after it. " * 40
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 8}
@@ -367,7 +367,8 @@ def test_a_missing_logger_is_one_line_with_the_command_that_installs_it(
 ):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert re.fullmatch(r"--(\w+) needs a package: pip install \1", refusal(data, tmp_path, **key))
+    message = refusal(data, tmp_path, **key)
+    assert re.fullmatch(r"--(\w+) needs one more package: pip install \1", message)
 
 
 def test_wandb_and_tensorboard_get_the_numbers_of_the_log(data, tmp_path, monkeypatch):
@@ -555,7 +556,7 @@ def test_a_model_key_that_conflicts_is_an_error_and_changes_nothing(key, value, 
     kept["depth"] = 0
     kept["vocab_size"] = loader.Tokens(data, "train").vocab_size
     conflict = f"{tmp_path / 'ckpt.pt'} was trained with {key}={kept[key]}, not {value}"
-    message = f"{conflict}; start again with --resume=False"
+    message = f"{conflict}; {ANEW}"
     assert refusal(data, tmp_path, **{key: value}) == message
     assert [(tmp_path / name).read_bytes() for name in ("ckpt.pt", "log.jsonl")] == before
 
@@ -704,5 +705,5 @@ def test_kept_checkpoints_without_the_last_one_are_not_overwritten_unasked(data,
     (tmp_path / "ckpt.pt").unlink()
     message = refusal(data, tmp_path, keep=2, max_iters=4)
     assert "ckpt_4.pt to" in message
-    assert "to resume, or start again with --resume=False" in message
+    assert f"to resume, or {ANEW}" in message
     assert {path.name for path in tmp_path.glob("*.pt")} == {"ckpt_2.pt", "ckpt_4.pt"}

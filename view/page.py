@@ -8,15 +8,17 @@ sample.py count. page.html is the frame, network.js the network, sampler.js the 
 NELBO, app.js what is seen and done.
 """
 
-import base64
-import os
-import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, too
+import config as settings  # isort: skip (first, as in train.py)
+import base64
+import os
+import re
+
 import torch
 
-import config as settings
 import diffusion
 import model as network
 import sample
@@ -111,7 +113,7 @@ def made(config, make):
 
 def html(data, code):
     """The page. What a model says is text, in its data as well: there a '<' cannot begin a tag."""
-    parts = {path.name: path.read_text("utf8") for path in HERE.glob("*.js")}
+    parts = {path.name: path.read_text("utf8") for path in HERE.glob("[!.]*.js")}
     parts |= {"code": code, "data": to_json(data, ensure_ascii=False).replace("<", "\\u003c")}
     frame = (HERE / "page.html").read_text("utf8")
     return re.sub(r"\{\{([\w.]+)\}\}", lambda found: parts[found[1]], frame)

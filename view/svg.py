@@ -7,8 +7,11 @@ reader's setting. One sample is drawn for it, by the keys of sample.py.
 """
 
 import sys
-from html import escape
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, too
+
+from html import escape
 
 import config as settings
 import diffusion

@@ -1,5 +1,6 @@
 """A sample's progress in a terminal: what is new in colour, counters, redrawn in place."""
 
+import contextlib
 import shutil
 import sys
 import time
@@ -45,8 +46,9 @@ def watch(tokenizer, x, mask_id, options, out=None, pause=0.04):
         frame = frame[: shutil.get_terminal_size().lines - 1] if terminal else frame
         text = "".join(line + ("\x1b[K\n" if terminal else "\n") for line in frame)
         text = (f"\x1b[{height}F" if height else "") + text + ("\x1b[J" if terminal else "")
-        out.write(text.encode(coding or "ascii", "replace").decode(coding or "ascii"))
-        out.flush()
+        with contextlib.suppress(OSError):  # who watched is gone; the samples are still wanted
+            out.write(text.encode(coding or "ascii", "replace").decode(coding or "ascii"))
+            out.flush()
         height = len(frame) if terminal else 0
         time.sleep(pause if terminal else 0)
 

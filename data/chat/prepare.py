@@ -11,6 +11,9 @@ are counted.
 """
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
 
 from config import fraction, require, run
 from data import examples, writer
@@ -54,7 +57,7 @@ def tokenized(turns, tokenizer, val_fraction):
 
 
 def main(config):
-    paths = [path for path in config["input"].split(",") if path]
+    paths = writer.listed(config["input"])
     require(paths, "say what to prepare: --input=FILE.jsonl")
     fraction(config, "val_fraction")
     records = (item for path in paths for item in examples.records(path))

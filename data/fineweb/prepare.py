@@ -10,20 +10,22 @@ written last, makes the folder whole. The text is HuggingFaceFW/fineweb's (licen
 50256 begins each document, where our own files of GPT-2 tokens have it at the end.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
+from config import UserError, at_least, choose, require, run  # isort: skip (first, as in train.py)
 import contextlib
 import json
 import shutil
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, at_least, choose, require, run
 from data import download, loader, tokenizer, writer
-from lib.files import to_json, whole_file
+from lib.files import only_one, to_json, whole_file
 
 DEFAULTS = {
     "shards": 10,  # of training text, 200 MB each; one more is held out
@@ -95,7 +97,7 @@ def fetch_shard(repo, name, building, lengths, stop):
     source = download.hub_file(f"datasets/{repo}", published, building, stop)
     counts = convert(source, building / f"{name}.bin", lengths)
     with whole_file(building / f"{name}.json") as path:
-        path.write_text(to_json(counts))
+        path.write_text(to_json(counts), encoding="utf8")
     source.unlink()
 
 
@@ -161,7 +163,7 @@ def publish(folder, names, counts, meta):
         keys = ("tokens", "documents", "bytes")
         meta["splits"][split] = {key: sum(count[key] for count in own) for key in keys}
     with whole_file(folder / "meta.json") as path:
-        path.write_text(to_json(meta | {"shards": shards}))
+        path.write_text(to_json(meta | {"shards": shards}), encoding="utf8")
     shutil.rmtree(building, ignore_errors=True)
 
 
@@ -176,22 +178,23 @@ def main(config):
     gpt2 = tokenizer.build("gpt2", [])
     table = gpt2.table[: gpt2.vocab_size]
     lengths = np.array([len(text) if i != EOT else 0 for i, text in enumerate(table)])  # (V,)
-    try:
-        there = whole_shards(folder, repo)
-        more = f"{folder} has {len(there.keys() - names)} shards more than {n}"
-        require(there.keys() <= {*names}, f"{more}; choose another --out, or remove it")
-        missing = [name for name in names if name not in there]
-        check_space(folder, len(missing), config["threads"])
-        building.mkdir(parents=True, exist_ok=True)
-        fetch_all(repo, missing, building, lengths, config["threads"])
-        meta = writer.about(gpt2) | {"source": repo, "splits": {}}
-        publish(folder, names, whole_shards(folder, repo), meta)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):  # folders made for nothing; those not empty stay
-            building.rmdir()
-            folder.rmdir()
+    with only_one(folder, "out"):
+        try:
+            there = whole_shards(folder, repo)
+            more = f"{folder} has {len(there.keys() - names)} shards more than {n}"
+            require(there.keys() <= {*names}, f"{more}; choose another --out, or remove it")
+            missing = [name for name in names if name not in there]
+            check_space(folder, len(missing), config["threads"])
+            building.mkdir(parents=True, exist_ok=True)
+            fetch_all(repo, missing, building, lengths, config["threads"])
+            meta = writer.about(gpt2) | {"source": repo, "splits": {}}
+            publish(folder, names, whole_shards(folder, repo), meta)
+        except OSError as error:
+            raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
+        finally:
+            with contextlib.suppress(OSError):  # folders made for nothing; those not empty stay
+                building.rmdir()
+                folder.rmdir()
     print(writer.summary(folder, loader.read_meta(folder)))
 
 

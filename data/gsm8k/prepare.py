@@ -11,10 +11,13 @@ The training lines are the equations of GSM8K's own 7,473 problems, less the 500
 holds; SMDM's are the 384,620 of the augmented file (87 MB). The val split is valid.txt.
 """
 
-import itertools
-import re
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
+
+import itertools
+import re
 
 from config import require, run
 from data import download, examples
@@ -62,7 +65,7 @@ def find(name, folder, out):
 
 def problems(path):
     """Yields (where, question, thought, answer) of a .jsonl or .txt file; UserError for others."""
-    if ".jsonl" in Path(path).suffixes:
+    if ".jsonl" in Path(path).name.lower():
         for where, record in examples.records(path):
             question, solution = (
                 examples.field(where, record, key) for key in ("question", "answer")

@@ -11,6 +11,9 @@ prompt that fills the width by itself is an error.
 """
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
 
 from config import fraction, require, run
 from data import examples, writer
@@ -45,7 +48,7 @@ def tokenized(items, tokenizer, val_fraction, width):
 
 
 def main(config):
-    paths = [path for path in config["input"].split(",") if path]
+    paths = writer.listed(config["input"])
     require(paths, "say what to prepare: --input=FILE.jsonl")
     fraction(config, "val_fraction")
     texts = (prompt + completion for path in paths for _, prompt, completion in pairs(path))

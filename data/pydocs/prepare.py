@@ -7,14 +7,17 @@ library. They differ between Python versions: the hash printed at the end says w
 is about.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
+
 import ast
 import hashlib
 import platform
 import re
-import sys
 import sysconfig
 from collections import Counter
-from pathlib import Path
 from pydoc_data.topics import topics
 
 from config import run

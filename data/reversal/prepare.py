@@ -13,6 +13,8 @@ the other; val is the two of them in the direction of training.
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
+
 from config import require, run
 from data import download, examples
 from data import tokenizer as tokenizers

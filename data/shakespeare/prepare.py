@@ -9,6 +9,8 @@ others'.
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
+
 from config import require, run
 from data import download, tokenizer, writer
 

@@ -9,11 +9,13 @@ makes none or too much of a few documents, the end of the text is held out inste
 too short for that, nothing.
 """
 
-import itertools
-import json
-import os
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
+
+import itertools
+import json
 
 from config import UserError, at_least, fraction, require, run
 from data import tokenizer, writer
@@ -37,11 +39,17 @@ def find(item):
     path = Path(item)
     require(path.exists(), f"no file or folder {item}")
     if path.is_dir():
-        files = (file for file in path.rglob("*") if file.name.endswith(KINDS))
-        return sorted(file for file in files if file.is_file())
+        files = (file for file in path.rglob("*") if file.name.lower().endswith(KINDS))
+        shown = (file for file in files if not is_hidden(file.relative_to(path)))
+        return sorted(file for file in shown if file.is_file())
     advice = f"known kinds: {', '.join(KINDS)}"
-    require(path.name.endswith(KINDS), f"cannot tell what {item} holds; {advice}")
+    require(path.name.lower().endswith(KINDS), f"cannot tell what {item} holds; {advice}")
     return [path]
+
+
+def is_hidden(path):
+    """Whether a system or a program keeps it for itself: .git/x.txt, ._book.txt of macOS."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def cut(file):
@@ -78,7 +86,7 @@ def lines(file, path):
 def read(path):
     """The documents of one file, one at a time."""
     with writer.opened(path) as file:
-        texts = lines(file, path) if ".jsonl" in path.suffixes else cut(file)
+        texts = lines(file, path) if ".jsonl" in path.name.lower() else cut(file)
         yield from (text.strip("\n") for text in texts if text.strip())
 
 
@@ -122,11 +130,11 @@ def end_held_out(texts, start, total):
 
 
 def main(config):
-    items = [item for item in config["input"].split(",") if item]
+    items = writer.listed(config["input"])
     require(items, "say what to prepare: --input=FILE or --input=FOLDER")
     fraction(config, "val_fraction")
     at_least(0, config, "workers")
-    L, workers = config["block_size"], config["workers"] or os.cpu_count()
+    L, workers = config["block_size"], config["workers"] or writer.cores()
     require(0 <= L <= 2**16, f"block_size must be from 0 to 65536, not {L}")
     vocabulary = tokenizer.named(config["tokenizer"], documents(items))
     pairs = split(lambda: documents(items), config["val_fraction"])

@@ -14,20 +14,22 @@ drops the same tokens, for evaluation at the same block_size. Bits per byte coun
 detokenised text.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
+from config import UserError, at_least, choose, require, run  # isort: skip (first, as in train.py)
 import re
 import shutil
-import sys
 import tarfile
 import zipfile
 import zlib
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, at_least, choose, require, run
 from data import download, examples, loader, writer
 from data import tokenizer as tokenizers
 from lib.files import whole_file
@@ -193,7 +195,7 @@ def members(path):
 
 def read(path):
     """The rows of a file: the text of each line of a .jsonl, else each line, "" for a blank one."""
-    if ".jsonl" in path.suffixes:
+    if ".jsonl" in path.name.lower():
         for where, record in examples.records(path):
             yield examples.field(where, record, "text")
         return
