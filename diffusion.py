@@ -10,9 +10,10 @@
                       t = 0.3    _     sat   on    the _      2: "on", "the" in one, independently
                       t = 0      cats  sat   on    the mat    3 calls
 
-Why it works. Going back, x becomes y, x with one masked position unmasked, at the rate of going
-forward from y to x, m'/(1 - m), times p_t(y)/p_t(x) (RADD eq. 2.10). These ratios are the *concrete
-score*. With k masked and L - k visible tokens, p_t(x) = m^k (1 - m)^(L-k) p(visible tokens), so
+Why it works. In a moment dt a visible token is masked with probability m'/(1 - m) dt. Let y be x
+with its masked position i unmasked to v. By Bayes' rule, x was y a moment ago with probability
+m'/(1 - m) dt * p_t(y)/p_t(x): to go back is to know these ratios, the *concrete score* (RADD eq.
+2.10). With k masked and L - k visible tokens, p_t(x) = m^k (1 - m)^(L-k) p(visible tokens), so
 
     p_t(x with masked i := v) / p_t(x)  =  (1 - m)/m * p(visible, x0_i = v) / p(visible)
                                         =  (1 - m)/m * p(x0_i = v | visible)
@@ -70,15 +71,18 @@ SCHEDULES = Table("schedule", of_schedule, loglinear=loglinear, cosine=cosine, g
 # k = 1, 2, 3 with probability 1/3 and weights 3, 3/2, 1 is (3 h_1 + 3/2 * 2 h_2 + 1 * 3 h_3) / 3.
 #   Masking each token with probability lam ~ U(0, 1) makes k uniform on 0..L: probability 1/(L + 1)
 # each; and given k the mean of 1/lam is (L + 1)/k (lam is then Beta(k + 1, L - k + 1)). So k
-# brings 1/(L + 1) * (L + 1)/k * k h_k = h_k, the same. (Not so the mean over masked tokens: with an
-# empty mask counted as 0 it is L/(L + 1) of the bound, and over the masked tokens of a batch it
-# weighs a sequence by its k.) A schedule only renames lam = m(t), d lam/lam = m'(t)/m(t) dt. So all
-# four have one expectation: RADD eq. 3.7.
+# brings 1/(L + 1) * (L + 1)/k * k h_k = h_k, the same. (The plain mean over masked tokens is right
+# for k uniform on 1..L only: under lam it counts the empty mask as 0, L/(L + 1) of the bound, and
+# over all masked tokens of a batch it weighs a sequence by its k.) A schedule only renames lam =
+# m(t), d lam/lam = m'(t)/m(t) dt. So all have one expectation, t_dse where its scores add up to 1:
+# RADD eq. 3.7. They differ in noise, least in any_order; t_dse is what SEDD trained, t_dce the same
+# for a network that is normalised, and with lambda_dce no schedule is left to choose.
 #   What it bounds is -log of the model's p(x0), the mean over orders of the products of the chain
 # rule, which is what a sampler of one token a call draws from: it averages log p over orders, and
-# the log of an average is larger (Jensen's inequality). Several orders together, -log of the mean
-# of p, bound more tightly: evaluate.py, estimator `orders`. Any other weight that depends on k
-# alone has the same optimum (where every h_k is least) but is no bound: experiments/loss_audit.py.
+# the log of an average is larger (Jensen's inequality), unless all orders give x0 the same p, as
+# the true conditionals do. -log of the mean of p over several orders is nearer: evaluate.py,
+# estimator `orders`. Any other weight that depends on k alone has the same optimum (where every
+# h_k is least) but is no bound: experiments/loss_audit.py.
 class Objective(NamedTuple):
     draw: object  # (u (B,), noise (B, L), n, schedule) -> (mask (B, L) bool, weight (B,))
     normalised: bool = True  # False: the output is a score, not log-probabilities
@@ -339,9 +343,10 @@ def expected_nfe(r, L):
 def predict(model, x, masked_idx, cond, cfg_scale=0.0):
     """Logits (N, V) at flat positions masked_idx (N,) of x (B, L), guided by x where cond (B, L).
 
-    Unsupervised classifier-free guidance (SMDM, arXiv 2410.18514): u + (1 + cfg_scale)(c - u),
-    where u are the logits for the same input with its condition masked, too. Unsupervised, because
-    a masked diffusion model knows u without having been fine-tuned on dropped conditions.
+    Unsupervised classifier-free guidance (SMDM, arXiv 2410.18514): u + (1 + cfg_scale)(c - u) leans
+    further towards what the condition makes likelier; u are the logits for the same input with its
+    condition masked, too. Unsupervised, because a masked diffusion model knows u without having
+    been fine-tuned on dropped conditions.
     """
     if cfg_scale == 0:
         return model.head(model.hidden(x, masked_idx)).float()

@@ -10,10 +10,10 @@
 - A draw is one random corruption of a sequence; a row, one input of the network. Draws that are
   stratified together are a set. Every estimator is one function: what a row masks and counts.
 
-    any_order        one row a draw, masked and weighted as in training
+    any_order        one row a draw: k masked, each counts L/k times
     lambda_dce, t_dce, t_dse   the same, drawn so that no mask is empty (importance_sampled)
-    chain            the chain rule along a random order: l rows, one a turn. Row k masks what the
-                     turns from k on unmask and counts the token of turn k: exact for this order,
+    chain            the chain rule along a random order: l rows of l tokens. Row k masks the k-th
+                     token of the order and all after it, and counts the k-th: exact for this order,
                      and in the mean over orders the any_order bound. RADD eq. 2.16
     orders           -log of the mean of p along K orders (log-mean-exp): a bound that falls with K
                      to the likelihood of the mixture of all orders (as in arXiv 1509.00519)
@@ -25,7 +25,9 @@
   with other draws? More draws make it smaller; --precision is about it. The text: how far would it
   move with other text of the same kind? Sequences are the unit there, for the tokens of a sequence
   share draws and context: the interval is mean +- Student's t times a standard error that is
-  clustered by sequence. It holds the noise of the draws; blocks of one document count as apart.
+  clustered by sequence: with nats n_s of l_s tokens and the mean r = sum n / sum l over S of them,
+  sqrt(S/(S - 1) sum (n_s - r l_s)^2) / sum l. It holds the noise of the draws; blocks of one
+  document count as apart.
 
 What makes it fast: draws come in sets, stratified in antithetic pairs (u, 1 - u), an eighth of the
 calls of independent ones for the same interval. Sets are independent: their spread tells the error.
@@ -102,7 +104,8 @@ def importance_sampled(objective, draw, m):
 
     Its weight 1/m has no second moment: one token masked at a tiny m counts for too much, and no
     interval could be trusted. An empty mask adds nothing, so E[X] = P(some masked) E[X | some
-    masked], and weight * P(some masked) = (1 - (1 - m)^l) / m is l at most. The condition is that
+    masked], and weight * P(some masked) = (1 - (1 - m)^l) / m is l at most. (Training does without:
+    one such step among many only adds noise.) The condition is that
     the lowest of l uniform numbers is below m. Given the lowest, the others are uniform above it:
     so scaling 1 - noise by one factor a row, which takes the lowest to where it must be, does it.
     """

@@ -33,7 +33,7 @@ import diffusion
 import evaluate
 import model as network
 import sample
-from config import Table, require
+from config import require
 from data import examples, loader, tokenizer
 from lib import checkpoint, parallel, resume
 from lib.budget import Clock, with_dial
@@ -42,6 +42,7 @@ from lib.files import Stop
 from lib.log import Log, flops_of_step
 from lib.optim import learning_rate, make_optimizers, update_ema
 from lib.stats import NotFinite, report
+from lib.weighting import LOSS_WEIGHTS, MASK_RATES
 
 DEFAULTS = {
     "max_minutes": 0.0,  # of training in all; 0: no limit, and 10 where max_iters is 0 too
@@ -54,6 +55,7 @@ DEFAULTS = {
     "resume": True,  # go on from out_dir/ckpt.pt; False: begin anew, the old run is kept in old_1
     "objective": "any_order",  # one of OBJECTIVES; ar is the causal baseline
     "loss_weight": "sqrt",  # one of LOSS_WEIGHTS; of a masked token (attention=full) in training
+    "mask_rate": "uniform",  # one of MASK_RATES; how often each share is masked (attention=full)
     "order": "uniform",  # one of ORDERS; with attention=order
     "order_p": 0.5,  # of mixture: the share of left to right; of local: how far tokens stray
     "prompt_drop": 0.0,  # chance that an example's prompt is masked, for guidance (SMDM: 0.1)
@@ -89,12 +91,6 @@ DEFAULTS = {
 }
 
 OBJECTIVES, ORDERS = diffusion.OBJECTIVES, diffusion.ORDERS
-LOSS_WEIGHTS = Table(  # of a masked token in training, from the bound's (b,), of which 2 is usual
-    "loss_weight",
-    bound=lambda weight: weight,
-    sqrt=lambda weight: 2 * weight.sqrt(),
-    constant=lambda weight: torch.full_like(weight, 2.0),
-)
 # Random numbers that are no batch's: positions of their own, which no batch reaches.
 STREAMS = {"length": 2**62, "dropout": 2**62 + 1, "prompt_drop": 2**61, "order": 2**60}
 
@@ -146,8 +142,9 @@ def draw_training_mask(config, step, position, L, prompt=None):
     """mask (b, L), weights (b,) in training and of the bound: rows `position` of the batch."""
     B, schedule = config["batch_size"], diffusion.SCHEDULES[config["schedule"]]
     u, noise = diffusion.stratified_uniforms(config["seed"], step, position, B, L)  # (b,), (b, L)
-    mask, bound = diffusion.draw_mask(config["objective"], u, noise, schedule, prompt)
-    return mask, LOSS_WEIGHTS[config["loss_weight"]](bound), bound
+    rate, density = MASK_RATES[config["mask_rate"]](u)  # (b,) each
+    mask, bound = diffusion.draw_mask(config["objective"], rate, noise, schedule, prompt)
+    return mask, LOSS_WEIGHTS[config["loss_weight"]](bound), bound / density
 
 
 def draw_training_order(config, step, position, L, prompt=None):
@@ -162,8 +159,9 @@ def make_example_batch(config, dataset, step, position):
     """make_batch for prompts and answers: what follows a prompt counts, for ar up to its first eos.
 
     The loss is the mean over what can count in the whole global batch, as SMDM has it (arXiv
-    2410.18514), however the batch is shared out. A dropped prompt is masked and does not count:
-    each example by its own coin.
+    2410.18514), however the batch is shared out. An answer ends with eos, and eos fills the row: a
+    masked model has to learn this padding, for it fills every position; no evaluation counts it. A
+    dropped prompt is masked and does not count: each example by its own coin.
     """
     first, causal = resume.seen(config, step), config["objective"] == "ar"
     rows = dataset[dataset.index(first, position)]

@@ -172,9 +172,10 @@ def check(config, world):
     require(conv == 0 or conv % 2 == 1, f"conv must be 0 or an odd number, not {conv}")
     drops = objective == "ar" and config["prompt_drop"]
     require(not drops, "prompt_drop needs a masked diffusion objective, not ar")
-    idle = {"order", "order_p"} & set(config.get("user_keys", ()))
-    idle = idle if config.get("attention") != "order" else ()
-    require(not idle, f"{min(idle, default='')} is for networks with attention=order; leave it out")
+    kind = config.get("attention")
+    for key, wanted in {"order": "order", "order_p": "order", "mask_rate": "full"}.items():
+        idle = key in config.get("user_keys", ()) and kind != wanted
+        require(not idle, f"{key} is for networks with attention={wanted}; leave it out")
 
 
 def settle(config, state, world):

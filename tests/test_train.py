@@ -29,6 +29,7 @@ from data import loader, ngram, writer
 from data.tokenizer import Char
 from lib import checkpoint, resume
 from lib.parallel import ANEW, Team
+from lib.weighting import MASK_RATES
 
 TEXT = "the cat sat on the mat; a dog ran to the log, and the cat ran after it. " * 40
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 8}
@@ -182,6 +183,26 @@ def test_a_batch_changes_with_the_step_and_with_the_seed(objective, data):
     )
     for other in others:
         assert not any(map(torch.equal, drawn(first), drawn(other)))
+
+
+def test_bell_shaped_mask_rates_have_their_density_and_stay_pairs():
+    u = torch.linspace(0.0005, 0.9995, 1000, dtype=torch.float64)  # (1000,)
+    rate, density = MASK_RATES["bell"](u)
+    assert torch.allclose(rate + rate.flip(0), torch.ones(1000, dtype=torch.float64))
+    slope = (MASK_RATES["bell"](u + 1e-6)[0] - MASK_RATES["bell"](u - 1e-6)[0]) / 2e-6
+    assert torch.allclose(slope, 1 / density, rtol=1e-4)  # d rate / du is 1 / density
+    middle = ((rate > 0.25) & (rate < 0.75)).double().mean()
+    assert middle > 0.85  # a uniform rate: 0.5
+
+
+def test_the_nelbo_of_a_batch_is_the_bound_whatever_the_mask_rates(data):
+    config = config_of(data, "unused", batch_size=4096, mask_rate="bell") | {"attention": "full"}
+    L = config["block_size"]
+    mask, _, bound = train.draw_training_mask(config, 0, range(4096), L)  # (4096, L), (4096,)
+    k = mask.sum(1)  # (4096,)
+    assert torch.equal(k[::2] + k[1::2], torch.full((2048,), L + 1))
+    for j in range(L // 3, L - L // 3):  # numbers that come often bring their mean CE once
+        assert (bound * k * (k == j)).mean().item() == pytest.approx(1, abs=0.1)
 
 
 def test_the_loss_weight_changes_what_masked_tokens_count_for_and_not_which_they_are(data):
