@@ -26,6 +26,7 @@ import zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 
 from config import UserError, choose, require
@@ -184,12 +185,17 @@ def not_finite(weights):
     return next((name for name, pair in ends if not all(map(torch.isfinite, pair))), None)
 
 
+def is_utf8(file):
+    """Whether the name of a file is: torch maps none into memory whose name is other bytes."""
+    return not re.search("[\udc80-\udcff]", str(file))
+
+
 def unpickle(file):
     """torch.load of data alone; UserError for damage, and for code, which is never run."""
     try:
         zipped = zipfile.is_zipfile(file)  # all but the oldest; only these can be memory-mapped
-        # Windows replaces no file that is mapped, and torch maps none with such bytes in its name.
-        mapped = zipped and sys.platform != "win32" and not re.search("[\udc80-\udcff]", str(file))
+        # Windows replaces no file that is mapped.
+        mapped = zipped and is_utf8(file) and sys.platform != "win32"
         if zipped:
             with zipfile.ZipFile(file) as archive:
                 size = sum(item.file_size for item in archive.infolist())
@@ -273,6 +279,8 @@ def read_tensors(file):
         with open(file, "rb") as opened:
             head = opened.read(9)
         if head[8:] == b"{":  # safetensors: a header in JSON behind its length
+            if not is_utf8(file):
+                return load_bytes(Path(file).read_bytes())
             with safe_open(file, "pt") as opened:
                 return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:

@@ -7,6 +7,7 @@ chrome://tracing or perfetto.dev.
 import contextlib
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -36,9 +37,9 @@ class Log:
         if is_main:
             self.begin()
         self.profiler = profiler(config["profile"] * is_main, self.path.with_name("trace.json"))
-        total, hidden = config["max_iters"] or None, not is_main or None
-        # total: where time decides, `speed` knows more. hidden: None where stderr is no terminal.
-        self.bar = tqdm(total=total, initial=run.start, disable=hidden, unit="step")
+        total = config["max_iters"] or None  # where time decides, `speed` knows more
+        steps = {"total": total, "initial": run.start, "unit": "step"}
+        self.bar = tqdm(**steps, disable=hidden(is_main))
         self.restart(run.start)
 
     def begin(self):
@@ -88,9 +89,10 @@ class Log:
 
     def say(self, text):
         """Prints it. A run outlives who reads what it says: head, or a terminal that is closed."""
-        if self.is_main:
+        if self.is_main and sys.stdout:  # a program with windows has none
+            coding = sys.stdout.encoding or "utf8"
             with contextlib.suppress(OSError):
-                self.bar.write(text)
+                self.bar.write(text.encode(coding, "replace").decode(coding))
 
     def minutes(self):
         limit = self.config["max_minutes"]
@@ -167,9 +169,14 @@ class Log:
         self.clock, self.since = time.perf_counter(), step
 
 
+def hidden(shown):
+    """tqdm's `disable` for a bar that is to be shown on a terminal alone: none goes into a file."""
+    return not shown or not sys.stderr or None
+
+
 def progress_bar(shown, total, unit):
-    """A bar that leaves nothing behind, on a terminal alone: none is drawn into a file."""
-    return tqdm(total=total, unit=unit, disable=not shown or None, leave=False)
+    """A bar that leaves nothing behind."""
+    return tqdm(total=total, unit=unit, disable=hidden(shown), leave=False)
 
 
 def step_of(line):
