@@ -219,7 +219,8 @@ def summary(result):
     """What came out, with standard errors over questions."""
     said = lambda key, error: f"{result[key]:.4f}{plus_minus(result[error])}"  # noqa: E731
     right, n = said("accuracy", "error"), result["questions"]
-    error = "standard error" if plus_minus(result["error"]) else f"too few for an error: {n}"
+    few = f"too few questions for an error: {n}"
+    error = "standard error" if plus_minus(result["error"]) else few
     if "nats_per_word" in result:
         mean, nats = result["nats_per_word"], said("nats_per_word", "nats_error")
         word = f"{nats} nats a last word, perplexity {shown_perplexity(mean)}"

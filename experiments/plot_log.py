@@ -62,9 +62,15 @@ def read_log(folder):
         rows[kind].append(row)
     require(rows["loss"], f"{path} has no training step yet")
     train, held_out = (np.array(part).reshape(-1, 5) for part in rows.values())  # (n, 5), (m, 5)
-    # Tokens and operations until then.
-    cost = train[-1:, 2:4] / train[-1, 1] * held_out[:, 1:2]  # (m, 2)
+    cost = np.stack([until(train, column, held_out[:, 1]) for column in (2, 3)], 1)  # (m, 2)
     return train, np.hstack([held_out[:, :2], cost, held_out[:, 2:4]])
+
+
+def until(train, column, steps):
+    """Tokens or operations until `steps` (m,), between what was logged (as at the end, past it)."""
+    known, cost = (np.append(0.0, train[:, i]) for i in (1, column))  # (n + 1,) each
+    beyond = np.maximum(steps / known[-1], 1)  # (m,)
+    return np.interp(steps, known, cost) * beyond  # (m,)
 
 
 def smoothed(y, part):

@@ -151,7 +151,8 @@ class Log:
         tokens, mfu = per_second * self.tokens, per_second * self.flops / self.peak
         speed = f"{tokens:.0f} tokens/s, {mfu:.0%} of peak"
         speed += f", {memory:.0f} MiB" if math.isfinite(memory) else ""  # Windows does not say
-        said = f"loss {loss:.3f}, nelbo {nelbo:.3f}, {self.minutes()}, {speed}"
+        bound = "" if f"{loss:.3f}" == f"{nelbo:.3f}" else f", nelbo {nelbo:.3f}"
+        said = f"loss {loss:.3f}{bound}, {self.minutes()}, {speed}"
         self.bar.set_postfix_str(said)
         if self.bar.disable:
             self.say(f"step {step} of about {step + steps:.0f}: {said}, {left:.0f} s left")

@@ -45,6 +45,13 @@ def test_a_log_is_read_as_steps_tokens_and_operations(tmp_path):
     assert plot_log.label("a", held_out) == "a: 2.100 ± 0.100 at 35"
 
 
+def test_dots_stand_where_their_tokens_were_seen_also_where_the_batch_has_grown(tmp_path):
+    grown = line(20, 2.0) | {"tokens": 5000, "flops": 5e7}  # four times as many a step
+    folder = log(tmp_path / "a", line(10, 3.0), evaluation(10, 3), grown, evaluation(15, 2.5))
+    _, held_out = plot_log.read_log(folder)
+    assert held_out[:, 2:4].tolist() == [[1000, 1e7], [3000, 3e7]]
+
+
 def test_a_line_in_the_writing_is_left_out_and_a_number_that_json_lacks_is_a_gap(tmp_path):
     endless = {"step": 20, "nats_per_token": 2.0, "interval": [-math.inf, math.inf]}
     folder = log(tmp_path / "a", line(10, None), line(20, 2.0), endless, end='\n{"step": 30, "lo')
