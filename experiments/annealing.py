@@ -47,7 +47,7 @@ import sample
 from config import require
 from evals import quality
 from experiments import results
-from lib.stats import plus_minus
+from lib.stats import finite, plus_minus
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # a masked model that writes; empty: the exact part alone
@@ -201,6 +201,7 @@ def textbook(model, x, steps, dtype, seed=0, batch_size=32):
             drawn = gumbel_max(p.view(-1, V)[piece], 1 / left, dtype, generator)  # V is the mask
             x.view(-1)[piece] = drawn
         stale = (x != before).any(1) & (x == model.mask_id).any(1)  # (N,)
+    finite(p.amax(-1), "probabilities of the likeliest token")
     return x, nfe
 
 

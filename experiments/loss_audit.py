@@ -75,7 +75,7 @@ from diffusion import masked_indices
 from experiments import results
 from lib import checkpoint
 from lib.device import machine
-from lib.stats import FEWEST, t95
+from lib.stats import FEWEST, finite, t95
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # a masked model that is audited beside the joint; empty: the joint alone
@@ -246,7 +246,8 @@ def model_terms(config):
     n = 4 if config["quick"] else config["sequences"]
     blocks = [tokens[start : start + L] for start in spread(range(0, len(tokens) // L * L, L), n)]
     with autocast():
-        return measured_terms(model, blocks, config["seed"], config["batch_size"])
+        h = measured_terms(model, blocks, config["seed"], config["batch_size"])  # (S, L)
+    return finite(h, "terms of the bound")
 
 
 def rows_of(joint, model):

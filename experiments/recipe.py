@@ -12,6 +12,7 @@ those of another block size are evaluated on as many blocks of their own.
 """
 
 import contextlib
+import math
 import subprocess
 import sys
 import tempfile
@@ -160,7 +161,8 @@ def report(config, rows):
         figures[name] = sum(row["nats_per_token"] for row in mine) / len(mine)
         gains = [row["nats_per_token"] - base[row["seed"]] for row in mine if row["seed"] in base]
         line = {"variant": name, "seeds": f"{len(mine)}", "steps": mine[0]["steps"]}
-        line |= {"nats_per_token": figures[name], "to_the_base": sum(gains) / max(1, len(gains))}
+        gain = sum(gains) / len(gains) if gains else math.inf  # without a base there is none
+        line |= {"nats_per_token": figures[name], "to_the_base": gain}
         seconds = sum(row["cpu_seconds"] for row in mine) / len(mine)
         lines.append(line | {"cpu_seconds": seconds})
     # Paired with the base of the same seed, as seeds differ by more than variants.

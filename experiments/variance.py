@@ -27,6 +27,7 @@ from config import require
 from data import loader
 from experiments import results
 from lib.rows import distinct_uniforms, random_numbers
+from lib.stats import finite
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # a trained masked model
@@ -79,7 +80,7 @@ def repeated(subject, x0, method, n_sets, config):
         with subject.autocast():
             row_nats = evaluate.nats_of_rows(subject.model, block, mask, weight, rule)  # (b,)
         nats.index_add_(0, place, row_nats / size / L)
-    return nats.view(S, n_sets)
+    return finite(nats.view(S, n_sets), "log-likelihoods")
 
 
 def measure(name, subject, x0, config):
