@@ -11,7 +11,6 @@ and an example of the full width is what a sampler fills later. All examples cos
 depends on its neighbours in a batch.
 """
 
-import contextlib
 import itertools
 import json
 from array import array
@@ -68,19 +67,13 @@ def field(where, record, key):
 
 
 def vocabulary(name, texts):
-    """tokenizer.named with an eos in a new alphabet."""
+    """tokenizer.named, with an eos in an alphabet."""
     return tokenizers.named(name, itertools.chain([EOS], texts))
 
 
 def eos_of(tokenizer):
-    """The id that ends an answer: the tokenizer's, or NUL's, or (an old alphabet) a newline's."""
-    if tokenizer.eot is not None:
-        return tokenizer.eot
-    for character in (EOS, "\n"):
-        with contextlib.suppress(UserError):
-            return tokenizer.encode(character)[0]
-    could_end = "character that could end an answer, neither NUL nor a newline"
-    raise UserError(f"this alphabet has no {could_end}")
+    """The id that ends an answer: the tokenizer's own, or else NUL's."""
+    return tokenizer.encode(EOS)[0] if tokenizer.eot is None else tokenizer.eot
 
 
 def encode(tokenizer, where, text, start=True):
@@ -135,12 +128,10 @@ def collect(examples, tokenizer, width):
     """{split: Ragged} of the examples; those longer than the width, if not 0, are only counted."""
     eos, splits = eos_of(tokenizer), {}
     end = f"{tokenizer.decode([eos])!r}, which marks its end"
-    other = "; for answers of several lines take another tokenizer, as byte, and train anew with it"
-    advice = other if tokenizer.decode([eos]) == "\n" else ""
     bar = tqdm(examples, desc="tokenizing", unit=" examples", disable=None)
     for split, where, prompt, answer in bar:
         require(answer, f"{where}: the answer is empty")
-        require(eos not in answer, f"{where}: the answer holds {end}{advice}")
+        require(eos not in answer, f"{where}: the answer holds {end}")
         part = splits.setdefault(split, Ragged())
         if width and len(prompt) + len(answer) >= width:
             part.dropped += 1

@@ -5,6 +5,7 @@ and `decode` draws as a block, so that partly masked text can be read. `meta` ho
 needed to build a tokenizer again.
 """
 
+import itertools
 import os
 from pathlib import Path
 
@@ -169,17 +170,23 @@ KINDS = Table("tokenizer", char=Char, byte=Byte, gpt2=GPT2, llama=Llama)
 def named(name, texts):
     """The tokenizer that --tokenizer=name means: a new one of a kind, or that of what has one.
 
-    That is a prepared folder or all that checkpoint.load takes. UserError where there is none.
+    That is a prepared folder or all that checkpoint.load takes. UserError where there is none. To
+    an alphabet the characters are added that `texts` hold besides, behind those that it has: a
+    network that knows these can learn the others (lib/resume.py).
     """
     if name in KINDS or not (os.path.exists(name) or "/" in name):
         return build(name, texts)
     if Path(name, "meta.json").is_file():
-        return from_meta(loader.read_meta(name)["tokenizer"])
-    from lib import checkpoint  # which imports this file
+        meta = loader.read_meta(name)["tokenizer"]
+    else:
+        from lib import checkpoint  # which imports this file
 
-    _, tokenizer, config = checkpoint.load(name)
-    require(config["tokenizer"], f"{name} names no tokenizer")
-    return tokenizer or from_meta(config["tokenizer"])  # which says what it lacks
+        meta = checkpoint.load(name)[2]["tokenizer"]
+    require(meta, f"{name} names no tokenizer")
+    tokenizer = from_meta(meta)
+    if not isinstance(tokenizer, Char):
+        return tokenizer
+    return Char(tokenizer.alphabet + "".join(sorted(characters(texts) - {*tokenizer.alphabet})))
 
 
 def build(kind, texts):
@@ -192,10 +199,13 @@ def build(kind, texts):
     tokenizer = KINDS[kind]
     if tokenizer is not Char:
         return tokenizer()
-    alphabet = set(Char.separator)
-    for text in tqdm(texts, desc="collecting characters", unit=" documents", disable=None):
-        alphabet.update(text)
-    return Char("".join(sorted(alphabet)))
+    return Char("".join(sorted({*Char.separator} | characters(texts))))
+
+
+def characters(texts):
+    """The set of characters of an iterable of texts."""
+    bar = tqdm(texts, desc="collecting characters", unit=" documents", disable=None)
+    return set(itertools.chain.from_iterable(bar))
 
 
 def from_meta(meta):

@@ -19,6 +19,8 @@ Who wins, key by key:
 import contextlib
 from pathlib import Path
 
+import torch
+
 import model as network
 from config import UserError, at_least, choose, fraction, require
 from data import examples, loader
@@ -58,6 +60,8 @@ def begin(config, team):
     """
     path = checkpoint_path(config)
     state, source = starting_point(config, path)
+    if state and "optimizer" not in state:
+        learn_characters(state, source, loader.read_meta(config["data"]), team)
     config = with_size(config)
     config = with_saved(config, state, source) if state else config
     steps = parallel.gather(state["step"] if state else 0, team)
@@ -90,6 +94,25 @@ def starting_point(config, path):
 def seen(config, step):
     """How many sequences the run has seen before `step`, also with other batch sizes before."""
     return config.get("ahead", 0) + step * config["batch_size"]
+
+
+def learn_characters(state, source, meta, team):
+    """Gives a network to begin with rows for characters that the data have behind its alphabet.
+
+    They begin as the mean of the others. data.tokenizer.named makes such alphabets.
+    """
+    known, wanted = state["tokenizer"], meta["tokenizer"]
+    chars = known and known["kind"] == wanted["kind"] == "char"
+    if not chars or not wanted["alphabet"].startswith(known["alphabet"]):
+        return
+    V, n = len(known["alphabet"]), len(wanted["alphabet"])
+    for name in {"embed.weight", "unembed.weight", "unembed.bias"} & state["model"].keys():
+        w = state["model"][name]  # (V + 1, D), (V or more, D) or (V or more,)
+        new = w[:V].mean(0, keepdim=True).expand(n - V, *w.shape[1:])
+        state["model"][name] = torch.cat([w[:V], new, w[V:]])
+    state |= {"tokenizer": wanted, "config": state["config"] | {"vocab_size": n}}
+    if n > V and team.rank == 0:
+        print(f"{source} learns {n - V} characters more: {wanted['alphabet'][V:]!r}")
 
 
 def with_size(config):

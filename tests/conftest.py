@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import diffusion
+import train
 from lib import fused
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,6 +130,16 @@ def network(joint):
 def arbitrary():
     """A Table of random conditionals that agree with no joint; its logits are log-probabilities."""
     return Table(random_logits().log_softmax(-1))
+
+
+@pytest.fixture
+def one_thread(monkeypatch):
+    """One thread, so that sums have one order; and no time spent on measuring the machine."""
+    monkeypatch.setattr(train, "matmul_flops", lambda *_: 1e9)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -137,16 +137,15 @@ def test_a_width_that_no_example_can_have_is_refused(tmp_path):
 # ---- The eos -------------------------------------------------------------------------------------
 
 
-def test_the_eos_is_the_tokenizers_own_or_nul_or_in_an_old_alphabet_a_newline(tmp_path):
+def test_the_eos_is_the_tokenizers_own_or_nul_which_an_alphabet_gains(tmp_path):
     assert examples.eos_of(TEXT) == 0
     new = examples.vocabulary("char", ["ab"])
     assert new.decode([examples.eos_of(new)]) == "\0"
     old = tokenizer.Char("\nab")
     writer.prepare(tmp_path, [("train", "ab"), ("val", "ba")], old)
-    assert examples.vocabulary(str(tmp_path), []).meta() == old.meta()
-    assert examples.eos_of(old) == 0
-    with pytest.raises(UserError, match="neither NUL nor a newline"):
-        examples.eos_of(tokenizer.Char("ab"))
+    lent = examples.vocabulary(str(tmp_path), ["cab\0"])
+    assert lent.alphabet == "\nab\0c" and examples.eos_of(lent) == 3
+    assert tokenizer.named(str(tmp_path), ["ba"]).meta() == old.meta()
 
 
 def test_an_answer_cannot_hold_its_eos(tmp_path):
@@ -244,11 +243,6 @@ BAD = {
         {"width": 16},
         "line 2: the prompt is 15 tokens, which leaves no answer in an example of 16",
     ),
-    "a character that the alphabet lacks": (
-        [GOOD, pair("q", "ß")],
-        {"tokenizer": "OLD"},
-        "line 2: character 'ß' is not",
-    ),
 }
 
 
@@ -256,10 +250,7 @@ def bad_command(name, folder):
     """(keys of data.pairs.prepare, the message) of a bad input."""
     lines, keys, message = BAD[name]
     path = write(folder / "mine.jsonl", *lines)
-    old = tokenizer.Char("".join(sorted(set("question answer\n"))))
-    writer.prepare(folder / "old", [("train", "question"), ("val", "answer")], old)
     keys = {"input": path, "out": folder / "out", "tokenizer": "byte"} | keys
-    keys = {key: folder / "old" if value == "OLD" else value for key, value in keys.items()}
     return keys, f"{path}, {message}"
 
 

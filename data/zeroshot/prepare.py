@@ -235,7 +235,7 @@ def prepare(name, config):
     place, folder = config["from"], Path(config["out"], name)
     raw = folder.parent / "raw"
     paths, difference = find(name, place) if place else (fetch(name, raw), "")
-    tokenizer = tokenizers.named(config["tokenizer"], texts(name, paths, config, ""))
+    tokenizer = tokenizers.named(config["tokenizer"], [])  # a new one fits no model
     lines = list(texts(name, paths, config, tokenizer.separator))
     require(any(map(str.strip, lines)), f"{paths[0]} holds no text")
     pieces = ids = tokenized(lines, tokenizer, config, name)

@@ -1,0 +1,169 @@
+"""What a run begins with: weights of another, whose block and alphabet may grow."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from test_sft import TEXT, TINY, letters, run, small, words
+
+import config as settings
+import diffusion
+import model as network
+import train
+from config import UserError
+from data import examples, loader, tokenizer, writer
+from data.pairs import prepare as pairs
+from lib import checkpoint
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return letters(tmp_path_factory.mktemp("examples"))
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "averaged", "export"])
+def test_a_run_begins_with_the_weights_and_the_model_keys_of_another(form, data, tmp_path):
+    source = small(data, tmp_path / "source", n_layer=2, bias=False, ema=0.9 * (form == "averaged"))
+    if form == "export":
+        checkpoint.export(source, tmp_path / "export", "nanomdm")
+        source = tmp_path / "export"
+    keys = {"init_from": source, "learning_rate": 0.0, "weight_decay": 0.0, "max_iters": 1}
+    argv = words(data, tmp_path / "out", **keys)
+    argv = [word for word in argv if not word.startswith(("--n_", "--bias"))]
+    train.main(settings.parse(argv, settings, diffusion, network, train))
+    one, two = (checkpoint.load(out)[0].state_dict() for out in (source, tmp_path / "out"))
+    assert all(torch.equal(one[name], two[name]) for name in one) and "blocks.1.qkv.weight" in two
+    assert checkpoint.read(tmp_path / "out")["step"] == 1
+
+
+@pytest.mark.parametrize(("keys", "length"), [({}, 14), ({"block_size": 20}, 20)])
+def test_the_block_of_weights_to_begin_with_grows_with_their_positions(
+    keys, length, data, tmp_path, capsys
+):
+    text = tmp_path / "bytes"
+    writer.prepare(text, [("train", "abcdefgh" * 20), ("val", "cab " * 50)], TEXT)
+    source = tmp_path / "source"
+    run(text, source, block_size=8, max_iters=2, eval_interval=2)
+    keys = {"init_from": source, "learning_rate": 0.0, "weight_decay": 0.0, "max_iters": 1} | keys
+    capsys.readouterr()
+    run(data, tmp_path / "out", **keys)
+    assert f"block_size 8 of {source} becomes {length}: positions" in capsys.readouterr().out
+    (one, _, _), (two, _, config) = (checkpoint.load(out) for out in (source, tmp_path / "out"))
+    assert two.block_size == config["block_size"] == length and len(two.cos) == length
+    x = torch.tensor([[256, 97, 98, 256, 99, 100, 256, 101]])  # (1, 8)
+    assert torch.equal(one(x), two(x)) and torch.equal(one.cos, two.cos[:8])
+    run(data, tmp_path / "out", **keys | {"max_iters": 2, "learning_rate": 1e-3})  # resumed
+    assert checkpoint.read(tmp_path / "out")["step"] == 2
+    with pytest.raises(UserError, match=f"block_size={length}, not 30"):
+        run(data, tmp_path / "out", **keys | {"max_iters": 3, "block_size": 30})
+
+
+def test_a_model_of_characters_learns_those_that_its_alphabet_lacks(tmp_path, capsys):
+    text, source = tmp_path / "text", tmp_path / "source"
+    writer.prepare(text, [(s, "abc " * 50) for s in ("train", "val")], tokenizer.Char("\n abc"))
+    run(text, source, block_size=8, max_iters=2, eval_interval=2)
+    checkpoint.export(source, tmp_path / "export", "nanomdm")
+    lines = [{"prompt": f"{i} a?", "completion": "b\nc" * (1 + i % 2)} for i in range(40)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for lender in ("text", "source", "export", "source/ckpt.pt"):
+        words = [f"--input={tmp_path}/mine.jsonl", f"--tokenizer={tmp_path / lender}"]
+        words += [f"--out={tmp_path / 'pairs'}", "--val_fraction=0.3"]
+        pairs.main(settings.parse(words, pairs, examples, tokenizer))
+        meta = loader.read_meta(tmp_path / "pairs")
+        assert meta["tokenizer"]["alphabet"] == "\n abc\x000123456789?" and meta["end"] == 5
+    keys = {"init_from": source, "learning_rate": 0.0, "weight_decay": 0.0, "max_iters": 1}
+    run(tmp_path / "pairs", tmp_path / "out", **keys)
+    assert f"{source} learns 12 characters more: '\\x000123456789?'" in capsys.readouterr().out
+    (one, _, _), (two, text, _) = (checkpoint.load(out) for out in (source, tmp_path / "out"))
+    x = torch.tensor([[5, 2, 3, 5, 4]])  # (1, 5) with masks
+    assert torch.allclose(one(x), two(torch.where(x == 5, 17, x))[..., :5], atol=1e-6)
+    assert text.encode("a?") == [2, 16] and two.mask_id == 17
+    assert torch.allclose(two.embed.weight[5:17], one.embed.weight[:5].mean(0).expand(12, -1))
+    run(tmp_path / "pairs", tmp_path / "out", **keys | {"max_iters": 2})  # resumed
+
+
+def test_the_published_models_can_be_begun_with(shared, data, tmp_path):
+    """Their 64 tokens are not bytes, and that is said; on others of 64 tokens both kinds learn."""
+    folder, own = shared("fixtures/smdm_tiny"), tmp_path / "examples"
+    text = tokenizer.Char("\0" + "".join(chr(97 + i) for i in range(63)))
+    examples.prepare(own, [(s, "", [5, 6, 7], [8, 9]) for s in ("train", "val")], text)
+    for name, objective in (("mdm", "lambda_dce"), ("ar", "ar")):
+        keys = {key: value for key, value in TINY.items() if not key.startswith("n_")}
+        keys |= {"init_from": str(folder / f"{name}.safetensors"), "objective": objective}
+        keys |= {"max_iters": 1, "data": str(own), "out_dir": str(tmp_path / name)}
+        config = settings.parse([], settings, diffusion, network, train) | keys
+        train.main(config)
+        assert checkpoint.read(tmp_path / name)["config"]["block_size"] == 2048
+        with pytest.raises(UserError, match="has a vocabulary of 64"):
+            train.main(config | {"data": str(data), "resume": False})
+
+
+def test_a_run_that_has_begun_goes_on_whatever_it_began_with(data, tmp_path):
+    source = small(data, tmp_path / "source")
+    run(data, tmp_path / "out", init_from=source, max_iters=3)
+    run(data, tmp_path / "out", init_from=tmp_path / "gone", max_iters=4)
+    assert checkpoint.read(tmp_path / "out")["step"] == 4
+
+
+@pytest.fixture
+def other_text(tmp_path):
+    """Plain text with an alphabet of its own, and its folder."""
+    folder = tmp_path / "text"
+    writer.prepare(folder, [("train", "abc " * 50), ("val", "cab " * 50)], tokenizer.Char(" abc\n"))
+    return folder
+
+
+REFUSED = {
+    "no such file": ({"init_from": "gone"}, "no checkpoint gone"),
+    "another size": (
+        {"init_from": "SOURCE", "n_layer": 3},
+        "n_layer=1, not 3; init_from takes a model as it is",
+    ),
+    "another kind": (
+        {"init_from": "SOURCE", "objective": "ar"},
+        "has attention=full, but ar trains a network with attention=causal",
+    ),
+    "another tokenizer": (
+        {"init_from": "SOURCE", "data": "TEXT"},
+        "has; prepare the data again with --tokenizer=",
+    ),
+    "text without prompts": (
+        {"prompt_drop": 0.1, "data": "TEXT"},
+        "is text without prompts, so prompt_drop must be 0",
+    ),
+    "a prompt for ar": (
+        {"prompt_drop": 0.1, "objective": "ar"},
+        "prompt_drop needs a masked diffusion objective, not ar",
+    ),
+    "random length": (
+        {"random_length": 0.1},
+        "is examples with prompts, so random_length must be 0",
+    ),
+    "a narrow network": ({"block_size": 13}, "has examples of 14 tokens, block_size is only 13"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_go_together_is_refused_in_one_line(name, data, other_text, tmp_path):
+    keys, message = REFUSED[name]
+    source = small(data, tmp_path / "source") if "SOURCE" in keys.values() else None
+    places = {"SOURCE": source, "TEXT": other_text}
+    keys = {key: places.get(value, value) for key, value in keys.items()}
+    with pytest.raises(UserError) as error:
+        run(keys.pop("data", data), tmp_path / "out", **keys)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_so_and_exits_with_2(data, other_text, tmp_path):
+    argv = words(other_text, tmp_path / "out", init_from=small(data, tmp_path / "source"))
+    line, env = [sys.executable, "train.py", *argv], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "another tokenizer" in done.stderr
