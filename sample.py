@@ -45,12 +45,12 @@ from samplers import SAMPLERS
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # what checkpoint.load takes: a run's folder, published weights
-    "sampler": "ancestral",  # one of SAMPLERS
+    "sampler": "ancestral",  # one of SAMPLERS; a model of examples answers by confidence
     "steps": 128,  # not of any_order, left_to_right, right_to_left, threshold, entropy_bound
     "threshold": 0.9,  # of the sampler threshold: tokens as probable as this are unmasked
     "max_entropy": 0.1,  # of entropy_bound: nats that a call's tokens have, less the largest
     "eta": 0.05,  # of remask: how likely a token is masked again at a step, at most
-    "temperature": 1.0,  # 0: the likeliest token
+    "temperature": 1.0,  # 0: the likeliest token, as a model of examples answers
     "top_k": 0,  # keep the k likeliest tokens; 0: all
     "top_p": 1.0,  # keep the likeliest tokens that hold this much probability
     "cfg_scale": 0.0,  # guidance by the condition: logits u + (1 + w)(c - u), u without it; 0: off
@@ -59,7 +59,7 @@ DEFAULTS = {
     "template": "",  # text with gaps: ___12 is a gap of 12 tokens
     "length": 0,  # tokens in a sample, prompt and suffix included; 0: all that the model takes
     "min_new_tokens": 0,  # of an answer before its eos, at least (models of examples)
-    "num_samples": 4,  # how many times the request is filled
+    "num_samples": 4,  # how many times the request is filled; by a model of examples once
     "batch_size": 16,  # sequences in one network call
     "compile": False,  # compile the network: pays for many or long samples
     "watch": False,  # show how the samples emerge, call by call

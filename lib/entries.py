@@ -1,6 +1,25 @@
 """What an entry of a table in diffusion.py lacks, in words: found out when it is first used.
 
-In float64, and within a few milliseconds: config.Table asks.
+In float64, and within a few milliseconds: config.Table asks. One entry is all it takes, there or in
+a script before it calls train.main:
+
+    import diffusion
+
+    # m(t), the probability that a token is masked at time t, and its slope m'(t)
+    diffusion.SCHEDULES["square"] = lambda t: (t**2, 2 * t)
+
+    # numbers (B, L) whose order is the order, from noise and place (B, L), coin (B, 1) and order_p
+    diffusion.ORDERS["ends_first"] = lambda noise, place, coin, p: 0.1 * noise - abs(place - 0.5)
+
+
+    def many_masked(u, noise, n, schedule):
+        \"""Exactly k masked, large k more often: P(k) = (2k - 1)/n^2, so the weight 1/(k P(k)).\"""
+        mask, _ = diffusion.any_order(u.sqrt(), noise, n, schedule)  # (B, L)
+        k = mask.sum(1)  # (B,)
+        return mask, n**2 / (k * (2 * k - 1))
+
+
+    diffusion.OBJECTIVES["many_masked"] = diffusion.Objective(many_masked)
 """
 
 import torch

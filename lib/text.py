@@ -1,5 +1,6 @@
 """Requests: text in, text out."""
 
+import os
 import re
 
 import torch
@@ -16,7 +17,7 @@ def typed(text):
     """
     if not text.startswith("FILE:"):
         return text
-    with opened(text.removeprefix("FILE:")) as file:
+    with opened(os.path.expanduser(text.removeprefix("FILE:"))) as file:
         return file.read().removesuffix("\n")
 
 

@@ -1,10 +1,11 @@
 """Tables of names: an unknown one is an error wherever it enters, and an entry is all it takes."""
 
 import re
+import textwrap
 
 import pytest
 import torch
-from conftest import L, Table, V, random_logits
+from conftest import ROOT, L, Table, V, random_logits
 
 import config as settings
 import diffusion
@@ -13,10 +14,10 @@ import model as network
 import sample
 import train
 from config import UserError
-from data import choice, tokenizer
+from data import choice, tokenizer, writer
 from data.fineweb import prepare as fineweb
 from data.zeroshot import prepare as zeroshot
-from lib import device, formats, optim
+from lib import checkpoint, device, entries, formats, optim, resume
 
 SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": L, "vocab_size": V}
 KEYS = settings.defaults_of([settings, diffusion, network, train]) | SHAPE
@@ -158,6 +159,43 @@ def test_an_entry_that_is_replaced_is_looked_at_again(monkeypatch):
     monkeypatch.setitem(diffusion.SCHEDULES, "mine", lambda t: t)
     with pytest.raises(UserError, match="the slope m' is missing"):
         diffusion.SCHEDULES["mine"]
+
+
+README = (ROOT / "README.md").read_text(encoding="utf8")
+SHOWN = re.findall(r"^```py\n(.*?)^```", README, re.S | re.M)
+SHOWN.append(textwrap.dedent(entries.__doc__[entries.__doc__.index("    import diffusion") :]))
+
+
+@pytest.mark.parametrize("lines", SHOWN)
+def test_the_entries_that_are_shown_are_all_that_a_run_by_them_takes(lines, tmp_path, monkeypatch):
+    for name in ("SCHEDULES", "ORDERS", "OBJECTIVES"):
+        table = getattr(diffusion, name)
+        monkeypatch.setattr(diffusion, name, settings.Table(table.kind, table.lacking, **table))
+        monkeypatch.setattr(train, name, getattr(diffusion, name), raising=False)
+    monkeypatch.setattr(resume, "OBJECTIVES", diffusion.OBJECTIVES)
+    before = {name: set(getattr(diffusion, name)) for name in ("SCHEDULES", "ORDERS", "OBJECTIVES")}
+    exec(lines, {})
+    (schedule,), (order,), (objective,) = (set(getattr(diffusion, n)) - before[n] for n in before)
+    text = "the list is sorted.\n"
+    parts = [("train", text * 9), ("val", text * 3)]
+    writer.prepare(tmp_path / "data", parts, tokenizer.build("char", [text]))
+    keys = {"data": tmp_path / "data", "max_iters": 2, "eval_interval": 2, "batch_size": 2}
+    keys |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 20, "device": "cpu"}
+    keys |= {"compile": False, "eval_sequences": 2, "show_sample": False}
+    for i, own in enumerate(
+        (
+            {"objective": "t_dce", "schedule": schedule},
+            {"attention": "order", "order": order},
+            {"objective": objective},
+        )
+    ):
+        given = keys | own | {"out_dir": tmp_path / str(i)}
+        words = [f"--{key}={value}" for key, value in given.items()]
+        result = train.main(settings.parse(words, settings, diffusion, network, train))
+        assert 0 < result["nats_per_token"] < 99
+    model = checkpoint.load(tmp_path / "0")[0]
+    x0, info = sample.sample(model, torch.full((2, 20), model.mask_id), steps=4, schedule=schedule)
+    assert (x0 < model.mask_id).all() and (info["nfe"] <= 4).all()
 
 
 @pytest.mark.parametrize("order", diffusion.ORDERS)
