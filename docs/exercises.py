@@ -40,6 +40,12 @@ def answer(name):
     return ANSWERS[name]
 
 
+def right(is_right, hint):
+    """Fail with a hint, and without the numbers that would give the answer away."""
+    if not is_right:
+        pytest.fail(hint, pytrace=False)
+
+
 def entry(table, name, where):
     """table[name]; the check fails where it is not there yet."""
     if name not in table:
@@ -56,10 +62,10 @@ def tiny(attention):
 
 
 def test_schedule():
-    schedule = entry(diffusion.SCHEDULES, "quadratic", "diffusion.SCHEDULES")
+    schedule = entry(diffusion.SCHEDULES, "early", "diffusion.SCHEDULES")
     t = torch.linspace(0.01, 1, 100, dtype=torch.float64).requires_grad_()
     m, dm = schedule(t)
-    assert torch.allclose(m, t**2), "m(t) is not t^2"
+    assert torch.allclose(m, 2 * t - t**2), "m(t) is not 2t - t^2"
     assert torch.allclose(dm, torch.autograd.grad(m.sum(), t)[0]), "dm is not the slope of m"
 
 
@@ -70,8 +76,8 @@ def test_by_hand():
     mask, weight = diffusion.draw_mask("any_order", u, noise)  # (1000, 3), (1000,)
     k = mask.sum(1)  # (1000,)
     bound, plain = answer("by_hand")
-    assert bound == pytest.approx((weight * k * h[k - 1]).mean().item(), rel=0.01)
-    assert plain == pytest.approx((k * h[k - 1]).mean().item(), rel=0.01)
+    right(bound == pytest.approx((weight * k * h[k - 1]).mean().item(), rel=0.01), "not the bound")
+    right(plain == pytest.approx((k * h[k - 1]).mean().item(), rel=0.01), "not that of weight 1")
 
 
 def test_broken_weight():
@@ -88,22 +94,20 @@ def test_broken_weight():
 
 
 def test_objective():
-    entry(diffusion.OBJECTIVES, "by_k", "diffusion.OBJECTIVES")
+    entry(diffusion.OBJECTIVES, "flat", "diffusion.OBJECTIVES")
     n, length = 20_000, 5
     noise = torch.rand(n, length, generator=torch.Generator().manual_seed(0))  # (n, L)
     u = (torch.arange(n) + 1.0) / n  # (n,)
-    mask, weight = diffusion.draw_mask("by_k", u, noise)  # (n, L), (n,)
+    mask, weight = diffusion.draw_mask("flat", u, noise)  # (n, L), (n,)
+    assert weight.min() > 0.99 * weight.max(), "a masked token weighs more at some k than at others"
     for k in range(1, length + 1):
-        drawn = mask.sum(1) == k  # (n,)
-        share = k / (length * (length + 1) / 2)
-        assert drawn.double().mean().item() == pytest.approx(share, rel=0.01), f"P(k = {k})"
-        total = (weight * k)[drawn].sum().item() / n
+        total = (weight * k)[mask.sum(1) == k].sum().item() / n
         assert total == pytest.approx(1, rel=0.01), f"h_{k} counts {total:.3f} times, not once"
 
 
 def test_nfe():
     r = diffusion.unmask_schedule(diffusion.loglinear, 50)  # (50,)
-    assert answer("nfe") == pytest.approx(diffusion.expected_nfe(r, 100), abs=0.06)
+    right(answer("nfe") == pytest.approx(diffusion.expected_nfe(r, 100), abs=0.06), "not so many")
 
 
 def test_two_tokens():
@@ -111,8 +115,8 @@ def test_two_tokens():
         return 0.5 * float(diffusion.unmask_schedule(diffusion.loglinear, n).square().sum())
 
     n = answer("two_tokens")
-    assert wrong(n) < 0.0101, f"in {n} steps {wrong(n):.2%} are wrong"
-    assert wrong(n - 1) > 0.0101, f"fewer than {n} steps are enough"
+    right(wrong(n) < 0.0101, f"in {n} steps {wrong(n):.2%} are wrong")
+    right(wrong(n - 1) > 0.0101, f"fewer than {n} steps are enough")
 
 
 def test_order():
@@ -142,7 +146,7 @@ def test_cache():
         before, after = read(x, *more), read(other, *more)  # (1, 6, D) each
         if torch.allclose(before[:, :5], after[:, :5], atol=1e-6):
             exact.add(kind)
-    assert set(answer("cache")) == exact, "look at what changes when the last token does"
+    right(set(answer("cache")) == exact, "look at what changes when the last token does")
 
 
 @torch.no_grad()
