@@ -85,6 +85,24 @@ DEFAULTS = {
 }
 
 BOUND = "any_order: weight L/k, k uniform"
+WIDEST = 100  # percent above the bound that the plot shows; longer bars are cut off
+# GPT-2's tokens have so many bytes on tiny Shakespeare, and on Wikipedia articles.
+BYTES_A_TOKEN = 3.30, 4.45
+BYTES = "nats per byte, by another text's bytes a token"
+WHY = {  # the sentence that explains a rule, below the table
+    BYTES: "A bound per token becomes one per byte by the bytes of the text that it was measured "
+    "on. A constant from elsewhere is a factor: text of {:.2f} bytes a token divided by {:.2f} "
+    "looks as much better as text of longer words would (shown per token).",
+    "1/(1-t), t up to 0.999": "Right where t is the share that is visible; where it is the chance "
+    "of a mask, what weighs most is what nothing is known about, and the number is that of the "
+    "cut-off: it grows with the log of it without end.",
+    "1/lambda, lambda up to 0.15": "The loss is lower because the task is easier: with at least "
+    "85% visible, no term counts the tokens that come first, which are what a likelihood is about.",
+    "1/lambda of the mean over masked": "The weight is taken twice: a mean over the masked tokens "
+    "of a sequence has divided by their number already, so a_k is 1/k, and the sum is no 1.",
+    "mean over masked, batch of 32": "A mean over all masked tokens of a batch counts a sequence "
+    "by how much of it is masked, so that the hard terms, with little visible, count most.",
+}
 
 
 # ---- 1. The rules: a_k ---------------------------------------------------------------------------
@@ -156,6 +174,10 @@ def rules(L):
         "half masked, mean over masked": mean_of_masked(L, lambda t: 0.5 + 0 * t, 32),
         "15% masked (BERT), mean over masked": mean_of_masked(L, lambda t: 0.15 + 0 * t, 32),
         "one at a time (pseudo-likelihood)": (k == 1).double(),
+        BYTES: torch.full((L,), BYTES_A_TOKEN[0] / BYTES_A_TOKEN[1] / L, dtype=torch.float64),
+        "1/(1-t), t up to 0.999": weighted(L, uniform, lambda t: 1 / (1 - t), 0, 0.999),
+        "1/lambda, lambda up to 0.15": weighted(L, uniform, lambda t: 1 / t, 0, 0.15),
+        "1/lambda of the mean over masked": 1 / k,
     }
     return {name: (a, scalar if "scalar" in name else 0.0) for name, a in rows.items()}
 
@@ -278,6 +300,8 @@ def draw(axes, figures):
         bars[name] = round(off / unit, 3) + 0.0
         halves[name] = figures.get(f"{who}, {name}, minus the bound, half interval", 0) / unit
     bars = {name: bars[name] for name in sorted(bars, key=lambda n: -bars[n])}
+    cut = {name: f"{name} (cut off: {bars[name]:+.0f}%)" for name in bars if bars[name] > WIDEST}
+    bars = {cut.get(name, name): min(value, WIDEST) for name, value in bars.items()}
     results.bars(axes, bars, "{:+.2g}%", [n for n in bars if bars[n] < -0.01], halves)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("percent above the bound (left of 0: no bound at all); 95% intervals")
@@ -312,7 +336,9 @@ def main(config):
     entropy = -(joint * np.log(joint)).sum() / joint.ndim
     title = f"The joint's entropy is {entropy:.6f} nats per token; the model: {audited}"
     formats = {"joint": "{:.6f}", "minus the entropy": "{:+.6f}"}
-    text = results.table(title, rows_of(exact, model), formats)
+    text = results.table(title, rows_of(exact, model), formats) + "\n"
+    for name, sentence in WHY.items():
+        text += f"- **{name}**: {sentence.format(*BYTES_A_TOKEN)}\n"
     figures = {"entropy of the joint": entropy} | figures_of(exact, model, h)
     figures |= results.about(torch.device("cpu"))
     figures |= {key: config[key] for key in ("ckpt", "data", "sequences", "seed")}

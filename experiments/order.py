@@ -33,8 +33,9 @@ import train
 from config import choose
 from data import loader
 from experiments import results
+from experiments.runs import step_flops
 from lib import checkpoint
-from lib.device import flops_per_token, machine
+from lib.device import machine
 from lib.stats import mean_and_error, plus_minus, t95
 
 DEFAULTS = {
@@ -68,14 +69,6 @@ SHAPE |= {"qk_norm": False, "zero_init": "none"}
 
 
 # ---- Quality -------------------------------------------------------------------------------------
-
-
-def step_flops(config):
-    """Operations of a training step: forward and backward."""
-    with torch.device("meta"):
-        model = network.Transformer(config)
-    L, share = config["block_size"], 0.5 if config["attention"] == "full" else 1.0
-    return 3 * flops_per_token(model, L, share) * config["batch_size"] * L
 
 
 def run_config(config, name, seed):

@@ -11,7 +11,6 @@ same blocks with the same masks, which makes their differences far less noisy th
 those of another block size are evaluated on as many blocks of their own.
 """
 
-import contextlib
 import math
 import subprocess
 import sys
@@ -29,7 +28,7 @@ import train
 from config import choose, require
 from data import loader
 from experiments import results
-from lib.device import flops_per_token
+from experiments.runs import independent_draws, step_flops
 
 DEFAULTS = {
     "preset": "configs/pydocs_2400.py",  # the base that the variants change
@@ -84,14 +83,6 @@ VARIANTS = {
 }
 
 
-def step_flops(config):
-    """Operations of a training step: forward and backward, half of the positions predicted."""
-    with torch.device("meta"):
-        model = network.Transformer(config)
-    L = config["block_size"]
-    return 3 * flops_per_token(model, L, 0.5) * config["batch_size"] * L
-
-
 def settings_of(config, name, seed):
     """The training config of a variant: preset, change, and the steps that cost as much."""
     words = [config["preset"], f"--data={config['data']}", "--resume=False", "--show_sample=False"]
@@ -103,21 +94,6 @@ def settings_of(config, name, seed):
     mine = base | {key: value for key, value in VARIANTS[name].items() if key != "independent"}
     steps = round(config["steps"] * step_flops(base) / step_flops(mine))
     return mine | {"max_iters": steps, "eval_interval": steps, "warmup_iters": max(1, steps // 50)}
-
-
-@contextlib.contextmanager
-def independent_draws(yes):
-    """Inside the block every sequence draws its own u, as codes without stratification do."""
-    stratified = diffusion.stratified
-
-    def own(jitter, position, _):
-        return 1 - diffusion.uniforms(int(jitter[0] * 2**53), 0, position, 1).squeeze(1)  # (B,)
-
-    diffusion.stratified = own if yes else stratified
-    try:
-        yield
-    finally:
-        diffusion.stratified = stratified
 
 
 def run(config, name, seed):

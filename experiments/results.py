@@ -147,6 +147,7 @@ def bars(axes, values, text="{:,.0f}", light=(), errors=None, start=0.0):
 
 def name_ends(axes, ends, gap=0.05):
     """Write each line's name beside its right end, {name: (x, y)}, `gap` of the axes apart."""
+    axes.autoscale_view()  # or its limits are those of before the lines
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = {name: to_axes.transform(end)[1] for name, end in ends.items()}
     last = -1.0

@@ -570,6 +570,17 @@ def test_documents_are_held_out_by_what_they_say_alone():
     assert {split for split, _ in text.split(lambda: texts, 1)} == {"val"}
 
 
+def test_what_val_names_is_held_out_and_nothing_else(tmp_path):
+    for name, part in (("own.txt", "abc " * 3000), ("held.jsonl", json.dumps({"text": "xyz"}))):
+        (tmp_path / name).write_text(part)
+    words = [f"--input={tmp_path}/own.txt", f"--val={tmp_path}/held.jsonl", "--tokenizer=char"]
+    text.main(parse([*words, f"--out={tmp_path}/out", "--workers=1"], text, writer))
+    train, val = (loader.Tokens(tmp_path / "out", split) for split in ("train", "val"))
+    decode = tokenizer.from_meta(train.meta["tokenizer"]).decode
+    assert decode(val[:].tolist()) == "xyz" and set(decode(train[:].tolist())) == set("abc \n")
+    assert val.meta["splits"]["train"]["documents"] > 1
+
+
 def test_gpt2_and_llama_prepare_text_with_several_processes_and_no_network(
     tmp_path, shared, offline
 ):
@@ -612,6 +623,10 @@ BAD = {
     "not JSON": (["--input=bad.jsonl", "--tokenizer=byte"], "bad.jsonl, line 3: not JSON"),
     "no key": (["--input=key.jsonl.gz"], 'key.jsonl.gz, line 2: no text under the key "text"'),
     "fraction": (["--input=short.txt", "--val_fraction=2"], "val_fraction must be from 0 to 1"),
+    "two held-out parts": (
+        ["--input=short.txt", "--val=short.txt", "--val_fraction=0.1"],
+        "not both",
+    ),
     "tokenizer": (
         ["--input=short.txt", "--tokenizer=chra"],
         "unknown tokenizer 'chra'; did you mean 'char'?",

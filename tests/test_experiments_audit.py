@@ -28,6 +28,8 @@ BELOW = [
     "constant weight 1 (mean over all)",
     "15% masked (BERT), mean over masked",
     "one at a time (pseudo-likelihood)",
+    loss_audit.BYTES,
+    "1/lambda, lambda up to 0.15",
 ]
 
 
@@ -83,6 +85,8 @@ M_AND_WEIGHT = {
     "constant weight 2": lambda t: (t, 2 + 0 * t),
     "1/t, cosine masking": lambda t: (np.sin(np.pi / 2 * t), 1 / t),
     "1/lambda, lambda in 0.3..0.8": lambda t: (0.3 + 0.5 * t, 1 / (0.3 + 0.5 * t)),
+    "1/lambda, lambda up to 0.15": lambda t: (0.15 * t, 1 / (0.15 * t)),
+    "1/(1-t), t up to 0.999": lambda t: (0.999 * t, 1 / (1 - 0.999 * t)),
     "t_dce with RADD's scalar": lambda t: (0.999 * (1e-3 + 0.999 * t), 1 / (1e-3 + 0.999 * t)),
 }
 
@@ -113,6 +117,18 @@ def test_a_mean_over_masked_tokens_is_what_drawing_batches_gives(name):
     samples = np.stack([(k * (k == j)).sum(1) / k.sum(1) for j in range(1, 7)], 1)  # (n, 6)
     a, _ = loss_audit.rules(6)[name]
     assert agrees(samples, a) and not agrees(samples, 1.1 * a)
+
+
+def test_a_weight_that_is_taken_twice_counts_the_terms_by_one_over_k():
+    t, dt = loss_audit.quadrature()
+    a, _ = loss_audit.rules(6)["1/lambda of the mean over masked"]
+    assert torch.allclose(a, (dt / t) @ loss_audit.binomial(6, t)[:, 1:], atol=1e-10)
+
+
+def test_a_constant_of_bytes_a_token_scales_the_bound_by_that_of_the_text_over_it():
+    rules, (own, other) = loss_audit.rules(6), loss_audit.BYTES_A_TOKEN
+    assert torch.allclose(rules[loss_audit.BYTES][0] * other, rules[loss_audit.BOUND][0] * own)
+    assert own < other and set(loss_audit.WHY) <= set(rules)
 
 
 def test_score_entropy_of_a_normalised_network_expects_the_entropy_as_well():

@@ -1,6 +1,7 @@
 """Your own text: .txt and .jsonl files (a key "text" on each line), also .gz or .xz, and folders.
 
     python -m data.text.prepare --input=book.txt,more/ --tokenizer=gpt2
+    python -m data.text.prepare --input=train.jsonl --val=val.jsonl     your own held-out part
 
 Every line of a .jsonl file is a document. A .txt file is cut into documents at the first blank line
 after 4,096 characters (at a line's end or a space where there is none for long). Which documents
@@ -23,6 +24,7 @@ from data import tokenizer, writer
 DEFAULTS = {
     "input": "",  # files or folders, separated by commas
     "out": "data/text",  # folder to prepare
+    "val": "",  # files or folders that are held out, in place of a part of the input
     "val_fraction": 0.05,  # of the documents, held out; 0: none, 1: all
     "workers": 0,  # processes that tokenize; 0: one for each core
     "block_size": 0,  # a block of so many tokens holds one document at most; 0: several
@@ -130,17 +132,20 @@ def end_held_out(texts, start, total):
 
 
 def main(config):
-    items = writer.listed(config["input"])
+    items, val = writer.listed(config["input"]), writer.listed(config["val"])
     require(items, "say what to prepare: --input=FILE or --input=FOLDER")
     fraction(config, "val_fraction")
+    clash = val and "val_fraction" in config.get("user_keys", ())
+    require(not clash, "give val or val_fraction, not both: what val names is all that is held out")
     at_least(0, config, "workers")
     L, workers = config["block_size"], config["workers"] or writer.cores()
     require(0 <= L <= 2**16, f"block_size must be from 0 to 65536, not {L}")
-    vocabulary = tokenizer.named(config["tokenizer"], documents(items))
-    pairs = split(lambda: documents(items), config["val_fraction"])
+    vocabulary = tokenizer.named(config["tokenizer"], documents([*items, *val]))
+    pairs = split(lambda: documents(items), 0 if val else config["val_fraction"])
+    pairs = itertools.chain(pairs, (("val", text) for text in documents(val)))
     meta = writer.prepare(config["out"], pairs, vocabulary, workers, block_size=L)
     print(writer.summary(config["out"], meta))
-    writer.say_unheld(config["out"], meta, config["val_fraction"])
+    writer.say_unheld(config["out"], meta, 0 if val else config["val_fraction"])
 
 
 if __name__ == "__main__":
