@@ -12,8 +12,8 @@
 
 Why it works. In a moment dt a visible token is masked with probability m'/(1 - m) dt. Let y be x
 with its masked position i unmasked to v. By Bayes' rule, x was y a moment ago with probability
-m'/(1 - m) dt * p_t(y)/p_t(x): to go back is to know these ratios, the *concrete score* (RADD eq.
-2.10). With k masked and L - k visible tokens, p_t(x) = m^k (1 - m)^(L-k) p(visible tokens), so
+m'/(1 - m) dt * p_t(y)/p_t(x), RADD eq. 2.10: to go back is to know these ratios, the *concrete
+score*. With k masked and L - k visible tokens, p_t(x) = m^k (1 - m)^(L-k) p(visible tokens), so
 
     p_t(x with masked i := v) / p_t(x)  =  (1 - m)/m * p(visible, x0_i = v) / p(visible)
                                         =  (1 - m)/m * p(x0_i = v | visible)

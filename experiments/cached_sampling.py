@@ -120,7 +120,9 @@ def timed(ctx, V, L, steps):
     times = {name: [] for name in functions}
     for function in [functions[name] for name in ("sample", "call", "draw", str(min(steps)))]:
         function()  # warm
-    for _ in tqdm(range(1 if ctx.config["quick"] else ctx.config["rounds"]), leave=False):
+    for _ in tqdm(
+        range(1 if ctx.config["quick"] else ctx.config["rounds"]), leave=False, disable=None
+    ):
         for name, function in functions.items():
             repeats = 5 if not name.isdigit() else 1
             times[name].append(bench.seconds_of(function, ctx.device, repeats))

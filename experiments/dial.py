@@ -106,9 +106,9 @@ def main(config):
     formats = dict.fromkeys(lines[0], "{:.3f}") | {"steps": "{:,}", "learning_rate": "{:.1e}"}
     title = f"Nats per token of {config['data']} by depth, for the same operations"
     text = results.table(title, lines, formats)
-    print(text)
     figures |= results.about(torch.device("cpu"))
     results.write(config, "dial", figures, text)
+    print(text)
     return figures
 
 

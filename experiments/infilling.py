@@ -85,7 +85,7 @@ def terms(ctx, model, x0, gap):
     noise = diffusion.uniforms(0, 0, row.tolist(), L).masked_fill(~gap, torch.inf)  # (R, L)
     mask, weight = diffusion.any_order(u, noise, gap.sum(1), None)  # (R, L), (R,)
     ce = torch.full((len(x0) * L,), torch.nan)
-    for rows in tqdm(row.split(64), leave=False):
+    for rows in tqdm(row.split(64), leave=False, disable=None):
         idx = diffusion.masked_indices(mask[rows])  # (n,)
         x = torch.where(mask[rows], model.mask_id, x0[rows])  # (b, L)
         target = x0[rows].flatten()[idx].to(ctx.device)  # (n,)

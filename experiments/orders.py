@@ -46,7 +46,7 @@ def confidence_nats(model, x0, progress=False):
     S, L = x0.shape
     x, nats = torch.full_like(x0, model.mask_id), torch.zeros(S, dtype=torch.float64)  # (S, L)
     row = torch.arange(S)
-    for _ in tqdm(range(L), disable=not progress, leave=False):
+    for _ in tqdm(range(L), disable=None if progress else True, leave=False):
         masked_idx = (x == model.mask_id).flatten().nonzero().flatten()  # (n,)
         device = next(model.parameters()).device
         h = model.hidden(x.to(device), masked_idx.to(device))  # (n, D)

@@ -169,7 +169,7 @@ def main(config):
         module = importlib.import_module(f"experiments.{script_of(path.stem)}")
         for ending, draw in getattr(module, "PLOTS", {}).items():
             picture = path.with_name(f"{path.stem}{ending}.png")
-            plot(picture, functools.partial(draw, figures=json.loads(path.read_text())))
+            plot(picture, functools.partial(draw, figures=json.loads(path.read_text("utf8"))))
             print(picture)
 
 

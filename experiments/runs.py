@@ -42,6 +42,7 @@ from data import loader, tokenizer, writer
 from experiments import results
 from lib import checkpoint
 from lib.device import flops_per_token, machine, matmul_flops
+from lib.files import to_json
 from lib.stats import t95
 
 DEFAULTS = {
@@ -225,7 +226,7 @@ class Runs:
         if self.seconds_left() < 0:
             self.unmeasured += 1
             return None
-        value = json.loads(json.dumps(function()))
+        value = json.loads(to_json(function()))
         results.keep(self.kept, {"mark": mark, "of": parts, "value": value})
         return value
 

@@ -16,6 +16,7 @@ The rules of a record:
   interval of the claim's mean.
 """
 
+import math
 import os
 import statistics
 import subprocess
@@ -121,7 +122,7 @@ def main(config):
         mine = [run(config, form, 1337 + i) for i in range(config["seeds"])]
         nats, rows = [row["nats_per_token"] for row in mine], rows + mine
         figures |= {f"{form}, seed {row['seed']}": row["nats_per_token"] for row in mine}
-        best = min(record[form] for record in RECORDS if form in record)
+        best = min((each[form] for each in RECORDS if form in each), default=math.inf)
         said.append(f"{form}: {statistics.mean(nats):.4f} nats, {verdict(nats, best)}")
     formats = {"nats_per_token": "{:.4f}", "draw_half": "{:.4f}", "perplexity": "{:.3f}"}
     keys = ("clock", "flops", "commit", "change")
@@ -129,9 +130,9 @@ def main(config):
     text = results.table("Records, nats per character", spelled)
     text += "\n" + results.table(f"The claim of {config['preset']}", rows, formats)
     text += "\n" + "\n\n".join(said) + "\n"
-    print(text)
     about = results.about(torch.device("cpu")) | {"seconds_in_all": time.time() - began}
     results.write(config, "speedrun", figures | about, text)
+    print(text)
     return figures
 
 

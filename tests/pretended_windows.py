@@ -93,7 +93,7 @@ def pretend():
 def import_all():
     """Every module of the repository, the tests aside."""
     files = [path.relative_to(ROOT) for path in sorted(ROOT.rglob("*.py"))]
-    own = [path for path in files if path.parts[0] not in ("tests", "configs", "out")]
+    own = [path for path in files if path.parts[0] not in ("tests", "configs", "docs", "out")]
     own = [path for path in own if not path.parts[0].startswith(".")]
     for path in own:
         importlib.import_module(".".join(path.with_suffix("").parts).removesuffix(".__init__"))
@@ -120,7 +120,7 @@ def program(module, *words):
         "train": ("config", "diffusion", "model", "train"),
         "sample": ("config", "diffusion", "sample"),
         "evaluate": ("config", "diffusion", "evaluate"),
-        "data.text.prepare": ("data.text.prepare", "data.writer"),
+        "data.text.prepare": ("data.text.prepare", "data.tokenizer"),
         "lib.checkpoint": ("lib.checkpoint",),
         "view.page": ("config", "diffusion", "sample", "view.page"),
     }

@@ -574,7 +574,7 @@ def test_what_val_names_is_held_out_and_nothing_else(tmp_path):
     for name, part in (("own.txt", "abc " * 3000), ("held.jsonl", json.dumps({"text": "xyz"}))):
         (tmp_path / name).write_text(part)
     words = [f"--input={tmp_path}/own.txt", f"--val={tmp_path}/held.jsonl", "--tokenizer=char"]
-    text.main(parse([*words, f"--out={tmp_path}/out", "--workers=1"], text, writer))
+    text.main(parse([*words, f"--out={tmp_path}/out", "--workers=1"], text, tokenizer))
     train, val = (loader.Tokens(tmp_path / "out", split) for split in ("train", "val"))
     decode = tokenizer.from_meta(train.meta["tokenizer"]).decode
     assert decode(val[:].tolist()) == "xyz" and set(decode(train[:].tolist())) == set("abc \n")

@@ -371,7 +371,7 @@ BAD_TABLE = {
     ),
     "all sets, not all prepared": (
         "--sets=all",
-        "python -m data.zeroshot.prepare --set=wikitext2",
+        "prepare.py --set=wikitext2",
     ),
     "an unknown set": ("--sets=ptp", "unknown set 'ptp'; did you mean 'ptb'?"),
     "a file of another kind": (

@@ -35,7 +35,7 @@ def prepared(tmp_path, content, name="own.txt", **keys):
     """(the train text, the val text or None) of a file with this content, once prepared."""
     (tmp_path / name).write_text(content)
     keys = {"input": tmp_path / name, "out": tmp_path / "data", "workers": 1} | keys
-    text.main(parse([f"--{key}={value}" for key, value in keys.items()], text, writer))
+    text.main(parse([f"--{key}={value}" for key, value in keys.items()], text, tokenizer))
     meta = loader.read_meta(tmp_path / "data")
     decode = tokenizer.from_meta(meta["tokenizer"]).decode
     parts = {split: decode(loader.Tokens(tmp_path / "data", split)[:]) for split in meta["splits"]}
@@ -109,7 +109,7 @@ def answers(tmp_path, n, prompts=None):
     said = [{"prompt": f"{i % (prompts or n)}? ", "completion": f"{i}!"} for i in range(n)]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, said)))
     words = [f"--input={tmp_path / 'own.jsonl'}", f"--out={tmp_path / 'data'}", "--tokenizer=char"]
-    pairs.main(parse(words, pairs, examples))
+    pairs.main(parse(words, pairs, tokenizer, examples))
     return loader.read_meta(tmp_path / "data")["splits"]
 
 
@@ -152,7 +152,9 @@ def test_a_model_of_text_is_fine_tuned_on_answers_by_readme_s_lines(tmp_path):
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, said)))
     words = {"input": tmp_path / "own.jsonl", "out": tmp_path / "pairs"}
     words["tokenizer"] = tmp_path / "data"
-    pairs.main(parse([f"--{key}={value}" for key, value in words.items()], pairs, examples))
+    pairs.main(
+        parse([f"--{key}={value}" for key, value in words.items()], pairs, tokenizer, examples)
+    )
     source = f"--init_from={tmp_path / 'text_model'}"
     result, config = trained(tmp_path, source, f"--data={tmp_path / 'pairs'}")
     assert result["sequences"] >= 1 and config["n_embd"] == TINY["n_embd"]

@@ -33,7 +33,7 @@ def test_a_run_begins_with_the_weights_and_the_model_keys_of_another(form, data,
     if form == "export":
         checkpoint.export(source, tmp_path / "export", "nanomdm")
         source = tmp_path / "export"
-    keys = {"init_from": source, "learning_rate": 0.0, "weight_decay": 0.0, "max_iters": 1}
+    keys = {"init_from": source, "learning_rate": 1e-30, "weight_decay": 0.0, "max_iters": 1}
     argv = words(data, tmp_path / "out", **keys)
     argv = [word for word in argv if not word.startswith(("--n_", "--bias"))]
     train.main(settings.parse(argv, settings, diffusion, network, train))
@@ -50,7 +50,7 @@ def test_the_block_of_weights_to_begin_with_grows_with_their_positions(
     writer.prepare(text, [("train", "abcdefgh" * 20), ("val", "cab " * 50)], TEXT)
     source = tmp_path / "source"
     run(text, source, block_size=8, max_iters=2, eval_interval=2)
-    keys = {"init_from": source, "learning_rate": 0.0, "weight_decay": 0.0, "max_iters": 1} | keys
+    keys = {"init_from": source, "learning_rate": 1e-30, "weight_decay": 0.0, "max_iters": 1} | keys
     capsys.readouterr()
     run(data, tmp_path / "out", **keys)
     assert f"block_size 8 of {source} becomes {length}: positions" in capsys.readouterr().out
@@ -77,7 +77,7 @@ def test_a_model_of_characters_learns_those_that_its_alphabet_lacks(tmp_path, ca
         pairs.main(settings.parse(words, pairs, examples, tokenizer))
         meta = loader.read_meta(tmp_path / "pairs")
         assert meta["tokenizer"]["alphabet"] == "\n abc\x000123456789?" and meta["end"] == 5
-    keys = {"init_from": source, "learning_rate": 0.0, "weight_decay": 0.0, "max_iters": 1}
+    keys = {"init_from": source, "learning_rate": 1e-30, "weight_decay": 0.0, "max_iters": 1}
     run(tmp_path / "pairs", tmp_path / "out", **keys)
     assert f"{source} learns 12 characters more: '\\x000123456789?'" in capsys.readouterr().out
     (one, _, _), (two, text, _) = (checkpoint.load(out) for out in (source, tmp_path / "out"))

@@ -198,7 +198,9 @@ def test_a_finished_run_says_so_and_how_to_go_on(data, tmp_path, capsys):
     run(data, tmp_path)
     assert "finished" not in capsys.readouterr().out
     run(data, tmp_path)
-    said = "it is finished; --out_dir= begins another, a larger --max_iters= goes on"
+    said = (
+        "it is finished; --out_dir= begins another, a larger --max_iters= or --max_minutes= goes on"
+    )
     assert said in capsys.readouterr().out.splitlines()
 
 

@@ -67,7 +67,7 @@ def test_any_name_of_a_folder_is_taken_from_text_to_sample(name, tmp_path, monke
 
 
 TEXTS = {"prompt", "suffix", "template", "size", "split", "wandb", "device", "set", "sets", "tasks"}
-TEXTS |= {"code", "only", "keys", "sizes", "budgets", "batches", "gpus"}
+TEXTS |= {"code", "only", "keys", "sizes", "budgets", "batches", "gpus", "text", "operations"}
 
 
 def test_each_key_of_text_is_known_to_name_a_path_or_not():
@@ -213,17 +213,21 @@ def test_variables_that_make_no_sense_are_one_line(odd):
 @pytest.mark.parametrize("name", ["wandb", "tensorboard", "matplotlib", "sentencepiece"])
 def test_a_folder_called_like_an_optional_package_is_none(name, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match=f"^it needs one more package: pip install {name}$"):
-        optional(name, "it")
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    (tmp_path / name / "__init__.py").write_text("1 / 0")
-    with pytest.raises(UserError, match=rf"needs {name}, which does not load here \(division by"):
-        optional(name, "it")
-    (tmp_path / name / "__init__.py").write_text("")
-    assert optional(name, "it").__name__ == name
-    monkeypatch.delitem(sys.modules, name)
+    before = dict(sys.modules)
+    try:
+        sys.modules.pop(name, None)
+        (tmp_path / name).mkdir()
+        with pytest.raises(UserError, match=f"^it needs one more package: pip install {name}$"):
+            optional(name, "it")
+        sys.modules.pop(name, None)
+        (tmp_path / name / "__init__.py").write_text("1 / 0")
+        with pytest.raises(UserError, match=rf"needs {name}, which does not load here \(division"):
+            optional(name, "it")
+        (tmp_path / name / "__init__.py").write_text("")
+        assert optional(name, "it").__name__ == name
+    finally:
+        sys.modules.pop(name, None)
+        sys.modules.update(before)
 
 
 def test_ours_win_over_packages_of_their_names_from_any_folder(data, tmp_path):

@@ -104,9 +104,9 @@ def test_the_bound_costs_no_pass_and_no_wait(data, monkeypatch):
     assert len(calls) == 2
 
 
-def test_the_log_and_the_bar_name_both(data, tmp_path, capsys):
+def test_the_log_and_the_line_name_both(data, tmp_path, capsys):
     run(data, tmp_path / "constant", loss_weight="constant")
-    assert ", nelbo " in capsys.readouterr().err
+    assert ", nelbo " in capsys.readouterr().out
     run(data, tmp_path / "bound")
     for name in ("constant", "bound"):
         pairs = [(e["loss"], e["nelbo"]) for e in log(tmp_path / name) if "loss" in e]

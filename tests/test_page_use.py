@@ -239,7 +239,7 @@ def test_the_nelbo_is_shaded_by_token(demo):
 class Hostile:
     """A vocabulary of markup."""
 
-    kind, bos = "char", None
+    kind, bos, joins_spaces = "char", None, False
     table = [text.encode() for text in [*HOSTILE, "mask"]]  # noqa: RUF012
 
     def encode(self, text, start=True):

@@ -368,6 +368,7 @@ def test_smdm_finetuning_batches_and_losses_are_those_of_train_py(
         "attention": "full",
         "schedule": "loglinear",
         "loss_weight": "bound",
+        "mask_rate": "uniform",
         "prompt_drop": 0.0,
     }
     config |= {"seed": 0, "batch_size": 4} | keys

@@ -334,7 +334,7 @@ def test_guidance_takes_the_calls_of_plain_sampling_and_scale_0_changes_nothing(
     assert torch.equal(plain[0], off[0]) and not torch.equal(plain[0], guided[0])
     assert torch.equal(guided[0][in_prompt], x[in_prompt])
     for key in ("nfe", "expected_nfe"):
-        assert torch.equal(torch.as_tensor(plain[1][key]), torch.as_tensor(guided[1][key]))
+        assert str(plain[1][key]) == str(guided[1][key])
 
 
 def command(ckpt):

@@ -2,11 +2,13 @@
 
 from samplers import SAMPLERS
 
+BY_TIME = ("ancestral", "euler")
+
 
 def unmask_steps(masked, o):
     """The step of each position (N, L), as sample.py draws it; None where a call is a step."""
     policy = SAMPLERS[o["sampler"]](masked, o)
-    return None if policy.expected_nfe is None else policy.step  # drawn by time, ahead of the calls
+    return policy.step if o["sampler"] in BY_TIME else None  # drawn by time, ahead of the calls
 
 
 class Recorder:
