@@ -90,8 +90,9 @@ def world(tmp_path_factory):
     documents = [("train", TEXT * 40), ("val", TEXT * 40)]
     writer.prepare(folder / "data/pydocs", documents, tokenizer)
     model = network.Transformer({**plain.DEFAULTS, **SHAPE, "vocab_size": tokenizer.vocab_size})
-    state = {"config": model.config | {"objective": "any_order"}, "tokenizer": tokenizer.meta()}
-    state |= {"model": model.state_dict(), "ema": None, "optimizer": [], "step": 1}
+    config = model.config | {"objective": "any_order", "data": "data/pydocs"}
+    state = {"config": config, "tokenizer": tokenizer.meta(), "model": model.state_dict()}
+    state |= {"ema": None, "optimizer": [], "step": 1}
     checkpoint.save(folder / "out/pydocs/ckpt.pt", state)
     (folder / "mine.txt").write_text("".join(f"{i} {TEXT}\n" for i in range(3000)))
     pair = {"prompt": "What is {}?", "completion": " A list, of {}."}
