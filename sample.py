@@ -244,9 +244,10 @@ class Predictor:
 def sample_ar(model, x, o, suppress=None, progress=False):
     """The baseline: fill x (N, L) left to right by a causal network that caches keys and values.
 
-    As sample. Prompts may differ in length: what all sequences are given is read in one call, after
-    that each call adds one position, drawn or given.
+    As sample, without guidance. Prompts may differ in length: what all sequences are given is read
+    in one call, after that each call adds one position, drawn or given.
     """
+    require(o["cfg_scale"] == 0, "cfg_scale needs a masked diffusion model, not a causal one")
     began, (N, L), draw = time.time(), x.shape, (o["temperature"], o["top_k"], o["top_p"])
     x, masked = x.clone(), x == model.mask_id  # (N, L) each
     noise = diffusion.uniforms(o["seed"], 1, range(N), L)  # (N, L)
@@ -283,13 +284,12 @@ def check(config, causal):
     settings.at_least(1, config, "num_samples")
     settings.at_least(0, config, "length", "min_new_tokens")
     check_options(config)
-    scale, sampler = config["cfg_scale"], config["sampler"]
+    sampler = config["sampler"]
     if causal:
         left = sampler == "left_to_right" or "sampler" not in config.get("user_keys", ())
         require(left, f"this network is causal: it has the sampler left_to_right, not '{sampler}'")
         between = config["suffix"] or config["template"]
         require(not between, "a causal network cannot see a suffix or fill a template")
-        require(scale == 0, "cfg_scale needs a masked diffusion model; this network is causal")
         require(not config["watch"], "watch shows masks that fill; this network is causal")
 
 

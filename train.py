@@ -127,7 +127,7 @@ def make_batch(config, dataset, step, position):
         x0 = x0[:, : 1 + int(length * x0.shape[1])]  # (b, L)
     L = x0.shape[1]
     n = config["batch_size"] * L
-    if config["objective"] == "ar":
+    if OBJECTIVES[config["objective"]].draw is None:
         return Batch(x0, None, None, None, n, n)
     if config["attention"] == "order":
         return Batch(x0, None, None, None, n, n, draw_training_order(config, step, position, L))
@@ -163,7 +163,7 @@ def make_example_batch(config, dataset, step, position):
     masked model has to learn this padding, for it fills every position; no evaluation counts it. A
     dropped prompt is masked and does not count: each example by its own coin.
     """
-    first, causal = resume.seen(config, step), config["objective"] == "ar"
+    first, causal = resume.seen(config, step), OBJECTIVES[config["objective"]].draw is None
     rows = dataset[dataset.index(first, position)]
     x0, prompt, length = map(torch.from_numpy, rows)  # (b, L), (b,), (b,)
     L, place = x0.shape[1], torch.arange(x0.shape[1])  # (L,)

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError, require
+from config import UserError, choose, require
 from lib.device import can_compile, keep_memory, machine, peak_memory
 
 # What a message advises where a run cannot be resumed.
@@ -47,6 +47,7 @@ class Team(NamedTuple):
 
 def join(config):
     """The Team as torchrun has set it up, joined up; on CUDA each process gets its own device."""
+    choose("parallel", config["parallel"], ["ddp", "fsdp"])
     world, rank, local_rank = launched(os.environ)
     if world > 1 and config["device"] in ("auto", "cuda") and torch.cuda.is_available():
         config = config | {"device": f"cuda:{local_rank}"}

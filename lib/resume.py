@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import model as network
-from config import UserError, at_least, choose, fraction, require
+from config import UserError, at_least, fraction, require
 from data import examples, loader
 from diffusion import OBJECTIVES
 from lib import checkpoint, files, formats, parallel
@@ -187,14 +187,14 @@ def check(config, world):
     fraction(config, "dropout", "ema", "decay_start", "random_length", "prompt_drop")
     fraction(config, "beta1", "beta2")
     objective = config["objective"]  # perhaps a checkpoint's
-    attention = choose("objective", objective, OBJECTIVES).attention
+    attention = OBJECTIVES[objective].attention
     clash = "attention" in config.get("user_keys", ()) and config["attention"] not in attention
     trains = f"objective '{objective}' trains a network with attention={' or '.join(attention)}"
     require(not clash, f"{trains}, not {config['attention']}")
     conv = config["conv"]
     require(conv == 0 or conv % 2 == 1, f"conv must be 0 or an odd number, not {conv}")
-    drops = objective == "ar" and config["prompt_drop"]
-    require(not drops, "prompt_drop needs a masked diffusion objective, not ar")
+    drops = OBJECTIVES[objective].draw is None and config["prompt_drop"]
+    require(not drops, f"prompt_drop needs a masked diffusion objective, not {objective}")
     kind = config.get("attention")
     for key, wanted in {"order": "order", "order_p": "order", "mask_rate": "full"}.items():
         idle = key in config.get("user_keys", ()) and kind != wanted
