@@ -96,10 +96,6 @@ ZERO_INITS = Table(  # how the names of weights end that start at zero
 )
 
 
-def make_norm(config):
-    return NORMS[config["norm"]](config)
-
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -120,10 +116,10 @@ class Block(nn.Module):
         super().__init__()
         D, self.n_head, self.qk_norm = config["n_embd"], config["n_head"], config["qk_norm"]
         self.causal = config["attention"] == "causal"
-        self.norm1 = make_norm(config)
+        self.norm1 = NORMS[config["norm"]](config)
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.proj = nn.Linear(D, D, bias=False)
-        self.norm2 = make_norm(config)
+        self.norm2 = NORMS[config["norm"]](config)
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config["dropout"])
 
@@ -283,7 +279,7 @@ class Transformer(nn.Module):
             assert config["attention"] == "full" and config["conv"] % 2 == 1
             self.conv = nn.Parameter(torch.empty(config["conv"], D))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config["n_layer"]))
-        self.norm = make_norm(config)
+        self.norm = NORMS[config["norm"]](config)
         self.unembed = nn.Linear(D, V + config["head_padding"], bias=config["bias"])
         for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
             self.register_buffer(name, table.to(empty.device), persistent=False)
