@@ -58,9 +58,9 @@ def run(config, operations, depth, seed):
 
 
 def mark(config, operations, depth, seed):
-    """What a row depends on: all that the run is told, but where it finds its data."""
+    """What a row depends on: all that the run is told."""
     mine = budget.filled(settings_of(config, operations, depth, seed))
-    return results.mark(*[[key, value] for key, value in sorted(mine.items()) if key != "data"])
+    return results.mark(sorted(mine.items()))
 
 
 def table_of(config, rows):
@@ -80,8 +80,8 @@ def table_of(config, rows):
             for seed, row in zip(seeds(config), done, strict=True):
                 line[f"seed_{seed}"] = row["nats_per_token"]
             lines.append(line | {"": "the dial's choice" * (depth == choice)})
-        figures |= {f"depth_{operations:.0e}": choice}
-        figures |= {f"above_best_{operations:.0e}": nats[choice] - min(nats.values())}
+        figures[f"depth_{operations:.0e}"] = choice
+        figures[f"above_best_{operations:.0e}"] = nats[choice] - min(nats.values())
     return figures, lines
 
 
@@ -105,7 +105,10 @@ def main(config):
     figures, lines = table_of(config, rows)
     formats = dict.fromkeys(lines[0], "{:.3f}") | {"steps": "{:,}", "learning_rate": "{:.1e}"}
     title = f"Nats per token of {config['data']} by depth, for the same operations"
+    worst = max(value for key, value in figures.items() if key.startswith("above_best"))
+    is_right = f"is{' not' * (worst > WITHIN)} within {WITHIN} nats of the best of the three"
     text = results.table(title, lines, formats)
+    text += f"\nThe dial's choice {is_right} at each budget.\n"
     figures |= results.about(torch.device("cpu"))
     results.write(config, "dial", figures, text)
     print(text)

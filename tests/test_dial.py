@@ -185,19 +185,17 @@ def config_of(data, out, *words):
 def test_more_operations_more_text_or_more_steps_never_make_the_network_smaller(data, tmp_path):
     config, text = config_of(data, tmp_path), examples.open_data(config_of(data, tmp_path))[0]
     text.tokens = range(10**12)  # so that it is the operations that decide
-    budgets = [10 ** (9 + i / 4) for i in range(50)]
+    budgets = [10 ** (9 + i / 2) for i in range(20)]
     depths = [budget.fitting_depth(config, text, operations) for operations in budgets]
     assert depths == [budget.fitting_depth(config, text, operations) for operations in budgets]
     assert depths == sorted(depths) and depths[0] == 2 and len(set(depths)) > 10
-    for keys in (
-        [{"max_iters": 4**i} for i in range(12)],
-        [{"tokens": 8**i} for i in range(4, 14)],
-    ):
+    steps, texts = [{"max_iters": 9**i} for i in range(7)], [{"tokens": 16**i} for i in range(9)]
+    for keys in (steps, texts):
         picked = []
         for each in keys:
             text.tokens = range(each.pop("tokens", 10**12))
             picked.append(budget.fitting_depth(config | each, text, 1e18))
-        assert picked == sorted(picked) and len(set(picked)) >= 5
+        assert picked == sorted(picked) and len(set(picked)) >= 3
 
 
 def test_the_network_gets_twenty_tokens_a_parameter_and_a_larger_one_would_not(data, tmp_path):

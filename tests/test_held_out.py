@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_train import MODULES, TINY, log
+from test_train import MODULES, TINY, log, quick
 
 import config as settings
 import train
@@ -13,13 +13,8 @@ from data.pairs import prepare as pairs
 from data.text import prepare as text
 from lib import checkpoint
 
-pytestmark = pytest.mark.usefixtures("quick")
+__all__ = ["quick"]  # a fixture of test_train
 WORDS = "The {0} cat sat on {1} mats, and {2} dogs ran after it.\n{3}"
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(train, "matmul_flops", lambda *_: 1e9)
 
 
 def prose(characters):
@@ -46,6 +41,7 @@ def trained(tmp_path, *words):
     """(result, config) of a short run on tmp_path/data with the default recipe."""
     places = [f"--data={tmp_path / 'data'}", f"--out_dir={tmp_path / 'out'}", "--max_iters=2"]
     short = ["--compile=False", "--device=cpu", "--dtype=float32", "--eval_draws=1"]
+    short += ["--eval_sequences=8"]
     result = train.main(parse([*places, *short, *words], *MODULES))
     return result, checkpoint.read(tmp_path / "out")["config"]
 
@@ -97,7 +93,7 @@ def test_a_text_too_short_to_hold_anything_out_trains_without_evaluations(
 def test_the_line_for_own_text_trains_and_evaluates_at_once(keys, tmp_path):
     prepared(tmp_path, prose(30_000), **keys)
     result, config = trained(tmp_path)
-    assert result["tokens"] > 700 and config["block_size"] == keys.get("block_size", 128)
+    assert result["tokens"] >= 500 and config["block_size"] == keys.get("block_size", 128)
     assert config["optimizer"] == "muon" and config["loss_weight"] == "sqrt"
 
 

@@ -9,7 +9,8 @@ import torch
 import config as settings
 import diffusion
 from data import tokenizer, writer
-from experiments import recipe, results
+from experiments import dial, recipe, results
+from lib import budget
 
 
 @pytest.fixture
@@ -95,3 +96,24 @@ def test_variants_are_ranked_against_the_base_of_the_same_seed(given, tmp_path):
     lines = (tmp_path / "recipe_data_30.md").read_text().splitlines()[-3:]
     names = [line.split(" | ")[0] for line in lines]
     assert names == ["| SwiGLU", "| base", "| batch 16"], "by their means batch 16 leads"
+
+
+# ---- The dial ------------------------------------------------------------------------------------
+
+
+def test_the_dial_and_its_neighbours_get_the_same_operations_and_run_once(given, tmp_path):
+    line = [f"--data={tmp_path / 'data'}", f"--results={tmp_path}", "--operations=2e9", "--seeds=1"]
+    line += [f"--rows={tmp_path / 'dial.jsonl'}", "--device=cpu"]
+    config = settings.parse(line, settings, results, dial)
+    assert dial.settings_of(config, 2e9)["depth"] == 2
+    for depth in (1, 2, 3):
+        mine = budget.filled(dial.settings_of(config, 2e9, depth))
+        cost = recipe.step_flops(mine)
+        assert mine["n_layer"] == depth and abs(mine["max_iters"] * cost - 2e9) <= cost / 2
+    figures = dial.main(config)
+    rows = results.kept(tmp_path / "dial.jsonl")
+    nats = [row["nats_per_token"] for row in rows]
+    assert len(rows) == 3 and figures["above_best_2e+09"] == pytest.approx(nats[1] - min(nats))
+    assert (tmp_path / "dial.md").read_text().count("the dial's choice") == 1
+    assert dial.main(config) == figures
+    assert len(results.kept(tmp_path / "dial.jsonl")) == 3
