@@ -384,7 +384,8 @@ def run(main, *modules):
         wanted = re.search(
             r"allocate [\d.]+ ?\w+|(?:allocate|size calculation) [^.,(]*\w", str(error)
         )
-        if not (wanted or isinstance(error, MemoryError)):
+        full = wanted or re.search("out of memory|ALLOC_FAILED", str(error))  # CUDA's, cuBLAS's
+        if not (full or isinstance(error, MemoryError)):
             raise
         advice = "a smaller batch, micro-batch, block or network needs less"
         print(

@@ -271,8 +271,7 @@ def counted(x0, mask, weight, masked_idx=None):
 
 def summed(values, masked_idx, x0):
     """The sum over each sequence of values (N,) at flat indices (N,): (B,)."""
-    B, L = x0.shape
-    return values.new_zeros(B).index_add(0, masked_idx // L, values)
+    return values.new_zeros(x0.numel()).index_copy(0, masked_idx, values).view(x0.shape).sum(1)
 
 
 def masked_indices(mask, multiple=1):
@@ -348,9 +347,18 @@ def predict(model, x, masked_idx, cond, cfg_scale=0.0):
     condition masked, too. Unsupervised, because a masked diffusion model knows u without having
     been fine-tuned on dropped conditions.
     """
+    return guided(model, states(model, x, masked_idx, cond, cfg_scale), cfg_scale)
+
+
+def states(model, x, masked_idx, cond, cfg_scale=0.0):
+    """The hidden states that `guided` needs: [(N, D)], or with guidance (N, D) of c and of u."""
     if cfg_scale == 0:
-        return model.head(model.hidden(x, masked_idx)).float()
+        return [model.hidden(x, masked_idx)]
     both = torch.cat([x, x.masked_fill(cond, model.mask_id)])  # (2B, L) both as one batch
-    h = model.hidden(both, torch.cat([masked_idx, masked_idx + x.numel()]))  # (2N, D)
-    c, u = model.head(h).float().chunk(2)  # (N, V) each
-    return u + (1 + cfg_scale) * (c - u)
+    return model.hidden(both, torch.cat([masked_idx, masked_idx + x.numel()])).chunk(2)
+
+
+def guided(model, h, cfg_scale=0.0):
+    """Logits (N, V) of states h, a list of (N, D): of all positions or a part of them."""
+    c, *u = model.head(torch.cat(h)).float().chunk(len(h))  # (N, V) each
+    return u[0] + (1 + cfg_scale) * (c - u[0]) if u else c

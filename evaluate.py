@@ -46,6 +46,7 @@ import torch.nn.functional as F
 import diffusion
 from config import Table, require
 from data import ngram
+from lib import fused
 from lib.log import progress_bar
 from lib.rows import batches, random_numbers
 from lib.stats import certainty, finite, mean_over_sets, report, t95
@@ -192,6 +193,7 @@ def set_nats(model, requests, o, number=0, size=1):
     lengths = np.array([[len(p), len(a)] for p, a in requests], int).reshape(-1, 2)  # (N, 2)
     turns = lengths[:, 1] if estimator.row is None and not one_pass else lengths[:, 1].clip(max=1)
     nats, cost = torch.zeros(len(requests), size, dtype=torch.float64), {"rows": 0, "calls": 0}
+    found = []  # ((request, draw), nats) of the rows of a call, (b,) each
     with progress_bar(o["progress"], nats.numel(), "draw") as bar:
         for i, k, turn in batches(lengths.sum(1), turns, size, o["batch_size"]):  # (b,) each
             x0 = np.stack([np.concatenate(requests[j]).astype(np.int64) for j in i])  # (b, W)
@@ -209,44 +211,44 @@ def set_nats(model, requests, o, number=0, size=1):
                 mask, weight, cond = (F.pad(z, fill) for z in (mask, weight, place < 0))
                 guidance = (cond, o["cfg_scale"]) if o["cfg_scale"] else ()
                 row_nats = nats_of_rows(model, x0, mask, weight, estimator, *guidance)  # (b,)
-            nats.index_put_((torch.from_numpy(i), k), row_nats, accumulate=True)
+            found.append(((torch.from_numpy(i), k), row_nats))  # the host waits for no call
             cost["rows"] += len(x0) * (2 if one_pass or o["cfg_scale"] else 1)
             cost["calls"] += 1
             bar.update(int((turn == 0).sum()))
+    for place, row_nats in found:
+        nats.index_put_(place, row_nats.cpu().double(), accumulate=True)
     return nats, cost
 
 
 def nats_in_order(model, x0, draw, rank, counted=None):
-    """-log p(answer) along the order of rank (b, W), prompts first, in one pass: (b,) float64.
+    """-log p(answer) along the order of rank (b, W), prompts first, in one pass: (b,).
 
     counted (b, W): which of the terms, in their order; without it those of the answer.
     """
-    place, device = draw.place, model.cos.device  # (b, W)
+    place = draw.place  # (b, W)
     order = torch.where(place < 0, place - place.shape[1], rank).argsort(1)  # (b, W)
     answer = torch.arange(x0.shape[1]) >= draw.prompt[:, None] if counted is None else counted
-    z = (x0.to(device), order.to(device), answer.to(device))
-    return diffusion.order_nll(model, *z)[1].cpu().double()
+    return diffusion.order_nll(model, *fused.moved(model.cos.device, x0, order, answer))[1]
 
 
 def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
-    """weight * cross-entropy, summed over each row: (b, W) each -> (b,) float64. One network call.
+    """weight * cross-entropy, summed over each row: (b, W) each -> (b,). One network call.
 
     With cond (b, W) the logits are guided by it (diffusion.predict).
     """
     counted = weight.flatten().nonzero().flatten()  # (n,) what counts, and alone leaves the network
     device = next(model.parameters()).device
-    x0, mask, weight, counted = (z.to(device) for z in (x0, mask, weight.float(), counted))
+    x0, mask, weight, counted = fused.moved(device, x0, mask, weight.float(), counted)
     if model.config["attention"] == "causal":
-        nats = diffusion.ar_nll(model, x0, mask, weight, counted)[1]  # (b,)
-    elif cond is None:
-        nats = diffusion.nelbo(model, x0, mask, weight, counted, estimator.normalised)[1]  # (b,)
-    else:
-        x = torch.where(mask, model.mask_id, x0)  # (b, W)
-        logits = diffusion.predict(model, x, counted, cond.to(device), cfg_scale)  # (n, V)
-        ce = F.cross_entropy(logits, x0.flatten()[counted], reduction="none")  # (n,)
-        terms = weight.flatten()[counted] * ce  # (n,)
-        nats = ce.new_zeros(len(x0)).index_add(0, counted // x0.shape[1], terms)  # (b,)
-    return nats.cpu().double()
+        return diffusion.ar_nll(model, x0, mask, weight, counted)[1]
+    if cond is None:
+        return diffusion.nelbo(model, x0, mask, weight, counted, estimator.normalised)[1]
+    x, (cond,) = torch.where(mask, model.mask_id, x0), fused.moved(device, cond)  # (b, W) each
+    h, target, ces = diffusion.states(model, x, counted, cond, cfg_scale), x0.flatten()[counted], []
+    for now in fused.chunks(len(target), fused.head_chunk(model.vocab_size, device)):
+        logits = diffusion.guided(model, [z[now] for z in h], cfg_scale)  # (chunk, V)
+        ces.append(F.cross_entropy(logits, target[now], reduction="none"))
+    return diffusion.summed(weight.flatten()[counted] * torch.cat(ces), counted, x0)
 
 
 def of_set(estimator, nats):
@@ -332,7 +334,7 @@ def token_nats(model, ids, **options):
             row_nats = nats_in_order(model, x0, draw, turns, F.one_hot(turn, L))  # (b,)
         else:
             row_nats = nats_of_rows(model, x0, *one_term(draw, turns), estimator)  # (b,)
-        nats[k, turns.argsort(1)[torch.arange(len(row)), turn]] = row_nats
+        nats[k, turns.argsort(1)[torch.arange(len(row)), turn]] = row_nats.cpu().double()
     return nats
 
 

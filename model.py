@@ -86,7 +86,7 @@ MLPS = Table(  # (activation, whether it is that of a gate)
     "mlp",
     gelu=(fused.gelu, False),
     swiglu=(F.silu, True),
-    relu2=(lambda h: F.relu(h).square(), False),
+    relu2=(fused.relu2, False),
 )
 ZERO_INITS = Table(  # how the names of weights end that start at zero
     "zero_init",
@@ -132,7 +132,7 @@ class Block(nn.Module):
         elif masked_idx is None:
             y = self.attention(z, cos, sin, cache)  # (B, L, D)
         else:  # from here on a position depends on itself alone
-            h = h.flatten(0, 1)[masked_idx]  # (N, D)
+            h = h.flatten(0, 1).index_select(0, masked_idx)  # (N, D), a faster gradient than []
             y = self.attention_at(masked_idx, z, cos, sin)  # (N, D)
         h = h + self.drop(self.proj(y))
         return h + self.drop(self.mlp(self.norm2(h)))
@@ -161,7 +161,9 @@ class Block(nn.Module):
 
     def placed(self, z, cos, sin):
         """Queries or keys (..., d), normalised if they are to be, and turned to their positions."""
-        return rotate(F.rms_norm(z, z.shape[-1:]) if self.qk_norm else z, cos, sin)
+        if self.qk_norm:
+            z = F.rms_norm(z, z.shape[-1:]).to(z.dtype)  # CUDA's autocast makes it float32
+        return rotate(z, cos, sin)
 
     def attention_at(self, masked_idx, z, cos, sin):
         """attention(z) at flat positions masked_idx (N,) alone: (N, D). No result changes.
@@ -172,11 +174,11 @@ class Block(nn.Module):
         """
         B, L, D = z.shape
         if self.causal:
-            return self.attention(z, cos, sin).flatten(0, 1)[masked_idx]
+            return self.attention(z, cos, sin).flatten(0, 1).index_select(0, masked_idx)
         to_q, to_kv = self.qkv.weight.split([D, 2 * D])
         kv = F.linear(z, to_kv).view(B, L, 2, self.n_head, -1)  # (B, L, 2, H, d)
         k, v = kv.permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
-        q = F.linear(z.flatten(0, 1)[masked_idx], to_q)  # (N, D)
+        q = F.linear(z.flatten(0, 1).index_select(0, masked_idx), to_q)  # (N, D)
         q, place = q.view(-1, *kv.shape[3:]), masked_idx % L  # (N, H, d), (N,)
         q, k = self.placed(q, cos[place, None], sin[place, None]), self.placed(k, cos, sin)
         if len(masked_idx) <= 2 * B:  # each query gets a copy of its own sequence
@@ -186,7 +188,7 @@ class Block(nn.Module):
         table = q.new_zeros(B * L, *q.shape[1:]).index_copy(0, masked_idx, q)  # (B*L, H, d)
         q = table.view(B, L, *q.shape[1:]).transpose(1, 2)  # (B, H, L, d)
         y = fused.attention(q, k, v, False)  # (B, H, L, d)
-        return y.transpose(1, 2).reshape(B * L, D)[masked_idx]
+        return y.transpose(1, 2).reshape(B * L, D).index_select(0, masked_idx)
 
 
 class Cache:
@@ -234,10 +236,10 @@ class OrderCache:
         own = torch.cat([torch.zeros(n, Q), torch.eye(Q)]).bool()  # (n + Q, Q) a query, itself
         clean = torch.arange(self.end) < limit[:, None, :, None]  # (b, 1, n + Q, end)
         seen = torch.cat([clean, own.expand(len(slot), 1, n + Q, Q)], dim=3)
-        self.seen, self.slot = seen.to(device), slot.clamp(max=self.length - 1).to(device)  # (b, n)
         whole = torch.equal(rows, torch.arange(len(self.count)))
-        self.part = slice(None) if whole else rows.to(device)  # a slice needs no copy
-        self.index = rows.to(device)[:, None]  # (b, 1)
+        slot = slot.clamp(max=self.length - 1)  # (b, n)
+        self.seen, self.slot, index = fused.moved(device, seen, slot, rows)
+        self.part, self.index = slice(None) if whole else index, index[:, None]  # no copy of all
 
     def read(self, layer):
         """The `read` of one block's Streams."""
@@ -272,6 +274,7 @@ class Transformer(nn.Module):
         self.config = config
         self.block_size, self.vocab_size, self.mask_id = config["block_size"], V, V
         self.start_id = V if config["start_id"] < 0 else config["start_id"]
+        self.row_loss = None  # lib/parallel.py may compile it
         empty = torch.empty(V + 1, D)  # (V + 1, D), drawn below, with all others
         self.embed = nn.Embedding.from_pretrained(empty, freeze=False)
         self.conv = None  # (width, D) each channel by itself
@@ -355,25 +358,27 @@ class Transformer(nn.Module):
     def hidden_from_visible(self, x, masked_idx=None):
         """`hidden` of an `order` network: it reads visible tokens, left to right, then is asked."""
         B, L = x.shape
-        idx = torch.arange(B * L, device=x.device) if masked_idx is None else masked_idx  # (N,)
-        new = F.pad(x != self.mask_id, (1, 0), value=True)  # (B, L + 1)
+        idx = torch.arange(B * L) if masked_idx is None else masked_idx.cpu()  # (N,)
+        new = F.pad(x.cpu() != self.mask_id, (1, 0), value=True)  # (B, L + 1)
         h = self.ask(x, new, idx, OrderCache(self, B), torch.arange(B))  # (N, D)
         return h.view(B, L, -1) if masked_idx is None else h
 
     def ask(self, x, new, masked_idx, cache, rows):
         """Hidden states (N, D) at flat positions masked_idx (N,) of x (B, L), rows (B,) of a cache.
 
-        First clean tokens are read where new (B, L + 1), whose first column is a start token.
+        First clean tokens are read where new (B, L + 1), whose first column is a start token. All
+        but x is on the CPU, which works out what is read while the device still does other things.
         """
         B, L = x.shape
-        asked = torch.zeros_like(x, dtype=torch.bool).flatten()  # (B*L,)
-        asked = asked.index_fill(0, masked_idx, True).view(B, L)
+        asked = torch.zeros(B * L, dtype=torch.bool).index_fill(0, masked_idx, True).view(B, L)
         (columns, count), (places, _) = to_the_left(new), to_the_left(asked)  # (B, n), (B, Q)
-        cache.look(rows, count.cpu(), (columns.shape[1], places.shape[1]), x.device)
-        clean = F.pad(x, (1, 0), value=self.mask_id).gather(1, columns)  # (B, n)
+        cache.look(rows, count, (columns.shape[1], places.shape[1]), x.device)
         places = torch.cat([(columns - 1).clamp(min=0), places], dim=1)  # (B, n + Q)
-        h = self.hidden_in_order(clean, places, cache)  # (B, Q, D)
-        return h[masked_idx // L, (asked.cumsum(1) - 1).flatten()[masked_idx]]
+        query = (asked.cumsum(1) - 1).flatten()[masked_idx]  # (N,)
+        moved = fused.moved(x.device, columns, places, masked_idx // L, query)
+        columns, places, row, query = moved
+        clean = F.pad(x, (1, 0), value=self.mask_id).gather(1, columns)  # (B, n)
+        return self.hidden_in_order(clean, places, cache)[row, query]  # of (B, Q, D)
 
     def head_parameters(self):
         """(weight (V, D), bias (V,) or None) of the head; the mask has no output."""
@@ -388,7 +393,8 @@ class Transformer(nn.Module):
 
     def head_loss(self, h, target, weight, normalised=True):
         """diffusion.cross_entropy of head(h), h (N, D), without ever holding all the logits."""
-        return fused.cross_entropy(h, self.head_parameters(), target, weight, normalised)
+        head, row_loss = self.head_parameters(), self.row_loss
+        return fused.cross_entropy(h, head, target, weight, normalised, row_loss=row_loss)
 
     def forward(self, x):
         return self.head(self.hidden(x))

@@ -34,14 +34,14 @@ import torch.nn.functional as F
 import diffusion
 from config import require
 from data.tokenizer import from_meta
-from lib import checkpoint
-from lib.device import can_compile, machine
+from lib import checkpoint, fused
+from lib.device import can_compile, cast_products, machine, wait
 from lib.files import to_json, whole_file
 from lib.log import progress_bar
 from lib.stats import finite
 from lib.text import request, suppress_eos, text_of, typed
 from model import Cache, OrderCache
-from samplers import SAMPLERS
+from samplers import SAMPLERS, calls, on_device
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # what checkpoint.load takes: a run's folder, published weights
@@ -72,6 +72,9 @@ ANSWERS = {"sampler": "confidence", "temperature": 0.0, "num_samples": 1}
 
 
 DRAWN = "probabilities of drawn tokens"
+
+
+LOGITS = 2**24  # that are drawn from at once: in float64 with their copies at most 1 GiB
 
 
 # ---- 1. The draw ---------------------------------------------------------------------------------
@@ -118,8 +121,24 @@ def keep_likely(p, top_k, top_p):
 
 def suppress_tokens(logits, tokens):
     """Takes one token away from each row, in place: logits (N, V), tokens (N,), -1 for none."""
-    rows = (tokens >= 0).nonzero().flatten()
-    logits[rows.to(logits.device), tokens[rows].to(logits.device)] = -torch.inf
+    column = tokens[:, None].clamp(min=0)  # (N, 1)
+    kept = logits.gather(1, column)  # (N, 1)
+    logits.scatter_(1, column, kept.masked_fill(tokens[:, None] >= 0, -torch.inf))
+
+
+def draws(model, h, u, suppress, policy, o):
+    """Yields (token, p, entropy, logits) of pieces of n positions, each (piece,) or (piece, V).
+
+    h: their states, a list of (n, D) as diffusion.guided takes them; u (n,) uniform; suppress (n,)
+    or None. A piece has at most LOGITS logits, whose float64 tables are most of the memory here: an
+    adaptive order draws at all masked positions of a batch at once.
+    """
+    for now in fused.chunks(len(u), max(1, LOGITS // model.vocab_size)):
+        logits = diffusion.guided(model, [z[now] for z in h], o["cfg_scale"])  # (piece, V)
+        if suppress is not None:
+            suppress_tokens(logits, suppress[now])
+        token, p = categorical(logits, u[now], o["temperature"], o["top_k"], o["top_p"])
+        yield token, p, entropy_of(logits, policy), logits
 
 
 # ---- 2. The loops --------------------------------------------------------------------------------
@@ -142,38 +161,45 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     require(0 < x.shape[1] <= model.block_size and len(x), f"{most}, not {tuple(x.shape)}")
     if model.config["attention"] == "causal":
         return sample_ar(model, x, o, suppress, progress)
-    began, (N, L), draw = time.time(), x.shape, (o["temperature"], o["top_k"], o["top_p"])
-    x, cond, masked = x.clone(), x != model.mask_id, (x == model.mask_id).cpu()  # (N, L) each
-    policy = SAMPLERS[o["sampler"]](masked, o)
-    predict = Predictor(model, cond, o)
-    done = torch.zeros(N, dtype=torch.long)  # calls of each sequence
+    began, (N, L), device = time.time(), x.shape, x.device
+    cond, masked = x != model.mask_id, (x == model.mask_id).cpu()  # (N, L) each
+    x = x.clone(memory_format=torch.contiguous_format)  # (N, L)
+    flat, policy = x.view(-1), SAMPLERS[o["sampler"]](masked, o)
+    predict, nfe = Predictor(model, cond, policy, o), torch.zeros(N, dtype=torch.long)  # (N,)
+    suppress = None if suppress is None else suppress.to(device).flatten()  # (N*L,)
+    alike = o["compile"] and device.type == "cuda" and model.config["attention"] == "full"
+    plan = on_device(calls(policy, nfe, o["batch_size"]), policy, device, alike)
+    total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     with progress_bar(progress, int(masked.sum()), "token") as bar:
-        while len(live := policy.unfinished(done).nonzero().flatten()[: o["batch_size"]]):  # (b,)
-            again = policy.remasked(live, done[live])  # (b, L) or None
-            if again is not None:
-                x[live] = x[live].masked_fill(again.to(x.device), model.mask_id)
-            due = policy.due(live, done[live])  # (b, L)
-            idx = due.flatten().nonzero().flatten()  # (n,)
-            row, place = live[idx // L], idx % L  # (n,) each
-            logits = predict(x, live, idx)  # (n, V)
-            if suppress is not None:
-                suppress_tokens(logits, suppress[row, place])
-            u = policy.noise(live, done[live]).flatten()[idx]  # (n,)
-            token, p = categorical(logits, u, *draw)  # (n,) each
-            tables = torch.full((2, len(live), L), -1.0, dtype=p.dtype)  # (2, b, L) p and entropy
-            tables[:, due] = torch.stack([p, entropy_of(logits, policy)]).cpu()
-            finite(tables[0], DRAWN)
-            tables[1].masked_fill_(~due, torch.inf)
-            keep = policy.accept(live, done[live], *tables)[due]  # (n,)
+        for call, (live, at, idx, u, *again) in plan:
+            if policy.remasks:
+                flat.index_fill_(0, *again, model.mask_id)
+            h = predict(x, call, live, idx)  # the states of n positions
+            drawn = draws(model, h, u, None if suppress is None else suppress[at], policy, o)
+            drawn = [piece if on_call else piece[:3] for piece in drawn]  # logits for on_call
+            token, p, entropy, *logits = map(torch.cat, zip(*drawn, strict=True))  # (n,) each
+            total = total + p[: len(call.at)].sum()  # looked at in the end: no call waits for it
+            keep = torch.ones(len(call.at), dtype=torch.bool)  # (n,) what is unmasked
+            if not policy.known:
+                keep = accepted(policy, call, L, p, entropy)
+                token = torch.where(*fused.moved(token.device, keep), token, model.mask_id)
+            flat[at] = token.to(x)
             if on_call:
-                told = row, place, done[row], token, p, logits
-                on_call(*(z[keep.to(z.device)].cpu() for z in told))
-            token = token[keep.to(token.device)].to(x.device)  # (unmasked,)
-            x[row[keep].to(x.device), place[keep].to(x.device)] = token
-            done[live] += 1
+                told = call.at // L, call.at % L, call.done[call.idx // L], token, p, *logits
+                on_call(*(z[: len(keep)].cpu()[keep] for z in told))
             bar.update(int(keep.sum()))
+    finite(total.cpu(), DRAWN)
+    wait(device)
     seconds = time.time() - began
-    return x, {"nfe": done, "expected_nfe": policy.expected_nfe, "seconds": seconds}
+    return x, {"nfe": nfe, "expected_nfe": policy.expected_nfe, "seconds": seconds}
+
+
+def accepted(policy, call, L, p, entropy):
+    """Which of a call's tokens are unmasked: (n,) bool, on the CPU. For p the host has to wait."""
+    tables = torch.full((2, len(call.live), L), -1.0, dtype=p.dtype)  # p and entropy
+    tables[1] = torch.inf
+    tables.flatten(1)[:, call.idx] = torch.stack([finite(p.cpu(), DRAWN), entropy.to(p).cpu()])
+    return policy.accept(call.live, call.done, *tables).flatten()[call.idx]
 
 
 def check_options(o):
@@ -195,32 +221,35 @@ def entropy_of(logits, policy):
 
 
 class Predictor:
-    """The logits of positions that are due, guided where cfg_scale is not 0.
+    """The states of positions that are due, for diffusion.guided.
 
     An `order` network reads each clean token once and keeps its keys and values, in one of
     batch_size slots that a sequence holds until it is done. Guidance has slots of its own.
     """
 
-    def __init__(self, model, cond, o):
-        self.model, self.cond, self.cfg_scale = model, cond, o["cfg_scale"]  # cond (N, L)
+    def __init__(self, model, cond, policy, o):
+        self.model, self.cond, self.policy, self.cfg_scale = model, cond, policy, o["cfg_scale"]
+        self.gaps = ~cond.cpu() if model.config["attention"] == "order" else None
         self.slots, self.B = {}, min(o["batch_size"], len(cond))  # {sequence: slot}
-        self.caches = None
+        self.caches = []  # [(OrderCache, whether each position was read (B, L + 1))]
         if model.config["attention"] == "order":
-            shape = (self.B, cond.shape[1] + 1)  # a start token, then the positions
-            empty = [torch.zeros(shape, dtype=torch.bool, device=cond.device) for _ in range(2)]
-            self.caches = [(OrderCache(model, self.B), was_read) for was_read in empty]
+            for _ in range(2 if self.cfg_scale else 1):
+                was_read = torch.zeros(self.B, cond.shape[1] + 1, dtype=torch.bool)  # after a start
+                self.caches.append((OrderCache(model, self.B), was_read))
 
-    def __call__(self, x, live, idx):
-        """x (N, L), live (b,), idx (n,) flat positions in x[live] -> logits (n, V)."""
-        x, cond, idx = x[live], self.cond[live.to(x.device)], idx.to(x.device)  # (b, L) each, (n,)
-        if self.caches is None:
-            return diffusion.predict(self.model, x, idx, cond, self.cfg_scale)
-        self.assign(live.tolist())
-        c = self.logits(x, live, idx, *self.caches[0])  # (n, V)
-        if self.cfg_scale == 0:
-            return c
-        u = self.logits(x.masked_fill(cond, self.model.mask_id), live, idx, *self.caches[1])
-        return u + (1 + self.cfg_scale) * (c - u)
+    def __call__(self, x, call, live, idx):
+        """x (N, L); live (b,) and idx (n,) of the Call on its device -> a list of states (n, D)."""
+        cond = self.cond[live] if self.cfg_scale else None  # (b, L)
+        if not self.caches:
+            return diffusion.states(self.model, x[live], idx, cond, self.cfg_scale)
+        self.assign(call.live.tolist())
+        visible = ~self.policy.masked_at(call.live, call.done)  # (b, L) known to the CPU
+        h = [self.read(x[live], visible, call, *self.caches[0])]
+        if self.cfg_scale:
+            visible &= self.gaps[call.live]
+            x = x[live].masked_fill(cond, self.model.mask_id)  # (b, L)
+            h.append(self.read(x, visible, call, *self.caches[1]))
+        return h
 
     def assign(self, live):
         """Give sequences that are new the slots of those that are done."""
@@ -231,14 +260,15 @@ class Predictor:
             for cache, was_read in self.caches:
                 cache.count[slot], was_read[slot] = 0, False
 
-    def logits(self, x, live, idx, cache, was_read):
-        rows = torch.tensor([self.slots[n] for n in live.tolist()])  # (b,)
-        visible = F.pad(x != self.model.mask_id, (1, 0), value=True)  # (b, L + 1)
-        gone = (was_read[rows] & ~visible).any(1).cpu()  # (b,) a token was masked again
+    def read(self, x, visible, call, cache, was_read):
+        """The states (n, D) that the call asks for, of x (b, L), having read what is new in it."""
+        rows = torch.tensor([self.slots[n] for n in call.live.tolist()])  # (b,)
+        visible = F.pad(visible, (1, 0), value=True)  # (b, L + 1)
+        gone = (was_read[rows] & ~visible).any(1)  # (b,) a token was masked again
         cache.count[rows[gone]], was_read[rows[gone]] = 0, False  # so all is read anew
         new = visible & ~was_read[rows]  # (b, L + 1)
         was_read[rows] = visible
-        return self.model.head(self.model.ask(x, new, idx, cache, rows)).float()  # (n, V)
+        return self.model.ask(x, new, call.idx, cache, rows)
 
 
 def sample_ar(model, x, o, suppress=None, progress=False):
@@ -249,16 +279,17 @@ def sample_ar(model, x, o, suppress=None, progress=False):
     """
     require(o["cfg_scale"] == 0, "cfg_scale needs a masked diffusion model, not a causal one")
     began, (N, L), draw = time.time(), x.shape, (o["temperature"], o["top_k"], o["top_p"])
-    x, masked = x.clone(), x == model.mask_id  # (N, L) each
+    x, masked = x.clone(), (x == model.mask_id).cpu()  # (N, L) each
     noise = diffusion.uniforms(o["seed"], 1, range(N), L)  # (N, L)
-    noise = noise.to(x.device, torch.float32 if x.device.type == "mps" else torch.float64)
+    noise, wanted = fused.moved(x.device, noise, masked)
+    suppress = None if suppress is None else suppress.to(x.device)  # (N, L)
     nfe, B = torch.zeros(N, dtype=torch.long), o["batch_size"]  # (N,)
     with progress_bar(progress, -(-N // B) * L, "token") as bar:
         for now in (slice(start, start + B) for start in range(0, N, B)):
-            y, wanted = x[now], masked[now]  # (b, L) views
-            if not wanted.any():
+            y, somewhere = x[now], masked[now].any(0).nonzero().flatten().tolist()  # (b, L) a view
+            if not somewhere:
                 continue
-            first, last = wanted.any(0).nonzero().flatten()[[0, -1]].tolist()
+            first, last = somewhere[0], somewhere[-1]
             cache = [Cache(L) for _ in model.blocks]
             start = y.new_full((len(y), 1), model.start_id)  # (b, 1)
             total = 0.0  # of p: looked at when all is drawn, so that no call waits for it
@@ -269,11 +300,12 @@ def sample_ar(model, x, o, suppress=None, progress=False):
                     suppress_tokens(logits, suppress[now][:, i])
                 token, p = categorical(logits.float(), noise[now][:, i], *draw)  # (b,) each
                 total = total + p
-                y[:, i] = torch.where(wanted[:, i], token.to(y), y[:, i])
+                y[:, i] = torch.where(wanted[now, i], token.to(y), y[:, i])
                 new = y[:, i : i + 1]  # (b, 1)
                 bar.update()
             finite(total.cpu(), DRAWN)
             nfe[now] = last + 1 - first
+    wait(x.device)
     mean = float(nfe.double().mean())
     return x, {"nfe": nfe, "expected_nfe": mean, "seconds": time.time() - began}
 
@@ -307,8 +339,10 @@ def opened(config):
     tokenizer = tokenizer or from_meta(trained["tokenizer"])  # which says what it lacks
     causal = trained["attention"] == "causal"
     check(config, causal)
+    cast_products(model, autocast)
     if config["compile"] and not causal and can_compile(device):
-        model.hidden = torch.compile(model.hidden)
+        graphs = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
+        model.hidden = torch.compile(model.hidden, options=graphs if device.type == "cuda" else {})
     return model, tokenizer, trained, autocast
 
 

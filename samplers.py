@@ -6,18 +6,22 @@
 - A remasking one also takes tokens back, at steps that are known beforehand as well.
 
 To add a sampler: one entry in SAMPLERS, a function (masked (N, L) bool, options) -> policy.
-A policy is asked by the loop in sample.py: unfinished, remasked, due, noise, accept.
+A policy is asked by `calls`, here, for what is due, and by the loop in sample.py what to accept.
 """
+
+from typing import NamedTuple
 
 import torch
 
 import diffusion
 from config import Table
+from lib import fused
 
 
 class FixedOrder:
     """Each position's step is known before the first call: unmask_step (N, L), -1: conditions."""
 
+    known, remasks = True, False  # whether all calls are known beforehand; tokens are taken back
     by_entropy = False  # whether `accept` needs the entropies; elsewhere they are 0
 
     def __init__(self, unmask_step, seed, expected_nfe=None):
@@ -33,12 +37,9 @@ class FixedOrder:
         """Which sequences need another call, having had done (N,)."""
         return done < self.nfe
 
-    def remasked(self, live, done):
-        """Positions (b, L) of sequences live (b,) that are masked in call number done (b,).
-
-        None: those that have had no token yet.
-        """
-        return None
+    def masked_at(self, live, done):
+        """Positions (b, L) of sequences live (b,) that are masked in call number done (b,)."""
+        return self.call[live] >= done[:, None]
 
     def due(self, live, done):
         """Positions (b, L) that are asked for in that call."""
@@ -60,7 +61,7 @@ class Adaptive(FixedOrder):
     and the entropy (b, L) of their distributions in nats, infinite where not due.
     """
 
-    step = None  # known after the call alone
+    known, step = False, None  # known after the call alone
 
     def __init__(self, masked, seed, choose, by_entropy=False, expected_nfe=None):
         self.masked, self.seed, self.choose = masked.clone(), seed, choose  # (N, L)
@@ -69,8 +70,10 @@ class Adaptive(FixedOrder):
     def unfinished(self, done):
         return self.masked.any(1)
 
-    def due(self, live, done):
+    def masked_at(self, live, done):
         return self.masked[live]
+
+    due = masked_at
 
     def accept(self, live, done, p, entropy):
         accepted = self.choose(live, done, p, entropy)  # (b, L)
@@ -89,7 +92,7 @@ class Remasking(FixedOrder):
     events: for each sequence a list of (due (L,), masked (L,)), one a call.
     """
 
-    step = expected_nfe = None  # how often a position is unmasked is drawn, too
+    remasks, step, expected_nfe = True, None, None  # how often it is unmasked is drawn, too
 
     def __init__(self, events, seed):
         self.events, self.seed = events, seed
@@ -100,7 +103,7 @@ class Remasking(FixedOrder):
         pairs = zip(live, done, strict=True)
         return torch.stack([self.events[n][call][i] for n, call in pairs])
 
-    def remasked(self, live, done):
+    def masked_at(self, live, done):
         return self.part(live, done, 1)
 
     def due(self, live, done):
@@ -108,6 +111,55 @@ class Remasking(FixedOrder):
 
     def noise(self, live, done):
         return fresh_noise(self.seed, live, done, self.due(live, done).shape[1])
+
+
+class Call(NamedTuple):
+    """What one network call asks: n positions of b sequences."""
+
+    live: torch.Tensor  # (b,) sequences
+    at: torch.Tensor  # (n,) flat positions in x (N, L) that are due
+    idx: torch.Tensor  # (n,) the same in x[live]
+    u: torch.Tensor  # (n,) uniform numbers of their draws
+    masked: torch.Tensor  # (m,) flat positions in x that are masked, where a policy masks again
+    done: torch.Tensor  # (b,) calls that each sequence had before
+
+
+def calls(policy, nfe, batch_size):
+    """Yields the Calls, which count up nfe (N,); a finished sequence makes room for another."""
+    while len(live := policy.unfinished(nfe).nonzero().flatten()[:batch_size]):  # (b,)
+        done = nfe[live]  # (b,)
+        due, noise = policy.due(live, done), policy.noise(live, done)  # (b, L) each
+        L, idx = due.shape[1], due.flatten().nonzero().flatten()  # (n,)
+        masked = idx[:0]
+        if policy.remasks:
+            row, place = policy.masked_at(live, done).nonzero(as_tuple=True)  # (m,) each
+            masked = live[row] * L + place
+        at = live[idx // L] * L + idx % L  # (n,)
+        yield Call(live, at, idx, noise.flatten()[idx], masked, done)
+        nfe[live] += 1
+
+
+def on_device(plan, policy, device, alike=False):
+    """Yields each Call of the plan, and its first tensors on the device: up to `masked` or `u`.
+
+    Where all are known they are copied together before the first, so none waits for a copy. alike:
+    each asks for its last sequence and its last position again until all have one size, as a CUDA
+    graph must have; a token that is drawn twice is the same.
+    """
+    n = 5 if policy.remasks else 4
+    if not policy.known:
+        yield from ((call, fused.moved(device, *call[:n])) for call in plan)
+        return
+    plan = list(plan)
+    columns = [list(column) for column in zip(*(call[:n] for call in plan), strict=True)]
+    if alike and plan:
+        most = -(-max(map(len, columns[1])) // 16) * 16  # so there are few sizes in all
+        for i, size in enumerate((len(plan[0].live), most, most, most)):
+            columns[i] = [torch.cat([z, z[-1:].expand(size - len(z))]) for z in columns[i]]
+    parts = []
+    for column, whole in zip(columns, fused.moved(device, *map(torch.cat, columns)), strict=True):
+        parts.append(whole.split(list(map(len, column))))
+    yield from zip(plan, zip(*parts, strict=True), strict=True)
 
 
 def fresh_noise(seed, live, done, L):

@@ -215,7 +215,7 @@ def build(config, team, state=None):
     ema = copy.deepcopy(model) if config["ema"] else None
     for each in filter(None, (model, ema)):
         if team.world > 1 and config["parallel"] == "fsdp":
-            parallel.shard(each, team.device)
+            parallel.shard(each, team)
         each.to_empty(device=team.device)
         tables = network.rotary_tables(config)  # (block_size, d/2) each
         each.cos, each.sin = (table.to(team.device) for table in tables)

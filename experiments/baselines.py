@@ -95,7 +95,8 @@ def training_step(
     mask, weight = diffusion.draw_mask("any_order", u, noise)  # (B, L), (B,)
     masked_idx = diffusion.masked_indices(mask, multiple=16)  # (N,)
     batch = [z.to(device) for z in (x0, mask, weight.float(), masked_idx)]
-    optimizer = optimizer if device.type == "cpu" else {}
+    if optimizer == PLAIN and device.type != "cpu":
+        optimizer = {}  # what torch itself takes there: all tensors of a kind in one call
     update = torch.optim.AdamW(model.parameters(), lr=1e-4, **optimizer)
 
     def step():

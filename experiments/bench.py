@@ -37,7 +37,7 @@ import sample
 from data import loader
 from experiments import baselines, results
 from lib import fused, parallel
-from lib.device import can_compile, flops_per_token, keep_memory, machine
+from lib.device import can_compile, flops_per_token, keep_memory, machine, wait
 from lib.files import to_json
 
 DEFAULTS = {
@@ -76,11 +76,6 @@ def our_loss(model, x0, mask, weight, masked_idx):
 
 
 # ---- Measuring -----------------------------------------------------------------------------------
-
-
-def wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def alternate(variants, rounds, device):

@@ -90,15 +90,15 @@ def activation_bytes(net, tokens, recompute=False):
 
 
 def sent_bytes(net, engine, gpus, micro_steps):
-    """Bytes that each GPU sends in a step, all in float32.
+    """Bytes that each GPU sends in a step.
 
-    ddp: a ring all-reduce of the gradients. fsdp (arXiv 2304.11277), in each micro-step: a ring
-    all-gather of the blocks' weights for the forward pass and one for the backward pass, one of
-    embedding and head, and a reduce-scatter of gradients.
+    ddp: a ring all-reduce of the gradients in float32. fsdp (arXiv 2304.11277), in each micro-step:
+    a ring all-gather of the blocks' weights in bfloat16 for the forward pass and one for the
+    backward pass, one of embedding and head, and a reduce-scatter of gradients, all in float32.
     """
     N, blocks = net.n_parameters(), sum(p.numel() for p in net.blocks.parameters())
-    numbers = 2 * N if engine == "ddp" else micro_steps * (N + blocks + N)
-    return 4 * numbers * (gpus - 1) / gpus
+    size = 8 * N if engine == "ddp" else micro_steps * (4 * blocks + 4 * (N - blocks) + 4 * N)
+    return size * (gpus - 1) / gpus
 
 
 def checkpoint_bytes(net, ema):
@@ -115,15 +115,16 @@ def memory(config, net, engine, gpus, micro):
     block = sum(p.numel() for p in net.blocks[0].parameters())
     ends = N - block * len(net.blocks)  # embedding, last norm and head
     matrices = sum(p.numel() for p in net.blocks[0].parameters() if p.dim() == 2)
-    copies = 2 * matrices  # of a block's matrices in bfloat16
+    copies = 2 * matrices * (engine == "ddp")  # of a block's matrices in bfloat16
     part, tokens = gpus if engine == "fsdp" else 1, micro * config["block_size"]
     held = {"weights": 4 * N / part, "gradients": 4 * N / part, "optimizer": 8 * N / part}
     held["averages"] = 4 * N * config["ema"] / part
-    # Weights and gradients of the ends, a block and the next one.
-    held["gathered"] = 2 * 4 * (ends + 2 * block) * (part > 1)
+    # Weights and gradients of the ends; a block and the next one in bfloat16, and the gradient of
+    # one, also in float32 as it is sent.
+    held["gathered"] = (8 * ends + 10 * block) * (part > 1)
     held["copies"] = copies * len(net.blocks)
     # The gradient of the head and its copy, and a chunk of logits.
-    held["head"] = 6 * D * V + 8 * fused.head_chunk(V) * V
+    held["head"] = 6 * D * V + 8 * fused.head_chunk(V, torch.device("cuda")) * V
     rest = sum(held.values())
     held["activations"] = activation_bytes(net, tokens)
     held["total"] = rest + held["activations"]

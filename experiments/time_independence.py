@@ -140,7 +140,7 @@ def bound(ctx, folder, data, kind, other=False):
         mask, weight = evaluate.lambda_dce(draws)  # (b, L) each
         model.time = (u.roll(1) if other else u).float() if kind == TIMED else None
         with ctx.autocast():
-            total += evaluate.nats_of_rows(model, x0[place], mask, weight, rule).sum()
+            total += evaluate.nats_of_rows(model, x0[place], mask, weight, rule).double().sum()
     return float(total) / size / x0.numel()
 
 

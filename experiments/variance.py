@@ -79,7 +79,7 @@ def repeated(subject, x0, method, n_sets, config):
         block = x0[place // n_sets]  # (b, L)
         with subject.autocast():
             row_nats = evaluate.nats_of_rows(subject.model, block, mask, weight, rule)  # (b,)
-        nats.index_add_(0, place, row_nats / size / L)
+        nats.index_add_(0, place, row_nats.cpu().double() / size / L)
     return finite(nats.view(S, n_sets), "log-likelihoods")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import functools
+import importlib.util
 import math
 import os
 import re
@@ -12,6 +13,7 @@ import time
 import torch
 
 from config import choose, first_line, require
+from lib.fused import product_dtype
 
 
 def machine(config):
@@ -31,6 +33,10 @@ def machine(config):
     is_here = choose("device", kind, available)
     require(re.fullmatch(r"\w+(:\d+)?", name), f"device must be like cpu or cuda:1, not '{name}'")
     require(is_here, f"device '{name}' is not available on this machine; try --device=cpu")
+    if kind == "cuda":
+        cards = torch.cuda.device_count()
+        is_here = (torch.device(name).index or 0) < cards
+        require(is_here, f"there is no {name} here; the last is cuda:{cards - 1}")
     if kind == "cpu":
         keep_memory()
     fast = config["dtype"] == "auto" and multiplies_bfloat16(kind)
@@ -54,6 +60,17 @@ def dtype_name(autocast, device):
         return str(dtype).removeprefix("torch.")
 
 
+def cast_products(model, autocast):
+    """Gives a network's matrices the dtype that autocast multiplies them in; from then on it only
+    predicts, inside autocast, which would cast some of them again at every call.
+    """
+    with autocast():
+        dtype = product_dtype(torch.empty(0, device=model.cos.device))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.to(dtype)
+
+
 def keep_memory(keep=True):
     """Freed memory stays with the process (glibc only): large tensors need no fresh pages.
 
@@ -70,10 +87,14 @@ def keep_memory(keep=True):
 def can_compile(device):
     """Whether torch.compile works here: tried once, and where it does not, a line says why.
 
-    It may lack a compiler, Python's headers, or a cache that it may write. Without it all is only
-    slower.
+    It may lack a compiler, Python's headers, triton, or a cache that it may write. Without it all
+    is only slower.
     """
     try:
+        if device.type not in ("cpu", "cuda"):
+            raise NotImplementedError(f"it is new on {device.type}")
+        if device.type == "cuda" and not importlib.util.find_spec("triton"):
+            raise ImportError("triton is missing")
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
         return True
     except Exception as error:  # of any part of it
@@ -84,6 +105,14 @@ def can_compile(device):
                 f"torch.compile does not work here, so nothing is compiled: {why}", file=sys.stderr
             )
         return False
+
+
+def wait(device):
+    """Until the device has done what it was told: a GPU works on after a call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def peak_memory(device):
@@ -98,21 +127,48 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def matmul_flops(device, autocast, n=1024, seconds=0.3):
+PRODUCTS = {"cpu": 1024, "cuda": 8192, "mps": 4096}  # the n of n x n matrices that keep it busy
+
+
+def matmul_flops(device, autocast, seconds=0.3):
     """Operations a second of a plain matrix product here and now: utilisation is a part of it."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    n = PRODUCTS[device.type]
     a = torch.randn(n, n, device=device)  # (n, n)
     with autocast():
         a = b = a @ a  # (n, n) in the dtype of autocast
         best, began = math.inf, time.perf_counter()
         while time.perf_counter() - began < seconds:
-            wait()
+            wait(device)
             start = time.perf_counter()
             for _ in range(4):
                 a @ b
-            wait()
+            wait(device)
             best = min(best, (time.perf_counter() - start) / 4)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # peak_memory is that of what follows
     return 2 * n**3 / best
+
+
+NOMINAL = {  # operations a second in bfloat16, dense, by the data sheets; the first name that fits
+    "B200": 2250e12,
+    "H200|GH200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def nominal_flops(device):
+    """(name of the card, its operations a second by NOMINAL); None each where that is unknown."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    fits = (flops for key, flops in NOMINAL.items() if name and re.search(rf"\b({key})\b", name))
+    return name, next(fits, None)
 
 
 def flops_per_token(model, L, head_share=1.0):

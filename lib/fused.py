@@ -2,7 +2,8 @@
 
 - cross_entropy: head and cross-entropy a chunk at a time, the gradient taken on the way forward
 - attention: F.scaled_dot_product_attention, or its two products written out where that is faster
-- gelu: its tanh form in fewer operations where it is compiled
+- gelu: its tanh form in fewer operations where it is compiled; relu2: without a power
+- moved: .to(device) that need not wait
 """
 
 import torch
@@ -17,47 +18,92 @@ def wide(dtype):
 # ---- Head and cross-entropy ----------------------------------------------------------------------
 
 
-def cross_entropy(h, head, target, weight, normalised=True, chunk=0):
+def cross_entropy(h, head, target, weight, normalised=True, chunk=0, row_loss=None):
     """diffusion.cross_entropy without (N, V) logits in memory: (loss, terms (N,), CE (N,)).
 
     h (N, D), head: (weight (V, D), bias (V,) or None), target (N,), weight (N,). chunk: so many
-    positions at a time; 0: head_chunk.
+    positions at a time, at most; 0: head_chunk. row_loss: a compiled cross_entropy_and_grad.
     """
-    W, bias = head
-    chunk = chunk or head_chunk(len(W))
+    chunk = chunk or head_chunk(len(head[0]), h.device)
+    row_loss = row_loss or cross_entropy_and_grad
     if torch.is_grad_enabled():
-        return FusedCrossEntropy.apply(h, W, bias, target, weight, normalised, chunk)
-    dtype = product_dtype(h)
-    W, bias = (None if z is None else z.to(dtype) for z in head)  # cast once, not with each chunk
-    pieces = zip(h.split(chunk), target.split(chunk), weight.split(chunk), strict=True)
-    logits = ((F.linear(a.to(W.dtype), W, bias), b, c) for a, b, c in pieces)
-    pieces = [cross_entropy_and_grad(*each, normalised)[:2] for each in logits]
+        return FusedCrossEntropy.apply(h, *head, target, weight, chunk, (row_loss, normalised))
+    dtype, pieces = product_dtype(h), []
+    W, bias = head_for_products(*head, dtype)
+    for now in chunks(len(h), chunk):
+        logits = F.linear(h[now].to(dtype), W, bias)  # (chunk, V)
+        pieces.append(row_loss(logits, target[now], None, normalised)[:2])
     terms, ce = map(torch.cat, zip(*pieces, strict=True))  # (N,) each
     return (weight * terms).sum(), terms, ce
 
 
-def head_chunk(V):
-    """Positions of at most four million logits, but 256, as small products are slow."""
-    return max(256, 2**22 // V)
+def head_chunk(V, device):
+    """Positions of at most four million logits, on CUDA 128 million, but 256 at least.
+
+    A CPU wants them in its cache, a GPU large products. 2^27 logits are 0.25 GiB in bfloat16. A
+    training step holds them and their gradients, and a float32 table, 1 GiB in all, unless it is
+    compiled.
+    """
+    return max(256, 2 ** (27 if device.type == "cuda" else 22) // V)
+
+
+def chunks(n, most):
+    """Slices of n positions, alike but for the last, of `most` at most; one where n is 0."""
+    count = max(1, -(-n // most))
+    size = -(-n // count)
+    return [slice(i * size, (i + 1) * size) for i in range(count)]
+
+
+def head_for_products(W, bias, dtype):
+    """(weight (V, D), bias (V,) or None) in the dtype of the products, made once for all chunks.
+
+    On CUDA with outputs of -inf up to a multiple of 64: products of an odd width are slow there.
+    """
+    W, bias = W.to(dtype), None if bias is None else bias.to(dtype)
+    more = -len(W) % 64 if W.device.type == "cuda" else 0
+    if more:
+        bias = W.new_zeros(len(W)) if bias is None else bias
+        W, bias = F.pad(W, (0, 0, 0, more)), F.pad(bias, (0, more), value=-torch.inf)
+    return W, bias
 
 
 def cross_entropy_and_grad(logits, target, weight, normalised=True):
     """Terms (N,), CE (N,), and the gradient of sum(weight * terms) at the logits (N, V).
 
     Terms are CE, the gradient weight * (softmax(logits) - onehot(target)). normalised=False: terms
-    are -logit[target] + sum_v e^logit_v - 1, and e^logits take the place of the softmax. One table
-    holds the logits, then their exponentials, then the gradient.
+    are -logit[target] + sum_v e^logit_v - 1, and e^logits take the place of the softmax. weight
+    None: no gradient. One table holds the logits, then their exponentials, then the gradient;
+    compiled, there is none.
     """
     table = logits.to(wide(logits.dtype), copy=True)  # (N, V)
     if normalised:
-        table -= table.max(-1, keepdim=True).values
+        table -= table.amax(-1, keepdim=True)
     at_target = table.gather(-1, target[:, None])  # (N, 1)
     total = table.exp_().sum(-1, keepdim=True)  # (N, 1)
-    ce = total.log() - at_target  # (N, 1)
-    terms = ce if normalised else total - 1 - at_target  # (N, 1)
+    ce = (total.log() - at_target).squeeze(-1)  # (N,)
+    terms = ce if normalised else (total - 1 - at_target).squeeze(-1)  # (N,)
+    if weight is None:
+        return terms, ce, None
     w = weight[:, None]  # (N, 1)
-    grad = table.mul_(w / total if normalised else w).scatter_add_(1, target[:, None], -w)  # (N, V)
-    return terms.squeeze(-1), ce.squeeze(-1), grad
+    table.mul_(w / total if normalised else w)
+    if torch.compiler.is_compiling():  # compared in passing, where a scatter would need the table
+        onehot = torch.arange(table.shape[1], device=table.device) == target[:, None]  # (N, V)
+        table = torch.where(onehot, table - w, table)
+    else:
+        table.scatter_add_(1, target[:, None], -w)
+    return terms, ce, table.to(logits.dtype)
+
+
+def compiled_row_loss():
+    """cross_entropy_and_grad as one program for any number of rows."""
+    program = torch.compile(cross_entropy_and_grad)
+
+    def row_loss(logits, target, weight, normalised):
+        for z in filter(torch.is_tensor, (logits, target, weight)):
+            torch._dynamo.maybe_mark_dynamic(z, 0)
+        return program(logits, target, weight, normalised)
+
+    return row_loss
 
 
 def product_dtype(h):
@@ -75,24 +121,25 @@ class FusedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, W, bias, target, weight, normalised, chunk):
-        dtype = product_dtype(h)
-        W_cast, bias_cast = W.to(dtype), None if bias is None else bias.to(dtype)  # (V, D), (V,)
+    def forward(ctx, h, W, bias, target, weight, chunk, kind):
+        (row_loss, normalised), dtype = kind, product_dtype(h)
+        W_cast, bias_cast = head_for_products(W, bias, dtype)  # (V, D), (V,)
         dh = torch.empty_like(h)  # (N, D)
-        dW = torch.zeros_like(W, dtype=wide(W.dtype))  # (V, D)
-        dbias = None if bias is None else torch.zeros_like(bias)  # (V,)
+        dW = torch.zeros_like(W_cast, dtype=wide(W.dtype))  # (V, D)
+        dbias = None if bias is None else torch.zeros_like(dW[:, 0])  # (V,)
         pieces = []
-        for start in range(0, max(1, len(h)), chunk):  # once also where nothing is masked
-            now = slice(start, start + chunk)
+        for now in chunks(len(h), chunk):
             part = h[now].to(dtype)  # (chunk, D)
-            logits = F.linear(part, W_cast, bias_cast)  # (chunk, V)
-            *piece, grad = cross_entropy_and_grad(logits, target[now], weight[now], normalised)
-            if dbias is not None:
-                dbias += grad.sum(0)
-            grad = grad.to(dtype)
+            grad = F.linear(part, W_cast, bias_cast)  # (chunk, V) the logits, then their gradient
+            # (chunk,), (chunk,), (chunk, V)
+            *piece, grad = row_loss(grad, target[now], weight[now], normalised)
             dh[now] = grad @ W_cast
-            dW += grad.T @ part
+            add_product(dW, grad.T, part)
+            if dbias is not None:
+                dbias += grad.sum(0, dtype=dbias.dtype)
             pieces.append(piece)
+            del grad  # or it lives on beside the next logits
+        dW, dbias = dW[: len(W)], None if bias is None else dbias[: len(W)]
         ctx.save_for_backward(dh, dW, dbias)
         terms, ce = map(torch.cat, zip(*pieces, strict=True))  # (N,) each
         ctx.mark_non_differentiable(terms, ce)
@@ -103,6 +150,14 @@ class FusedCrossEntropy(torch.autograd.Function):
         dh, dW, dbias = ctx.saved_tensors
         grads = [None if z is None else z * scale for z in (dh, dW, dbias)]
         return *grads, None, None, None, None
+
+
+def add_product(total, a, b):
+    """total += a @ b in place. On CUDA the products are not rounded before they are added."""
+    if total.device.type == "cuda" and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 # ---- Parts of a block ----------------------------------------------------------------------------
@@ -158,5 +213,26 @@ def attention_in_order(q, kv):
 def gelu(h):
     """GELU in its tanh form. tanh(z) = 2 sigmoid(2z) - 1, and fused that takes 0.4 of the time."""
     if torch.compiler.is_compiling():
-        return h * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3))
+        return h * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (h + 0.044715 * h * h * h))
     return F.gelu(h, approximate="tanh")
+
+
+def relu2(h):
+    """relu(h)^2, by a product: a power is taken in float32 where CUDA's autocast rules."""
+    h = F.relu(h)
+    return h * h
+
+
+# ---- From the host to a device -------------------------------------------------------------------
+
+
+def moved(device, *tensors):
+    """Tensors of the CPU on the device; to CUDA from pinned memory, so that the host need not wait.
+
+    MPS has no float64: such a tensor stays where it is.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return [z.pin_memory().to(device, non_blocking=True) for z in tensors]
+    stays = torch.float64 if kind == "mps" else None
+    return [z if z.dtype == stays else z.to(device) for z in tensors]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from config import UserError, optional
 from lib.checkpoint import set_aside
-from lib.device import flops_per_token
+from lib.device import flops_per_token, nominal_flops
 from lib.files import to_json, whole_file
 from lib.resume import seen
 
@@ -79,6 +79,11 @@ class Log:
             self.say(f"evaluations: {len(val.requests)} {data}, {by}, {weights} weights")
         else:
             self.say(f"no evaluations: {self.config['data']} holds nothing out")
+        card, nominal = nominal_flops(model.cos.device)
+        if card:
+            stated = f"{nominal / 1e12:.0f} by its data sheet" if nominal else "no figure is known"
+            peak = f"{self.peak / 1e12:.0f} TFLOP/s in matrix products, all processes"
+            self.say(f"{card}: {peak}, which is the peak below; bfloat16, one card: {stated}")
         if self.start:
             last = f" of {self.config['max_iters']}" * (self.config["max_iters"] > 0)
             at = f"at step {self.start}{last}, {self.minutes()}"

@@ -26,11 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from config import UserError, choose, require
+from lib import fused
 from lib.device import can_compile, keep_memory, machine, peak_memory
 
 # What a message advises where a run cannot be resumed.
 ANEW = "begin anew in another --out_dir=, or here with --resume=False, which keeps the old run"
-PATIENCE = datetime.timedelta(minutes=10)  # for a process that hangs; a dead one is noticed at once
+# For a process that hangs; a dead one is noticed at once. The others also wait while one compiles,
+# and while process 0 writes a large checkpoint.
+PATIENCE = datetime.timedelta(minutes=30)
 
 
 # ---- 1. Who they are -----------------------------------------------------------------------------
@@ -46,18 +49,27 @@ class Team(NamedTuple):
 
 
 def join(config):
-    """The Team as torchrun has set it up, joined up; on CUDA each process gets its own device."""
+    """The Team as torchrun has set it up, joined up; on CUDA each process gets its own device.
+
+    UserError for one card that all would share.
+    """
     choose("parallel", config["parallel"], ["ddp", "fsdp"])
     world, rank, local_rank = launched(os.environ)
-    if world > 1 and config["device"] in ("auto", "cuda") and torch.cuda.is_available():
+    wish, several = config["device"], world > 1 and torch.cuda.is_available()
+    own = "under torchrun each process takes a card of its own: use --device=cuda"
+    require(not (several and wish.startswith("cuda:")), f"device is {wish} for all; {own}")
+    if several and wish in ("auto", "cuda"):
         config = config | {"device": f"cuda:{local_rank}"}
-        torch.cuda.set_device(config["device"])
+    device, autocast = machine(config)
     if world > 1 and not dist.is_initialized():
-        backend = "nccl" if config["device"].startswith("cuda") else "gloo"
         group = {"store": own_store(), "world_size": world, "rank": rank, "timeout": PATIENCE}
+        backend = "gloo"
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            backend, group["device_id"] = "nccl", device  # or NCCL guesses which card is whose
         dist.init_process_group(backend, **group)
         atexit.register(dist.destroy_process_group)  # or a thread of gloo outlives Python's end
-    return Team(world, rank, *machine(config))
+    return Team(world, rank, device, autocast)
 
 
 def launched(env):
@@ -115,7 +127,10 @@ def agree(losses, signal, team):
 
 @contextlib.contextmanager
 def together(path, team):
-    """Inside the block the end of another process is one line: UserError."""
+    """Inside the block the end of another process is one line: UserError.
+
+    With NCCL its watchdog may end this process first, with a report of its own.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -142,14 +157,24 @@ def deal(lengths, team):
 # ---- 2. How they share the network ---------------------------------------------------------------
 
 
-def shard(model, device):
-    """fsdp for a network on the meta device, without memory yet: no process ever holds it all."""
+def shard(model, team):
+    """fsdp for a network on the meta device, without memory yet: no process ever holds it all.
+
+    Blocks are gathered in the dtype of the products, half as many bytes and no copy of them for
+    autocast; their gradients are added up in float32. So are embedding and head gathered, whose
+    dtype is that of the hidden states.
+    """
     from torch.distributed import fsdp  # half a second that only fsdp needs
 
     keep_memory(False)  # on the CPU: weights that are dropped have to leave the process
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(team.device.type, (team.world,))
+    with team.autocast():
+        dtype = fused.product_dtype(torch.empty(0, device=team.device))
+    mixes = team.device.type == "cuda" or model.config["norm"] == "rms"  # LayerNorm of a CPU cannot
+    low = {"param_dtype": dtype, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
+    policy = fsdp.MixedPrecisionPolicy(**low if mixes else {})
     for block in model.blocks:
-        fsdp.fully_shard(block, mesh=mesh)
+        fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
     fsdp.fully_shard(model, mesh=mesh)  # what is left: embedding, last norm and head
     for method in ("hidden", "hidden_in_order"):
         fsdp.register_fsdp_forward_method(model, method)
@@ -169,11 +194,12 @@ def engine(loss_of, config, team):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         if compiled:
             block.forward = in_training(block, torch.compile(block.forward))
-    if compiled and not sharded and model.vocab_size >= 1024:  # a small head is not worth the wait
-        model.head_loss = torch.compile(model.head_loss)
+    if compiled and model.vocab_size >= 1024:  # a small head is not worth the wait
+        model.row_loss = fused.compiled_row_loss()
     if sharded or team.world == 1:
         return loss_of
-    return DistributedDataParallel(loss_of, gradient_as_bucket_view=True)
+    options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}  # rotary tables
+    return DistributedDataParallel(loss_of, **options)
 
 
 def in_training(block, fast):

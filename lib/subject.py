@@ -8,7 +8,7 @@ from config import choose, require
 from data import examples, loader
 from data.tokenizer import from_meta
 from lib import checkpoint
-from lib.device import dtype_name, machine
+from lib.device import cast_products, dtype_name, machine
 from lib.text import encode, typed
 
 
@@ -37,6 +37,7 @@ def opened(config, reads_text=False):
     if reads_text:
         require(trained["tokenizer"], f"{ckpt} names no tokenizer, so it cannot read text")
         tokenizer = tokenizer or from_meta(trained["tokenizer"])  # says which package it lacks
+    cast_products(model, autocast)
     weights = "averaged weights" if config["ema"] and trained.get("ema") else "raw weights"
     words = f"{dtype_name(autocast, device)}, {weights}, seed {config['seed']}"
     return Subject(model, tokenizer, trained, autocast, words)

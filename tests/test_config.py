@@ -386,6 +386,28 @@ def test_a_user_error_is_one_line_and_exit_code_2(monkeypatch, capsys):
     assert (code, out, err) == (2, "", "program.py: unknown key --stepz; did you mean 'steps'?\n")
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), ""),
+        (
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has",
+            " (cannot allocate 2.00 GiB)",
+        ),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 40 bytes.", " (cannot"),
+        ("CUDA error: out of memory", ""),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", ""),
+    ],
+)
+def test_full_memory_is_one_line_and_exit_code_2(error, says, monkeypatch, capsys):
+    def main(config):
+        raise RuntimeError(error) if isinstance(error, str) else error
+
+    code, out, err = outcome(monkeypatch, capsys, main)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"program.py: not enough memory{says}") and "a smaller batch" in err
+
+
 def test_a_line_stays_one_line_whatever_the_user_typed(monkeypatch, capsys):
     code, _, err = outcome(monkeypatch, capsys, None, "--steps=1\n2")
     assert code == 2 and err.count("\n") == 1

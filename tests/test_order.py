@@ -234,8 +234,11 @@ def test_guidance_of_an_order_network_is_that_of_its_uncached_logits():
     x = requests_for(model)
     cond, idx = x != model.mask_id, (x == model.mask_id).flatten().nonzero().flatten()
     o = {"cfg_scale": 0.7, "batch_size": 7}
-    cached = decoding.Predictor(model, cond, o)(x, torch.arange(7), idx)  # (n, V)
-    assert torch.allclose(cached, diffusion.predict(model, x, idx, cond, 0.7), atol=1e-5)
+    call = samplers.Call(torch.arange(7), idx, idx, None, None, torch.zeros(7, dtype=torch.long))
+    policy = policy_of("any_order", ~cond)
+    h = decoding.Predictor(model, cond, policy, o)(x, call, call.live, idx)  # two of (n, D)
+    cached, plain = diffusion.guided(model, h, 0.7), diffusion.predict(model, x, idx, cond, 0.7)
+    assert torch.allclose(cached, plain, atol=1e-5)  # (n, V) each
 
 
 def test_about_two_tokens_a_token_pass_the_network_for_a_whole_sample():

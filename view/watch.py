@@ -30,9 +30,8 @@ def watch(tokenizer, x, mask_id, options, out=None, pause=0.04):
         nonlocal height
         live = rows.unique()  # (b,)
         done = torch.stack([calls[rows == row][0] for row in live])  # (b,)
-        again = policy.remasked(live, done)  # (b, L) or None
-        if again is not None:
-            x[live] = x[live].masked_fill(again, mask_id)
+        if policy.remasks:
+            x[live] = x[live].masked_fill(policy.masked_at(live, done), mask_id)
         x[rows, places] = tokens.to(x)
         at = calls if steps is None else steps[rows, places]  # (n,)
         for row, step, call in zip(rows.tolist(), at.tolist(), calls.tolist(), strict=True):
