@@ -36,7 +36,7 @@ DEFAULTS = {
 # The keys that name a file or a folder, or several with commas between them: ~ is the home there.
 PATHS = {"ckpt", "data", "folder", "from", "include_path", "init_from", "input", "judge", "out"}
 PATHS |= {"out_dir", "page", "preset", "reference", "results", "rows", "samples", "svg", "to"}
-PATHS |= {"tokenizer", "val"}
+PATHS |= {"tokenizer", "val", "runs", "gpt2"}
 
 RENAMED = {  # keys of earlier versions, for who types one and for checkpoints that hold them
     "causal": "attention",

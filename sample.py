@@ -198,7 +198,9 @@ def accepted(policy, call, L, p, entropy):
     """Which of a call's tokens are unmasked: (n,) bool, on the CPU. For p the host has to wait."""
     tables = torch.full((2, len(call.live), L), -1.0, dtype=p.dtype)  # p and entropy
     tables[1] = torch.inf
-    tables.flatten(1)[:, call.idx] = torch.stack([finite(p.cpu(), DRAWN), entropy.to(p).cpu()])
+    pair = torch.stack([p, entropy.to(p)]).cpu()  # (2, n)
+    finite(pair[0], DRAWN)
+    tables.flatten(1)[:, call.idx] = pair
     return policy.accept(call.live, call.done, *tables).flatten()[call.idx]
 
 

@@ -3,6 +3,7 @@
 tests/test_cuda.py runs this file in a process of its own, with pretended_cuda as a plugin.
 """
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -145,13 +146,20 @@ OBJECTIVES["t_dce"] |= {"bias": True, "norm": "layer", "mlp": "gelu", "head_padd
 def steps_of(device, bf16=False, **keys):
     """(losses, weights, waits) of two training steps; the waits are those of the second."""
     config = settings.defaults_of([settings, diffusion, network, train]) | SHAPE | keys
-    config |= {"batch_size": 4, "micro_batch_size": 2, "warmup_iters": 1, "max_iters": 2}
+    config |= {
+        "learning_rate": 1e-3,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "warmup_iters": 1,
+        "max_iters": 2,
+    }
     blocks = torch.arange(64).view(4, 16).numpy() * 7 % 50  # (B, L)
-    dataset = SimpleNamespace(batch=lambda step, position, B: blocks[list(position)])
+    dataset = SimpleNamespace(batch=lambda first, position: blocks[list(position)])
     team = Team(device=device, autocast=lambda: torch.autocast(device.type, enabled=bf16))
     model, ema, optimizers = train.build(config, team)
     loss_of = parallel.engine(diffusion.Loss(model, config["objective"]), config, team)
-    batches, found = list(train.make_batches(config, dataset, team)), []
+    batches = list(itertools.islice(train.make_batches(config, dataset, team), 4))
+    found = []
     for step in range(2):
         waits.clear()
         batch = iter(batches[2 * step :])
@@ -218,9 +226,10 @@ def test_samples_are_those_of_the_cpu_and_a_fixed_order_waits_for_no_call(sample
         found, _ = sample.sample(twin, there, suppress, **options)
         counted = sum(waits.values())
         assert torch.equal(found.cpu(), tokens)
-        # Before the first call, for what is asked and what must not come, and after the last.
+        # Before the first call, for what is asked and what must not come, and after the last, for
+        # whether all that was drawn had a probability.
         calls = len(seen) // (2 if attention == "order" and options.get("cfg_scale") else 1)
-        assert counted <= 4 + (0 if sampler in FIXED else calls) and calls > 4
+        assert counted <= 5 + (0 if sampler in FIXED else calls) and calls > 4
 
 
 def test_a_compiled_network_is_asked_in_calls_of_one_size(cuda):
@@ -239,7 +248,7 @@ def test_the_causal_baseline_waits_for_no_token(cuda):
     there = x.to(cuda)
     waits.clear()
     found, _ = sample.sample(twin, there, batch_size=2)
-    assert sum(waits.values()) <= 2
+    assert sum(waits.values()) <= 2 + 2  # a look at the probabilities after each batch
     assert torch.equal(found.cpu(), sample.sample(model, x, batch_size=2)[0])
 
 
@@ -305,14 +314,10 @@ def test_quality_and_choices_run_too(cuda, tmp_path):
 # ---- What is asked of the card -------------------------------------------------------------------
 
 
-def test_whether_a_card_can_compile_is_known_beforehand(cuda, monkeypatch):
+def test_whether_a_card_can_compile_is_known_beforehand(cuda, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not can_compile(cuda) and not can_compile(torch.device("mps"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    monkeypatch.setattr("shutil.which", lambda name: name == "gcc")
-    assert can_compile(cuda) and not can_compile(torch.device("cpu"))
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda *_: (6, 1))
-    assert not can_compile(cuda)
+    assert not can_compile.__wrapped__(cuda) and "triton" in capsys.readouterr().err
+    assert not can_compile.__wrapped__(torch.device("mps"))
 
 
 @pytest.mark.parametrize(
@@ -334,6 +339,8 @@ def test_the_data_sheet_of_a_card_is_found_by_its_name(name, flops, cuda, monkey
 
 def test_under_torchrun_each_process_takes_its_own_card_and_says_so_to_nccl(cuda, monkeypatch):
     told, place = [], {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    config = settings.DEFAULTS | {"parallel": "ddp"}
     for key, value in place.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr("torch.cuda.set_device", told.append)
@@ -341,13 +348,13 @@ def test_under_torchrun_each_process_takes_its_own_card_and_says_so_to_nccl(cuda
         "torch.distributed.init_process_group", lambda *z, **keys: told.append(keys)
     )
     monkeypatch.setattr("atexit.register", lambda *_: None)
-    team = parallel.join(settings.DEFAULTS)
+    team = parallel.join(config)
     assert team.device == told[0] == told[1]["device_id"] == torch.device("cuda:0")
     with pytest.raises(UserError, match="device is cuda:0 for all"):
-        parallel.join(settings.DEFAULTS | {"device": "cuda:0"})
+        parallel.join(config | {"device": "cuda:0"})
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(UserError, match="there is no cuda:1 here; the last is cuda:0"):
-        parallel.join(settings.DEFAULTS)
+        parallel.join(config)
 
 
 def test_the_pretence_ends_with_its_block():
