@@ -27,7 +27,7 @@ from lib.log import flops_of_step
 DEPTHS = range(2, 33)  # what the machine can pick
 TOKENS = 20  # to read for each parameter of the blocks
 UTILISATION = 0.4  # part of the machine's speed in matrix products that training has
-READINGS = 30  # of a text, after which a larger network learns it by heart
+READINGS = 30  # of a text, after which a larger network may learn it by heart (a guess)
 RATES = {"muon": 1e-2, "adamw": 4e-3}  # learning rates up to a width of 96
 MINUTES = 10.0  # of a run that is told neither max_iters nor max_minutes
 
