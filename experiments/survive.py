@@ -153,12 +153,16 @@ def outcome(folder):
     return parts | {"log": steady, "files": names}
 
 
-def run_of(config, folder):
-    """The config of the run, whose data this writes to the folder."""
+def keys_of(config, folder):
+    """The keys of the run, whose data this writes to the folder."""
     parts = [("train", TEXT), ("val", TEXT[:500])]
     writer.prepare(folder / "data", parts, Char("".join(sorted(set(TEXT)))))
     keys = KEYS | {"data": folder / "data", "seed": config["seed"]}
-    keys |= {"max_iters": config["steps"], "eval_interval": config["steps"] // 2}
+    return keys | {"max_iters": config["steps"], "eval_interval": config["steps"] // 2}
+
+
+def run_of(keys):
+    """The config of a run."""
     line = [f"--{key}={value}" for key, value in keys.items()]
     return settings.parse(line, settings, diffusion, network, train)
 
@@ -172,7 +176,7 @@ def main(config):
     totals = {"killed": 0, "corrupted": 0, "lost_steps": 0, "while_saving": 0}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        run = run_of(config, folder)
+        run = run_of(keys_of(config, folder))
         left_alone, killed = (
             {**run, "out_dir": str(folder / name)} for name in ("left_alone", "killed")
         )

@@ -1,5 +1,6 @@
 """Survival: killed, terminated, out of disk, read-only, damaged, diverged. What was saved stays."""
 
+import contextlib
 import json
 import math
 import os
@@ -35,7 +36,7 @@ import train
 from config import UserError
 from data import loader, writer
 from data.tokenizer import Char
-from experiments import results, survive
+from experiments import results, survive, two_hosts
 from lib import checkpoint
 from lib.budget import Clock
 from lib.log import Log
@@ -295,3 +296,41 @@ def test_a_rank_that_dies_ends_the_others_and_torchrun_goes_on_and_stops_when_to
     assert f"stopped and saved {out_dir}/ckpt.pt at step {at}" in out
     run(data, tmp_path / "one", **keys | {"max_iters": at})
     assert losses(out_dir) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+REACH = """
+import socket
+with socket.create_connection(("10.77.0.1", 29500), 5) as line:
+    print(line.recv(5).decode())
+"""
+MEET = """
+import socket
+with socket.create_server(("10.77.0.1", 29500)) as place:
+    print(flush=True)
+    place.accept()[0].send(b"hello")
+"""
+
+
+def test_two_hosts_reach_each_other_and_whatever_happens_nothing_of_them_is_left():
+    def at(host, program):
+        line = ["ip", "netns", "exec", host.name, sys.executable, "-c", program]
+        return subprocess.Popen(line, stdout=subprocess.PIPE, text=True)
+
+    with pytest.raises(ValueError), contextlib.ExitStack() as opened:
+        try:
+            first, second = opened.enter_context(two_hosts.two_hosts())
+        except UserError as refused:
+            pytest.skip(str(refused))
+        server, sleeper = at(first, MEET), at(first, "import time; time.sleep(600)")
+        server.stdout.readline()
+        assert at(second, REACH).communicate(timeout=60)[0] == "hello\n"
+        raise ValueError
+    assert sleeper.wait(timeout=60) == -signal.SIGKILL
+    names = two_hosts.ip("netns", "list")
+    assert first.name not in names and second.name not in names
+
+
+def test_the_two_hosts_compare_the_tensors_that_differ_most():
+    a = {"x": torch.tensor([1.0, 2.0]), "y": torch.zeros(3)}
+    assert two_hosts.difference(a, a) == 0
+    assert two_hosts.difference(a, a | {"x": torch.tensor([1.0, 2.5])}) == 0.5
