@@ -5,11 +5,13 @@
 #   torchrun --nproc-per-node=8 train.py configs/radd_medium.py
 #
 # Tokens: 400,000 steps x 512 sequences x 1,024 = 210 billion.
-# FLOPs:  a token costs 3 x 747 million (forward and backward; attention counted, the head on the
+# FLOPs:  a token costs 3 x 746 million (forward and backward; attention counted, the head on the
 #         masked half only), so the run costs 4.7e20; for comparison 6 x 302M x 210e9 = 3.8e20
 #         without attention and head.
-# Hours:  4.7e20 / (312e12 x 0.4 x 3600) = 1046 on an A100 at 40% of its bfloat16 peak: 131 on
-#         eight. On an H100 (989e12), also at 40%: 330.
+# Hours:  4.7e20 / (989e12 x 0.27 x 3600) = 488 on one H100, 61 on eight. Computed, with the
+#         utilisation of radd_small; its larger products should do better.
+# Memory: 46.9 GB at a micro-batch of 32; cards of 8, 16, 24 and 80 GB hold 0, 2, 8 and 32
+#         sequences, with --recompute 0, 16, 64 and 256. Computed (experiments/scaling_up.py).
 #
 # The paper gives no recipe of its own for this size; the code changes the network only. For weight
 # decay, the number of tokens and what differs on purpose, see radd_small.

@@ -4,11 +4,15 @@
 #   torchrun --nproc-per-node=8 train.py configs/radd_small.py
 #
 # Tokens: 400,000 steps x 512 sequences x 1,024 = 210 billion.
-# FLOPs:  a token costs 3 x 241 million (forward and backward; attention counted, the head on the
+# FLOPs:  a token costs 3 x 240 million (forward and backward; attention counted, the head on the
 #         masked half only), so the run costs 1.5e20; for comparison 6 x 85M x 210e9 = 1.1e20
 #         without attention and head.
-# Hours:  1.5e20 / (312e12 x 0.4 x 3600) = 337 on an A100 at 40% of its bfloat16 peak: 42 on eight.
-#         On an H100 (989e12), also at 40%: 106.
+# Hours:  1.5e20 / (989e12 x 0.27 x 3600) = 157 on one H100, 20 on eight. Computed: 27% of its
+#         bfloat16 peak is what a roofline of every operation gives at a micro-batch of 64, and 36%
+#         with the head in large chunks, faster attention and compilation across blocks.
+#         `python -m experiments.gpu` measures it.
+# Memory: 32.1 GB at a micro-batch of 64; cards of 8, 16, 24 and 80 GB hold 4, 16, 32 and 128
+#         sequences, with --recompute 32, 64, 128 and 512. Computed (experiments/scaling_up.py).
 #
 # Where the paper and the published code disagree, this follows the code, which presumably made the
 # published weights:

@@ -9,9 +9,12 @@
 #         the warm-up.
 # Tokens: 187,107 x 256 x 2,048 = 98 billion.
 # FLOPs:  1e20 as the paper counts them. With attention, and the head on the masked half, a token
-#         costs 3 x 470 million, so the run costs 1.4e20.
-# Hours:  1.4e20 / (312e12 x 0.4 x 3600) = 308 on an A100 at 40% of its bfloat16 peak: 38 on eight.
-#         On an H100 (989e12), also at 40%: 97.
+#         costs 3 x 469 million, so the run costs 1.4e20.
+# Hours:  1.4e20 / (989e12 x 0.3 x 3600) = 129 on one H100, 16 on eight. Computed: 28 to 32% of its
+#         bfloat16 peak is what a roofline of every operation gives. `python -m experiments.gpu`
+#         measures it.
+# Memory: 35.5 GB at a micro-batch of 16; cards of 8, 16, 24 and 80 GB hold 1, 4, 8 and 32
+#         sequences, with --recompute 8, 32, 64 and 256. Computed (experiments/scaling_up.py).
 #
 # Where the paper and the published code disagree, this follows the code, which presumably made the
 # published weights:

@@ -52,7 +52,7 @@ SMALL |= {"batch_size": 32, "learning_rate": 1e-3, "optimizer": "adamw"}
 CALLS, STEPS = 20, 5  # that are timed together
 
 
-def write_tokens(folder, n, shards):
+def write_tokens(folder, n, shards, V=V):
     """A prepared folder of n tokens in its split train: random, or holes in the file if many."""
     folder.mkdir()
     numbers = np.random.default_rng(0)

@@ -10,6 +10,7 @@ tests measure on small cases; speeds are taken from data sheets, and a utilisati
 
 import math
 import sys
+from pathlib import Path
 
 import torch
 
@@ -32,7 +33,7 @@ DEFAULTS = {
     "ema": True,  # keep averaged weights
     "peak": 989e12,  # operations a second: an H100's in bfloat16, dense, by its data sheet
     "memory": 80e9,  # bytes of a GPU
-    "mfu": 0.4,  # the part of the peak that is reached while no GPU waits for another
+    "mfu": 0.3,  # the part of the peak reached while no GPU waits: 0.28..0.32 by a roofline of 170M
     "node": 8,  # GPUs of a node
     "nvlink": 450e9,  # bytes a second that a GPU sends inside its node, an H100's
     "links": 8,  # network cards of a node
@@ -48,6 +49,8 @@ DEFAULTS = {
     "save_minutes": 30.0,  # between two checkpoints
 }
 
+PRESETS = {"gpu_small": 50257, "radd_small": 50257, "smdm_170m": 32000, "radd_medium": 50257}  # V
+CARDS = (8, 16, 24, 80)  # GB, a tenth of which goes to CUDA, fragments, and tables in passing
 BUCKET = 25 * 2**20  # bytes of gradients that ddp sends at once
 
 
@@ -57,23 +60,44 @@ BUCKET = 25 * 2**20  # bytes of gradients that ddp sends at once
 def shape(config, size):
     """The model of a size of SMDM's table, without memory for it."""
     keys = {key: config[key] for key in ("vocab_size", "block_size")}
+    return unmade(formats.MODEL | formats.size_config(size) | keys)
+
+
+def preset(name):
+    """(config, model) of a preset, without memory for it."""
+    path = Path(__file__).parent.parent / f"configs/{name}.py"
+    config = network.DEFAULTS | {"size": "", "ema": 0.0} | settings.read_preset(path)
+    config |= {"vocab_size": PRESETS[name]}
+    config |= formats.size_config(config["size"]) if config["size"] else {}
+    return config, unmade(config)
+
+
+def unmade(config):
     with torch.device("meta"):
-        return network.Transformer(formats.MODEL | formats.size_config(size) | keys)
+        return network.Transformer(config)
+
+
+def norm_bytes(net):
+    """Bytes that a norm keeps of a token in float32: input and scale, and its mean or result."""
+    D = net.config["n_embd"]
+    return 4 * D + 8 if net.config["norm"] == "layer" else 8 * D + 4
 
 
 def block_bytes(net):
-    """Bytes that a block of SMDM's kind keeps for its backward pass in bfloat16 autocast.
+    """Bytes that a block keeps for its backward pass in bfloat16 autocast.
 
-    (For each token, for each position that leaves the block); weights left out. Float32: what goes
-    into a norm, the same divided by its scale (4D each), and the scale. bfloat16: what goes into
-    qkv, proj, gate and up (2D each), what qkv gives (6D), q and k turned (2D each), what attention
-    gives (2D, and 4H for its sums), and four tables as wide as the MLP (2F each). A fused norm or a
-    compiled block keeps less.
+    (For each token, for each position that leaves the block); weights left out. bfloat16: what goes
+    into qkv, proj, and into up and gate (2D each), what qkv gives (6D), q and k turned (2D each),
+    what attention gives (2D, and 4H for its sums), what leaves up and enters down, and with a gate
+    two more (2F each), and what dropout keeps (2D each). Float32: norms, of q and k too (4D and 4H
+    each). A fused norm, a compiled block and the masks of dropout on a GPU keep less.
     """
-    D, H, F = (net.config[key] for key in ("n_embd", "n_head", "mlp_width"))
-    attention = (8 * D + 4) + 2 * D + 6 * D + 4 * D + 2 * D + 4 * H
-    mlp = (8 * D + 4) + 4 * D + 8 * F
-    return attention, mlp + 2 * D
+    D, H = net.config["n_embd"], net.config["n_head"]
+    F, gate = net.config["mlp_width"] or 4 * D, net.config["mlp"] == "swiglu"
+    normed = (4 * D + 4 * H) * net.config["qk_norm"]
+    attention = norm_bytes(net) + 2 * D + 6 * D + 4 * D + normed + 2 * D + 4 * H
+    mlp = norm_bytes(net) + (1 + gate) * (2 * D + 4 * F)
+    return attention, 2 * D + normed + mlp + 4 * D * (net.config["dropout"] > 0)
 
 
 def activation_bytes(net, tokens, recompute=False):
@@ -81,7 +105,7 @@ def activation_bytes(net, tokens, recompute=False):
     D, n_layer, N = net.config["n_embd"], net.config["n_layer"], tokens // 2
     per_token, per_position = block_bytes(net)
     # Ids, masked_idx, last norm, and the gradient at its output.
-    ends = 8 * tokens + 8 * N + (8 * D + 4) * N + 4 * D * N
+    ends = 8 * tokens + 8 * N + norm_bytes(net) * N + 4 * D * N
     if recompute:  # what goes into each block, and all of one block
         return ends + 4 * D * tokens * n_layer + (per_token + per_position) * tokens
     turns = 4 * D // net.config["n_head"] * N  # cos and sin at the last block's queries
@@ -131,6 +155,25 @@ def memory(config, net, engine, gpus, micro):
     recomputed = copies + activation_bytes(net, tokens, recompute=True)
     held["with_recompute"] = rest - held["copies"] + recomputed
     return held | {"logits_avoided": 4 * tokens * V}
+
+
+def one_card(name):
+    """What a preset needs on one GPU: GB in any case and for each sequence at once, and the largest
+    micro-batches, powers of two, that cards of so many GB hold: as it is, with blocks recomputed.
+    """
+    config, net = preset(name)
+    parts = {}
+    for key in ("total", "with_recompute"):
+        one, two = (memory(config, net, "ddp", 1, micro)[key] / 1e9 for micro in (1, 2))
+        parts[key] = 2 * one - two, two - one
+    row = {"preset": name, "GB": parts["total"][0], "GB_a_sequence": parts["total"][1]}
+    row |= {"recomputed": parts["with_recompute"][0]}
+    row |= {"recomputed_a_sequence": parts["with_recompute"][1]}
+    for card in CARDS:
+        sizes = [int((0.9 * card - fixed) / each) for fixed, each in parts.values()]
+        largest = [2 ** (size.bit_length() - 1) if size > 0 else 0 for size in sizes]
+        row[f"{card}_GB"] = "{}; {}".format(*largest)
+    return row
 
 
 # ---- 3. Time -------------------------------------------------------------------------------------
@@ -272,7 +315,8 @@ MEMORY = [*HELD, "activations", "total", "with_recompute", "logits_avoided"]
 KEPT = ["checkpoint_GB", "failures", "lost", "lost_at_it", "best_interval_min"]
 TENTHS = [*MEMORY, "ddp_GB", "fsdp_GB", "sent_GB", "compute_ms", "network_ms", "exposed_ms"]
 TENTHS += ["hours", "data_MB_per_s", "checkpoint_GB", "save_s"]
-FORMATS = dict.fromkeys(TENTHS, "{:,.1f}") | {"failures": "{:.2f}"}
+FORMATS = dict.fromkeys(["GB", "GB_a_sequence", "recomputed", "recomputed_a_sequence"], "{:.2f}")
+FORMATS |= dict.fromkeys(TENTHS, "{:,.1f}") | {"failures": "{:.2f}"}
 FORMATS |= dict.fromkeys(["mfu", "lost", "lost_at_it", "of_the_loader"], "{:.1%}")
 
 
@@ -321,10 +365,12 @@ def main(config):
                 figures[f"{name}_recompute_GB"] = held["with_recompute"] / 1e9
                 figures |= {f"{name}_{key}": value for key, value in speed.items()}
             figures |= {f"{size}_{gpus}_{key}": row[key] for key in KEPT}
+    cards = [one_card(name) for name in PRESETS]
     tables = {
         "The whole run, by the faster engine": runs,
         "Memory of a GPU at the peak of a step, GB": memories,
         "One step, and the whole budget": speeds,
+        "One GPU: memory, and the largest micro-batch on cards; with blocks recomputed": cards,
     }
     text = "\n".join(results.table(title, rows, FORMATS) for title, rows in tables.items())
     results.write(config, "scaling_up", figures, text, PLOTS)
