@@ -35,7 +35,7 @@ import diffusion
 from config import require
 from data.tokenizer import from_meta
 from lib import checkpoint, fused
-from lib.device import can_compile, cast_products, machine, wait
+from lib.device import can_compile, cast_products, compile_hidden, machine, wait
 from lib.files import to_json, whole_file
 from lib.log import progress_bar
 from lib.stats import finite
@@ -343,8 +343,7 @@ def opened(config):
     check(config, causal)
     cast_products(model, autocast)
     if config["compile"] and not causal and can_compile(device):
-        graphs = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
-        model.hidden = torch.compile(model.hidden, options=graphs if device.type == "cuda" else {})
+        compile_hidden(model, device)
     return model, tokenizer, trained, autocast
 
 

@@ -289,6 +289,9 @@ def kernels(averages, on_cuda):
 # ---- Sampling ------------------------------------------------------------------------------------
 
 
+PROGRAMS = ("eager", "compiled", "as CUDA graphs")
+
+
 def sampling(part):
     """RADD-small's shape, whole samples: masked by steps, the causal baseline, an order network."""
     batches, steps = part.some((1, 16), (1, 2)), part.some((64, 1024, 128, 256, 512), (8, 64))
@@ -303,31 +306,33 @@ def sampling(part):
     order = built(part, "order")
     for B, n in itertools.product(batches, steps[:1]):
         part(f"order, cached, batch {B}, {n} steps", masked, order, B, n)
-    programs = itertools.product(steps[:2], batches, (None, "reduce-overhead"))
-    for n, B, mode in itertools.islice(programs, part.some(None, 2)):
-        what = "CUDA graphs" if mode else "compiled"
-        keys = part.some({"mode": mode}, {})
-        part(f"masked, {what}, batch {B}, {n} steps", masked, model, B, n, keys)
+    del order
+    programs = itertools.product(steps[:2], batches, PROGRAMS[1:])
+    for n, B, how in itertools.islice(programs, part.some(None, 2)):
+        part(f"masked, {how}, batch {B}, {n} steps", masked, model, B, n, how)
 
 
 def built(part, attention):
     config = part.preset("radd_small", attention=attention)
-    return network.Transformer(config).to(part.device).eval()
+    model = network.Transformer(config).to(part.device).eval()
+    devices.cast_products(model, part.autocast)
+    return model
 
 
-def masked(part, model, B, steps, compiled=None):
+def masked(part, model, B, steps, how="eager"):
     """As large a part of a sample as takes CALLS calls, with the same tokens due in each."""
     L, schedule = model.block_size, diffusion.SCHEDULES["loglinear"]
     nfe = diffusion.expected_nfe(diffusion.unmask_schedule(schedule, steps), L)
     share = min(1.0, part.some(CALLS, 4) / nfe) if model.config["attention"] == "full" else 1.0
     x = torch.zeros(B, L, dtype=torch.long, device=part.device)  # (B, L)
     x[:, : round(share * L)] = model.mask_id
-    plain = model.hidden
-    model.hidden = plain if compiled is None else torch.compile(plain, **compiled)
+    options = {"steps": max(1, round(share * steps)), "compile": how != "eager"}
+    if how != "eager":
+        devices.compile_hidden(model, part.device, graphs=how == PROGRAMS[2])
     try:
-        seconds, info = sampled(part, model, x, steps=max(1, round(share * steps)))
+        seconds, info = sampled(part, model, x, **options)
     finally:
-        del model.hidden  # the method is behind it
+        vars(model).pop("hidden", None)  # the method is behind it
     calls = float(info["nfe"].double().mean())
     whole = seconds * nfe / calls if share < 1 else seconds
     return {"seconds_a_sample": whole / B, "ms_a_call": 1e3 * seconds / float(info["nfe"].max())}

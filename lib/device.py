@@ -107,6 +107,13 @@ def can_compile(device):
         return False
 
 
+def compile_hidden(model, device, graphs=True):
+    """Compiles what a sampler calls. graphs: on CUDA a call is one CUDA graph, where sizes stay."""
+    options = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
+    options = options if graphs and device.type == "cuda" else {}
+    model.hidden = torch.compile(model.hidden, options=options)
+
+
 def wait(device):
     """Until the device has done what it was told: a GPU works on after a call."""
     if device.type == "cuda":

@@ -5,6 +5,7 @@ tests/test_cuda.py runs this file in a process of its own, with pretended_cuda a
 
 import itertools
 import json
+import time
 from types import SimpleNamespace
 
 import pretended_cuda
@@ -26,6 +27,7 @@ from config import UserError
 from data import writer
 from data.tokenizer import Char
 from evals import choice, quality
+from experiments import device_speed, gpu, results
 from lib import fused, parallel
 from lib.device import PRODUCTS, can_compile, nominal_flops
 from lib.parallel import Team
@@ -309,6 +311,41 @@ def test_quality_and_choices_run_too(cuda, tmp_path):
     keys |= {"from": str(tmp_path), "set": "plain", "draws": 2, "cfg_scale": 0.5}
     result = choice.main(settings.options(keys, settings, diffusion, choice))
     assert result["questions"] == 1
+
+
+# ---- The measurements of a card ------------------------------------------------------------------
+
+NOT_PRETENDED = ("of one process", "compiled", "as CUDA graphs")  # NCCL, and Inductor's programs
+
+
+class Event:
+    def __init__(self, **_): ...
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at)
+
+
+def test_a_card_is_measured_line_by_line_and_computes_what_is_right(cuda, monkeypatch):
+    card = SimpleNamespace(multi_processor_count=132, major=9, minor=0)
+    fakes = {"Event": Event, "empty_cache": lambda: None, "current_device": lambda: 0}
+    fakes |= {"mem_get_info": lambda *_: (79e9, 80e9), "get_device_properties": lambda *_: card}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", fake)
+    monkeypatch.setattr("gc.collect", lambda: None)
+    monkeypatch.setattr(device_speed, "profiled", lambda *_: {})  # torch's looks for a real one
+    words, lines = ["--device=cuda", "--quick", "--dtype=bfloat16"], []
+    part = gpu.Part(settings.parse(words, settings, results, gpu), 60.0, lines.append)
+    for _, measure in gpu.PARTS.values():
+        gpu.at_work(part, measure)
+    failed = [line for line in lines if "failed" in line]
+    failed = [line for line in failed if not any(word in line["what"] for word in NOT_PRETENDED)]
+    assert not failed and len(lines) > 75
+    assert all(line["right"] for line in lines if "right" in line)
+    eager = next(line for line in lines if line["what"] == "micro-batch 2, eager")
+    assert {"of_nominal", "of_measured", "memory_GB", "first_step_s"} <= eager.keys()
 
 
 # ---- What is asked of the card -------------------------------------------------------------------
