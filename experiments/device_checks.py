@@ -132,17 +132,17 @@ def head(part, dtype):
     """The head's loss and gradients as training takes them, against the formula in float64."""
     N, V = (40, 110) if part.quick else (300, 50257)
     torch.manual_seed(0)
-    config = small(part, "full", vocab_size=V)
+    config = small(part, "full", vocab_size=V, bias=True)
     h, target, weight = torch.randn(N, config["n_embd"]), torch.randint(V, (N,)), torch.rand(N)
     found, team, model = [], team_of(part, dtype), network.Transformer(config)
     for device, wide in (("cpu", torch.float64), (team.device, torch.float32)):
         model = copy.deepcopy(model).to(device, wide)
         leaf, w = (z.to(device, wide).requires_grad_() for z in (h, weight))  # (N, D), (N,)
         if not found:
-            loss, ce = diffusion.cross_entropy(model, leaf, target, w.detach())
+            loss, _, ce = diffusion.cross_entropy(model, leaf, target, w.detach())
         else:
             with team.autocast():
-                loss, ce = model.head_loss(leaf, target.to(device), w.detach())
+                loss, _, ce = model.head_loss(leaf, target.to(device), w.detach())
         loss.backward()
         found.append((ce, leaf.grad, model.unembed.weight.grad, model.unembed.bias.grad))
     names = "ce", "hidden states", "weight", "bias"

@@ -198,7 +198,7 @@ def lines_of(config, measure, seconds):
 
 def serve(pipe, config, measure, seconds):
     """In a process of its own, which says nothing but its lines."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "w", encoding="utf8") as nowhere, contextlib.redirect_stdout(nowhere):
         with contextlib.redirect_stderr(nowhere):
             gc.freeze()  # what is loaded by now need not be looked through before each line
             at_work(Part(config, seconds, pipe.send), measure)
@@ -242,7 +242,7 @@ def hours(name, machine, speed):
     path = ROOT / f"configs/{name}.py"
     preset = settings.read_preset(path)
     tokens = preset["max_iters"] * preset["batch_size"] * preset["block_size"]
-    took, text = tokens / speed / 3600, re.sub(r"\s*\n#\s*", " ", path.read_text())
+    took, text = tokens / speed / 3600, re.sub(r"\s*\n#\s*", " ", path.read_text("utf8"))
     for number, card in re.findall(r"([\d.]+) on one ([\w ]+)", text):
         if re.search(rf"\b{card}\b", machine):
             near = "confirmed" if abs(took / float(number) - 1) < 0.1 else "not confirmed"

@@ -71,7 +71,7 @@ class Host:
         line += ["train.py", *(f"--{key}={value}" for key, value in run.items())]
         own = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
         own["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as in configs/slurm.sh
-        with open(said(run), "a") as file:
+        with open(said(run), "a", encoding="utf8") as file:
             keys = {"stdout": file, "stderr": file, "env": os.environ | own}
             self.torchrun = subprocess.Popen(line, **keys)
 
@@ -169,7 +169,7 @@ def until(run, condition):
 
 def tail(run):
     """The last that torchrun and train.py have said."""
-    return said(run).read_text()[-800:]
+    return said(run).read_text("utf8")[-800:]
 
 
 def said(run):
@@ -201,8 +201,8 @@ def main(config):
     text = results.table(f"A run of {config['steps']} steps on two hosts", rows)
     text += f"\nOne process on each, and two hosts that nobody disturbed: identical {same}.\n"
     text += f"Changing numbers, and one process: weights differ by {off:.1e}.\n"
-    print(text)
     results.write(config, "two_hosts", figures, text)
+    print(text)
     return figures
 
 
