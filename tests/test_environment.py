@@ -338,7 +338,8 @@ def test_one_batch_of_text_starts_no_process(tmp_path, monkeypatch):
 
 def test_make_uses_a_python_that_is_named_and_has_torch():
     def plan(*line):
-        env = {name: value for name, value in os.environ.items() if name != "PYTHON"}
+        outer = ("PYTHON", "MAKEFLAGS", "MAKELEVEL", "MFLAGS")  # of the make that runs the tests
+        env = {name: value for name, value in os.environ.items() if name not in outer}
         keys = {"cwd": ROOT, "env": env, "capture_output": True, "text": True, "check": True}
         return subprocess.run(["make", "-n", "-B", *line], **keys).stdout.splitlines()
 
