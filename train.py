@@ -326,6 +326,7 @@ def main(config):
 
 
 def train(config, team):
+    """main, once out_dir is this run's."""
     # How the run begins: anew, from other weights, or from where it stopped.
     config, state = resume.begin(config, team)
     path = resume.checkpoint_path(config)

@@ -159,14 +159,14 @@ def name_ends(axes, ends, gap=0.05):
 
 def script_of(name):
     """The module of experiments whose results are called `name` or name_SOMETHING."""
-    scripts = [path.stem for path in Path(__file__).parent.glob("*.py")]
+    scripts = [path.stem for path in Path(__file__).parent.glob("[!.]*.py")]
     mine = (s for s in scripts if f"{name}_".startswith(f"{s}_"))
     return max(mine, key=len, default="")  # "": of a script that is no more
 
 
 def main(config):
     """Draw the plots of all figures in a folder again."""
-    for path in sorted(Path(config["results"]).glob("*.json")):
+    for path in sorted(Path(config["results"]).glob("[!.]*.json")):
         name = script_of(path.stem)
         module = importlib.import_module(f"experiments.{name}") if name else None
         for ending, draw in getattr(module, "PLOTS", {}).items():

@@ -11,7 +11,6 @@ optimizer state and the log have to be those of a run that was left alone, bit f
 import json
 import multiprocessing
 import random
-import signal
 import sys
 import tempfile
 import threading
@@ -73,7 +72,8 @@ def live(config, progress):
 
 def start(config):
     """(process, progress): a run in its own process, forked from one that has torch already."""
-    context = multiprocessing.get_context("forkserver")
+    ways = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in ways else "spawn")
     context.set_forkserver_preload(["train", "torch._dynamo"])
     progress = context.Array("q", 3, lock=False)  # a lock could be held by a killed process
     process = context.Process(target=live, args=(config, progress))
@@ -117,7 +117,7 @@ def kill(config, step, seconds, chance):
     process.join()
     after = step_saved(config)
     return {
-        "killed": int(process.exitcode == -signal.SIGKILL),
+        "killed": int(process.exitcode < 0),
         "corrupted": int(after is None),
         "lost_steps": max(0, max(before, progress[1]) - (after or 0)),
         "while_saving": progress[2],

@@ -37,6 +37,7 @@ def machine(config):
         cards = torch.cuda.device_count()
         is_here = (torch.device(name).index or 0) < cards
         require(is_here, f"there is no {name} here; the last is cuda:{cards - 1}")
+    check_cache()
     if kind == "cpu":
         keep_memory()
     fast = config["dtype"] == "auto" and multiplies_bfloat16(kind)
@@ -81,6 +82,17 @@ def keep_memory(keep=True):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0 if keep else 65536)  # M_MMAP_MAX
         mallopt(-1, 2**31 - 1 if keep else 2**26)  # M_TRIM_THRESHOLD
+
+
+def check_cache():
+    """Heeds no cache of the compiler that cannot be made: torch would end there in any case."""
+    if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        try:
+            os.makedirs(folder, exist_ok=True)
+        except OSError as error:
+            why = f"{folder} cannot be made ({error.strerror})"
+            print(f"{why}, so TORCHINDUCTOR_CACHE_DIR is not heeded", file=sys.stderr)
+            del os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
 @functools.cache

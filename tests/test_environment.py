@@ -265,6 +265,17 @@ def test_whatever_compiling_lacks_it_is_tried_once_and_said_by_one(error, monkey
     device.can_compile.cache_clear()
 
 
+def test_a_cache_of_the_compiler_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "cache"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    line = f"{folder} cannot be made (Not a directory), so TORCHINDUCTOR_CACHE_DIR is not heeded\n"
+    for said in (line, ""):  # once
+        device.machine(settings.DEFAULTS | {"device": "cpu"})
+        assert capsys.readouterr().err == said
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
 # ---- File systems without hard links -------------------------------------------------------------
 
 

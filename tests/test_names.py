@@ -21,6 +21,7 @@ import train
 from config import UserError, optional, parse
 from data import download, loader, writer
 from data.text import prepare
+from data.tokenizer import GPT2
 from lib import checkpoint, parallel
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -194,6 +195,15 @@ def test_a_cache_that_cannot_be_written_is_one_line_that_names_the_variable(tmp_
         download.hub_file("owner/name", "config.json")
     with pytest.raises(UserError, match=r"config.json: Not a directory$"):
         download.hub_file("owner/name", "config.json", tmp_path / "file" / "mine")
+
+
+def test_a_tokenizer_whose_cache_cannot_be_written_is_one_line(monkeypatch):
+    def get_encoding(name):
+        raise PermissionError(13, "Permission denied", "/cache")
+
+    monkeypatch.setattr("tiktoken.get_encoding", get_encoding)
+    with pytest.raises(UserError, match=r"\(PermissionError\).* set TIKTOKEN_CACHE_DIR to a"):
+        GPT2()
 
 
 # ---- Variables, folders and packages -------------------------------------------------------------

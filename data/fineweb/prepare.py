@@ -61,7 +61,7 @@ def whole_shards(folder, repo):
     other = bool(meta) and meta.get("source") != repo
     require(not other, f"{folder} holds another text than {repo}; choose another --out")
     try:
-        counts |= {path.stem: json.loads(path.read_bytes()) for path in building.glob("*.json")}
+        counts |= {path.stem: json.loads(path.read_bytes()) for path in building.glob("[!.]*.json")}
         size = {name: 2 * count["tokens"] for name, count in counts.items()}
         return {name: counts[name] for name in size if size[name] in sizes(folder, building, name)}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
