@@ -34,9 +34,9 @@ DEFAULTS = {
 }
 
 # The keys that name a file or a folder, or several with commas between them: ~ is the home there.
-PATHS = {"ckpt", "data", "folder", "from", "include_path", "init_from", "input", "judge", "out"}
-PATHS |= {"out_dir", "page", "preset", "reference", "results", "rows", "samples", "svg", "to"}
-PATHS |= {"tokenizer", "val", "runs", "gpt2"}
+PATHS = {"ckpt", "data", "folder", "from", "gpt2", "include_path", "init_from", "input", "judge"}
+PATHS |= {"out_dir", "page", "preset", "reference", "results", "rows", "runs", "samples", "svg"}
+PATHS |= {"out", "to", "tokenizer", "val"}
 
 RENAMED = {  # keys of earlier versions, for who types one and for checkpoints that hold them
     "causal": "attention",
