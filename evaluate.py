@@ -106,9 +106,9 @@ def importance_sampled(objective, draw, m):
     Its weight 1/m has no second moment: one token masked at a tiny m counts for too much, and no
     interval could be trusted. An empty mask adds nothing, so E[X] = P(some masked) E[X | some
     masked], and weight * P(some masked) = (1 - (1 - m)^l) / m is l at most. (Training does without:
-    one such step among many only adds noise.) The condition is that
-    the lowest of l uniform numbers is below m. Given the lowest, the others are uniform above it:
-    so scaling 1 - noise by one factor a row, which takes the lowest to where it must be, does it.
+    one such step among many only adds noise.) The condition is that the lowest of l uniform numbers
+    is below m. Given the lowest, the others are uniform above it: so scaling 1 - noise by one
+    factor a row, which takes the lowest to where it must be, does it.
     """
     answer = draw.place >= 0  # (b, W)
     l = answer.sum(1)  # (b,)
@@ -240,6 +240,7 @@ def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
     device = next(model.parameters()).device
     x0, mask, weight, counted = fused.moved(device, x0, mask, weight.float(), counted)
     if model.config["attention"] == "causal":
+        require(cond is None, "cfg_scale needs a masked diffusion model, not a causal one")
         return diffusion.ar_nll(model, x0, mask, weight, counted)[1]
     if cond is None:
         return diffusion.nelbo(model, x0, mask, weight, counted, estimator.normalised)[1]
@@ -317,13 +318,11 @@ def estimate(model, requests, lengths=None, groups=None, progress=False, **optio
 def token_nats(model, ids, **options):
     """What each token of a text costs along the chain rule: ids (L,) -> nats (draws, L) float64.
 
-    Given the tokens before it in an order; a draw is one order, its sum -log p along it, and a row
-    one token. options as of answer_nats; UserError for an estimator that is no chain rule.
+    Given those before it in an order, one order a draw; UserError for what is no chain rule.
     """
     o = merged(options)
-    _, estimator = estimator_of(model, o["estimator"])
-    none = f"{o['estimator']} has no nats of each token; try --estimator=chain"
-    require(estimator.rank and not estimator.mean_of_p, none)
+    name, estimator = estimator_of(model, o["estimator"])
+    require(estimator.rank and not estimator.mean_of_p, f"{name} has no tokens' nats; try chain")
     L, K = len(ids), 1 if estimator.exact else o["draws"]
     nats = torch.zeros(K, L, dtype=torch.float64)
     for row in torch.arange(K * L).split(o["batch_size"]):
@@ -335,7 +334,7 @@ def token_nats(model, ids, **options):
         else:
             row_nats = nats_of_rows(model, x0, *one_term(draw, turns), estimator)  # (b,)
         nats[k, turns.argsort(1)[torch.arange(len(row)), turn]] = row_nats.cpu().double()
-    return nats
+    return finite(nats, "log-likelihoods")
 
 
 # ---- 4. One text ---------------------------------------------------------------------------------
@@ -343,9 +342,9 @@ def check(config):
     """Raise UserError for settings that no evaluation has."""
     check_options(config)
     settings.at_least(0, config, "sequences", "block_size")
-    draws, K, whole = config["draws"], config["strata"], config["estimator"] != "orders"
-    message = f"orders takes whole sets: draws {draws} must be a multiple of strata {K}"
-    require(whole or draws % K == 0, message)
+    draws, K, estimator = (config[key] for key in ("draws", "strata", "estimator"))
+    whole = f"{estimator} takes whole sets: draws {draws} must be a multiple of strata {K}"
+    require(draws % K == 0 or not ESTIMATORS[estimator].mean_of_p, whole)
 
 
 def evaluate(config, subject, folder, split):

@@ -158,8 +158,9 @@ def with_data(config, state, source):
     resumed = state and "optimizer" in state
     if not (resumed or "block_size" in config.get("user_keys", ())):
         L, tokens = config["block_size"], meta["splits"].get("train", {"tokens": 1})["tokens"]
-        new = width or meta.get("block_size") or min(L, tokens)
-        config = config | {"block_size": max(width, L) if state else new}
+        laid_out = meta.get("block_size")
+        own = max(width, L) if state else width or min(L, tokens)
+        config = config | {"block_size": laid_out or own}
     L, drop, cut = (config[key] for key in ("block_size", "prompt_drop", "random_length"))
     require(config["start_id"] <= V, f"start_id must be at most {V}, the mask")
     require(width or not drop, f"{data} is text without prompts, so prompt_drop must be 0")

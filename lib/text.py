@@ -7,7 +7,7 @@ import torch
 
 from config import require
 from data.writer import opened
-from lib.stats import mean_and_error, t95
+from lib.stats import mean_and_error, plus_minus, t95
 
 
 def typed(text):
@@ -75,7 +75,8 @@ def by_token(tokenizer, ids, nats):
     total, error = mean_and_error(nats.sum(1))
     texts = [tokenizer.table[i].decode("utf8", "replace") for i in ids]
     lines = [f"{value:10.4f}  {text!r}" for value, text in zip(mean, texts, strict=True)]
-    half = f" +- {t95(len(nats) - 1) * error:.4f} (95% over the orders)" if len(nats) > 1 else ""
+    half = plus_minus(t95(len(nats) - 1) * error)
+    half += " (95% over the orders)" * bool(half)
     lines = ["      nats  token, given those before it in the order", *lines]
     lines.append(f"{total:10.4f}  in all{half}, {total / len(ids):.4f} per token")
     result = {"tokens": ids, "texts": texts, "nats": mean, "total": total, "draws": len(nats)}

@@ -58,7 +58,7 @@ def test_the_tokens_of_a_text_cost_together_what_the_text_does(name, attention):
 
 def test_what_has_no_tokens_of_its_own_is_refused():
     for name in ("lambda_dce", "t_dce", "orders"):
-        with pytest.raises(UserError, match=f"{name} has no nats of each token; try"):
+        with pytest.raises(UserError, match=f"{name} has no tokens' nats; try chain"):
             token_nats(Table(random_logits()), IDS, estimator=name)
 
 
@@ -86,12 +86,12 @@ def evaluated(*words):
 
 def test_a_sentence_is_scored_and_it_is_said_how(run, tmp_path, capsys):
     capsys.readouterr()
-    result = evaluated(f"--ckpt={run[0]}", "--text=is sorted", "--draws=3")
+    result = evaluated(f"--ckpt={run[0]}", "--text=is sorted", "--draws=4")
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 9 + 3 and result["texts"] == list("is sorted")
     assert out[0].split()[0] == "nats" and out[1].endswith("'i'") and out[3].endswith("' '")
     assert sum(result["nats"]) == pytest.approx(result["total"])
-    assert "in all +- " in out[-2] and "upper bound by any_order, 3 orders" in out[-1]
+    assert "in all +- " in out[-2] and "upper bound by any_order, 4 orders" in out[-1]
     (tmp_path / "text.txt").write_text("is sorted\n")
     options = [f"--text=FILE:{tmp_path / 'text.txt'}", "--estimator=left_to_right"]
     assert evaluated(f"--ckpt={run[0]}", *options)["texts"] == list("is sorted")
@@ -115,3 +115,16 @@ def test_a_checkpoint_is_evaluated_on_what_it_learnt_from(run, tmp_path):
     checkpoint.export(run[0], tmp_path / "export", "nanomdm")
     with pytest.raises(UserError, match="does not say what it learnt from; give --data=FOLDER"):
         evaluated(f"--ckpt={tmp_path / 'export'}", *few)
+
+
+def test_weights_that_are_no_numbers_score_nothing():
+    model = trained("full")
+    with torch.no_grad():
+        model.norm.weight[0] = torch.nan
+    with pytest.raises(UserError, match="nan or infinite"):
+        token_nats(model, [0, 1, 2], estimator="left_to_right")
+
+
+def test_a_causal_network_refuses_guidance_also_from_python():
+    with pytest.raises(UserError, match="cfg_scale needs a masked diffusion model"):
+        answer_nats(trained("causal"), [([0], [1, 2])], cfg_scale=0.5)
