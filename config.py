@@ -15,7 +15,6 @@ import contextlib
 import difflib
 import errno
 import functools
-import importlib
 import inspect
 import math
 import os
@@ -113,25 +112,6 @@ def fraction(config, *keys):
     """Raises UserError unless 0 <= config[key] <= 1 for each key."""
     for key in keys:
         require(0 <= config[key] <= 1, f"{key} must be from 0 to 1, not {config[key]}")
-
-
-def optional(name, wanted):
-    """The module `name` of an optional package; UserError where it is not there or does not load.
-
-    wanted: how the message begins, what needs it. A folder that only has the package's name, as
-    the one that wandb leaves where it ran, is none.
-    """
-    package = name.rpartition(".")[2]
-    try:
-        module = importlib.import_module(name)
-        if hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
-            raise ImportError
-        return module
-    except ImportError:
-        raise UserError(f"{wanted} needs one more package: pip install {package}") from None
-    except Exception as error:  # one that was built for other versions can raise anything
-        broken = f"needs {package}, which does not load here ({first_line(error)})"
-        raise UserError(f"{wanted} {broken}") from None
 
 
 def first_line(error):

@@ -193,7 +193,7 @@ def set_nats(model, requests, o, number=0, size=1):
     lengths = np.array([[len(p), len(a)] for p, a in requests], int).reshape(-1, 2)  # (N, 2)
     turns = lengths[:, 1] if estimator.row is None and not one_pass else lengths[:, 1].clip(max=1)
     nats, cost = torch.zeros(len(requests), size, dtype=torch.float64), {"rows": 0, "calls": 0}
-    found = []  # ((request, draw), nats) of the rows of a call, (b,) each
+    rows = []  # ((request, draw), nats) of the rows of a call, (b,) each
     with progress_bar(o["progress"], nats.numel(), "draw") as bar:
         for i, k, turn in batches(lengths.sum(1), turns, size, o["batch_size"]):  # (b,) each
             x0 = np.stack([np.concatenate(requests[j]).astype(np.int64) for j in i])  # (b, W)
@@ -211,11 +211,11 @@ def set_nats(model, requests, o, number=0, size=1):
                 mask, weight, cond = (F.pad(z, fill) for z in (mask, weight, place < 0))
                 guidance = (cond, o["cfg_scale"]) if o["cfg_scale"] else ()
                 row_nats = nats_of_rows(model, x0, mask, weight, estimator, *guidance)  # (b,)
-            found.append(((torch.from_numpy(i), k), row_nats))  # the host waits for no call
+            rows.append(((torch.from_numpy(i), k), row_nats))  # the host waits for no call
             cost["rows"] += len(x0) * (2 if one_pass or o["cfg_scale"] else 1)
             cost["calls"] += 1
             bar.update(int((turn == 0).sum()))
-    for place, row_nats in found:
+    for place, row_nats in rows:
         nats.index_put_(place, row_nats.cpu().double(), accumulate=True)
     return nats, cost
 
@@ -232,10 +232,7 @@ def nats_in_order(model, x0, draw, rank, counted=None):
 
 
 def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
-    """weight * cross-entropy, summed over each row: (b, W) each -> (b,). One network call.
-
-    With cond (b, W) the logits are guided by it (diffusion.predict).
-    """
+    """weight * CE, summed over each row (b, W) -> (b,), guided by cond (b, W). One network call."""
     counted = weight.flatten().nonzero().flatten()  # (n,) what counts, and alone leaves the network
     device = next(model.parameters()).device
     x0, mask, weight, counted = fused.moved(device, x0, mask, weight.float(), counted)

@@ -277,10 +277,8 @@ class Transformer(nn.Module):
         self.row_loss = None  # lib/parallel.py may compile it
         empty = torch.empty(V + 1, D)  # (V + 1, D), drawn below, with all others
         self.embed = nn.Embedding.from_pretrained(empty, freeze=False)
-        self.conv = None  # (width, D) each channel by itself
-        if config["conv"]:
-            assert config["attention"] == "full" and config["conv"] % 2 == 1
-            self.conv = nn.Parameter(torch.empty(config["conv"], D))
+        assert not config["conv"] or (config["attention"] == "full" and config["conv"] % 2 == 1)
+        self.conv = nn.Parameter(torch.empty(config["conv"], D)) if config["conv"] else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config["n_layer"]))
         self.norm = NORMS[config["norm"]](config)
         self.unembed = nn.Linear(D, V + config["head_padding"], bias=config["bias"])
@@ -303,8 +301,7 @@ class Transformer(nn.Module):
             if parameter.dim() == 2:
                 out = name.endswith(("proj.weight", "down.weight"))
                 std = 1 / (math.sqrt(D) * n_layer) if out else math.sqrt(2 / (5 * D))
-                if name == "conv" or name.endswith(zero):  # conv: a position begins as its token
-                    std = 0.0
+                std = 0.0 if name == "conv" or name.endswith(zero) else std
                 yield name, torch.empty(parameter.shape).normal_(std=std)
             else:
                 one = "norm" in name and name.endswith("weight")

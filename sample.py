@@ -39,9 +39,9 @@ from lib.device import can_compile, cast_products, compile_hidden, machine, wait
 from lib.files import to_json, whole_file
 from lib.log import progress_bar
 from lib.stats import finite
-from lib.text import request, suppress_eos, text_of, typed
+from lib.text import request, suppress_eos, suppress_tokens, text_of, typed
 from model import Cache, OrderCache
-from samplers import SAMPLERS, calls, on_device
+from samplers import SAMPLERS, calls, entropy_of, on_device
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # what checkpoint.load takes: a run's folder, published weights
@@ -69,11 +69,7 @@ DEFAULTS = {
 # surest first and the likeliest: 98% of new sums of 4 digits were right, 96% in 16 calls for 84
 # tokens, 82% in 4; by ancestral sampling 88% in 47 (experiments/results/arithmetic.md).
 ANSWERS = {"sampler": "confidence", "temperature": 0.0, "num_samples": 1}
-
-
 DRAWN = "probabilities of drawn tokens"
-
-
 LOGITS = 2**24  # that are drawn from at once: in float64 with their copies at most 1 GiB
 
 
@@ -119,13 +115,6 @@ def keep_likely(p, top_k, top_p):
     return p
 
 
-def suppress_tokens(logits, tokens):
-    """Takes one token away from each row, in place: logits (N, V), tokens (N,), -1 for none."""
-    column = tokens[:, None].clamp(min=0)  # (N, 1)
-    kept = logits.gather(1, column)  # (N, 1)
-    logits.scatter_(1, column, kept.masked_fill(tokens[:, None] >= 0, -torch.inf))
-
-
 def draws(model, h, u, suppress, policy, o):
     """Yields (token, p, entropy, logits) of pieces of n positions, each (piece,) or (piece, V).
 
@@ -151,9 +140,8 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     not get, -1 for none. info: nfe (N,) network calls of each sequence, expected_nfe their mean
     expectation (None: only sampling tells), seconds. A sequence is a pure function of (seed, its
     place in x): the batch size changes how long it takes, not what comes out. A causal network goes
-    left to right (sample_ar).
-    on_call(sequence (n,), position (n,), call (n,), token (n,), p (n,), logits (n, V)), all on the
-    CPU, is told of the tokens that each call unmasks.
+    left to right (sample_ar). on_call(sequence (n,), position (n,), call (n,), token (n,), p (n,),
+    logits (n, V)), all on the CPU, is told of the tokens that each call unmasks.
     """
     o = settings.options(options, settings, diffusion, sys.modules[__name__])
     check_options(o)
@@ -185,13 +173,12 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
                 token = torch.where(*fused.moved(token.device, keep), token, model.mask_id)
             flat[at] = token.to(x)
             if on_call:
-                told = call.at // L, call.at % L, call.done[call.idx // L], token, p, *logits
-                on_call(*(z[: len(keep)].cpu()[keep] for z in told))
+                arguments = call.at // L, call.at % L, call.done[call.idx // L], token, p, *logits
+                on_call(*(z[: len(keep)].cpu()[keep] for z in arguments))
             bar.update(int(keep.sum()))
     finite(total.cpu(), DRAWN)
     wait(device)
-    seconds = time.time() - began
-    return x, {"nfe": nfe, "expected_nfe": policy.expected_nfe, "seconds": seconds}
+    return x, {"nfe": nfe, "expected_nfe": policy.expected_nfe, "seconds": time.time() - began}
 
 
 def accepted(policy, call, L, p, entropy):
@@ -212,14 +199,6 @@ def check_options(o):
     scale, top_p = o["cfg_scale"], o["top_p"]
     require(-1 <= scale <= 1000, f"cfg_scale must be in -1..1000, not {scale}")
     require(0 < top_p <= 1, f"top_p must be in (0, 1], not {top_p}")
-
-
-def entropy_of(logits, policy):
-    """Entropy (n,) of the distributions, in nats, for a policy that asks for it; else 0."""
-    if not policy.by_entropy:
-        return logits.new_zeros(len(logits), dtype=torch.float32)
-    log_p = logits.float().log_softmax(-1)  # (n, V)
-    return -(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(-1)
 
 
 class Predictor:
@@ -308,8 +287,8 @@ def sample_ar(model, x, o, suppress=None, progress=False):
             finite(total.cpu(), DRAWN)
             nfe[now] = last + 1 - first
     wait(x.device)
-    mean = float(nfe.double().mean())
-    return x, {"nfe": nfe, "expected_nfe": mean, "seconds": time.time() - began}
+    expected = float(nfe.double().mean())  # one call a token is what it takes
+    return x, {"nfe": nfe, "expected_nfe": expected, "seconds": time.time() - began}
 
 
 # ---- 3. The command -----------------------------------------------------------------------------

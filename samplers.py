@@ -178,6 +178,14 @@ def step_to_call(unmask_step):
     return torch.empty_like(step).scatter(1, order, (step > before).cumsum(1) - 1)
 
 
+def entropy_of(logits, policy):
+    """Entropy (n,) of the distributions, in nats, for a policy that asks for it; else 0."""
+    if not policy.by_entropy:
+        return logits.new_zeros(len(logits), dtype=torch.float32)
+    log_p = logits.float().log_softmax(-1)  # (n, V)
+    return -(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(-1)
+
+
 def by_time(masked, o):
     """Ancestral or Euler sampling: each position's step by itself, by the unmasking schedule."""
     (N, L), schedule = masked.shape, diffusion.SCHEDULES[o["schedule"]]

@@ -41,7 +41,7 @@ from lib.device import matmul_flops
 from lib.files import Stop
 from lib.log import Log, flops_of_step
 from lib.optim import learning_rate, make_optimizers, update_ema
-from lib.stats import NotFinite, report
+from lib.stats import NotFinite, not_finite, report
 from lib.weighting import LOSS_WEIGHTS, MASK_RATES
 
 DEFAULTS = {
@@ -306,7 +306,7 @@ def save(config, text, clock, model, ema, optimizers, team):
     state = parallel.whole(state, keep=team.rank == 0)
     if team.rank == 0:
         message = f"the weights are not finite at step {step}; {checkpoint.last_good(path)}"
-        require(not checkpoint.not_finite(state["model"]), message)
+        require(not not_finite(state["model"]), message)
         checkpoint.save(path, state, config["keep"])
     parallel.gather(None, team)
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import ROOT, Table, UserError, optional, require, shown
+from config import ROOT, Table, UserError, require, shown
 from data import loader
+from lib.files import optional
 
 DEFAULTS = {
     # char | byte | gpt2 | llama, or whose tokenizer it is: a prepared folder, a checkpoint

@@ -44,10 +44,11 @@ import torch.nn.functional as F
 import diffusion
 import evaluate
 import sample
-from config import UserError, first_line, optional, require
+from config import UserError, first_line, require
 from data import examples, loader
 from data.tokenizer import from_meta
 from lib.device import machine
+from lib.files import optional
 from lib.stats import FEWEST, finite, mean_and_error, perplexity, plus_minus
 
 DEFAULTS = {

@@ -476,12 +476,12 @@ def draw_training(axes, figures):
 
 
 def draw_sampling(axes, figures):
-    same, kept = "sample_{}_ratio_same_dtype", "sample_{}_ratio_same_dtype_kept"
+    ours, kept = "sample_{}_ratio_same_dtype", "sample_{}_ratio_same_dtype_kept"
     cache = "sample_{}_vs_cache_kept"
     names = {
-        "textbook keeping memory": lambda of: of(same) / of(kept),
-        "textbook with RADD's cache": lambda of: of(same) / of(cache),
-        "here, float32": lambda of: of(same),
+        "textbook keeping memory": lambda of: of(ours) / of(kept),
+        "textbook with RADD's cache": lambda of: of(ours) / of(cache),
+        "here, float32": lambda of: of(ours),
         "here, bfloat16 compiled": lambda of: of("sample_{}_ratio"),
     }
     compared(axes, figures, names, "1,024 sampling steps")

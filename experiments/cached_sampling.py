@@ -85,10 +85,10 @@ def nfe_table(ctx, steps, lengths):
             row = {"sampler": name, "L": str(L)}
             for k in steps:
                 parts = [name, k, L, n, ctx.config["seed"]]
-                found = ctx.once(["NFE", *parts], functools.partial(counted, *parts))
+                calls = ctx.once(["NFE", *parts], functools.partial(counted, *parts))
                 row[f"{k}_steps"] = "left out"
-                if found:
-                    expected, mean, error = found
+                if calls:
+                    expected, mean, error = calls
                     z = (mean - expected) / error if error else 0.0
                     worst = max(worst, abs(z))
                     row[f"{k}_steps"] = f"{mean:.1f} ± {error:.1f} ({expected:.1f})"

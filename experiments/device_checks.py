@@ -118,8 +118,8 @@ def loss_and_gradients(config, team, engine=None):
     with team.autocast():
         loss, _ = loss_of(*batch[:4], batch.order)
     (loss / batch.n_tokens).backward()
-    found = {name: parallel.gathered(p.grad) for name, p in model.named_parameters()}
-    return found | {"loss": loss}
+    gradients = {name: parallel.gathered(p.grad) for name, p in model.named_parameters()}
+    return gradients | {"loss": loss}
 
 
 def some_tokens(config):
@@ -134,19 +134,19 @@ def head(part, dtype):
     torch.manual_seed(0)
     config = small(part, "full", vocab_size=V, bias=True)
     h, target, weight = torch.randn(N, config["n_embd"]), torch.randint(V, (N,)), torch.rand(N)
-    found, team, model = [], team_of(part, dtype), network.Transformer(config)
+    outcomes, team, model = [], team_of(part, dtype), network.Transformer(config)
     for device, wide in (("cpu", torch.float64), (team.device, torch.float32)):
         model = copy.deepcopy(model).to(device, wide)
         leaf, w = (z.to(device, wide).requires_grad_() for z in (h, weight))  # (N, D), (N,)
-        if not found:
+        if not outcomes:
             loss, _, ce = diffusion.cross_entropy(model, leaf, target, w.detach())
         else:
             with team.autocast():
                 loss, _, ce = model.head_loss(leaf, target.to(device), w.detach())
         loss.backward()
-        found.append((ce, leaf.grad, model.unembed.weight.grad, model.unembed.bias.grad))
+        outcomes.append((ce, leaf.grad, model.unembed.weight.grad, model.unembed.bias.grad))
     names = "ce", "hidden states", "weight", "bias"
-    errors = {name: error(got, true) for name, true, got in zip(names, *found, strict=True)}
+    errors = {name: error(got, true) for name, true, got in zip(names, *outcomes, strict=True)}
     return verdict(errors, BOUNDS[dtype])
 
 

@@ -44,14 +44,14 @@ def machine(part):
 
 
 def about(part):
-    found = {"name": results.about(part.device)["machine"], "torch": torch.__version__}
+    facts = {"name": results.about(part.device)["machine"], "torch": torch.__version__}
     if part.on_cuda:
         card = torch.cuda.get_device_properties(part.device)
         free, total = torch.cuda.mem_get_info(part.device)
-        found |= {"free_GB": free / 1e9, "of_GB": total / 1e9, "cuda": str(torch.version.cuda)}
-        found |= {"processors": card.multi_processor_count, "sm": f"{card.major}{card.minor}"}
-    found |= {"dtype": devices.dtype_name(part.autocast, part.device), "cores": os.cpu_count()}
-    return found | {"compiles": str(devices.can_compile(part.device))}
+        facts |= {"free_GB": free / 1e9, "of_GB": total / 1e9, "cuda": str(torch.version.cuda)}
+        facts |= {"processors": card.multi_processor_count, "sm": f"{card.major}{card.minor}"}
+    facts |= {"dtype": devices.dtype_name(part.autocast, part.device), "cores": os.cpu_count()}
+    return facts | {"compiles": str(devices.can_compile(part.device))}
 
 
 def product(part, n, dtype):
@@ -133,20 +133,20 @@ def largest(part):
 def largest_batch(part, config, blocks):
     """What fits, to within an eighth: doubled until it does not, then in halves."""
     step, model = part.stepper(config)
-    fits, fails, B = 0, part.some(2**12, 4), part.some(8, 2)
-    while fails - fits > max(1, fits // 8):
+    largest, fails, B = 0, part.some(2**12, 4), part.some(8, 2)
+    while fails - largest > max(1, largest // 8):
         batch = train.make_batch(config | {"batch_size": B}, blocks, 0, range(B))
         try:
             step(iter([batch]), config | {"batch_size": B})
             devices.wait(part.device)
-            fits = B
+            largest = B
         except RuntimeError as error:
             if not is_full(error):
                 raise
             fails = B
         model.zero_grad(set_to_none=True)
-        B = min(2 * B, (fits + fails) // 2)
-    return {"sequences": fits}
+        B = min(2 * B, (largest + fails) // 2)
+    return {"sequences": largest}
 
 
 def is_full(error):

@@ -165,11 +165,11 @@ def table_rows(rows):
 
 def figures_of(rows):
     """The points as figures, which are flat."""
-    name = lambda row: f"{row['sampler']}, temperature {row['temperature']}".removesuffix(  # noqa: E731
-        ", temperature "
-    )
-    keys = [*MEASURES, "NFE"]
-    return {f"{name(row)}, {key}": row[key] for row in rows for key in keys if key in row}
+    figures = {}
+    for row in rows:
+        name = f"{row['sampler']}, temperature {row['temperature']}".removesuffix(", temperature ")
+        figures |= {f"{name}, {key}": row[key] for key in (*MEASURES, "NFE") if key in row}
+    return figures
 
 
 def draw(axes, figures):

@@ -103,12 +103,12 @@ def noise(ctx, folder, step, kind):
 
 def noise_of_run(ctx, folder, kind):
     """[(noise of the draw, of the text)] after each third of a run, as far as there was time."""
-    found = []
+    noises = []
     for step in sorted(checkpoint.kept_beside(folder / "ckpt.pt")):
         parts = [folder.name, step, ctx.config["batches"], ctx.config["repeats"], "noise"]
         part = ctx.once(parts, lambda step=step: noise(ctx, folder, step, kind))
-        found += [part] if part else []
-    return found
+        noises += [part] if part else []
+    return noises
 
 
 # ---- One text ------------------------------------------------------------------------------------

@@ -103,13 +103,13 @@ def measured(config, name, seed):
         wanted = {"any order": "any_order"}
     else:
         wanted = {"any order": "any_order", "left to right": "left_to_right"}
-    found = {}
+    nats_of = {}
     for order, estimator in wanted.items():
         keys = {} if estimator == "ar" else {"estimator": estimator, "draws": 8, "strata": 4}
         with autocast():
             nats, _ = evaluate.estimate(model, blocks, batch_size=64, progress=True, **keys)
-        found[order] = float(nats.sum()) / count
-    return found
+        nats_of[order] = float(nats.sum()) / count
+    return nats_of
 
 
 def quality(config):

@@ -85,11 +85,11 @@ def pair(ctx, data, flops):
 
 def likelihoods(ctx, folders, data, n, split="val"):
     """{order: nats per token of each seed}, with the bound and ARM, all on the same blocks."""
-    found = {
+    nats_of = {
         name: [chain_nats(ctx, each, data, options, n, split) for each in folders["MDM"]]
         for name, (options, _) in ORDERS.items()
     }
-    return found | {"ARM": [ctx.nats(each, data, n, split) for each in folders["ARM"]]}
+    return nats_of | {"ARM": [ctx.nats(each, data, n, split) for each in folders["ARM"]]}
 
 
 PLOTS = {"": frontier.draw}

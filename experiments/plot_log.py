@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, fraction, nearest, optional, require, run
-from lib.files import whole_file
+from config import UserError, fraction, nearest, require, run
+from lib.files import optional, whole_file
 
 DEFAULTS = {
     "out": "curves.png",  # the picture

@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 
 import config as settings
-from config import UserError, optional
-from lib.files import to_json, whole_file
+from config import UserError
+from lib.files import optional, to_json, whole_file
 
 DEFAULTS = {
     "quick": False,  # a short form, to see that it runs: its figures mean little

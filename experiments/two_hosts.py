@@ -194,12 +194,12 @@ def main(config):
         trained(hosts, two, [])
         rows = trained(hosts, parts, events) + trained(hosts, changing, events, changing=True)
         outcomes = [survive.outcome(run["out_dir"]) for run in (one, two, parts, changing)]
-    same = survive.same(outcomes[1], outcomes[2])
+    identical = survive.same(outcomes[1], outcomes[2])
     off = difference(outcomes[0]["model"], outcomes[3]["model"])
-    figures = {"identical": same, "difference": off, "seconds": time.time() - began}
+    figures = {"identical": identical, "difference": off, "seconds": time.time() - began}
     figures |= results.about(torch.device("cpu"))
     text = results.table(f"A run of {config['steps']} steps on two hosts", rows)
-    text += f"\nOne process on each, and two hosts that nobody disturbed: identical {same}.\n"
+    text += f"\nOne process on each, and two hosts that nobody disturbed: identical {identical}.\n"
     text += f"Changing numbers, and one process: weights differ by {off:.1e}.\n"
     results.write(config, "two_hosts", figures, text)
     print(text)

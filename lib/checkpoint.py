@@ -32,7 +32,8 @@ from safetensors.torch import save_file
 from config import UserError, choose, require
 from data import download, tokenizer
 from lib import formats
-from lib.files import to_json, whole_file
+from lib.files import is_utf8, to_json, whole_file
+from lib.stats import not_finite
 from model import Transformer, rotary_tables
 
 DEFAULTS = {
@@ -177,17 +178,6 @@ def is_plain(w):
     if not (isinstance(w, torch.Tensor) and w.dtype in floats and w.layout == torch.strided):
         return False
     return not w.is_meta and w.numel() * w.element_size() <= w.untyped_storage().nbytes()
-
-
-def not_finite(weights):
-    """The name of the first tensor that holds nan or infinity; None where there is none."""
-    ends = ((name, w.aminmax()) for name, w in weights.items() if w.numel())  # makes no copy
-    return next((name for name, pair in ends if not all(map(torch.isfinite, pair))), None)
-
-
-def is_utf8(file):
-    """Whether the name of a file is: torch maps none into memory whose name is other bytes."""
-    return not re.search("[\udc80-\udcff]", str(file))
 
 
 def unpickle(file):
@@ -342,7 +332,7 @@ def fill(model, weights, format, file):
         rotary = torch.allclose(weights[frequency].float(), expected[frequency], rtol=0.01)
         require(rotary, f"{file}: {frequency} is not that of rotary embeddings with base 10000")
     name = not_finite(weights)
-    require(not name, f"{file}: the tensor {name} holds nan or infinity; nothing can come of it")
+    require(not name, f"{file}: the tensor {name} holds nan or infinity")
     model.load_state_dict(formats.from_format(weights, names, config, format), assign=True)
     model.cos, model.sin = rotary_tables(config)  # (block_size, d/2) each; in no file
 
@@ -406,6 +396,5 @@ def main(config):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["export"]:
-        del sys.argv[1]
+    del sys.argv[1 : 2 if sys.argv[1:2] == ["export"] else 1]
     settings.run(main, sys.modules[__name__])

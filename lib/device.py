@@ -186,8 +186,8 @@ NOMINAL = {  # operations a second in bfloat16, dense, by the data sheets; the f
 def nominal_flops(device):
     """(name of the card, its operations a second by NOMINAL); None each where that is unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    fits = (flops for key, flops in NOMINAL.items() if name and re.search(rf"\b({key})\b", name))
-    return name, next(fits, None)
+    stated = (flops for key, flops in NOMINAL.items() if name and re.search(rf"\b({key})\b", name))
+    return name, next(stated, None)
 
 
 def flops_per_token(model, L, head_share=1.0):

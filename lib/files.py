@@ -2,10 +2,12 @@
 
 import contextlib
 import errno
+import importlib
 import json
 import math
 import os
 import platform
+import re
 import secrets
 import signal
 import sys
@@ -13,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-from config import UserError, require
+from config import UserError, first_line, require
 
 # ---- 1. Whole files ------------------------------------------------------------------------------
 
@@ -61,6 +63,30 @@ def without_nan(value):
     if isinstance(value, (list, tuple)):
         return [without_nan(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def is_utf8(file):
+    """Whether the name of a file is: torch maps none into memory whose name is other bytes."""
+    return not re.search("[\udc80-\udcff]", str(file))
+
+
+def optional(name, wanted):
+    """The module `name` of an optional package; UserError where it is not there or does not load.
+
+    wanted: how the message begins, what needs it. A folder that only has the package's name, as
+    the one that wandb leaves where it ran, is none.
+    """
+    package = name.rpartition(".")[2]
+    try:
+        module = importlib.import_module(name)
+        if hasattr(module, "__path__") and getattr(module, "__file__", None) is None:
+            raise ImportError
+        return module
+    except ImportError:
+        raise UserError(f"{wanted} needs one more package: pip install {package}") from None
+    except Exception as error:  # one that was built for other versions can raise anything
+        broken = f"needs {package}, which does not load here ({first_line(error)})"
+        raise UserError(f"{wanted} {broken}") from None
 
 
 def sweep(folder, *names):

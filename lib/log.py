@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import UserError, optional
+from config import UserError
 from lib.checkpoint import set_aside
 from lib.device import flops_per_token, nominal_flops
-from lib.files import to_json, whole_file
+from lib.files import optional, to_json, whole_file
 from lib.resume import seen
 
 

@@ -23,6 +23,12 @@ def finite(values, what):
     return values
 
 
+def not_finite(weights):
+    """The name of the first tensor that holds nan or infinity; None where there is none."""
+    ends = ((name, w.aminmax()) for name, w in weights.items() if w.numel())  # makes no copy
+    return next((name for name, pair in ends if not all(map(torch.isfinite, pair))), None)
+
+
 def mean_over_sets(sets, sizes):
     """Mean (S,) over R independent sets of draws (S, R), and the standard error of their sum.
 

@@ -46,8 +46,8 @@ def opened(config, reads_text=False):
 def ids_of_text(subject, text):
     """The ids of a text of the command line; UserError where they do not fit the network."""
     ids, most = encode(subject.tokenizer, subject.model, typed(text)), subject.model.block_size
-    fits = f"a text must have from 1 to {most} tokens (block_size), not {len(ids)}"
-    require(0 < len(ids) <= most, fits)
+    limits = f"a text must have from 1 to {most} tokens (block_size), not {len(ids)}"
+    require(0 < len(ids) <= most, limits)
     return ids
 
 

@@ -161,14 +161,14 @@ def steps_of(device, bf16=False, **keys):
     model, ema, optimizers = train.build(config, team)
     loss_of = parallel.engine(diffusion.Loss(model, config["objective"]), config, team)
     batches = list(itertools.islice(train.make_batches(config, dataset, team), 4))
-    found = []
+    losses = []
     for step in range(2):
         waits.clear()
         batch = iter(batches[2 * step :])
-        found.append(train.train_step(config, step, batch, loss_of, optimizers, team)[0])
+        losses.append(train.train_step(config, step, batch, loss_of, optimizers, team)[0])
         train.update_ema(ema, model, 0.9, step)
     counted = dict(waits)
-    return torch.stack(found), [*model.parameters(), *ema.parameters()], counted
+    return torch.stack(losses), [*model.parameters(), *ema.parameters()], counted
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -225,9 +225,9 @@ def test_samples_are_those_of_the_cpu_and_a_fixed_order_waits_for_no_call(sample
         there = x.to(cuda)
         waits.clear()
         seen.clear()
-        found, _ = sample.sample(twin, there, suppress, **options)
+        there_tokens, _ = sample.sample(twin, there, suppress, **options)
         counted = sum(waits.values())
-        assert torch.equal(found.cpu(), tokens)
+        assert torch.equal(there_tokens.cpu(), tokens)
         # Before the first call, for what is asked and what must not come, and after the last, for
         # whether all that was drawn had a probability.
         calls = len(seen) // (2 if attention == "order" and options.get("cfg_scale") else 1)
@@ -249,9 +249,9 @@ def test_the_causal_baseline_waits_for_no_token(cuda):
     x[1, :5] = 1
     there = x.to(cuda)
     waits.clear()
-    found, _ = sample.sample(twin, there, batch_size=2)
+    there_tokens, _ = sample.sample(twin, there, batch_size=2)
     assert sum(waits.values()) <= 2 + 2  # a look at the probabilities after each batch
-    assert torch.equal(found.cpu(), sample.sample(model, x, batch_size=2)[0])
+    assert torch.equal(there_tokens.cpu(), sample.sample(model, x, batch_size=2)[0])
 
 
 @pytest.mark.parametrize("attention", ["full", "causal", "order"])
@@ -375,18 +375,18 @@ def test_the_data_sheet_of_a_card_is_found_by_its_name(name, flops, cuda, monkey
 
 
 def test_under_torchrun_each_process_takes_its_own_card_and_says_so_to_nccl(cuda, monkeypatch):
-    told, place = [], {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"}
+    asked, place = [], {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "0"}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     config = settings.DEFAULTS | {"parallel": "ddp"}
     for key, value in place.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr("torch.cuda.set_device", told.append)
+    monkeypatch.setattr("torch.cuda.set_device", asked.append)
     monkeypatch.setattr(
-        "torch.distributed.init_process_group", lambda *z, **keys: told.append(keys)
+        "torch.distributed.init_process_group", lambda *z, **keys: asked.append(keys)
     )
     monkeypatch.setattr("atexit.register", lambda *_: None)
     team = parallel.join(config)
-    assert team.device == told[0] == told[1]["device_id"] == torch.device("cuda:0")
+    assert team.device == asked[0] == asked[1]["device_id"] == torch.device("cuda:0")
     with pytest.raises(UserError, match="device is cuda:0 for all"):
         parallel.join(config | {"device": "cuda:0"})
     monkeypatch.setenv("LOCAL_RANK", "1")

@@ -88,7 +88,7 @@ def as_module(graph, programs):
 def programs():
     """The code of all that is compiled for the H100 in a test."""
     pytest.importorskip("triton", reason="pip install --no-deps triton==3.7.1")
-    found, no = [], lambda *_: None
+    programs, no = [], lambda *_: None
     fakes = {
         "torch.cuda.is_available": lambda: True,
         "torch.cuda.device_count": lambda: 1,
@@ -105,7 +105,7 @@ def programs():
         "torch._C._cuda_getCurrentRawStream": lambda _: 0,
         "torch.utils._triton.triton_hash_with_backend": lambda: "",
         "torch._inductor.fx_passes.fuse_attention._sfdp_init": no,  # it takes real tensors
-        "torch._inductor.graph.GraphLowering.compile_to_module": lambda g: as_module(g, found),
+        "torch._inductor.graph.GraphLowering.compile_to_module": lambda g: as_module(g, programs),
     }
     torch.compiler.reset()
     with contextlib.ExitStack() as stack:
@@ -114,7 +114,7 @@ def programs():
         keys = {"force_disable_caches": True, "joint_graph_constant_folding": False}
         stack.enter_context(torch._inductor.config.patch(keys))
         stack.enter_context(FakeTensorMode())
-        yield found
+        yield programs
     torch.compiler.reset()
 
 

@@ -59,8 +59,8 @@ class Browser:
         os.close(here)
         self.number, self.rest, self.session, self.events = 0, b"", {}, []
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
-        found = self.send("Target.attachToTarget", targetId=target, flatten=True)
-        self.session = {"sessionId": found["sessionId"]}
+        session = self.send("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = {"sessionId": session["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
         self.send("Emulation.setFocusEmulationEnabled", enabled=True)

@@ -29,14 +29,14 @@ MODULE = sys.modules[__name__]
 
 def programs():
     """{name: the words of its `run(main, ...)` line}, of every file that is run as a program."""
-    found = {}
+    values = {}
     for pattern in ("*.py", "lib/*.py", "evals/*.py", "data/*/prepare.py", "experiments/*.py"):
         for path in sorted(ROOT.glob(pattern)):
             end = path.read_text().partition('if __name__ == "__main__":')[2]
             if call := re.search(r"\brun\((.*)\)", end, re.S):
                 name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-                found[name] = call[1].replace(" ", "").replace("\n", "").strip(",").split(",")
-    return found
+                values[name] = call[1].replace(" ", "").replace("\n", "").strip(",").split(",")
+    return values
 
 
 PROGRAMS = programs()
@@ -109,8 +109,8 @@ def test_parsing_leaves_the_defaults_alone():
     ],
 )
 def test_text_takes_the_type_of_the_default(key, text, value):
-    found = parse([f"--{key}={text}"], MODULE)[key]
-    assert found == value and type(found) is type(value)
+    parsed = parse([f"--{key}={text}"], MODULE)[key]
+    assert parsed == value and type(parsed) is type(value)
 
 
 @pytest.mark.parametrize(

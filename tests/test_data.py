@@ -642,7 +642,7 @@ BAD = {
 @pytest.fixture(scope="session")
 def bad_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
-    good = b'{"text": "good"}\n'
+    whole = b'{"text": "good"}\n'
     (folder / "hollow").mkdir()
     (folder / "empty.txt").write_text(" \n")
     (folder / "table.csv").write_text("1,2")
@@ -651,8 +651,8 @@ def bad_files(tmp_path_factory):
     (folder / "cut.txt.gz").write_bytes(gzip.compress(os.urandom(10_000).hex().encode())[:5000])
     (folder / "no.txt.gz").write_bytes(b"plain text")
     (folder / "cut.txt.xz").write_bytes(lzma.compress(os.urandom(10_000).hex().encode())[:5000])
-    (folder / "bad.jsonl").write_bytes(good * 2 + b'{"text": "bad}\n' + good)
-    (folder / "key.jsonl.gz").write_bytes(gzip.compress(good + b'{"txt": "bad"}\n'))
+    (folder / "bad.jsonl").write_bytes(whole * 2 + b'{"text": "bad}\n' + whole)
+    (folder / "key.jsonl.gz").write_bytes(gzip.compress(whole + b'{"txt": "bad"}\n'))
     return folder
 
 

@@ -532,8 +532,8 @@ def test_plain_is_the_fused_loss_in_value_and_gradient(name, grad, normalised, m
             plain_loss, plain_nats = nelbo(model, *batch, normalised=normalised)
     assert same(loss, plain_loss) and same(nats, plain_nats) and not plain_nats.requires_grad
     if grad:
-        found, plain = gradients(model, loss), gradients(model, plain_loss)
-        assert all(same(*pair) for pair in zip(found, plain, strict=True))
+        ours, plain = gradients(model, loss), gradients(model, plain_loss)
+        assert all(same(*pair) for pair in zip(ours, plain, strict=True))
 
 
 @pytest.mark.parametrize("normalised", [True, False], ids=["normalised", "unnormalised"])

@@ -111,19 +111,19 @@ def test_a_part_that_fails_is_told_in_its_lines_and_the_next_goes_on(tmp_path, m
     limits = dict.fromkeys(parts, 60.0) | {"hangs": 0.1}
     monkeypatch.setattr(gpu, "PARTS", {name: (limits[name], parts[name]) for name in parts})
     figures = gpu.main(config_of(tmp_path))
-    told = records(tmp_path)
-    assert [line["what"] for line in told["stumbles"]][:4] == [
+    lines = records(tmp_path)
+    assert [line["what"] for line in lines["stumbles"]][:4] == [
         "good",
         "raises",
         "is full",
         "is wrong",
     ]
-    assert told["stumbles"][1]["failed"].startswith("RuntimeError: ")
-    assert told["stumbles"][2]["failed"] == "out of memory"
+    assert lines["stumbles"][1]["failed"].startswith("RuntimeError: ")
+    assert lines["stumbles"][2]["failed"] == "out of memory"
     assert "WRONG, error nan" in (tmp_path / "gpu.md").read_text()
-    assert told["stumbles"][-1] == gpu.REST | {"failed": "ValueError: outside a line"}
-    assert told["is_killed"][-1] == gpu.REST | {"failed": "left out, the process ended with -9"}
-    assert told["hangs"][-1] == gpu.REST | {"failed": "left out, the 5 seconds were over"}
+    assert lines["stumbles"][-1] == gpu.REST | {"failed": "ValueError: outside a line"}
+    assert lines["is_killed"][-1] == gpu.REST | {"failed": "left out, the process ended with -9"}
+    assert lines["hangs"][-1] == gpu.REST | {"failed": "left out, the 5 seconds were over"}
     assert figures["works: good: ms"] == 1.0
 
     again = gpu.main(config_of(tmp_path, "--only=is_killed,works"))
@@ -183,5 +183,5 @@ def test_the_largest_micro_batch_is_found_between_what_fits_and_what_does_not(pa
     monkeypatch.setattr(part, "stepper", lambda config: (step, Model()))
     monkeypatch.setattr(part, "some", lambda full, toy: full)
     monkeypatch.setattr(device_speed.train, "make_batch", lambda *_: None)
-    found = device_speed.largest_batch(part, {}, None)["sequences"]
-    assert 21 * 7 / 8 - 1 <= found <= 21
+    sequences = device_speed.largest_batch(part, {}, None)["sequences"]
+    assert 21 * 7 / 8 - 1 <= sequences <= 21

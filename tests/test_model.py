@@ -260,8 +260,8 @@ def test_a_causal_network_may_have_a_start_token_of_its_own():
 
 def test_rotary_attention_depends_on_relative_positions_alone():
     cos, sin = (table.double() for table in rotary_tables(config()))  # (L, d/2) each
-    same = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)  # (2, 1, 1, 1, d) at every position
-    q, k = same.expand(2, 1, 1, L, 8)  # (1, 1, L, d) each
+    alike = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)  # (2, 1, 1, 1, d) at every position
+    q, k = alike.expand(2, 1, 1, L, 8)  # (1, 1, L, d) each
     score = (rotate(q, cos, sin) @ rotate(k, cos, sin).transpose(-2, -1))[0, 0]  # (L, L)
     assert torch.allclose(score[1:, 1:], score[:-1, :-1], atol=1e-5)
     assert (score[0] - score[0, 0]).abs().max() > 0.1

@@ -18,11 +18,12 @@ import config as settings
 import diffusion
 import evaluate
 import train
-from config import UserError, optional, parse
+from config import UserError, parse
 from data import download, loader, writer
 from data.text import prepare
 from data.tokenizer import GPT2
 from lib import checkpoint, parallel
+from lib.files import optional
 
 pytestmark = pytest.mark.usefixtures("quick")
 

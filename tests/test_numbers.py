@@ -321,12 +321,12 @@ def test_nothing_has_the_likelihood_1_whatever_stands_before_it(data, tmp_path):
     config = settings.options({"draws": 2}, settings, diffusion, harness)
     args = [("the ", ""), ("", ""), ("the cat", ""), ("the", " cat")]
     requests = [SimpleNamespace(args=pair, task_name="t", doc_id=i) for i, pair in enumerate(args)]
-    found = harness.log_p_of_continuations(subject, config, harness.collections.Counter(), requests)
-    assert found[:3] == [(0.0, True)] * 3 and found[3][0] < -1
+    log_p = harness.log_p_of_continuations(subject, config, harness.collections.Counter(), requests)
+    assert log_p[:3] == [(0.0, True)] * 3 and log_p[3][0] < -1
     rolling = [SimpleNamespace(args=(text,)) for text in ("", "the cat")]
     nothing, text = harness.log_p_of_texts(subject, config, rolling)
     assert nothing == 0.0 and text < -1
-    assert math.copysign(1, nothing) == 1 == math.copysign(1, found[0][0])  # and not -0.0
+    assert math.copysign(1, nothing) == 1 == math.copysign(1, log_p[0][0])  # and not -0.0
 
 
 def test_a_bos_is_given_and_no_part_of_a_text():

@@ -37,10 +37,10 @@ def plain_ce(model, x, x0):
 
 def gradients(model, format):
     """The gradients under the names of a format."""
-    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradient_of = {name: parameter.grad for name, parameter in model.named_parameters()}
     return {
         name: g.double()
-        for name, g in formats.to_format(found, model.config, format).items()
+        for name, g in formats.to_format(gradient_of, model.config, format).items()
         if "inv_freq" not in name
     }
 
@@ -119,9 +119,9 @@ def test_radd_gradients_are_the_published_ones(radd):
     case = expected["losses"]["lambda_DCE"]
     loss, _ = diffusion.nelbo(model, case["x0"].long(), case["masked"], 1 / case["lam"])
     (loss / len(case["x0"])).backward()
-    found = gradients(model, "radd")
-    assert found.keys() == case["grad_norm"].keys() == case["grad_sum"].keys()
-    for name, g in found.items():
+    ours = gradients(model, "radd")
+    assert ours.keys() == case["grad_norm"].keys() == case["grad_sum"].keys()
+    for name, g in ours.items():
         close(g.norm(), torch.tensor(case["grad_norm"][name]), rtol=5e-6)
         close(g.sum(), torch.tensor(case["grad_sum"][name]), atol=1e-6 * float(g.abs().sum()))
 
@@ -172,9 +172,9 @@ def as_published(found, expected, rel=1e-4):
 
 def check_gradients(model, published):
     """published: {name: [norm, sum]}"""
-    found = gradients(model, "smdm")
-    assert found.keys() == published.keys()
-    for name, g in found.items():
+    ours = gradients(model, "smdm")
+    assert ours.keys() == published.keys()
+    for name, g in ours.items():
         norm, total = published[name]
         as_published(float(g.norm()), norm)
         assert float(g.sum()) == pytest.approx(total, abs=1e-3)
@@ -334,9 +334,9 @@ def official_examples(case, folder, protected=True, width=0, skip=0):
     examples.prepare(
         folder, [("train", "", row[:a], row[a : b - 1]) for row, a, b in pieces], text, width
     )
-    found = examples.Examples(folder, "train", skip=skip)
-    found.index = lambda first, position: np.asarray(position)
-    return found
+    dataset = examples.Examples(folder, "train", skip=skip)
+    dataset.index = lambda first, position: np.asarray(position)
+    return dataset
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_smdm_finetuning_batches_and_losses_are_those_of_train_py(
     smdm, name, keys, monkeypatch, tmp_path
 ):
     model, case = smdm("mdm"), smdm()["finetuning"]
-    found = official_examples(
+    dataset = official_examples(
         case, tmp_path, protected=name != "reverse", width=256 * (name == "gsm8k")
     )
     p = (1 - case["eps"]) * case["u"] + case["eps"]  # (B,)
@@ -372,7 +372,7 @@ def test_smdm_finetuning_batches_and_losses_are_those_of_train_py(
         "prompt_drop": 0.0,
     }
     config |= {"seed": 0, "batch_size": 4} | keys
-    batch = train.make_batch(config, found, 0, range(4))
+    batch = train.make_batch(config, dataset, 0, range(4))
     x = torch.where(batch.mask, MASK, batch.x0)  # (B, L)
     assert torch.equal(x, case[name]["network_input"].long())
     loss = diffusion.Loss(model, "lambda_dce")(*batch[:4])[0] / batch.n_tokens
@@ -388,12 +388,12 @@ def test_smdm_finetuning_batches_and_losses_are_those_of_train_py(
 def test_smdm_causal_finetuning_losses_and_gradients_are_those_of_train_py(smdm, tmp_path):
     """The official code begins with the data's first token: a start token of each row's own."""
     model, case = smdm("ar"), smdm()["finetuning"]
-    found, total = official_examples(case, tmp_path, skip=1), 0.0
+    dataset, total = official_examples(case, tmp_path, skip=1), 0.0
     config = {"objective": "ar", "attention": "causal", "prompt_drop": 0.0}
     config |= {"seed": 0, "batch_size": 4}
     for i in range(4):
         model.start_id = int(case["data"][i, 0])
-        batch = train.make_batch(config, found, 0, range(i, i + 1))
+        batch = train.make_batch(config, dataset, 0, range(i, i + 1))
         loss = diffusion.Loss(model, "ar")(*batch[:4])[0] / batch.n_tokens
         loss.backward()
         total += loss.item()
@@ -618,15 +618,15 @@ def test_smdm_initialisation_has_the_published_deviations(smdm):
     torch.manual_seed(0)
     sizes = {"n_embd": case["n_embd"], "n_layer": case["n_layer"], "vocab_size": 64}
     model = Transformer(DEFAULTS | formats.FIXED["smdm"] | sizes)
-    found = formats.to_format(model.state_dict(), model.config, "smdm")
-    assert case["std"].keys() == {name for name, w in found.items() if w.dim() == 2}
+    exported = formats.to_format(model.state_dict(), model.config, "smdm")
+    assert case["std"].keys() == {name for name, w in exported.items() if w.dim() == 2}
     for name, std in case["std"].items():
         small = name.endswith(("attn.proj.weight", "w3.weight"))
         formula = case["std_by_formula"][
             "attn.proj, w3" if small else "embedding, head, attn.attn, w1, w2"
         ]
         assert formula == pytest.approx(1 / (16 * 3) if small else math.sqrt(2 / (5 * 256)))
-        assert float(found[name].std()) == pytest.approx(
+        assert float(exported[name].std()) == pytest.approx(
             formula, rel=0.02
         ) and std == pytest.approx(formula, rel=0.02)
 

@@ -126,17 +126,17 @@ def refusal(**keys):
 
 
 def test_what_cannot_be_drawn_is_named(tmp_path):
-    good, out = log(tmp_path / "good", line(1, 5.0)), str(tmp_path / "out.png")
+    whole, out = log(tmp_path / "good", line(1, 5.0)), str(tmp_path / "out.png")
     assert "say which runs" in refusal(folders=[])
-    typo = f"no log.jsonl in {tmp_path / 'god'}; did you mean '{good}'?"
+    typo = f"no log.jsonl in {tmp_path / 'god'}; did you mean '{whole}'?"
     assert refusal(folders=[str(tmp_path / "god")]) == typo
     assert "has no training step yet" in refusal(folders=[log(tmp_path / "new", end="")])
     bad = log(tmp_path / "bad", line(1, 5.0), {"step": 2, "loss": 3})
     assert "log.jsonl, line 2: no entry" in refusal(folders=[bad])
-    assert "9 runs are too many" in refusal(folders=[good] * 9)
-    assert "smooth must be from 0 to 1" in refusal(folders=[good], smooth=2.0)
-    assert "say where the picture goes" in refusal(folders=[good], out="")
-    assert "cannot write" in refusal(folders=[good], out=str(tmp_path))
+    assert "9 runs are too many" in refusal(folders=[whole] * 9)
+    assert "smooth must be from 0 to 1" in refusal(folders=[whole], smooth=2.0)
+    assert "say where the picture goes" in refusal(folders=[whole], out="")
+    assert "cannot write" in refusal(folders=[whole], out=str(tmp_path))
     assert not (tmp_path / out).exists()
 
 

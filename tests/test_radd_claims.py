@@ -41,14 +41,14 @@ def test_the_log_linear_t_dce_is_lambda_dce_draw_for_draw():
 def test_the_variance_of_a_gradient_is_split_without_bias():
     generator = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    found = []
+    shares = []
     for _ in range(4000):
         text, draw = 2 * normal(3, 1, 2), 3 * normal(3, 2, 2)  # (batches, repeats, P)
-        found.append(objectives.parts_of_variance(4 + text + draw))
-    mean, error = torch.tensor(found).mean(0), torch.tensor(found).std(0) / 4000**0.5
+        shares.append(objectives.parts_of_variance(4 + text + draw))
+    mean, error = torch.tensor(shares).mean(0), torch.tensor(shares).std(0) / 4000**0.5
     assert ((mean - torch.tensor([18.0, 8.0, 32.0])).abs() < 4 * error).all() and error.max() < 0.5
-    same = torch.arange(3.0)[:, None, None].expand(3, 2, 2)
-    assert objectives.parts_of_variance(same) == pytest.approx((0.0, 2.0, 2 - 2 / 3))
+    alike = torch.arange(3.0)[:, None, None].expand(3, 2, 2)
+    assert objectives.parts_of_variance(alike) == pytest.approx((0.0, 2.0, 2 - 2 / 3))
 
 
 def timed_network():
@@ -85,8 +85,8 @@ def test_a_network_with_a_time_input_starts_as_the_one_without_and_learns_from_i
     assert not torch.allclose(h[0], h[1]), "the same text at two times"
     assert torch.allclose(model.hidden(x, idx), h.flatten(0, 1)[idx], atol=1e-5)
     model.time = torch.tensor([3 / 8, 3 / 8])
-    told, model.time = model.hidden(x), None
-    assert torch.equal(model.hidden(x), told), "untold, it reads the share of masks"
+    output, model.time = model.hidden(x), None
+    assert torch.equal(model.hidden(x), output), "untold, it reads the share of masks"
 
 
 def test_the_flops_of_the_time_input_are_those_that_torch_counts():

@@ -143,15 +143,15 @@ def test_every_command_of_readme_and_faq_runs_in_its_short_form(world, monkeypat
 
 
 def test_every_program_and_key_that_a_page_names_is_there(capsys):
-    found = {}
+    keys_of = {}
     for page in TEXTS.values():
         for program, rest in re.findall(r"python (-m [\w.]+|\w+\.py)((?: [^`\n#|]*)?)", page):
-            found.setdefault(program, set()).update(re.findall(r" --(\w+)", rest))
+            keys_of.setdefault(program, set()).update(re.findall(r" --(\w+)", rest))
     for page in ("README.md", "docs/FAQ.md"):  # also what torchrun starts
         for program, words in commands(page):
-            found[program] |= {word[2:].partition("=")[0] for word in words if word[:2] == "--"}
-    assert {"train.py", "sample.py", "-m lib.checkpoint", "-m evals.choice"} <= found.keys()
-    for program, keys in found.items():
+            keys_of[program] |= {word[2:].partition("=")[0] for word in words if word[:2] == "--"}
+    assert {"train.py", "sample.py", "-m lib.checkpoint", "-m evals.choice"} <= keys_of.keys()
+    for program, keys in keys_of.items():
         if program in ("-m pip", "-m pytest", "-m venv") or "NAME" in program:
             continue
         name = program.removeprefix("-m ")
@@ -186,7 +186,9 @@ def test_make_says_what_it_would_do_for_the_demo():
 
 
 def test_the_worked_numbers_of_readme_are_right():
-    cells = lambda name: re.search(rf"^\| {name} \|(.*)\|$", README, re.M)[1].split("|")  # noqa: E731
+    def cells(name):
+        return re.search(rf"^\| {name} \|(.*)\|$", README, re.M)[1].split("|")
+
     steps = [int(cell.replace(",", "")) for cell in cells("steps")[:-1]]
     for n, said in zip(steps, cells("expected calls"), strict=False):
         r = diffusion.unmask_schedule(diffusion.loglinear, n)

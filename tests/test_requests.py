@@ -298,9 +298,13 @@ def command(ckpt, *words):
 def test_a_model_of_examples_answers_as_measured_best_unless_it_is_told_otherwise(
     checkpoints, monkeypatch
 ):
-    told = []
+    options_seen = []
     plain = decoding.sample
-    spy = lambda *arguments, **options: told.append(options) or plain(*arguments, **options)  # noqa: E731
+
+    def spy(*arguments, **options):
+        options_seen.append(options)
+        return plain(*arguments, **options)
+
     monkeypatch.setattr(decoding, "sample", spy)
     keys = ("sampler", "temperature", "num_samples", "steps")
     for kind, words, wanted in (
@@ -311,7 +315,7 @@ def test_a_model_of_examples_answers_as_measured_best_unless_it_is_told_otherwis
         ("causal", [], ("ancestral", 0.0, 1, 128)),  # left to right, whatever the sampler
     ):
         records = command(checkpoints[kind], *words)
-        options = told.pop()
+        options = options_seen.pop()
         assert tuple(options[key] for key in keys) == wanted and len(records) == wanted[2]
         assert len(records[0]["tokens"]) == (BLOCK if kind == "text" else 9)
 

@@ -20,6 +20,7 @@ from test_samplers import (
 import diffusion
 import sample as decoding
 from config import UserError
+from lib.text import suppress_tokens
 from model import Transformer
 from sample import SAMPLERS
 
@@ -244,7 +245,7 @@ def test_a_suppressed_token_is_not_taken_and_the_law_of_the_rest_is_renormalised
     assert torch.equal(sample(model, x, suppress=torch.full_like(x, -1), **keys)[0], plain)
     logits = torch.randn(2, 5)
     whole = logits.softmax(1)
-    decoding.suppress_tokens(logits, torch.tensor([3, -1]))
+    suppress_tokens(logits, torch.tensor([3, -1]))
     law = logits.softmax(1)
     assert law[0, 3] == 0 and torch.equal(law[1], whole[1])
     assert torch.allclose(law[0, :3], whole[0, :3] / (1 - whole[0, 3]))

@@ -158,11 +158,11 @@ def test_a_shard_that_is_not_what_it_says_is_refused_and_fetched_anew_the_next_t
 ):
     name, (bad, says) = "fineweb_train_000002.bin", BAD_SHARDS[case]
     hub.hashes = False  # a mirror that states no hash: the shard must speak for itself
-    good, hub.files[name] = hub.files[name], bad
+    whole, hub.files[name] = hub.files[name], bad
     with pytest.raises(UserError, match=f"{name}.*{says}") as error:
         prepare(tmp_path, "--shards=2")
     assert "\n" not in str(error.value) and not (tmp_path / "meta.json").exists()
-    hub.files[name] = good
+    hub.files[name] = whole
     prepare(tmp_path, "--shards=2")
     assert np.array_equal(loader.Tokens(tmp_path, "train")[:], np.concatenate(hub.shards[1:3]))
 

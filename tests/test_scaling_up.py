@@ -273,8 +273,8 @@ def stated(request):
     comment = re.sub(r"\s*\n# *", " ", comment)
 
     def said(pattern):
-        found = re.search(pattern, comment)
-        return [float(number.replace(",", "")) for number in found.groups()]
+        match = re.search(pattern, comment)
+        return [float(number.replace(",", "")) for number in match.groups()]
 
     said.hours = re.findall(r"([\d.]+) on one ([\w ]+?)[,:.]", comment)
     return *scaling_up.preset(request.param), said

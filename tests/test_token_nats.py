@@ -48,9 +48,10 @@ def test_the_tokens_of_a_text_cost_together_what_the_text_does(name, attention):
     nats = token_nats(model, ids, estimator=name, draws=6, seed=4)  # (draws, 5)
     exact = attention == "causal" or "to" in name
     assert nats.shape == (1 if exact else 6, 5) and (nats > 0).all()
-    same = "chain" if name == "any_order" and attention != "order" else name  # of the same noise
+    by_rows = name == "any_order" and attention != "order"
+    estimator = "chain" if by_rows else name  # of the same noise
     requests = [(torch.tensor([]), torch.tensor(ids))]
-    wanted = answer_nats(model, requests, estimator=same, draws=6, seed=4).item()
+    wanted = answer_nats(model, requests, estimator=estimator, draws=6, seed=4).item()
     assert nats.sum(1).mean().item() == pytest.approx(wanted, rel=1e-5)
     parts = token_nats(model, ids, estimator=name, draws=6, seed=4, batch_size=4)
     assert torch.allclose(parts, nats, rtol=1e-5)

@@ -68,8 +68,8 @@ def cut(file):
 
 def border(text, start, end):
     """Where to cut a text between two positions: a blank line, a line's end or a space, or None."""
-    found = (text.find(mark, start, end) for mark in ("\n\n", "\n", " "))
-    return next((place for place in found if place >= 0), None)
+    marks = (text.find(mark, start, end) for mark in ("\n\n", "\n", " "))
+    return next((place for place in marks if place >= 0), None)
 
 
 def lines(file, path):
