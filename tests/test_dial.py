@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT
-from test_train import MODULES, TINY, data, log, quick, run, same, state_of, stop_at, stopped
+from test_train import MODULES, TINY, data, log, run, same, state_of, stop_at, stopped
 
 import config as settings
 import diffusion
@@ -18,7 +18,8 @@ from lib.log import flops_of_step
 from lib.optim import learning_rate
 from lib.parallel import Team
 
-__all__ = ["data", "quick"]  # fixtures of test_train
+__all__ = ["data"]  # a fixture of test_train
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Hours:

@@ -31,7 +31,7 @@ from data.text import prepare
 from lib import checkpoint, device
 from lib.files import Stop
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("one_thread")
 LINE = "The cat sat on the mat; “a dog” ran to the log, and cat {} ran after it.\n\n"
 TEXT = "".join(LINE.format(number) for number in range(800))
 PREPARE = (prepare.main, prepare, tokenizer)
@@ -73,12 +73,6 @@ def ckpt(data, tmp_path_factory):
     with contextlib.redirect_stdout(None):
         run(data, out, max_iters=2)
     return out
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(train, "matmul_flops", lambda *_: 1e9)
-    torch.set_num_threads(1)
 
 
 def exit_code(monkeypatch, program, *line):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_train import MODULES, TINY, log, quick
+from test_train import MODULES, TINY, log
 
 import config as settings
 import train
@@ -13,7 +13,7 @@ from data.pairs import prepare as pairs
 from data.text import prepare as text
 from lib import checkpoint
 
-__all__ = ["quick"]  # a fixture of test_train
+pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = "The {0} cat sat on {1} mats, and {2} dogs ran after it.\n{3}"
 
 

@@ -12,7 +12,6 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 from test_train import TEXT, log, process, refusal, run, same, state_of, until, words
 
@@ -27,7 +26,7 @@ from lib import checkpoint, files
 from lib.files import only_one, whole_file
 from lib.parallel import ANEW
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("one_thread")
 TRAIN = (train.main, settings, diffusion, network, train)
 SAMPLE = (sample.main, settings, diffusion, sample)
 
@@ -38,12 +37,6 @@ def data(tmp_path_factory):
     alphabet = tokenizer.Char("".join(sorted(set(TEXT))))
     writer.prepare(folder, [("train", TEXT), ("val", TEXT[:500])], alphabet)
     return folder
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(train, "matmul_flops", lambda *_: 1e9)
-    torch.set_num_threads(1)
 
 
 def contents(folder):

@@ -9,7 +9,6 @@ import types
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 from test_environment import AS_FILES, SAMPLE, SOURCES, TEXT, TEXT_OF, command, exit_code, prepared
 from test_train import run, words
@@ -25,7 +24,7 @@ from data.tokenizer import GPT2
 from lib import checkpoint, parallel
 from lib.files import optional
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session")
@@ -33,12 +32,6 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("names")
     (folder / "text.txt").write_text(TEXT, encoding="utf8")
     return prepared(folder / "text.txt", folder / "data")
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(train, "matmul_flops", lambda *_: 1e9)
-    torch.set_num_threads(1)
 
 
 # ---- Names ---------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from lib.parallel import Team
 from lib.stats import NotFinite
 from view import page
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +40,6 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("numbers") / "data"
     writer.prepare(folder, [("train", TEXT), ("val", TEXT[:500])], Char("".join(sorted(set(TEXT)))))
     return folder
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """No time is spent on measuring the machine."""
-    monkeypatch.setattr(train, "matmul_flops", lambda *_: 1e9)
 
 
 def strict(text):

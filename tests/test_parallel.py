@@ -19,7 +19,7 @@ from data.tokenizer import Char
 from lib import budget, checkpoint, parallel
 from lib.parallel import Team
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("one_thread")
 DEEP = {"n_layer": 2, "ema": 0.9, "eval_sequences": 7, "log_interval": 1}
 DEEP |= {"max_iters": 6, "eval_interval": 3}
 FSDP = {"parallel": "fsdp"}
@@ -50,12 +50,6 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel") / "data"
     writer.prepare(folder, [("train", TEXT), ("val", TEXT[:500])], Char("".join(sorted(set(TEXT)))))
     return folder
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(train, "matmul_flops", lambda *_: 1e9)
-    torch.set_num_threads(1)
 
 
 # ---- What the processes do -----------------------------------------------------------------------

@@ -42,7 +42,7 @@ from lib.budget import Clock
 from lib.log import Log
 from lib.parallel import Team
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("one_thread")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -51,12 +51,6 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("survive") / "data"
     writer.prepare(folder, [("train", TEXT), ("val", TEXT[:500])], Char("".join(sorted(set(TEXT)))))
     return folder
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(train, "matmul_flops", lambda *_: 1e9)
-    torch.set_num_threads(1)
 
 
 # ---- Killed --------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from lib import checkpoint, resume
 from lib.parallel import ANEW, Team
 from lib.weighting import MASK_RATES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = "the cat sat on the mat; a dog ran to the log, and the cat ran after it. " * 40
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 8}
 TINY |= {"max_iters": 12, "warmup_iters": 2, "log_interval": 2, "eval_interval": 4}
@@ -47,16 +48,6 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train") / "data"
     writer.prepare(folder, [("train", TEXT), ("val", TEXT[:500])], Char("".join(sorted(set(TEXT)))))
     return folder
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """One thread, so that sums have one order; and no time spent on measuring the machine."""
-    monkeypatch.setattr(train, "matmul_flops", lambda *_: 1e9)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def words(data, out, **keys):
