@@ -37,7 +37,7 @@ def words(nats):
     """The baseline, for people."""
     nats = ", ".join(f"{name} {value:.4f}" for name, value in nats.items())
     method = "Witten-Bell, counted on the training text"
-    return f"n-gram baseline, for comparison ({method}): {nats} nats per token"
+    return f"n-gram baseline on all of val ({method}): {nats} nats per token"
 
 
 def ngrams(x, n, V):
