@@ -32,8 +32,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from config import Table, choose
-from lib import fused
+from config import Table
+from lib import fused, philox
 from lib.entries import of_objective, of_order, of_schedule
 
 DEFAULTS = {
@@ -173,28 +173,12 @@ def stratified(jitter, position, batch_size):
     return torch.where(position % 2 == 1, 1 - u, u)
 
 
-def uniforms(seed, step, position, n):
-    """(B, n) numbers in [0, 1), float64: row b is a pure function of (seed, step, position[b]).
-
-    A counter-based generator (Philox, arXiv 1004.3374) jumps to any row, so every process draws its
-    own part of the global batch, and a resumed run draws what it would have drawn. One generator is
-    moved from row to row: making one takes longer.
-    """
-    source, out = np.random.Philox(key=[seed, 0]), np.empty((len(position), n))  # (B, n)
-    numbers, state = np.random.Generator(source), source.state
-    for row, p in zip(out, position, strict=True):
-        state["state"]["counter"][2:] = int(p), step
-        source.state = state
-        numbers.random(out=row)
-    return torch.from_numpy(out)
-
-
 def stratified_uniforms(seed, step, position, batch_size, L):
     """(u (B,), noise (B, L)) for draw_mask, of `position` (B,) in the global batch of `step`."""
     position = torch.as_tensor(position)  # (B,)
     pair = batch_size + position // 2  # (B,) counters past the batch's own
-    u = stratified(uniforms(seed, step, pair, 1).squeeze(1), position, batch_size)  # (B,)
-    return u, uniforms(seed, step, position, L)
+    u = stratified(philox.uniforms(seed, step, pair, 1).squeeze(1), position, batch_size)  # (B,)
+    return u, philox.uniforms(seed, step, position, L)
 
 
 # ---- 4. The bound: one weighted cross-entropy ----------------------------------------------------
@@ -219,7 +203,7 @@ def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, bound=None)
 
     NELBO: negative evidence lower bound. x0 (B, L), mask (B, L) bool, weight (B,) or (B, L) ->
     (loss, nats): loss a scalar, summed over the batch, to be differentiated; nats (B,) the same for
-    each sequence, without a gradient. masked_idx: masked_indices(mask), made beside the mask so
+    each sequence, without a gradient. masked_idx: lib/fused.masked_indices, made beside the mask so
     that a GPU need not wait. bound: the weights of the NELBO, where `weight` or the terms are
     others (train.py, loss_weight; t_dse): nats are by these weights, and of CE, then.
     """
@@ -264,7 +248,7 @@ def order_nll(model, x0, order, weight=None):
 
 def counted(x0, mask, weight, masked_idx=None):
     """Flat indices of what counts, its clean tokens and its weights: (N,) each."""
-    masked_idx = masked_indices(mask) if masked_idx is None else masked_idx  # (N,)
+    masked_idx = fused.masked_indices(mask) if masked_idx is None else masked_idx  # (N,)
     w = (weight.view(len(x0), -1) * mask).flatten()[masked_idx]  # (N,)
     return masked_idx, x0.flatten()[masked_idx], w
 
@@ -272,13 +256,6 @@ def counted(x0, mask, weight, masked_idx=None):
 def summed(values, masked_idx, x0):
     """The sum over each sequence of values (N,) at flat indices (N,): (B,)."""
     return values.new_zeros(x0.numel()).index_copy(0, masked_idx, values).view(x0.shape).sum(1)
-
-
-def masked_indices(mask, multiple=1):
-    """Flat indices (N,) of masked positions, then of visible ones (weight 0) up to a multiple."""
-    flat = mask.flatten()  # (B*L,)
-    n = -(-int(flat.sum()) // multiple) * multiple  # few distinct N: few compiled programs
-    return (~flat).to(torch.uint8).argsort(stable=True)[:n]
 
 
 class Loss(torch.nn.Module):
@@ -297,48 +274,7 @@ class Loss(torch.nn.Module):
         return nelbo(self.model, x0, mask, weight, masked_idx, normalised, bound=bound)
 
 
-# ---- 5. Unmasking times: when a position is unmasked, known before the network is asked ----------
-def unmask_prob(schedule, t, s, sampler="ancestral"):
-    """Probability that a token masked at time t is unmasked by the step to s < t: (...), float64.
-
-    ancestral: 1 - m(s)/m(t) = (m(t) - m(s)) / m(t), exact: RADD eq. D.8, D.14, D.27, where it is
-    Tweedie tau-leaping (several positions leap at once, by p(x0 | x_t) and not by the score at t).
-    euler: the rate of going back at t, m'(t)/m(t), times the step: RADD eq. D.13, D.15, D.29; at
-    most 1. For the log-linear schedule both are (t - s)/t: RADD eq. D.16.
-    """
-    (m, dm), (m_s, _) = schedule(t), schedule(s)
-    p = {"ancestral": 1 - m_s / m, "euler": ((t - s) * dm / m).clamp(max=1.0)}
-    return choose("sampler", sampler, p)
-
-
-def unmask_schedule(schedule, steps, sampler="ancestral"):
-    """r (steps,): probability that a position is unmasked at each of `steps` equal steps; sum 1.
-
-    It depends on time alone, so a position's step can be drawn before the first network call. The
-    last step unmasks what is left, where a schedule does not end at 0 or Euler's rate falls short.
-    """
-    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)  # (steps + 1,)
-    p = unmask_prob(schedule, t[:-1], t[1:], sampler)  # (steps,)
-    p[-1] = 1.0
-    still_masked = torch.cat([p.new_ones(1), (1 - p[:-1]).cumprod(0)])  # (steps,)
-    return still_masked * p
-
-
-def expected_nfe(r, L):
-    """Expected network calls (NFE: number of function evaluations) to unmask L masked positions.
-
-    A step needs a call only if it unmasks something: sum_k 1 - (1 - r_k)^L, RADD eq. 3.4, D.22;
-    n (1 - (1 - 1/n)^L) for n log-linear steps, RADD eq. D.31; behind a prompt, too, for L counts
-    masked tokens alone, RADD eq. D.30. For L = 128: 81 at n = 128, 120 at n = 1,024, and towards L
-    for many steps. What more steps buy: tokens unmasked in one step are drawn independently, each
-    given the tokens visible before. If "New York" and "Los Angeles" are equally likely, one step
-    gives "New Angeles" and "Los York" a quarter of the time each; in two steps the second word sees
-    the first. This is the only error of few steps.
-    """
-    return float((1 - (1 - r) ** L).sum())
-
-
-# ---- 6. Guidance ---------------------------------------------------------------------------------
+# ---- 5. Guidance ---------------------------------------------------------------------------------
 def predict(model, x, masked_idx, cond, cfg_scale=0.0):
     """Logits (N, V) at flat positions masked_idx (N,) of x (B, L), guided by x where cond (B, L).
 

@@ -12,7 +12,7 @@
 - Which are due is the sampler's policy, one entry of samplers.SAMPLERS. The loop knows none.
 
 What makes it fast: the step at which ancestral and Euler sampling unmask a position does not
-depend on the network (diffusion.py, part 5). So all steps are drawn before the first call, and
+depend on the network (samplers.py, part 1). So all steps are drawn before the first call, and
 those at which a sequence unmasks nothing are skipped: RADD (arXiv 2406.03736, section 3.2) saves
 these calls with a cache, here there is nothing to keep. Each sequence goes to its own next step, a
 finished one makes room for another, and only positions that are due pass the last layer and the
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 import diffusion
 from config import require
 from data.tokenizer import from_meta
-from lib import checkpoint, fused
+from lib import checkpoint, fused, philox
 from lib.device import can_compile, cast_products, compile_hidden, machine, wait
 from lib.files import to_json, whole_file
 from lib.log import progress_bar
@@ -261,7 +261,7 @@ def sample_ar(model, x, o, suppress=None, progress=False):
     require(o["cfg_scale"] == 0, "cfg_scale needs a masked diffusion model, not a causal one")
     began, (N, L), draw = time.time(), x.shape, (o["temperature"], o["top_k"], o["top_p"])
     x, masked = x.clone(), (x == model.mask_id).cpu()  # (N, L) each
-    noise = diffusion.uniforms(o["seed"], 1, range(N), L)  # (N, L)
+    noise = philox.uniforms(o["seed"], 1, range(N), L)  # (N, L)
     noise, wanted = fused.moved(x.device, noise, masked)
     suppress = None if suppress is None else suppress.to(x.device)  # (N, L)
     nfe, B = torch.zeros(N, dtype=torch.long), o["batch_size"]  # (N,)

@@ -9,15 +9,58 @@ To add a sampler: one entry in SAMPLERS, a function (masked (N, L) bool, options
 A policy is asked by `calls`, here, for what is due, and by the loop in sample.py what to accept.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
 
 import diffusion
-from config import Table
-from lib import fused
+from config import Table, choose
+from lib import fused, philox
 
 
+# ---- 1. Unmasking times: when a position is unmasked, known before the network is asked ----------
+def unmask_prob(schedule, t, s, sampler="ancestral"):
+    """Probability that a token masked at time t is unmasked by the step to s < t: (...), float64.
+
+    ancestral: 1 - m(s)/m(t) = (m(t) - m(s)) / m(t), exact: RADD eq. D.8, D.14, D.27, where it is
+    Tweedie tau-leaping (several positions leap at once, by p(x0 | x_t) and not by the score at t).
+    euler: the rate of going back at t, m'(t)/m(t), times the step: RADD eq. D.13, D.15, D.29; at
+    most 1. For the log-linear schedule both are (t - s)/t: RADD eq. D.16.
+    """
+    (m, dm), (m_s, _) = schedule(t), schedule(s)
+    p = {"ancestral": 1 - m_s / m, "euler": ((t - s) * dm / m).clamp(max=1.0)}
+    return choose("sampler", sampler, p)
+
+
+def unmask_schedule(schedule, steps, sampler="ancestral"):
+    """r (steps,): probability that a position is unmasked at each of `steps` equal steps; sum 1.
+
+    It depends on time alone, so a position's step can be drawn before the first network call. The
+    last step unmasks what is left, where a schedule does not end at 0 or Euler's rate falls short.
+    """
+    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)  # (steps + 1,)
+    p = unmask_prob(schedule, t[:-1], t[1:], sampler)  # (steps,)
+    p[-1] = 1.0
+    still_masked = torch.cat([p.new_ones(1), (1 - p[:-1]).cumprod(0)])  # (steps,)
+    return still_masked * p
+
+
+def expected_nfe(r, L):
+    """Expected network calls (NFE: number of function evaluations) to unmask L masked positions.
+
+    A step needs a call only if it unmasks something: sum_k 1 - (1 - r_k)^L, RADD eq. 3.4, D.22;
+    n (1 - (1 - 1/n)^L) for n log-linear steps, RADD eq. D.31; behind a prompt, too, for L counts
+    masked tokens alone, RADD eq. D.30. For L = 128: 81 at n = 128, 120 at n = 1,024, and towards L
+    for many steps. What more steps buy: tokens unmasked in one step are drawn independently, each
+    given the tokens visible before. If "New York" and "Los Angeles" are equally likely, one step
+    gives "New Angeles" and "Los York" a quarter of the time each; in two steps the second word sees
+    the first. This is the only error of few steps.
+    """
+    return float((1 - (1 - r) ** L).sum())
+
+
+# ---- 2. Policies: what is due in a call, and which of it is unmasked -----------------------------
 class FixedOrder:
     """Each position's step is known before the first call: unmask_step (N, L), -1: conditions."""
 
@@ -29,9 +72,7 @@ class FixedOrder:
         self.nfe = self.call.max(1).values + 1  # (N,)
         known = float(self.nfe.double().mean())  # where the order alone is drawn
         self.expected_nfe = known if expected_nfe is None else expected_nfe
-        self.u = diffusion.uniforms(
-            seed, 1, range(len(unmask_step)), unmask_step.shape[1]
-        )  # (N, L)
+        self.u = philox.uniforms(seed, 1, range(len(unmask_step)), unmask_step.shape[1])  # (N, L)
 
     def unfinished(self, done):
         """Which sequences need another call, having had done (N,)."""
@@ -113,6 +154,7 @@ class Remasking(FixedOrder):
         return fresh_noise(self.seed, live, done, self.due(live, done).shape[1])
 
 
+# ---- 3. The calls of a policy, one after the other -----------------------------------------------
 class Call(NamedTuple):
     """What one network call asks: n positions of b sequences."""
 
@@ -165,7 +207,7 @@ def on_device(plan, policy, device, alike=False):
 def fresh_noise(seed, live, done, L):
     """(b, L) uniform numbers, others at every call: a position may be drawn again and again."""
     pairs = zip(live.tolist(), done.tolist(), strict=True)
-    return torch.cat([diffusion.uniforms(seed, 2 + call, [n], L) for n, call in pairs])
+    return torch.cat([philox.uniforms(seed, 2 + call, [n], L) for n, call in pairs])
 
 
 def step_to_call(unmask_step):
@@ -186,19 +228,20 @@ def entropy_of(logits, policy):
     return -(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(-1)
 
 
+# ---- 4. Samplers: (masked (N, L) bool, options) -> policy ----------------------------------------
 def by_time(masked, o):
     """Ancestral or Euler sampling: each position's step by itself, by the unmasking schedule."""
     (N, L), schedule = masked.shape, diffusion.SCHEDULES[o["schedule"]]
-    r = diffusion.unmask_schedule(schedule, o["steps"], o["sampler"])  # (steps,)
-    u = diffusion.uniforms(o["seed"], 0, range(N), L)  # (N, L)
+    r = unmask_schedule(schedule, o["steps"], o["sampler"])  # (steps,)
+    u = philox.uniforms(o["seed"], 0, range(N), L)  # (N, L)
     step = torch.searchsorted(r.cumsum(0), u, right=True).clamp(max=o["steps"] - 1)  # (N, L)
-    expected = sum(diffusion.expected_nfe(r, int(n)) for n in masked.sum(1)) / N
+    expected = sum(expected_nfe(r, int(n)) for n in masked.sum(1)) / N
     return FixedOrder(torch.where(masked, step, -1), o["seed"], expected)
 
 
 def any_order(masked, o):
     """One token a call, in an order drawn uniformly: what any_order bounds (RADD, table 6)."""
-    u = diffusion.uniforms(o["seed"], 0, range(len(masked)), masked.shape[1])  # (N, L)
+    u = philox.uniforms(o["seed"], 0, range(len(masked)), masked.shape[1])  # (N, L)
     return FixedOrder(torch.where(masked, u.argsort(1).argsort(1), -1), o["seed"])
 
 
@@ -212,10 +255,10 @@ def right_to_left(masked, o):
 
 
 def confidence(masked, o):
-    """The same number in each call (MaskGIT, arXiv 2202.04200; LLaDA, 2502.09992).
+    """The most probable of the tokens drawn, equally many a call (MaskGIT, 2202.04200; LLaDA).
 
-    The field calls it low-confidence remasking, though no token is taken back: those that were
-    drawn with low confidence are not kept.
+    LLaDA is arXiv 2502.09992. The field calls it low-confidence remasking, though no token is taken
+    back: those that were drawn with low confidence are not kept.
     """
     return most_confident(masked, o, evenly)
 
@@ -277,18 +320,20 @@ def remask_rescale(masked, o):
 
 
 def remasking(masked, o, sigma_of):
+    """Walk through the steps once, without a network: which are masked before each, (N, L) bool."""
     (N, L), steps = masked.shape, o["steps"]
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)  # (steps + 1,)
-    alpha = (1 - diffusion.SCHEDULES[o["schedule"]](t)[0]).tolist()
-    state, events = masked.clone(), [[] for _ in range(N)]  # (N, L)
-    for k in range(steps):
-        now, then = alpha[k], alpha[k + 1] if k + 1 < steps else 1.0  # the last step unmasks all
-        sigma = sigma_of(min(1.0, (1 - then) / now if now else 1.0))
-        u = diffusion.uniforms(o["seed"], 2**40 + k, range(N), L)  # (N, L)
-        due = state & (u < (then - (1 - sigma) * now) / (1 - now) if k + 1 < steps else state)
+    alpha = (1 - diffusion.SCHEDULES[o["schedule"]](t)[0]).tolist()  # probability to be visible
+    alpha[-1] = 1.0  # the last step unmasks all, and masks nothing again
+    is_masked, events = masked.clone(), [[] for _ in range(N)]  # (N, L)
+    for k, (before, after) in enumerate(itertools.pairwise(alpha)):
+        sigma = sigma_of(min(1.0, (1 - after) / before if before else 1.0))
+        unmask_prob = (after - (1 - sigma) * before) / (1 - before)
+        u = philox.uniforms(o["seed"], 2**40 + k, range(N), L)  # (N, L)
+        due = is_masked & (u < unmask_prob)  # (N, L)
         for n in due.any(1).nonzero().flatten().tolist():
-            events[n].append((due[n], state[n].clone()))
-        state = (state & ~due) | (~state & masked & (u < sigma))
+            events[n].append((due[n], is_masked[n].clone()))
+        is_masked = (is_masked & ~due) | (~is_masked & masked & (u < sigma))
     return Remasking(events, o["seed"])
 
 

@@ -35,7 +35,7 @@ import model as network
 import sample
 from config import require
 from data import examples, loader, tokenizer
-from lib import checkpoint, parallel, resume
+from lib import checkpoint, fused, parallel, philox, resume
 from lib.budget import Clock, with_dial
 from lib.device import matmul_flops
 from lib.files import Stop
@@ -121,7 +121,7 @@ def make_batch(config, dataset, step, position):
         return make_example_batch(config, dataset, step, position)
     first = resume.seen(config, step)
     x0 = torch.from_numpy(dataset.batch(first, position))  # (b, block_size)
-    numbers = diffusion.uniforms(config["seed"], step, [STREAMS["length"]], 2)  # (1, 2)
+    numbers = philox.uniforms(config["seed"], step, [STREAMS["length"]], 2)  # (1, 2)
     coin, length = numbers[0].tolist()  # for the whole step
     if coin < config["random_length"]:
         x0 = x0[:, : 1 + int(length * x0.shape[1])]  # (b, L)
@@ -134,7 +134,7 @@ def make_batch(config, dataset, step, position):
     mask, weight, bound = draw_training_mask(config, step, position, L)  # (b, L), (b,) each
     # Each pair of any_order masks L + 1 positions, so N is the same in every step.
     static = config["objective"] == "any_order" and len(position) % 2 == 0
-    masked_idx = diffusion.masked_indices(mask, multiple=16 if static else 128)  # (N,)
+    masked_idx = fused.masked_indices(mask, multiple=16 if static else 128)  # (N,)
     return Batch(x0, mask, weight.float(), masked_idx, n, n, bound=bound.float())
 
 
@@ -149,9 +149,9 @@ def draw_training_mask(config, step, position, L, prompt=None):
 
 def draw_training_order(config, step, position, L, prompt=None):
     """order (b, L) of rows `position` of the global batch."""
-    noise = diffusion.uniforms(config["seed"], step, position, L)  # (b, L)
+    noise = philox.uniforms(config["seed"], step, position, L)  # (b, L)
     own = [STREAMS["order"] + p for p in position]
-    coin = diffusion.uniforms(config["seed"], step, own, 1)  # (b, 1)
+    coin = philox.uniforms(config["seed"], step, own, 1)  # (b, 1)
     return diffusion.draw_order(config["order"], noise, coin, config["order_p"], prompt)
 
 
@@ -175,14 +175,14 @@ def make_example_batch(config, dataset, step, position):
         mask, weight, bound = draw_training_mask(config, step, position, L, prompt)  # (b, L), (b,)
     weight, bound = ((w[:, None] * mask).float() for w in (weight, bound))  # (b, L) each
     own = [STREAMS["prompt_drop"] + p for p in position]
-    coin = diffusion.uniforms(config["seed"], step, own, 1)  # (b, 1)
+    coin = philox.uniforms(config["seed"], step, own, 1)  # (b, 1)
     dropped = (coin < config["prompt_drop"]) & in_prompt  # (b, L)
     whole = dataset.index(first, range(config["batch_size"]))  # (B,) of the global batch
     n = [int(dataset.counted(whole, padding).sum()) for padding in (not causal, False)]
     if config["attention"] == "order":
         order = draw_training_order(config, step, position, L, prompt)  # (b, L)
         return Batch(x0, None, (~in_prompt).float(), None, *n, order)  # prompts come first
-    masked_idx = diffusion.masked_indices(mask, multiple=128)  # (N,)
+    masked_idx = fused.masked_indices(mask, multiple=128)  # (N,)
     return Batch(x0, mask | dropped, weight, masked_idx, *n, bound=bound)
 
 
@@ -239,7 +239,7 @@ def train_step(config, step, batches, loss_of, optimizers, team, time=0.0):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config, time)
     if config["dropout"]:
-        stream = diffusion.uniforms(config["seed"], step, [STREAMS["dropout"] + team.rank], 1)
+        stream = philox.uniforms(config["seed"], step, [STREAMS["dropout"] + team.rank], 1)
         torch.manual_seed(int(stream * 2**53))
     (share, micro), cuda = shares(config, team), team.device.type == "cuda"
     total = nelbo = 0.0

@@ -21,6 +21,7 @@ import diffusion  # noqa: E402
 import evaluate  # noqa: E402
 import model as network  # noqa: E402
 import sample  # noqa: E402
+import samplers  # noqa: E402
 from samplers import SAMPLERS  # noqa: E402
 
 ANSWERS = {
@@ -106,13 +107,13 @@ def test_objective():
 
 
 def test_nfe():
-    r = diffusion.unmask_schedule(diffusion.loglinear, 50)  # (50,)
-    right(answer("nfe") == pytest.approx(diffusion.expected_nfe(r, 100), abs=0.06), "not so many")
+    r = samplers.unmask_schedule(diffusion.loglinear, 50)  # (50,)
+    right(answer("nfe") == pytest.approx(samplers.expected_nfe(r, 100), abs=0.06), "not so many")
 
 
 def test_two_tokens():
     def wrong(n):  # both words in one step, and then half of the pairs
-        return 0.5 * float(diffusion.unmask_schedule(diffusion.loglinear, n).square().sum())
+        return 0.5 * float(samplers.unmask_schedule(diffusion.loglinear, n).square().sum())
 
     n = answer("two_tokens")
     right(wrong(n) < 0.0101, f"in {n} steps {wrong(n):.2%} are wrong")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import diffusion
 import model as network
+from lib import fused
 
 PLAIN = {"foreach": False, "fused": False}  # AdamW, one tensor at a time
 
@@ -93,7 +94,7 @@ def training_step(
     x0 = torch.randint(V, (B, L))  # (B, L)
     u, noise = diffusion.stratified_uniforms(0, 0, range(B), B, L)  # (B,), (B, L)
     mask, weight = diffusion.draw_mask("any_order", u, noise)  # (B, L), (B,)
-    masked_idx = diffusion.masked_indices(mask, multiple=16)  # (N,)
+    masked_idx = fused.masked_indices(mask, multiple=16)  # (N,)
     batch = [z.to(device) for z in (x0, mask, weight.float(), masked_idx)]
     if optimizer == PLAIN and device.type != "cpu":
         optimizer = {}  # what torch itself takes there: all tensors of a kind in one call

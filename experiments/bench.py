@@ -34,6 +34,7 @@ import diffusion
 import evaluate
 import model as network
 import sample
+import samplers
 from data import loader
 from experiments import baselines, results
 from lib import fused, parallel
@@ -331,8 +332,8 @@ def sampling(V, steps, B, rounds, device, quick):
     # calls the network as often as sequences change, the expected number of which is known, and
     # draws at the masked positions, in the mean half of all. Ours runs to the end.
     some = 2 if quick else 8
-    r = diffusion.unmask_schedule(diffusion.SCHEDULES["loglinear"], steps, "ancestral")  # (steps,)
-    nfe = diffusion.expected_nfe(r, L)
+    r = samplers.unmask_schedule(diffusion.SCHEDULES["loglinear"], steps, "ancestral")  # (steps,)
+    nfe = samplers.expected_nfe(r, L)
     often = {
         "textbook": {"sample": steps / some},
         "RADD's cache": {"call": nfe, "draw": (steps + 1) / 2},

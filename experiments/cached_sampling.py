@@ -36,6 +36,7 @@ from tqdm import tqdm
 import config as settings
 import diffusion
 import sample
+import samplers
 from config import choose
 from experiments import baselines, bench, frontier, papers, results, runs
 
@@ -139,8 +140,8 @@ def speed_table(ctx, steps, lengths, vocabularies):
             times = ctx.once(parts, functools.partial(timed, ctx, V, L, steps))
             for k in steps:
                 row = {"V": str(V), "L": str(L), "steps": str(k)}
-                nfe = diffusion.expected_nfe(
-                    diffusion.unmask_schedule(diffusion.loglinear, k, "ancestral"), L
+                nfe = samplers.expected_nfe(
+                    samplers.unmask_schedule(diffusion.loglinear, k, "ancestral"), L
                 )
                 row |= {"E-NFE": f"{nfe:.1f}"}
                 columns = "textbook", "RADD's cache", "ours", "textbook / RADD", "RADD / ours"

@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import diffusion
 import model as network
 import sample
+import samplers
 import train
 from data import loader
 from experiments import loading, results
@@ -322,7 +323,7 @@ def built(part, attention):
 def masked(part, model, B, steps, how="eager"):
     """As large a part of a sample as takes CALLS calls, with the same tokens due in each."""
     L, schedule = model.block_size, diffusion.SCHEDULES["loglinear"]
-    nfe = diffusion.expected_nfe(diffusion.unmask_schedule(schedule, steps), L)
+    nfe = samplers.expected_nfe(samplers.unmask_schedule(schedule, steps), L)
     share = min(1.0, part.some(CALLS, 4) / nfe) if model.config["attention"] == "full" else 1.0
     x = torch.zeros(B, L, dtype=torch.long, device=part.device)  # (B, L)
     x[:, : round(share * L)] = model.mask_id

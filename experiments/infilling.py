@@ -28,7 +28,7 @@ import config as settings
 import diffusion
 import sample
 from experiments import orders, results, runs
-from lib import checkpoint
+from lib import checkpoint, fused, philox
 
 DEFAULTS = {
     "data": "data/corpus",  # a prepared folder of bytes
@@ -80,13 +80,13 @@ def terms(ctx, model, x0, gap):
     draws, L = ctx.config["gap_draws"], x0.shape[1]
     x0, gap = x0.repeat_interleave(draws, 0), gap.repeat_interleave(draws, 0)  # (R, L) each
     row = torch.arange(len(x0))  # (R,)
-    jitter = diffusion.uniforms(0, 1, (row // 2).tolist(), 1).squeeze(1)  # (R,)
+    jitter = philox.uniforms(0, 1, (row // 2).tolist(), 1).squeeze(1)  # (R,)
     u = diffusion.stratified(jitter, row % draws, draws)  # (R,) over the draws of a block
-    noise = diffusion.uniforms(0, 0, row.tolist(), L).masked_fill(~gap, torch.inf)  # (R, L)
+    noise = philox.uniforms(0, 0, row.tolist(), L).masked_fill(~gap, torch.inf)  # (R, L)
     mask, weight = diffusion.any_order(u, noise, gap.sum(1), None)  # (R, L), (R,)
     ce = torch.full((len(x0) * L,), torch.nan)
     for rows in tqdm(row.split(64), leave=False, disable=None):
-        idx = diffusion.masked_indices(mask[rows])  # (n,)
+        idx = fused.masked_indices(mask[rows])  # (n,)
         x = torch.where(mask[rows], model.mask_id, x0[rows])  # (b, L)
         target = x0[rows].flatten()[idx].to(ctx.device)  # (n,)
         with ctx.autocast():

@@ -71,10 +71,10 @@ import diffusion
 from config import require
 from data import loader
 from data.loader import spread
-from diffusion import masked_indices
 from experiments import results
-from lib import checkpoint
+from lib import checkpoint, philox
 from lib.device import machine
+from lib.fused import masked_indices
 from lib.stats import FEWEST, finite, t95
 
 DEFAULTS = {
@@ -208,7 +208,7 @@ def exact_terms(joint):
 
 def masks_of(L, number, seed):
     """For each k the L // k groups of k that a random permutation is cut into: (R, L), k (R,)."""
-    rank = diffusion.uniforms(seed, number, range(L), L).argsort(1).argsort(1)  # (L, L)
+    rank = philox.uniforms(seed, number, range(L), L).argsort(1).argsort(1)  # (L, L)
     sizes = range(1, L + 1)
     masks = [rank[k - 1] // k == torch.arange(L // k)[:, None] for k in sizes]  # (L // k, L) each
     return torch.cat(masks), torch.tensor([k for k in sizes for _ in range(L // k)])

@@ -31,7 +31,7 @@ import diffusion
 import train
 from data import loader
 from experiments import papers, results, runs
-from lib import checkpoint
+from lib import checkpoint, fused, philox
 
 DEFAULTS = {
     "data": "data/pydocs,data/corpus",  # prepared folders, one table each
@@ -86,12 +86,12 @@ def noise(ctx, folder, step, kind):
         for number, repeat in itertools.product(range(batches), range(repeats)):
             x0 = torch.from_numpy(text.batch(number * B, range(B)))  # (B, L)
             # A row has a stratum of its own, so which text has which is part of the draw.
-            x0 = x0[diffusion.uniforms(repeat, number, [0], B)[0].argsort()]
+            x0 = x0[philox.uniforms(repeat, number, [0], B)[0].argsort()]
             batch = [x0]
             if trained["objective"] != "ar":
                 draws = trained | {"seed": 10_000 + repeat}
                 mask, weight, _ = train.draw_training_mask(draws, number, range(B), L)
-                batch += [mask, weight.float(), diffusion.masked_indices(mask, 128)]
+                batch += [mask, weight.float(), fused.masked_indices(mask, 128)]
             with ctx.autocast():
                 loss, _ = loss_of(*(z.to(ctx.device) for z in batch))
             each = torch.autograd.grad(loss / x0.numel(), weights)

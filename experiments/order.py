@@ -34,7 +34,7 @@ from config import choose
 from data import loader
 from experiments import results
 from experiments.runs import step_flops
-from lib import checkpoint
+from lib import checkpoint, philox
 from lib.device import machine
 from lib.stats import mean_and_error, plus_minus, t95
 
@@ -145,7 +145,7 @@ def spelled(values):
 
 def even(masked, o):
     """A random order, the same number of tokens in each of `steps` calls."""
-    u = diffusion.uniforms(o["seed"], 0, range(len(masked)), masked.shape[1])  # (N, L)
+    u = philox.uniforms(o["seed"], 0, range(len(masked)), masked.shape[1])  # (N, L)
     rank = u.masked_fill(~masked, 2).argsort(1).argsort(1)  # (N, L) conditions last
     call = rank * o["steps"] // masked.sum(1, keepdim=True)  # (N, L)
     return samplers.FixedOrder(torch.where(masked, call, -1), o["seed"])

@@ -40,7 +40,7 @@ import model as network
 import train
 from data import loader, tokenizer, writer
 from experiments import results
-from lib import checkpoint
+from lib import checkpoint, philox
 from lib.device import flops_per_token, machine, matmul_flops
 from lib.files import to_json
 from lib.stats import t95
@@ -80,7 +80,7 @@ def independent_draws(yes=True):
     stratified = diffusion.stratified
 
     def own(jitter, position, _):
-        return 1 - diffusion.uniforms(int(jitter[0] * 2**53), 0, position, 1).squeeze(1)  # (B,)
+        return 1 - philox.uniforms(int(jitter[0] * 2**53), 0, position, 1).squeeze(1)  # (B,)
 
     diffusion.stratified = own if yes else stratified
     try:

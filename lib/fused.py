@@ -3,7 +3,7 @@
 - cross_entropy: head and cross-entropy a chunk at a time, the gradient taken on the way forward
 - attention: F.scaled_dot_product_attention, or its two products written out where that is faster
 - gelu: its tanh form in fewer operations where it is compiled; relu2: without a power
-- moved: .to(device) that need not wait
+- moved: .to(device) that need not wait; masked_indices: of few distinct sizes
 """
 
 import torch
@@ -13,6 +13,13 @@ import torch.nn.functional as F
 def wide(dtype):
     """The dtype that sums over V are taken in: float32, or float64 where the inputs are."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def masked_indices(mask, multiple=1):
+    """Flat indices (N,) of masked positions, then of visible ones (weight 0) up to a multiple."""
+    flat = mask.flatten()  # (B*L,)
+    n = -(-int(flat.sum()) // multiple) * multiple  # few distinct N: few compiled programs
+    return (~flat).to(torch.uint8).argsort(stable=True)[:n]
 
 
 # ---- Head and cross-entropy ----------------------------------------------------------------------

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 import diffusion
+from lib.philox import distinct_uniforms
 
 
 def random_numbers(seed, number, place, draw, size, n):
@@ -14,12 +15,6 @@ def random_numbers(seed, number, place, draw, size, n):
     jitter = distinct_uniforms(seed, 2 * number + 1, place * size + draw // 2, 1)  # (b, 1)
     noise = distinct_uniforms(seed, 2 * number, place * size + draw, n)  # (b, n)
     return diffusion.stratified(jitter.squeeze(1), draw, size), noise
-
-
-def distinct_uniforms(seed, step, position, n):
-    """diffusion.uniforms, each position drawn once: many rows of a chain have the same numbers."""
-    position, row = position.unique(return_inverse=True)
-    return diffusion.uniforms(seed, step, position, n)[row]  # (b, n)
 
 
 def batches(lengths, turns, size, batch_size):

@@ -13,6 +13,7 @@ import diffusion
 from data import writer
 from data.tokenizer import Char
 from experiments import baselines, bench, textbook
+from lib import fused
 from model import Transformer
 
 CPU = torch.device("cpu")
@@ -24,7 +25,7 @@ def test_textbook_and_ours_have_the_same_loss():
     model = Transformer(DEFAULTS | TINY | {"vocab_size": 11})
     x0 = torch.randint(11, (4, 16))
     mask, weight = training_mask("any_order", 0, 0, range(4), 4, 16)
-    batch = x0, mask, weight.float(), diffusion.masked_indices(mask, multiple=8)
+    batch = x0, mask, weight.float(), fused.masked_indices(mask, multiple=8)
     gathered = bench.gathered_loss(
         lambda model, x, masked_idx: baselines.hidden(model, x).flatten(0, 1)[masked_idx]
     )

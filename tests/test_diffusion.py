@@ -34,11 +34,11 @@ from diffusion import (
     loglinear,
     nelbo,
     stratified,
-    uniforms,
-    unmask_schedule,
 )
 from lib import fused
+from lib.philox import uniforms
 from model import Transformer
+from samplers import expected_nfe, unmask_schedule
 
 X0 = states(V, L)  # (V^L, L) every clean sequence
 PATTERNS = states(2, L).bool()  # (2^L, L) every mask
@@ -560,12 +560,12 @@ def test_a_loss_of_other_weights_knows_the_bound_as_well(name, grad, normalised)
 def test_indices_padded_to_a_multiple_change_nothing(name, multiple, monkeypatch):
     model = MODELS[name]()
     batch = corrupted(model)
-    idx = diffusion.masked_indices(batch[1], multiple)  # (N,)
+    idx = fused.masked_indices(batch[1], multiple)  # (N,)
     masked = batch[1].flatten().nonzero().squeeze(1)
     padded = min(-(-len(masked) // multiple) * multiple, batch[1].numel())
     assert len(idx) == padded == len(idx.unique())
     assert torch.isin(masked, idx).all()
-    monkeypatch.setattr(diffusion, "masked_indices", None)  # not asked again
+    monkeypatch.setattr(fused, "masked_indices", None)  # not asked again
     fast, plain = (
         functools.partial(nelbo, model, *batch, masked_idx=idx),
         functools.partial(plain_nelbo, model, *batch),
@@ -757,16 +757,16 @@ def test_expected_nfe_is_the_mean_number_of_distinct_unmasking_steps(name):
     r = unmask_schedule(SCHEDULES[name], 5)  # (5,)
     steps = states(5, L)  # (5^L, L) every way that L tokens can be unmasked in 5 steps
     distinct = double([len(set(row)) for row in steps.tolist()])  # (5^L,)
-    assert math.isclose(diffusion.expected_nfe(r, L), r[steps].prod(1) @ distinct, rel_tol=1e-12)
+    assert math.isclose(expected_nfe(r, L), r[steps].prod(1) @ distinct, rel_tol=1e-12)
 
 
 @pytest.mark.parametrize(("n", "nfe"), [(128, 127.96), (1024, 647.5), (2048, 806.0), (4096, 906.1)])
 def test_expected_nfe_of_1024_tokens_is_what_the_paper_says(n, nfe):
-    got = diffusion.expected_nfe(unmask_schedule(loglinear, n), 1024)
+    got = expected_nfe(unmask_schedule(loglinear, n), 1024)
     assert math.isclose(got, n * (1 - (1 - 1 / n) ** 1024), rel_tol=1e-9)
     assert abs(got - nfe) < (0.005 if n == 128 else 0.05)
 
 
 def test_one_step_needs_one_call_and_endless_steps_one_call_a_token():
-    assert diffusion.expected_nfe(unmask_schedule(cosine, 1), L) == 1
-    assert 3.99 < diffusion.expected_nfe(unmask_schedule(cosine, 10_000), L) < L
+    assert expected_nfe(unmask_schedule(cosine, 1), L) == 1
+    assert 3.99 < expected_nfe(unmask_schedule(cosine, 10_000), L) < L

@@ -25,6 +25,7 @@ from plain import DEFAULTS
 
 import diffusion
 import sample
+from lib import philox
 from model import Transformer
 from view import page
 
@@ -90,7 +91,7 @@ def draws_of_both(chromium, model, tokenizer, case):
     tokens, info = sample.sample(model, x, seed=5, **o)
     for row in range(3):
         streams = range(2 + x.shape[1])
-        u = {s: diffusion.uniforms(5, s, [row], x.shape[1])[0] for s in streams}
+        u = {s: philox.uniforms(5, s, [row], x.shape[1])[0] for s in streams}
         ours = run_in_page(chromium, start, limits | o, u)
         assert ours["tokens"] == tokens[row].tolist()
         assert ours["calls"] == info["nfe"][row]
@@ -191,8 +192,8 @@ def test_the_nelbo_of_the_page_is_that_of_diffusion_py(demo):
     chromium.open(path)
     ids, prompt, draws = tokenizer.encode(TEXT), 9, 8
     L = len(ids)
-    jitter = diffusion.uniforms(3, 0, range(draws // 2), 1).squeeze(1)
-    noise = diffusion.uniforms(3, 1, range(draws), L)
+    jitter = philox.uniforms(3, 0, range(draws // 2), 1).squeeze(1)
+    noise = philox.uniforms(3, 1, range(draws), L)
     position = torch.arange(draws)
     u = diffusion.stratified(jitter[position // 2], position, draws)
     prompts = torch.full((draws,), prompt)
@@ -213,7 +214,7 @@ def test_the_nelbo_of_an_order_network_is_the_chain_rule_along_orders(in_order):
     chromium.open(path)
     ids, prompt, draws = tokenizer.encode(TEXT), 9, 4
     L = len(ids)
-    noise = diffusion.uniforms(3, 1, range(draws), L)
+    noise = philox.uniforms(3, 1, range(draws), L)
     place = torch.arange(L).expand(draws, L)
     order = torch.where(place < prompt, place - L, noise).argsort(1)
     weight = (order >= prompt).float()

@@ -22,7 +22,7 @@ import samplers
 import train
 from data import examples
 from data.tokenizer import Char
-from lib import checkpoint, formats, optim, resume
+from lib import checkpoint, formats, optim, philox, resume
 from model import Transformer
 
 
@@ -137,7 +137,7 @@ def test_radd_update_rates_are_the_published_ones(radd):
         t = torch.tensor(row["t"], dtype=torch.float64)
         s = t - (1 - row["eps"]) / row["steps"]
         sampler = {"tweedie": "ancestral", "euler": "euler"}[row["method"]]
-        p = float(diffusion.unmask_prob(schedules[row["noise"]], t, s, sampler))
+        p = float(samplers.unmask_prob(schedules[row["noise"]], t, s, sampler))
         if row["noise"] == "loglinear":  # eq. D.16
             assert p == pytest.approx(row["rate"], rel=1.1e-4)
             assert p == pytest.approx(row["dt_over_t"], rel=1e-9)
@@ -359,7 +359,7 @@ def test_smdm_finetuning_batches_and_losses_are_those_of_train_py(
     p = (1 - case["eps"]) * case["u"] + case["eps"]  # (B,)
     monkeypatch.setattr(diffusion, "stratified", lambda *_: p)
     monkeypatch.setattr(
-        diffusion,
+        philox,
         "uniforms",
         lambda seed, step, place, n: case["r"][:, :n] if n > 1 else torch.full((4, 1), 0.5),
     )
@@ -596,7 +596,7 @@ def test_smdm_ancestral_sampling_with_guidance_goes_step_by_step_as_published(sm
     close(torch.linspace(1, 1e-5, case["steps"] + 1), case["timesteps"])
     for i in range(case["steps"]):
         masked_idx = (x == MASK).flatten().nonzero().flatten()  # (n,)
-        p = diffusion.unmask_prob(diffusion.loglinear, t[i], t[i + 1])
+        p = samplers.unmask_prob(diffusion.loglinear, t[i], t[i + 1])
         due = case["uniform_of_step"][i] < (p if i + 1 < case["steps"] else 1.0)  # (n,)
         logits = diffusion.predict(model, x, masked_idx[due], cond, case["cfg"])
         weight = gumbel(logits, case["noise_of_step"][i], case["temperature"])

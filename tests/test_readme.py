@@ -18,6 +18,7 @@ from conftest import ROOT
 
 import diffusion
 import model as network
+import samplers
 from data import writer
 from data.tokenizer import Char
 from lib import checkpoint
@@ -191,8 +192,8 @@ def test_the_worked_numbers_of_readme_are_right():
 
     steps = [int(cell.replace(",", "")) for cell in cells("steps")[:-1]]
     for n, said in zip(steps, cells("expected calls"), strict=False):
-        r = diffusion.unmask_schedule(diffusion.loglinear, n)
-        assert float(said) == pytest.approx(diffusion.expected_nfe(r, 128), abs=0.051)
+        r = samplers.unmask_schedule(diffusion.loglinear, n)
+        assert float(said) == pytest.approx(samplers.expected_nfe(r, 128), abs=0.051)
     noise = torch.rand(300, 3, generator=torch.Generator().manual_seed(0))
     u = (torch.arange(300) + 0.5) / 300  # (300,) k is 1, 2 and 3 in a third of them each
     mask, weight = diffusion.draw_mask("any_order", u, noise)

@@ -19,7 +19,9 @@ from test_samplers import (
 
 import diffusion
 import sample as decoding
+import samplers
 from config import UserError
+from lib import philox
 from lib.text import suppress_tokens
 from model import Transformer
 from sample import SAMPLERS
@@ -82,7 +84,7 @@ CASES += [(s, "loglinear", 1) for s in ONE_BY_ONE]
 def test_the_fast_sampler_gives_the_tokens_of_the_textbook_sampler(sampler, schedule, steps):
     model = network_of()
     x = requests_for(model, 12)
-    noise = diffusion.uniforms(3, 1, range(12), 16)  # (N, L)
+    noise = philox.uniforms(3, 1, range(12), 16)  # (N, L)
     step = unmask_steps(x == model.mask_id, sampler, steps, schedule, seed=3)  # (N, L)
     plain = textbook_sample(model, x, step, noise)
     assert torch.equal(sample(model, x, sampler, steps, schedule, seed=3, batch_size=5)[0], plain)
@@ -101,7 +103,7 @@ def test_the_fast_sampler_gives_the_tokens_of_the_textbook_sampler(sampler, sche
 def test_temperature_top_k_top_p_and_guidance_are_those_of_the_textbook_sampler(keys):
     model = network_of()
     x = requests_for(model, 12)
-    step, noise = unmask_steps(x == 50, "ancestral", 6), diffusion.uniforms(0, 1, range(12), 16)
+    step, noise = unmask_steps(x == 50, "ancestral", 6), philox.uniforms(0, 1, range(12), 16)
     tokens, _ = sample(model, x, "ancestral", 6, batch_size=5, **keys)
     assert torch.equal(tokens, textbook_sample(model, x, step, noise, **keys))
     assert not torch.equal(tokens, sample(model, x, "ancestral", 6)[0])
@@ -112,7 +114,7 @@ def plain_confidence(model, x, counts, seed, place, **keys):
     """One sequence (1, L) at a time: draw every masked token, keep the `count` likeliest."""
     for call, count in enumerate(counts):
         masked = x == model.mask_id  # (1, L)
-        noise = diffusion.uniforms(seed, 2 + call, [place], x.shape[1])  # (1, L)
+        noise = philox.uniforms(seed, 2 + call, [place], x.shape[1])  # (1, L)
         token, p = plain_draw(model(x), noise, **keys)  # (1, L) each
         keep = p.where(masked, -1.0).topk(count).indices  # (1, count)
         x = x.scatter(1, keep, token.gather(1, keep))
@@ -174,8 +176,8 @@ def test_the_mean_number_of_calls_is_the_expected_one(sampler, schedule, arbitra
     _, info = sample(arbitrary, x, sampler, 5, schedule, batch_size=4000)
     mean, error = info["nfe"].double().mean().item(), info["nfe"].double().std().item() / 4000**0.5
     assert abs(mean - info["expected_nfe"]) < 4 * error
-    r = diffusion.unmask_schedule(diffusion.SCHEDULES[schedule], 5, sampler)  # (steps,)
-    full, less = diffusion.expected_nfe(r, L), diffusion.expected_nfe(r, L - 1)
+    r = samplers.unmask_schedule(diffusion.SCHEDULES[schedule], 5, sampler)  # (steps,)
+    full, less = samplers.expected_nfe(r, L), samplers.expected_nfe(r, L - 1)
     assert info["expected_nfe"] == pytest.approx((full + less) / 2)
     assert abs(mean - full) > 4 * error
 
@@ -335,7 +337,7 @@ def test_the_cached_causal_sampler_gives_the_tokens_of_the_uncached_loop(start_i
     for i, length in enumerate([3, 0, 5, 1, 16, 15, 4]):  # prompts
         x[i, :length] = torch.arange(length) + i
     x[3, 9] = 2  # also a condition in between
-    noise = diffusion.uniforms(5, 1, range(7), 16)  # (N, L)
+    noise = philox.uniforms(5, 1, range(7), 16)  # (N, L)
     plain = torch.cat([plain_ar(model, x[i : i + 1], noise[i : i + 1], **keys) for i in range(7)])
     for batch_size in (1, 3, 16):
         tokens, _ = sample(model, x, seed=5, batch_size=batch_size, **keys)

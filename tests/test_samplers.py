@@ -18,6 +18,7 @@ import config as settings
 import diffusion
 import sample as decoding
 import samplers
+from lib import philox
 from lib.stats import NotFinite
 from sample import SAMPLERS, categorical
 from samplers import step_to_call
@@ -46,7 +47,7 @@ def unmask_steps(masked, *arguments, u=None, **keys):
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         if u is not None:
-            patch.setattr(diffusion, "uniforms", lambda *_: u)
+            patch.setattr(philox, "uniforms", lambda *_: u)
         patch.setattr(samplers, "step_to_call", lambda z: seen.append(z) or step_to_call(z))
         policy_of(masked, *arguments, **keys)
     return seen[0]
@@ -198,7 +199,7 @@ def exact_law(
     noise = [unmask.repeat_interleave(T, 0), code.double()]
     x = x.expand(P * T, -1)  # (P * T, L)
     with monkeypatch.context() as patch:
-        patch.setattr(diffusion, "uniforms", lambda _, step, place, n: noise[step][list(place)])
+        patch.setattr(philox, "uniforms", lambda _, step, place, n: noise[step][list(place)])
         patch.setattr(decoding, "categorical", forced)
         tokens, _ = sample(model, x, sampler, steps, schedule, batch_size=batch_size)
     assert torch.equal(tokens, torch.where(x == V, wanted, x))
@@ -300,7 +301,7 @@ def test_the_law_does_not_depend_on_how_many_sequences_share_a_call(arbitrary, m
     assert apart(exact_law(monkeypatch, arbitrary, "ancestral", 2, batch_size=97), whole) < 1e-12
 
 
-RIGHT = diffusion.unmask_schedule
+RIGHT = samplers.unmask_schedule
 
 
 def wrong_law(schedule, steps, sampler):
@@ -312,7 +313,7 @@ def wrong_law(schedule, steps, sampler):
 
 @pytest.mark.parametrize("sampler", TIMED)
 def test_a_rate_that_is_off_by_one_percent_is_noticed(sampler, arbitrary, monkeypatch):
-    monkeypatch.setattr(diffusion, "unmask_schedule", wrong_law)
+    monkeypatch.setattr(samplers, "unmask_schedule", wrong_law)
     for schedule in ("loglinear", "cosine"):
         law = exact_law(monkeypatch, arbitrary, sampler, 3, schedule)
         assert apart(law, textbook_law(arbitrary, sampler, 3, schedule)) > 10 * EXACT
@@ -355,7 +356,7 @@ def test_samples_of_a_wrong_law_do_not_fit(network, joint, monkeypatch):
     assert misfit(drawn(network, "ancestral", steps=2), textbook_law(network, "ancestral", 3)) > 1
     noise = torch.rand(10_000, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     one = noise.expand(-1, L)  # (N, L) the order and the tokens from one number
-    monkeypatch.setattr(diffusion, "uniforms", lambda *_: one)
+    monkeypatch.setattr(philox, "uniforms", lambda *_: one)
     assert misfit(drawn(network, "any_order"), joint) > 1
 
 

@@ -21,7 +21,7 @@ import sample
 import train
 from config import UserError
 from data import examples, tokenizer
-from lib import checkpoint
+from lib import checkpoint, fused
 from lib.parallel import Team
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "batch_size": 8, "max_iters": 6}
@@ -119,7 +119,7 @@ def test_a_prompt_masked_with_the_rest_gives_the_bound_of_a_model_without_prompt
             counted[:, list(order[2 - k :])] = True
             mask, weight = counted.clone(), (counted * 2.0 / k).double()
             mask[:, :2] = True
-            masked_idx = diffusion.masked_indices(counted, multiple=7)
+            masked_idx = fused.masked_indices(counted, multiple=7)
             total = total + diffusion.nelbo(network, x0, mask, weight, masked_idx)[1] / 4
     rest = joint.sum((0, 1), keepdim=True).expand(V, V, V, V)  # p of the last two alone
     assert torch.allclose(total.detach(), -rest.log().flatten(), rtol=1e-12)
