@@ -21,9 +21,14 @@ score*. With k masked and L - k visible tokens, p_t(x) = m^k (1 - m)^(L-k) p(vis
 a factor that only time knows, times a conditional of clean text that time does not enter: RADD
 (arXiv 2406.03736) Theorem 1, RADD eq. 3.2, 3.3. (The papers write m = 1 - exp(-sigma_bar), where
 sigma_bar is the total noise up to t; the factor is then exp(-sigma_bar) / (1 - exp(-sigma_bar)).)
-Hence the network needs no time input; it fills gaps exactly, since any visible set is a condition
-that it was trained on; and training is a weighted cross-entropy. Likelihoods are in nats. The
-uniform numbers of a draw are arguments (u, noise), so that it can be repeated.
+Times the m'/(1 - m) of above it is the rate of going back: a masked token is unmasked at the rate
+m'/m, which no network has to say, and becomes v by the conditional. Hence the network needs no time
+input; it fills any gap, for any visible set is a condition that it was trained on; and training is
+a weighted cross-entropy. Likelihoods are in nats. The uniform numbers of a draw are arguments (u,
+noise), so that it can be repeated.
+
+Three things are near in name: the objective `any_order` masks k tokens, k uniform; attention=order
+is a network that reads tokens in the order in which they are unmasked; it is trained on ORDERS.
 """
 
 import math
@@ -75,8 +80,9 @@ SCHEDULES = Table("schedule", of_schedule, loglinear=loglinear, cosine=cosine, g
 # for k uniform on 1..L only: under lam it counts the empty mask as 0, L/(L + 1) of the bound, and
 # over all masked tokens of a batch it weighs a sequence by its k.) A schedule only renames lam =
 # m(t), d lam/lam = m'(t)/m(t) dt. So all have one expectation, t_dse where its scores add up to 1:
-# RADD eq. 3.7. They differ in noise, least in any_order; t_dse is what SEDD trained, t_dce the same
-# for a network that is normalised, and with lambda_dce no schedule is left to choose.
+# RADD eq. 3.7. They differ in noise, least in any_order: its weight is the mean of 1/lam given k,
+# and no draw is empty. t_dse (denoising score entropy) is what SEDD trained, t_dce the same for a
+# network that is normalised, and with lambda_dce no schedule is left to choose.
 #   What it bounds is -log of the model's p(x0), the mean over orders of the products of the chain
 # rule, which is what a sampler of one token a call draws from: it averages log p over orders, and
 # the log of an average is larger (Jensen's inequality), unless all orders give x0 the same p, as
@@ -90,7 +96,7 @@ class Objective(NamedTuple):
 
 
 def any_order(u, noise, n, schedule):
-    """Exactly k masked, k uniform on 1..n, weight n/k: any order. RADD eq. 2.16, G.3 (AO-ARM)."""
+    """Exactly k masked, k uniform on 1..n, weight n/k. RADD eq. 2.16, G.3 (any-order AR)."""
     k = (1 + (u * n).floor()).clamp(max=n)  # (B,)
     ordered = np.sort(noise.numpy())  # (B, L) numpy sorts far faster than torch
     kth = np.take_along_axis(ordered, k.long().numpy()[:, None] - 1, 1)  # (B, 1)
@@ -203,8 +209,9 @@ def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, bound=None)
 
     NELBO: negative evidence lower bound. x0 (B, L), mask (B, L) bool, weight (B,) or (B, L) ->
     (loss, nats): loss a scalar, summed over the batch, to be differentiated; nats (B,) the same for
-    each sequence, without a gradient. masked_idx: lib/fused.masked_indices, made beside the mask so
-    that a GPU need not wait. bound: the weights of the NELBO, where `weight` or the terms are
+    each sequence, without a gradient. masked_idx (N,): flat positions that count, the masked ones
+    and a few others of weight 0 that fill up N (fused.masked_indices, beside the mask so that a GPU
+    need not wait). bound: the weights of the NELBO, where `weight` or the terms are
     others (train.py, loss_weight; t_dse): nats are by these weights, and of CE, then.
     """
     masked_idx, target, w = counted(x0, mask, weight, masked_idx)  # (N,) each
@@ -275,19 +282,11 @@ class Loss(torch.nn.Module):
 
 
 # ---- 5. Guidance ---------------------------------------------------------------------------------
-def predict(model, x, masked_idx, cond, cfg_scale=0.0):
-    """Logits (N, V) at flat positions masked_idx (N,) of x (B, L), guided by x where cond (B, L).
-
-    Unsupervised classifier-free guidance (SMDM, arXiv 2410.18514): u + (1 + cfg_scale)(c - u) leans
-    further towards what the condition makes likelier; u are the logits for the same input with its
-    condition masked, too. Unsupervised, because a masked diffusion model knows u without having
-    been fine-tuned on dropped conditions.
-    """
-    return guided(model, states(model, x, masked_idx, cond, cfg_scale), cfg_scale)
-
-
 def states(model, x, masked_idx, cond, cfg_scale=0.0):
-    """The hidden states that `guided` needs: [(N, D)], or with guidance (N, D) of c and of u."""
+    """The hidden states that `guided` needs, at flat positions masked_idx (N,) of x (B, L).
+
+    [(N, D)], or with guidance (N, D) of x and of x without what is True in cond (B, L).
+    """
     if cfg_scale == 0:
         return [model.hidden(x, masked_idx)]
     both = torch.cat([x, x.masked_fill(cond, model.mask_id)])  # (2B, L) both as one batch
@@ -295,6 +294,12 @@ def states(model, x, masked_idx, cond, cfg_scale=0.0):
 
 
 def guided(model, h, cfg_scale=0.0):
-    """Logits (N, V) of states h, a list of (N, D): of all positions or a part of them."""
+    """Logits (N, V), guided by the condition, from `states`: of all positions or a part of them.
+
+    Unsupervised classifier-free guidance (SMDM, arXiv 2410.18514): u + (1 + cfg_scale)(c - u) leans
+    further towards what the condition makes likelier. c are the network's logits, u (unconditional)
+    those for the same input with its condition masked, too: 0 is c alone, -1 is u. Unsupervised,
+    because a masked diffusion model knows u without having been fine-tuned on dropped conditions.
+    """
     c, *u = model.head(torch.cat(h)).float().chunk(len(h))  # (N, V) each
     return u[0] + (1 + cfg_scale) * (c - u[0]) if u else c

@@ -12,14 +12,15 @@
 
     any_order        one row a draw: k masked, each counts L/k times
     lambda_dce, t_dce, t_dse   the same, drawn so that no mask is empty (importance_sampled)
-    chain            the chain rule along a random order: l rows of l tokens. Row k masks the k-th
+    chain            the chain rule along a random order: a row for each token. Row k masks the k-th
                      token of the order and all after it, and counts the k-th: exact for this order,
                      and in the mean over orders the any_order bound. RADD eq. 2.16
     orders           -log of the mean of p along K orders (log-mean-exp): a bound that falls with K
                      to the likelihood of the mixture of all orders (as in arXiv 1509.00519)
-    left_to_right, right_to_left   the chain rule along one order: no draws (SMDM; or lambda_dce)
+    left_to_right, right_to_left   the chain rule along that order: the exact -log p of who samples
+                     in it, no draws; it may be above or below the bound, which is of all orders
 
-  An `order` network has all l terms of a chain rule in one pass, so one row a draw there.
+  An `order` network has all terms of a chain rule in one pass, so one row a draw there.
 
 - Two errors are printed, of two questions. The draws: how far would the number for this text move
   with other draws? More draws make it smaller; --precision is about it. The text: how far would it

@@ -389,7 +389,7 @@ class Transformer(nn.Module):
         return F.linear(h, *self.head_parameters())
 
     def head_loss(self, h, target, weight, normalised=True):
-        """diffusion.cross_entropy of head(h), h (N, D), without ever holding all the logits."""
+        """diffusion.cross_entropy of head(h), h (N, D), by chunks: logits and gradient at once."""
         head, row_loss = self.head_parameters(), self.row_loss
         return fused.cross_entropy(h, head, target, weight, normalised, row_loss=row_loss)
 

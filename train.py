@@ -3,7 +3,7 @@
     python train.py configs/pydocs.py                                   one process
     torchrun --nproc-per-node=8 train.py configs/radd_small.py          eight
 
-- A step: draw a batch, mask it, predict, weigh, go down the gradient (train_step).
+- A step: draw a batch, mask it, predict, weigh, take a gradient step (train_step).
 - A batch and its masks are pure functions of (seed, step, position in the global batch). So the
   number of processes, how they share the network (lib/parallel.py) and the micro-batch change the
   speed and not the run, but for dropout, which each process draws for itself, and for the rounding
@@ -12,8 +12,9 @@
 
     loss = sum over masked i of  weight * CE(network(x)_i, x0_i)  / tokens in the batch
 
-  The log has the NELBO of the batch beside it: the same sum by the weights of the bound, of answers
-  over their tokens without padding, as in evaluation (of ar the exact nats per token).
+  weight is that of the bound, w = L/k in any_order, or by default 2 sqrt(w): it does not grow as
+  much where k is small, and a network that minimises one minimises the other (lib/weighting.py).
+  The log has the NELBO of the batch beside it: the same sum with w (of ar the exact nats).
 
 What makes it fast: a step waits for no number from the device; blocks are compiled one at a time;
 bfloat16; half of the positions pass the head (diffusion.py, model.py, lib/fused.py).
@@ -106,7 +107,7 @@ class Batch(NamedTuple):
     weight: torch.Tensor | None  # (b,) or (b, L)
     masked_idx: torch.Tensor | None  # (N,) flat indices of what counts
     n_tokens: int  # of the whole global batch: what the sum of all losses is divided by
-    n_real: int  # the same without padding: what the NELBO is divided by
+    n_real: int  # the same without padding: what the NELBO, padding included, is divided by
     order: torch.Tensor | None = None  # (b, L) for an `order` network, in place of a mask
     bound: torch.Tensor | None = None  # as weight: of the NELBO, where that of the loss is another
 
@@ -142,7 +143,7 @@ def draw_training_mask(config, step, position, L, prompt=None):
     """mask (b, L), weights (b,) in training and of the bound: rows `position` of the batch."""
     B, schedule = config["batch_size"], diffusion.SCHEDULES[config["schedule"]]
     u, noise = diffusion.stratified_uniforms(config["seed"], step, position, B, L)  # (b,), (b, L)
-    rate, density = MASK_RATES[config["mask_rate"]](u)  # (b,) each
+    rate, density = MASK_RATES[config["mask_rate"]](u)  # (b,) each: m, and how often
     mask, bound = diffusion.draw_mask(config["objective"], rate, noise, schedule, prompt)
     return mask, LOSS_WEIGHTS[config["loss_weight"]](bound), bound / density
 
@@ -160,8 +161,9 @@ def make_example_batch(config, dataset, step, position):
 
     The loss is the mean over what can count in the whole global batch, as SMDM has it (arXiv
     2410.18514), however the batch is shared out. An answer ends with eos, and eos fills the row: a
-    masked model has to learn this padding, for it fills every position; no evaluation counts it. A
-    dropped prompt is masked and does not count: each example by its own coin.
+    masked model has to learn this padding, for it fills every position. In evaluation its nats are
+    among those of the answer, and all are divided by the answer's tokens alone. A dropped prompt is
+    masked and does not count: each example by its own coin.
     """
     first, causal = resume.seen(config, step), OBJECTIVES[config["objective"]].draw is None
     rows = dataset[dataset.index(first, position)]

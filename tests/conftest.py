@@ -199,3 +199,9 @@ def demo(chromium, tmp_path_factory):
     model, tokenizer = pages.network()
     path = pages.written(tmp_path_factory.mktemp("page") / "page.html", model, tokenizer)
     return chromium, model, tokenizer, path
+
+
+def predict(model, x, masked_idx, cond, cfg_scale=0.0):
+    """Logits (N, V) at positions masked_idx (N,) of x (B, L), guided by x where cond (B, L)."""
+    h = diffusion.states(model, x, masked_idx, cond, cfg_scale)  # one or two of (N, D)
+    return diffusion.guided(model, h, cfg_scale)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, score_entropy
+from conftest import ROOT, predict, score_entropy
 from plain import DEFAULTS
 
 import config as settings
@@ -415,7 +415,7 @@ def answer_ce(model, x, prefix, target, cfg_scale):
     cond = place < len(prefix)  # (L,)
     wanted = ~cond & (place < len(prefix) + len(target))  # (L,)
     masked_idx = wanted.expand(B, L).flatten().nonzero().flatten()  # (B*l,)
-    logits = diffusion.predict(model, x, masked_idx, cond.expand(B, L), cfg_scale)  # (B*l, V)
+    logits = predict(model, x, masked_idx, cond.expand(B, L), cfg_scale)  # (B*l, V)
     return F.cross_entropy(logits, target.repeat(B), reduction="none").view(B, -1)
 
 
@@ -463,7 +463,7 @@ def test_smdm_guidance_combines_logits_as_published(smdm, likelihood):
     close(model(dropped), case["logits_prompt_masked"], atol=1e-3)
     assert case["combined"].keys() == {0.0, 0.5, 1.6}
     for w, combined in case["combined"].items():
-        close(diffusion.predict(model, x, torch.arange(x.numel()), cond, w), combined[0], atol=2e-3)
+        close(predict(model, x, torch.arange(x.numel()), cond, w), combined[0], atol=2e-3)
 
 
 @torch.no_grad()
@@ -562,7 +562,7 @@ def test_smdm_greedy_sampling_of_a_batch_ranks_all_its_rows_together(smdm):
     assert samplers.smdm_counts(int(masked.sum()), case["steps"]) == case["revealed"]
     for i, (x, after) in enumerate(itertools.pairwise(states)):
         masked_idx = (x == MASK).flatten().nonzero().flatten()  # (n,)
-        logits = diffusion.predict(model, x, masked_idx, x != MASK, case["cfg"])  # (n, V)
+        logits = predict(model, x, masked_idx, x != MASK, case["cfg"])  # (n, V)
         token, p = sample.categorical(logits, None, temperature=0)  # (n,) each
         confidence = p.new_full((1, x.numel()), -1.0)  # (1, 2L)
         confidence[0, masked_idx] = p
@@ -598,7 +598,7 @@ def test_smdm_ancestral_sampling_with_guidance_goes_step_by_step_as_published(sm
         masked_idx = (x == MASK).flatten().nonzero().flatten()  # (n,)
         p = samplers.unmask_prob(diffusion.loglinear, t[i], t[i + 1])
         due = case["uniform_of_step"][i] < (p if i + 1 < case["steps"] else 1.0)  # (n,)
-        logits = diffusion.predict(model, x, masked_idx[due], cond, case["cfg"])
+        logits = predict(model, x, masked_idx[due], cond, case["cfg"])
         weight = gumbel(logits, case["noise_of_step"][i], case["temperature"])
         x.view(-1)[masked_idx[due]] = weight.argmax(-1)
         assert torch.equal(x, case["states"][i + 1].long())

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import L, V
+from conftest import L, V, predict
 from plain import DEFAULTS
 from test_samplers import (
     ADAPTIVE,
@@ -311,7 +311,7 @@ def test_guidance_drives_the_logits_away_from_those_without_the_condition():
     c, u = model(x)[0], model(torch.tensor([[50, 50, 50, 4, 50, 50, 50]]))[0]  # (L, V) each
     idx = torch.tensor([5, 2])
     for w in (0.0, 0.5, -1.0):
-        logits = diffusion.predict(model, x, idx, cond, w)  # (2, V)
+        logits = predict(model, x, idx, cond, w)  # (2, V)
         assert torch.allclose(logits, (u + (1 + w) * (c - u))[idx], atol=1e-5)
 
 
