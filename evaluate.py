@@ -17,8 +17,7 @@
                      and in the mean over orders the any_order bound. RADD eq. 2.16
     orders           -log of the mean of p along K orders (log-mean-exp): a bound that falls with K
                      to the likelihood of the mixture of all orders (as in arXiv 1509.00519)
-    left_to_right, right_to_left   the chain rule along that order: the exact -log p of who samples
-                     in it, no draws; it may be above or below the bound, which is of all orders
+    left_to_right, right_to_left   the exact -log p of sampling in that order (SMDM): no draws
 
   An `order` network has all terms of a chain rule in one pass, so one row a draw there.
 
