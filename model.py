@@ -217,27 +217,28 @@ class Streams(NamedTuple):
 class OrderCache:
     """Keys and values of the clean tokens that an `order` network has read, for B sequences.
 
-    Each has its own number of them. What is read later changes no earlier key or value.
+    What is read later changes none of them. A call's queries have places behind, until the next.
     """
 
     def __init__(self, model, B):
-        self.length = model.block_size + 2  # a start token, and a place for what is not kept
+        self.length = 2 * model.block_size + 2  # start, tokens, queries, and a place for waste
         self.layers = [None] * len(model.blocks)
         self.count = torch.zeros(B, dtype=torch.long)  # (B,) clean tokens of each sequence
 
     def look(self, rows, n_new, shape, device):
         """Prepare a call of sequences rows (b,): append the first n_new (b,) of n tokens, ask Q."""
-        n, Q = shape
-        slot = self.count[rows, None] + torch.arange(n)  # (b, n)
+        (n, Q), waste = shape, self.length - 1
+        token, before = torch.arange(n), self.count[rows, None]  # (n,), (b, 1)
         self.count[rows] += n_new
-        count, self.n = self.count[rows, None], n  # (b, 1)
-        limit = torch.cat([slot + 1, count.expand(-1, Q)], dim=1)  # (b, n + Q) keys that each sees
-        self.end = int(count.max())
-        own = torch.cat([torch.zeros(n, Q), torch.eye(Q)]).bool()  # (n + Q, Q) a query, itself
-        clean = torch.arange(self.end) < limit[:, None, :, None]  # (b, 1, n + Q, end)
-        seen = torch.cat([clean, own.expand(len(slot), 1, n + Q, Q)], dim=3)
+        now = self.count[rows, None]  # (b, 1)
+        kept = torch.where(token < n_new[:, None], before + token, waste)  # (b, n)
+        asked = (now + torch.arange(Q)).clamp(max=waste)  # (b, Q)
+        slot = torch.cat([kept, asked], dim=1)  # (b, n + Q) where keys and values go
+        limit = torch.cat([before + token + 1, now.expand(-1, Q)], dim=1)  # (b, n + Q)
+        self.end = int(asked.max()) + 1
+        place, limit, own = torch.arange(self.end), limit[:, None, :, None], slot[:, None, :, None]
+        seen = (place < limit) | (place == own)  # (b, 1, n + Q, end) what came before, and itself
         whole = torch.equal(rows, torch.arange(len(self.count)))
-        slot = slot.clamp(max=self.length - 1)  # (b, n)
         self.seen, self.slot, index = fused.moved(device, seen, slot, rows)
         self.part, self.index = slice(None) if whole else index, index[:, None]  # no copy of all
 
@@ -246,12 +247,11 @@ class OrderCache:
 
         def read_cached(q, kv):
             if self.layers[layer] is None:
-                shape = (2, len(self.count), self.length, kv.shape[2], kv.shape[4])
-                self.layers[layer] = kv.new_zeros(shape)  # (2, B, length, H, d)
+                shape = (2, len(self.count), kv.shape[2], self.length, kv.shape[4])
+                self.layers[layer] = kv.new_zeros(shape)  # (2, B, H, length, d)
             kept = self.layers[layer]
-            kept[:, self.index, self.slot] = kv[:, :, :, : self.n].transpose(2, 3)
-            clean = kept[:, self.part, : self.end].transpose(2, 3)  # (2, b, H, end, d)
-            k, v = torch.cat([clean, kv[:, :, :, self.n :]], dim=3)  # (b, H, end + Q, d) each
+            kept.transpose(2, 3)[:, self.index, self.slot] = kv.transpose(2, 3)
+            k, v = kept[:, self.part, :, : self.end]  # (b, H, end, d) each
             return fused.attention(q, k, v, seen=self.seen[:, :, -q.shape[2] :])
 
         return read_cached

@@ -92,7 +92,7 @@ def test_nothing_later_changes_an_earlier_key_or_value_bit_for_bit():
         caches.append(cache.layers)
     assert not torch.equal(a, b)
     for first, second in zip(*caches, strict=True):
-        assert torch.equal(first[:, :, :6], second[:, :, :6])  # start token and five tokens
+        assert torch.equal(first[:, :, :, :6], second[:, :, :, :6])  # start token and five tokens
         assert not torch.equal(first, second)
 
 
