@@ -217,41 +217,41 @@ class Streams(NamedTuple):
 class OrderCache:
     """Keys and values of the clean tokens that an `order` network has read, for B sequences.
 
-    What is read later changes none of them. A call's queries have places behind, until the next.
+    What is read later changes none. A call's queries have places behind, until the next call.
     """
 
     def __init__(self, model, B):
-        self.length = 2 * model.block_size + 2  # start, tokens, queries, and a place for waste
-        self.layers = [None] * len(model.blocks)
+        self.layers, self.length = [None] * len(model.blocks), 0
         self.count = torch.zeros(B, dtype=torch.long)  # (B,) clean tokens of each sequence
 
     def look(self, rows, n_new, shape, device):
         """Prepare a call of sequences rows (b,): append the first n_new (b,) of n tokens, ask Q."""
-        (n, Q), waste = shape, self.length - 1
-        token, before = torch.arange(n), self.count[rows, None]  # (n,), (b, 1)
+        (n, Q), before = shape, self.count[rows, None]  # (b, 1)
         self.count[rows] += n_new
         now = self.count[rows, None]  # (b, 1)
-        kept = torch.where(token < n_new[:, None], before + token, waste)  # (b, n)
-        asked = (now + torch.arange(Q)).clamp(max=waste)  # (b, Q)
-        slot = torch.cat([kept, asked], dim=1)  # (b, n + Q) where keys and values go
-        limit = torch.cat([before + token + 1, now.expand(-1, Q)], dim=1)  # (b, n + Q)
-        self.end = int(asked.max()) + 1
-        place, limit, own = torch.arange(self.end), limit[:, None, :, None], slot[:, None, :, None]
-        seen = (place < limit) | (place == own)  # (b, 1, n + Q, end) what came before, and itself
+        # It grows by 32 places, the last of which is for waste: few sizes, so few kernels.
+        self.length = max(self.length, 32 * (1 + (int(now.max()) + Q) // 32))
+        place = torch.arange(self.length)
+        own = before + place[:n]  # (b, n)
+        kept = torch.where(place[:n] < n_new[:, None], own, self.length - 1)  # (b, n)
+        slot = torch.cat([kept, now + place[:Q]], dim=1)  # (b, n + Q) where keys and values go
+        limit = torch.cat([own + 1, now.expand(-1, Q)], dim=1)  # (b, n + Q) what comes before
+        seen = (place < limit[..., None]) | (place == slot[..., None])  # and itself
         whole = torch.equal(rows, torch.arange(len(self.count)))
-        self.seen, self.slot, index = fused.moved(device, seen, slot, rows)
+        self.seen, self.slot, index = fused.moved(device, seen[:, None], slot, rows)
         self.part, self.index = slice(None) if whole else index, index[:, None]  # no copy of all
 
     def read(self, layer):
         """The `read` of one block's Streams."""
 
         def read_cached(q, kv):
-            if self.layers[layer] is None:
-                shape = (2, len(self.count), kv.shape[2], self.length, kv.shape[4])
-                self.layers[layer] = kv.new_zeros(shape)  # (2, B, H, length, d)
-            kept = self.layers[layer]
+            kept, (_, _, H, _, d) = self.layers[layer], kv.shape
+            if kept is None:
+                kept = kv.new_zeros(2, len(self.count), H, 0, d)  # (2, B, H, length, d)
+            if kept.shape[3] < self.length:
+                kept = F.pad(kept, (0, 0, 0, self.length - kept.shape[3]))
             kept.transpose(2, 3)[:, self.index, self.slot] = kv.transpose(2, 3)
-            k, v = kept[:, self.part, :, : self.end]  # (b, H, end, d) each
+            self.layers[layer], (k, v) = kept, kept[:, self.part]  # (b, H, length, d) each
             return fused.attention(q, k, v, seen=self.seen[:, :, -q.shape[2] :])
 
         return read_cached

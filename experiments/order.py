@@ -183,18 +183,19 @@ def speed(config):
 def in_turns(models, calls, shape, rounds, autocast):
     """{name: [seconds of a whole sample]}.
 
-    A call of `full` costs the same whatever is visible, so 16 calls are timed and counted for all.
+    A call of `full` costs the same whatever is visible, so a few are timed and counted for all.
     The causal network runs in float32: at one token a call bfloat16 makes it slower.
     """
     samplers.SAMPLERS["even"], times = even, {name: [] for name in calls}
+    few = max(2, 2048 // shape[1])
     empty = torch.full(shape, models["full"].mask_id, device=models["full"].cos.device)  # (B, L)
     for _ in range(rounds):
         for name, options in calls.items():
             model, x, more = models[name.split(",")[0]], empty, 1.0
-            if model is models["full"] and options["steps"] > 16:
-                x, more = empty.clone(), options["steps"] / 16
-                x[:, 16 * shape[1] // options["steps"] :] = 0
-                options = options | {"steps": 16}
+            if model is models["full"] and options["steps"] > few:
+                x, more = empty.clone(), options["steps"] / few
+                x[:, few * shape[1] // options["steps"] :] = 0
+                options = options | {"steps": few}
             began = time.perf_counter()
             with autocast() if model is not models["causal"] else contextlib.nullcontext():
                 sample.sample(model, x, batch_size=shape[0], **options)
