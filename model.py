@@ -274,7 +274,7 @@ class Transformer(nn.Module):
         self.config = config
         self.block_size, self.vocab_size, self.mask_id = config["block_size"], V, V
         self.start_id = V if config["start_id"] < 0 else config["start_id"]
-        self.row_loss = None  # lib/parallel.py may compile it
+        self.row_loss = None  # of lib/fused.py, which lib/parallel.py may compile
         empty = torch.empty(V + 1, D)  # (V + 1, D), drawn below, with all others
         self.embed = nn.Embedding.from_pretrained(empty, freeze=False)
         assert not config["conv"] or (config["attention"] == "full" and config["conv"] % 2 == 1)
@@ -388,13 +388,12 @@ class Transformer(nn.Module):
         """h (..., D) -> logits (..., V)."""
         return F.linear(h, *self.head_parameters())
 
-    def head_loss(self, h, target, weight, normalised=True):
-        """diffusion.cross_entropy of head(h), h (N, D), by chunks: logits and gradient at once."""
-        head, row_loss = self.head_parameters(), self.row_loss
-        return fused.cross_entropy(h, head, target, weight, normalised, row_loss=row_loss)
-
     def forward(self, x):
         return self.head(self.hidden(x))
+
+    @property
+    def device(self):
+        return self.cos.device
 
     def n_parameters(self):
         return sum(p.numel() for p in self.parameters())
