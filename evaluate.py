@@ -229,13 +229,13 @@ def nats_in_order(model, x0, draw, rank, counted=None):
     place = draw.place  # (b, W)
     order = torch.where(place < 0, place - place.shape[1], rank).argsort(1)  # (b, W)
     answer = torch.arange(x0.shape[1]) >= draw.prompt[:, None] if counted is None else counted
-    return diffusion.order_nll(model, *fused.moved(model.cos.device, x0, order, answer))[1]
+    return diffusion.order_nll(model, *fused.moved(model.device, x0, order, answer))[1]
 
 
 def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
     """weight * CE, summed over each row (b, W) -> (b,), guided by cond (b, W). One network call."""
     counted = weight.flatten().nonzero().flatten()  # (n,) what counts, and alone leaves the network
-    device = next(model.parameters()).device
+    device = model.device
     x0, mask, weight, counted = fused.moved(device, x0, mask, weight.float(), counted)
     if model.config["attention"] == "causal":
         require(cond is None, "cfg_scale needs a masked diffusion model, not a causal one")

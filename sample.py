@@ -331,7 +331,7 @@ def fill(config, model, tokenizer, trained, autocast):
     wish = {key: typed(config[key]) for key in ("prompt", "suffix", "template")}
     length = 0 if wish["template"] else trained.get("example_width", 0)  # examples have one
     ids = request(tokenizer, model, **wish, length=config["length"] or length)
-    x = torch.tensor([ids] * config["num_samples"], device=model.cos.device)  # (N, L)
+    x = torch.tensor([ids] * config["num_samples"], device=model.device)  # (N, L)
     n_new, begin = ids.count(model.mask_id), ids.index(model.mask_id)
     between = wish["suffix"] or wish["template"]  # what follows a gap is kept
     eos_id, least = -1 if between else trained.get("eos_id", -1), config["min_new_tokens"]

@@ -208,7 +208,7 @@ def textbook(model, x, steps, dtype, seed=0, batch_size=32):
 def write_text(config, subject, noise, steps):
     """(tokens (N, L), network calls (N,)) of num_samples free samples."""
     model, shape = subject.model, (config["num_samples"], subject.model.block_size)
-    x = torch.full(shape, model.mask_id, device=next(model.parameters()).device)  # (N, L)
+    x = torch.full(shape, model.mask_id, device=model.device)  # (N, L)
     options = {"seed": config["seed"], "batch_size": config["batch_size"]}
     with subject.autocast():
         if noise != "float64":

@@ -98,7 +98,7 @@ def questions(config, rng):
 def ask(model, tokenizer, asked, eos, writer, autocast):
     """(share of right sums, mean network calls, the last answer) of problems [(a, b), ...]."""
     prompts = [tokenizer.encode(problem(a, b)[0]) for a, b in asked]
-    device, (sampler, steps) = next(model.parameters()).device, WRITERS[writer]
+    device, (sampler, steps) = model.device, WRITERS[writer]
     x = torch.full((len(asked), model.block_size), model.mask_id, device=device)  # (N, L)
     for row, ids in zip(x, prompts, strict=True):
         row[: len(ids)] = torch.tensor(ids)

@@ -87,7 +87,7 @@ class Solver:
 
     def fill(self, prompts):
         """Completes examples: prompts, a list of ids -> the text behind each, up to an eos."""
-        device = next(self.model.parameters()).device
+        device = self.model.device
         x = torch.full((len(prompts), self.width), self.model.mask_id, device=device)  # (N, width)
         for row, ids in zip(x, prompts, strict=True):
             row[: len(ids)] = torch.tensor(ids)

@@ -82,7 +82,7 @@ def hits(net, items, w, eos=-1):
     eos: of a model of examples, which has to find the length of the word too.
     """
     model, tokenizer, autocast = net
-    L, device = model.block_size, next(model.parameters()).device
+    L, device = model.block_size, model.device
     x = torch.full((len(items), L), model.mask_id, device=device)  # (N, L)
     for row, (before, _, after) in zip(x, items, strict=True):
         head, tail = tokenizer.encode(before), tokenizer.encode(after)
@@ -210,7 +210,7 @@ def main(config):
         "95% intervals of the gain"
     )
     table = results.table(title, rows) + f"\n{PAPER}\n"
-    figures |= results.about(next(model.parameters()).device)
+    figures |= results.about(model.device)
     results.write(config, "guidance", figures, table, PLOTS)
     print(table)
     return figures

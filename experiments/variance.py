@@ -153,7 +153,7 @@ def main(config):
     figures |= {f"rows_for_0.01_{name}": row["rows_for_0.01"] for name, row in drawn.items()}
     seconds = sum(row["seconds"] for row in rows)
     figures |= {"seed": config["seed"], "seconds": seconds}
-    figures |= results.about(next(subject.model.parameters()).device)
+    figures |= results.about(subject.model.device)
     results.write(config, "variance", figures, text, PLOTS)
     print(text)
     return figures

@@ -66,7 +66,7 @@ def cast_products(model, autocast):
     predicts, inside autocast, which would cast some of them again at every call.
     """
     with autocast():
-        dtype = product_dtype(torch.empty(0, device=model.cos.device))
+        dtype = product_dtype(torch.empty(0, device=model.device))
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.to(dtype)
@@ -209,3 +209,12 @@ def flops_per_token(model, L, head_share=1.0):
     everywhere = block.qkv.weight.numel() - query + 2 * L * D // halved
     products = n_layer * everywhere + (n_layer - 1 + head_share) * (query + tail)
     return 2 * (products + head_share * head)
+
+
+def step_flops(model, sequences, L, share=1.0):
+    """Operations of a training step on so many sequences of L: forward and backward.
+
+    share: the part of the tokens that can count; of these half are masked where attention is full.
+    """
+    share *= 0.5 if model.config["attention"] == "full" else 1.0
+    return 3 * flops_per_token(model, L, share) * sequences * L

@@ -89,7 +89,7 @@ def recorded(model, tokenizer, o):
     require(model.config["attention"] != "causal", rule)
     wish = {key: typed(o[key]) for key in ("prompt", "suffix", "template")}
     ids = sample.request(tokenizer, model, **wish, length=o["length"])
-    x = torch.tensor([ids] * o["num_samples"], device=next(model.parameters()).device)  # (N, L)
+    x = torch.tensor([ids] * o["num_samples"], device=model.device)  # (N, L)
     policy = sample.SAMPLERS[o["sampler"]]((x == model.mask_id).cpu(), o)
     require(not isinstance(policy, Remasking), rule)
     recorder = Recorder(tokenizer, x, model.mask_id, o)
