@@ -36,7 +36,7 @@ from experiments import results
 from experiments.runs import step_flops
 from lib import checkpoint, philox
 from lib.device import machine
-from lib.stats import mean_and_error, plus_minus, t95
+from lib.stats import mean_half, plus_minus
 
 DEFAULTS = {
     "preset": "configs/pydocs_2400.py",  # the recipe of all
@@ -135,9 +135,9 @@ def spelled(values):
     """The mean of some seeds and half of its 95% interval, and the values."""
     if not values:
         return ""
-    mean, error = mean_and_error(values)
+    mean, half = mean_half(values)
     each = ", ".join(f"{value:.3f}" for value in values)
-    return f"{mean:.3f}{plus_minus(t95(len(values) - 1) * error, '.3f')} ({each})"
+    return f"{mean:.3f}{plus_minus(half, '.3f')} ({each})"
 
 
 # ---- Speed ---------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def in_turns(models, calls, shape, rounds, autocast):
     The causal network runs in float32: at one token a call autocast gains it nothing.
     """
     samplers.SAMPLERS["even"], times = even, {name: [] for name in calls}
-    empty = torch.full(shape, models["full"].mask_id, device=models["full"].cos.device)  # (B, L)
+    empty = torch.full(shape, models["full"].mask_id, device=models["full"].device)  # (B, L)
     for _ in range(rounds):
         for name, options in calls.items():
             model, x, more = models[name.split(",")[0]], empty, 1.0

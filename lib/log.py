@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from config import UserError
 from lib.checkpoint import set_aside
-from lib.device import flops_per_token, nominal_flops
+from lib.device import nominal_flops, step_flops
 from lib.files import optional, to_json, whole_file
 from lib.resume import seen
 
@@ -79,7 +79,7 @@ class Log:
             self.say(f"evaluations: {len(val.requests)} {data}, {by}, {weights} weights")
         else:
             self.say(f"no evaluations: {self.config['data']} holds nothing out")
-        card, nominal = nominal_flops(model.cos.device)
+        card, nominal = nominal_flops(model.device)
         if card:
             stated = f"{nominal / 1e12:.0f} by its data sheet" if nominal else "no figure is known"
             peak = f"{self.peak / 1e12:.0f} TFLOP/s in matrix products, all processes"
@@ -195,12 +195,12 @@ def step_of(line):
 
 def flops_of_step(config, model, dataset):
     """Operations of a training step: forward and backward, of the positions that are predicted."""
-    causal, L = config["attention"] == "causal", dataset.block_size
-    share = 0.5 if config["attention"] == "full" else 1.0
+    share, L = 1.0, dataset.block_size
     if config["example_width"]:
-        share *= dataset.counted(range(dataset.n), padding=not causal).mean() / L
-    n_tokens = config["batch_size"] * mean_length(config, dataset)
-    return 3 * flops_per_token(model, L, share) * n_tokens
+        padding = config["attention"] != "causal"
+        share = dataset.counted(range(dataset.n), padding).mean() / L
+    sequences = config["batch_size"] * mean_length(config, dataset) / L
+    return step_flops(model, sequences, L, share)
 
 
 def mean_length(config, dataset):
