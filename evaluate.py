@@ -146,17 +146,16 @@ def ar(draw):
     return answer, answer.double()
 
 
-def row_of(estimator, draw):
-    """What a row masks (b, W) bool, and the weight (b, W) of what it counts."""
-    return estimator.row(draw) if estimator.row else one_term(draw, estimator.rank(draw))
-
-
 class Estimator(NamedTuple):
     row: object = None  # Draw -> (mask (b, W) bool, weight (b, W)); None: a term of a chain rule
     rank: object = None  # Draw -> turns (b, W) of that chain rule: a row each, or one pass (order)
     exact: bool = False  # nothing is drawn
     mean_of_p: bool = False  # a set says -log(mean of p), not the mean of -log p
     normalised: bool = True  # False: the output is a score, not log-probabilities
+
+    def row_of(self, draw):
+        """What a row masks (b, W) bool, and the weight (b, W) of what it counts."""
+        return self.row(draw) if self.row else one_term(draw, self.rank(draw))
 
 
 ESTIMATORS = Table(
@@ -200,24 +199,26 @@ def set_nats(model, requests, o, number=0, size=1):
             x0 = np.stack([np.concatenate(requests[j]).astype(np.int64) for j in i])  # (b, W)
             x0, prompt = torch.from_numpy(x0), torch.from_numpy(lengths[i, 0])  # (b, W), (b,)
             u, noise = random_numbers(o["seed"], number, groups[i], k, size, x0.shape[1])
-            place = torch.arange(x0.shape[1]) - prompt[:, None]  # (b, W)
-            noise = noise.gather(1, place.clamp(min=0))  # (b, W) by the place in the answer
             draw = Draw(u, noise, turn, prompt, diffusion.SCHEDULES[o["schedule"]])
+            at = draw.place.clamp(
+                min=0
+            )  # (b, W) a token's noise is that of its place in the answer
+            draw = draw._replace(noise=noise.gather(1, at))
             if one_pass:
                 row_nats = nats_in_order(model, x0, draw, estimator.rank(draw))  # (b,)
             else:
-                mask, weight = row_of(estimator, draw)  # (b, W) each
+                mask, weight = estimator.row_of(draw)  # (b, W) each
                 fill = (0, max(0, o["pad_to"] - x0.shape[1]))
                 x0 = F.pad(x0, fill, value=model.mask_id)  # (b, W + fill)
-                mask, weight, cond = (F.pad(z, fill) for z in (mask, weight, place < 0))
+                mask, weight, cond = (F.pad(z, fill) for z in (mask, weight, draw.place < 0))
                 guidance = (cond, o["cfg_scale"]) if o["cfg_scale"] else ()
                 row_nats = nats_of_rows(model, x0, mask, weight, estimator, *guidance)  # (b,)
             rows.append(((torch.from_numpy(i), k), row_nats))  # the host waits for no call
             cost["rows"] += len(x0) * (2 if one_pass or o["cfg_scale"] else 1)
             cost["calls"] += 1
             bar.update(int((turn == 0).sum()))
-    for place, row_nats in rows:
-        nats.index_put_(place, row_nats.cpu().double(), accumulate=True)
+    for index, row_nats in rows:
+        nats.index_put_(index, row_nats.cpu().double(), accumulate=True)
     return nats, cost
 
 
@@ -234,20 +235,20 @@ def nats_in_order(model, x0, draw, rank, counted=None):
 
 def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
     """weight * CE, summed over each row (b, W) -> (b,), guided by cond (b, W). One network call."""
-    counted = weight.flatten().nonzero().flatten()  # (n,) what counts, and alone leaves the network
+    idx = weight.flatten().nonzero().flatten()  # (n,) what counts, and alone leaves the network
     device = model.device
-    x0, mask, weight, counted = fused.moved(device, x0, mask, weight.float(), counted)
+    x0, mask, weight, idx = fused.moved(device, x0, mask, weight.float(), idx)
     if model.config["attention"] == "causal":
         require(cond is None, "cfg_scale needs a masked diffusion model, not a causal one")
-        return diffusion.ar_nll(model, x0, mask, weight, counted)[1]
+        return diffusion.ar_nll(model, x0, mask, weight, idx)[1]
     if cond is None:
-        return diffusion.nelbo(model, x0, mask, weight, counted, estimator.normalised)[1]
+        return diffusion.nelbo(model, x0, mask, weight, idx, estimator.normalised)[1]
     x, (cond,) = torch.where(mask, model.mask_id, x0), fused.moved(device, cond)  # (b, W) each
-    h, target, ces = diffusion.states(model, x, counted, cond, cfg_scale), x0.flatten()[counted], []
+    h, target, ces = diffusion.states(model, x, idx, cond, cfg_scale), x0.flatten()[idx], []
     for now in fused.chunks(len(target), fused.head_chunk(model.vocab_size, device)):
         logits = diffusion.guided(model, [z[now] for z in h], cfg_scale)  # (chunk, V)
         ces.append(F.cross_entropy(logits, target[now], reduction="none"))
-    return diffusion.summed(weight.flatten()[counted] * torch.cat(ces), counted, x0)
+    return diffusion.summed(weight.flatten()[idx] * torch.cat(ces), idx, x0)
 
 
 def of_set(estimator, nats):
@@ -282,7 +283,7 @@ def answer_nats(model, requests, groups=None, cfg_scale=0.0, pad_to=0, progress=
     return of_set(estimator, nats)
 
 
-def estimate(model, requests, lengths=None, groups=None, progress=False, **options):
+def estimate(model, requests, lengths=None, progress=False, **options):
     """Nats of each request (or block (L,) of ids) by sets of `strata` draws, `draws` in all.
 
     -> (nats (S,) float64, info). lengths (S,): how many tokens of each count; without it all. Stops
@@ -291,7 +292,7 @@ def estimate(model, requests, lengths=None, groups=None, progress=False, **optio
     token, rows and calls of the network, seconds.
     """
     began = time.time()
-    o = merged(options, groups=groups, cfg_scale=0.0, pad_to=0, progress=progress)
+    o = merged(options, groups=None, cfg_scale=0.0, pad_to=0, progress=progress)
     _, estimator = estimator_of(model, o["estimator"])
     requests = [r if isinstance(r, tuple) else (r[:0], r) for r in requests]
     n_tokens = sum(len(answer) for _, answer in requests) if lengths is None else sum(lengths)
@@ -391,10 +392,10 @@ def main(config):
         return score(config, subject)
     folder = folder_of(config, subject)
     result = evaluate(config, subject, folder, config["split"])
-    counted = ngram.baseline(folder) if config["split"] == "val" else {}
-    if counted:
-        print(ngram.words(counted))
-    return result | {"ngram_nats": counted}
+    ngram_nats = ngram.baseline(folder) if config["split"] == "val" else {}
+    if ngram_nats:
+        print(ngram.words(ngram_nats))
+    return result | {"ngram_nats": ngram_nats}
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from lib.device import can_compile, cast_products, compile_hidden, machine, wait
 from lib.files import to_json, whole_file
 from lib.log import progress_bar
 from lib.stats import finite
-from lib.text import request, suppress_eos, suppress_tokens, text_of, typed
+from lib.text import request, suppress_eos, suppress_tokens, text_of, text_or_file
 from model import Cache, OrderCache
 from samplers import SAMPLERS, calls, entropy_of, on_device
 
@@ -153,7 +153,7 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     cond, masked = x != model.mask_id, (x == model.mask_id).cpu()  # (N, L) each
     x = x.clone(memory_format=torch.contiguous_format)  # (N, L)
     flat, policy = x.view(-1), SAMPLERS[o["sampler"]](masked, o)
-    predict, nfe = Predictor(model, cond, policy, o), torch.zeros(N, dtype=torch.long)  # (N,)
+    states_of, nfe = Predictor(model, cond, policy, o), torch.zeros(N, dtype=torch.long)  # (N,)
     suppress = None if suppress is None else suppress.to(device).flatten()  # (N*L,)
     alike = o["compile"] and device.type == "cuda" and model.config["attention"] == "full"
     plan = on_device(calls(policy, nfe, o["batch_size"]), policy, device, alike)
@@ -162,7 +162,7 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
         for call, (live, at, idx, u, *again) in plan:
             if policy.remasks:
                 flat.index_fill_(0, *again, model.mask_id)
-            h = predict(x, call, live, idx)  # the states of n positions
+            h = states_of(x, call, live, idx)  # the states of n positions
             drawn = draws(model, h, u, None if suppress is None else suppress[at], policy, o)
             drawn = [piece if on_call else piece[:3] for piece in drawn]  # logits for on_call
             token, p, entropy, *logits = map(torch.cat, zip(*drawn, strict=True))  # (n,) each
@@ -328,7 +328,7 @@ def opened(config):
 
 def fill(config, model, tokenizer, trained, autocast):
     """Fill num_samples copies of the config's request, save, print and return the records."""
-    wish = {key: typed(config[key]) for key in ("prompt", "suffix", "template")}
+    wish = {key: text_or_file(config[key]) for key in ("prompt", "suffix", "template")}
     length = 0 if wish["template"] else trained.get("example_width", 0)  # examples have one
     ids = request(tokenizer, model, **wish, length=config["length"] or length)
     x = torch.tensor([ids] * config["num_samples"], device=model.device)  # (N, L)

@@ -280,7 +280,7 @@ def held_out(folder, split, block_size, n, network):
         n_tokens = part.counted(range(part.n), padding=False).sum()
     else:
         tokens = loader.Tokens(folder, split)
-        blocks = loader.spread(loader.in_order(tokens, block_size), n)
+        blocks = loader.in_order(tokens, block_size, n)
         requests, counts = [(x[:0], x) for x in blocks], [len(x) for x in blocks]
         n_tokens = len(tokens)
     return HeldOut(requests, counts, meta["splits"][split]["bytes"] / n_tokens)

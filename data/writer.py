@@ -77,7 +77,7 @@ def as_utf8(text):
     return text.encode("utf8", "replace").decode("utf8")
 
 
-def held_out(name, fraction):
+def is_held_out(name, fraction):
     """True for about `fraction` of all names: a fixed pseudo-random function of the name alone."""
     return draw_of(name) < fraction * 2**64
 
@@ -93,9 +93,9 @@ def about_right(held, total, fraction):
 
 
 def adjusted(names, fraction):
-    """The fraction itself, or where held_out makes none or too much of a few names another one.
+    """The fraction itself, or where is_held_out makes none or too much of a few names another one.
 
-    With it held_out holds out that part of them, rounded down: those with the lowest draws.
+    With it is_held_out holds out that part of them, rounded down: those with the lowest draws.
     """
     names = list(itertools.islice(names, FEW + 1))
     draws = sorted(set(map(draw_of, names)))

@@ -240,7 +240,7 @@ def trained_part(config, steps):
             texts = [(subject.tokenizer.decode(row), row) for row in tokens.tolist()]
             records = [{"text": text, "tokens": row} for text, row in texts]
             put(noise, f"{n}", f"{nfe.double().mean():.1f}", records)
-    put("held-out text", "", "", quality.held_out(config["data"], records))
+    put("held-out text", "", "", quality.reference_records(config["data"], records))
     return rows, figures
 
 

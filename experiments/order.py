@@ -95,7 +95,7 @@ def measured(config, name, seed):
     device, autocast = machine(config)
     model, _, trained = checkpoint.load(path, device)
     tokens, L = loader.Tokens(trained["data"], "val"), trained["block_size"]
-    blocks = list(loader.in_order(tokens, L))[: 8 if config["quick"] else None]
+    blocks = loader.in_order(tokens, L)[: 8 if config["quick"] else None]
     count = sum(map(len, blocks))
     if name == "ARM":
         wanted = {"left to right": "ar"}

@@ -75,7 +75,7 @@ def repeated(subject, x0, method, n_sets, config):
             weight = weight[:, None] * mask  # (b, L)
         else:
             numbers = evaluate.Draw(u, noise, turn, torch.zeros_like(place), schedule)
-            mask, weight = evaluate.row_of(rule, numbers)  # (b, L) each
+            mask, weight = rule.row_of(numbers)  # (b, L) each
         block = x0[place // n_sets]  # (b, L)
         with subject.autocast():
             row_nats = evaluate.nats_of_rows(subject.model, block, mask, weight, rule)  # (b,)

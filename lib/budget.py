@@ -129,13 +129,13 @@ class Clock:
         self.minutes = max(parallel.gather(minutes, self.team)) if self.limits[1] else minutes
         self.evaluating += (self.minutes - before) * evaluated
 
-    def time(self):
+    def spent(self):
         """The part of the minutes that is used; 0 where they are not limited."""
         return self.minutes / self.limits[1] if self.limits[1] else 0.0
 
     def done(self):
         """The part of the run that is over."""
-        return max(self.step / self.limits[0] if self.limits[0] else 0.0, self.time())
+        return max(self.step / self.limits[0] if self.limits[0] else 0.0, self.spent())
 
     def due(self, interval, share=1.0):
         """Whether what is done every `interval` steps, or for 0 ten times a run, is due now.

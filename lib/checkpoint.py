@@ -71,9 +71,10 @@ def save(path, state, keep=1):
                 kept[step].unlink()
 
 
-def last_good(path):
-    """Where the last checkpoint of a run is, for a message."""
-    return f"the last good checkpoint is {path}" if path.is_file() else "nothing was saved before"
+def require_sound(sound, what, path):
+    """Raise UserError unless `sound`: what is not, and where the run's last checkpoint is."""
+    last = f"the last good checkpoint is {path}" if path.is_file() else "nothing was saved before"
+    require(sound, f"{what}; {last}")
 
 
 def kept_beside(path):
@@ -228,10 +229,10 @@ def load(path, device="cpu", ema=True):
     model = skeleton(config, len(weights), where)
     if format == "radd" and ema and state.get("ema") is not None:
         weights, config["ema"] = ema_by_name(state["ema"], model, file), True
-    fill(model, weights, format, file)
+    load_weights(model, weights, format, file)
     V = config["vocab_size"]
     meta = raw.get("tokenizer") if format == "nanomdm" else formats.TOKENIZERS.get((format, V))
-    return model.to(device).eval(), text_of(meta, V, where), config | {"tokenizer": meta}
+    return model.to(device).eval(), tokenizer_of(meta, V, where), config | {"tokenizer": meta}
 
 
 def locate(path):
@@ -315,7 +316,7 @@ def ema_by_name(ema, model, file):
     return dict(zip(names, shadow, strict=True))
 
 
-def fill(model, weights, format, file):
+def load_weights(model, weights, format, file):
     """Makes `weights` those of the skeleton; UserError where a name, a shape or a type is wrong."""
     names, config, frequency = model.state_dict(), model.config, formats.FREQUENCY
     expected = formats.to_format(names, config, format)
@@ -337,7 +338,7 @@ def fill(model, weights, format, file):
     model.cos, model.sin = rotary_tables(config)  # (block_size, d/2) each; in no file
 
 
-def text_of(meta, V, where):
+def tokenizer_of(meta, V, where):
     """The tokenizer of a meta; None where it cannot be built here; UserError where it is wrong."""
     if meta is None:
         return None

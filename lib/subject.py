@@ -9,7 +9,7 @@ from data import examples, loader
 from data.tokenizer import from_meta
 from lib import checkpoint
 from lib.device import cast_products, dtype_name, machine
-from lib.text import encode, typed
+from lib.text import encode, text_or_file
 
 
 class Subject(NamedTuple):
@@ -45,7 +45,8 @@ def opened(config, reads_text=False):
 
 def ids_of_text(subject, text):
     """The ids of a text of the command line; UserError where they do not fit the network."""
-    ids, most = encode(subject.tokenizer, subject.model, typed(text)), subject.model.block_size
+    model, text = subject.model, text_or_file(text)
+    ids, most = encode(subject.tokenizer, model, text), model.block_size
     limits = f"a text must have from 1 to {most} tokens (block_size), not {len(ids)}"
     require(0 < len(ids) <= most, limits)
     return ids
@@ -80,8 +81,8 @@ def open_text(config, subject, folder, split):
     end = choose("protocol", config["protocol"], ends)
     short = f"{folder} {split} has {len(tokens)} tokens, no whole block of {L}"
     require(end, f"{short}; try --protocol=whole")
-    starts, counts = range(0, end, L), tokens.meta["splits"][split]
-    blocks = [tokens[start : start + L] for start in loader.spread(starts, config["sequences"])]
+    blocks = loader.in_order(tokens, L, config["sequences"], end)
+    counts = tokens.meta["splits"][split]
     size = counts["bytes"] / counts["tokens"]
     return tokens.meta, examples.HeldOut(blocks, list(map(len, blocks)), size), L
 

@@ -10,7 +10,7 @@ from data.writer import opened
 from lib.stats import mean_half, plus_minus
 
 
-def typed(text):
+def text_or_file(text):
     """What a text of the command line says: itself, or the file of FILE:PATH.
 
     Less the newline that ends the file, which editors put there unasked.

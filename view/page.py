@@ -27,7 +27,7 @@ from data.tokenizer import from_meta
 from lib import checkpoint
 from lib.device import machine
 from lib.files import to_json, whole_file
-from lib.text import typed
+from lib.text import text_or_file
 from samplers import Remasking
 from view.trace import Recorder
 
@@ -68,7 +68,7 @@ def with_weights(model, tokenizer, o):
     known = {"norm": ("layer", "rms"), "mlp": ("gelu", "swiglu", "relu2")}  # to network.js
     simple = simple and all(config[key] in known[key] for key in known)
     require(simple, "a page cannot hold this model; record a sample of it with --trace")
-    template = typed(o["template"]) or f"___{model.block_size}"
+    template = text_or_file(o["template"]) or f"___{model.block_size}"
     sample.request(tokenizer, model, template=template)  # or its UserError
     about = f"This file holds a masked diffusion language model of {n:,} parameters, which writes "
     about += "here, in your browser; nothing is fetched. Its matrices are rounded to 8‑bit whole "
@@ -87,7 +87,7 @@ def recorded(model, tokenizer, o):
     """The data of a page or a picture that plays samples drawn now, by the keys of sample.py."""
     rule = "a record holds one draw a position: no causal network, no sampler that masks again"
     require(model.config["attention"] != "causal", rule)
-    wish = {key: typed(o[key]) for key in ("prompt", "suffix", "template")}
+    wish = {key: text_or_file(o[key]) for key in ("prompt", "suffix", "template")}
     ids = sample.request(tokenizer, model, **wish, length=o["length"])
     x = torch.tensor([ids] * o["num_samples"], device=model.device)  # (N, L)
     policy = sample.SAMPLERS[o["sampler"]]((x == model.mask_id).cpu(), o)

@@ -39,7 +39,7 @@ def pairs(path):
 def tokenized(items, tokenizer, val_fraction, width):
     """Yields what examples.prepare takes, of an iterable of (where, prompt, completion)."""
     for where, prompt, completion in items:
-        split = "val" if writer.held_out(prompt, val_fraction) else "train"
+        split = "val" if writer.is_held_out(prompt, val_fraction) else "train"
         ids = examples.encode(tokenizer, where, prompt)
         leaves_room = not width or len(ids) + 2 <= width  # one token of answer and the eos
         full = f"the prompt is {len(ids)} tokens, which leaves no answer in an example of {width}"

@@ -78,7 +78,7 @@ def documents():
 
 def main(config):
     texts = documents()
-    split_of = {name: "val" if writer.held_out(name, HELD_OUT) else "train" for name in texts}
+    split_of = {name: "val" if writer.is_held_out(name, HELD_OUT) else "train" for name in texts}
     pairs = [(split_of[name], text) for name, text in texts.items()]
     vocabulary = tokenizer.named(config["tokenizer"], texts.values())
     meta = writer.prepare(config["out"], pairs, vocabulary)

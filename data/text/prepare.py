@@ -106,14 +106,14 @@ def documents(items):
 def split(texts, val_fraction):
     """Yields (split, text) of all texts(), a part of them or the end of the last ones being val."""
     few = itertools.islice(texts(), writer.FEW + 1)
-    sizes = [(len(text), writer.held_out(text, val_fraction)) for text in few]
+    sizes = [(len(text), writer.is_held_out(text, val_fraction)) for text in few]
     total, held = sum(n for n, _ in sizes), sum(n for n, is_val in sizes if is_val)
     are_many = len(sizes) > writer.FEW
     if not are_many and val_fraction * total < LEAST:
         val_fraction = 0
     if are_many or val_fraction in (0, 1) or writer.about_right(held, total, val_fraction):
         part = {True: "val", False: "train"}
-        return ((part[writer.held_out(text, val_fraction)], text) for text in texts())
+        return ((part[writer.is_held_out(text, val_fraction)], text) for text in texts())
     return end_held_out(texts(), round((1 - val_fraction) * total), total)
 
 
