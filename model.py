@@ -35,7 +35,6 @@ import torch.nn.functional as F
 
 from config import Table, choose
 from lib import fused
-from lib.entries import ATTENTIONS
 
 DEFAULTS = {
     "n_layer": 0,  # blocks; 0 here and in the next two: train.py's dial says it (lib/budget.py)
@@ -56,6 +55,9 @@ DEFAULTS = {
     "start_id": -1,  # the token that stands before the first one of a causal network; -1: the mask
     "head_padding": 0,  # outputs past V that a weight format holds and nothing uses (RADD: 1)
 }
+
+
+ATTENTIONS = ("full", "causal", "order")
 
 
 def rotary_tables(config):

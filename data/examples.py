@@ -66,9 +66,9 @@ def field(where, record, key):
 # ---- 2. Text to ids ------------------------------------------------------------------------------
 
 
-def vocabulary(name, texts):
+def vocabulary(name, texts, load):
     """tokenizer.named, with an eos in an alphabet."""
-    return tokenizers.named(name, itertools.chain([EOS], texts))
+    return tokenizers.named(name, itertools.chain([EOS], texts), load)
 
 
 def eos_of(tokenizer):

@@ -168,21 +168,19 @@ class Llama(Tokenizer):
 KINDS = Table("tokenizer", char=Char, byte=Byte, gpt2=GPT2, llama=Llama)
 
 
-def named(name, texts):
+def named(name, texts, load):
     """The tokenizer that --tokenizer=name means: a new one of a kind, or that of what has one.
 
-    That is a prepared folder or all that checkpoint.load takes. UserError where there is none. To
-    an alphabet the characters are added that `texts` hold besides, behind those that it has: a
-    network that knows these can learn the others (lib/resume.py).
+    That is a prepared folder or all that `load` takes, lib.checkpoint.load. UserError where there
+    is none. To an alphabet the characters are added that `texts` hold besides, behind those that it
+    has: a network that knows these can learn the others (lib/resume.py).
     """
     if name in KINDS or not (os.path.exists(name) or "/" in name):
         return build(name, texts)
     if Path(name, "meta.json").is_file():
         meta = loader.read_meta(name)["tokenizer"]
     else:
-        from lib import checkpoint  # which imports this file
-
-        meta = checkpoint.load(name)[2]["tokenizer"]
+        meta = load(name)[2]["tokenizer"]
     require(meta, f"{name} names no tokenizer")
     tokenizer = from_meta(meta)
     if not isinstance(tokenizer, Char):

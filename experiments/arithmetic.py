@@ -130,7 +130,7 @@ def compare(config, asked, rng):
     """Trains both models and asks them -> (lines of the table, parameters, CPU seconds)."""
     lines, cpu, known = [], 0.0, {tuple(pair) for pairs in asked.values() for pair in pairs}
     width = 1 + max(sum(map(len, problem(10**n - 1, 10**n - 1))) for n in asked)  # and an eos
-    tokenizer = examples.vocabulary("char", ["0123456789+|<>= #"])
+    tokenizer = examples.vocabulary("char", ["0123456789+|<>= #"], checkpoint.load)
     with tempfile.TemporaryDirectory() as folder:
         items = tokenized(config, tokenizer, rng, known)
         eos = examples.prepare(folder, items, tokenizer, width)["end"]

@@ -30,6 +30,7 @@ from config import require
 from data import examples, loader
 from experiments import results
 from lib import checkpoint
+from lib import subject as subjects
 from lib.device import machine
 from lib.stats import mean_and_error, plus_minus
 
@@ -144,16 +145,15 @@ def choose_scale(find, items):
 
 def opened(config):
     """((model, tokenizer, autocast), held-out text) of ckpt and data; UserError for a bad pair."""
-    ckpt, (device, autocast) = config["ckpt"], machine(config)
-    model, tokenizer, trained = checkpoint.load(ckpt, device)
-    sees_all = trained["attention"] == "full"
-    advice = "guidance masks the context, so it needs the other kind"
-    require(sees_all, f"{ckpt} is a causal network: {advice}")
+    subject, ckpt = subjects.opened(config, reads_text=True), config["ckpt"]
+    model, tokenizer, trained, autocast, _ = subject
+    advice = "guidance masks the context, so it needs attention=full"
+    require(trained["attention"] == "full", f"{ckpt} has {trained['attention']}: {advice}")
     val = loader.Tokens(config["data"], "val")
-    own = tokenizer is not None and tokenizer.meta() == val.meta["tokenizer"]
+    own = tokenizer.meta() == val.meta["tokenizer"]
     of_characters = own and tokenizer.kind == "char"
     require(of_characters, f"{ckpt} must be a model of the characters of {config['data']}")
-    return (model.eval(), tokenizer, autocast), tokenizer.decode(val[:].tolist())
+    return (model, tokenizer, autocast), tokenizer.decode(val[:].tolist())
 
 
 def shown(name, line, curve, n):

@@ -26,19 +26,20 @@ class Subject(NamedTuple):
         return self.trained["attention"] == "causal"
 
 
-def opened(config, reads_text=False):
-    """The Subject that config["ckpt"] names; reads_text: UserError where it has no tokenizer."""
-    (device, autocast), ckpt = machine(config), config["ckpt"]
-    model, tokenizer, trained = checkpoint.load(ckpt, device, ema=config["ema"])
-    require(
-        config["estimator"] != "t_dse" or trained.get("objective") == "t_dse",
-        f"{ckpt} was not trained with t_dse, so its scores have no scale; use --estimator=t_dce",
-    )
+def opened(config, reads_text=False, cast=True):
+    """The Subject that config["ckpt"] names; reads_text: UserError where it has no tokenizer.
+
+    cast: its matrices once, to the dtype of products; without it they stay as they were saved.
+    """
+    (device, autocast), ckpt, ema = machine(config), config["ckpt"], config.get("ema", True)
+    model, tokenizer, trained = checkpoint.load(ckpt, device, ema=ema)
     if reads_text:
-        require(trained["tokenizer"], f"{ckpt} names no tokenizer, so it cannot read text")
+        textless = f"{ckpt} names no tokenizer, so text cannot be read or written"
+        require(trained["tokenizer"], textless)
         tokenizer = tokenizer or from_meta(trained["tokenizer"])  # says which package it lacks
-    cast_products(model, autocast)
-    weights = "averaged weights" if config["ema"] and trained.get("ema") else "raw weights"
+    if cast:
+        cast_products(model, autocast)
+    weights = "averaged weights" if ema and trained.get("ema") else "raw weights"
     words = f"{dtype_name(autocast, device)}, {weights}, seed {config['seed']}"
     return Subject(model, tokenizer, trained, autocast, words)
 

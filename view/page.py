@@ -23,10 +23,8 @@ import diffusion
 import model as network
 import sample
 from config import require
-from data.tokenizer import from_meta
-from lib import checkpoint
-from lib.device import machine
 from lib.files import to_json, whole_file
+from lib.subject import opened
 from lib.text import text_or_file
 from samplers import Remasking
 from view.trace import Recorder
@@ -101,14 +99,11 @@ def recorded(model, tokenizer, o):
 
 def made(config, make):
     """make(model, tokenizer, the keys of sample.py) of what config["ckpt"] names."""
-    device, autocast = machine(config)
-    model, tokenizer, trained = checkpoint.load(config["ckpt"], device)
-    require(trained["tokenizer"], f"{config['ckpt']} names no tokenizer, so it cannot read text")
+    subject = opened(config, reads_text=True, cast=False)  # the page holds weights as they are
     keys = settings.defaults_of([settings, diffusion, sample])
-    config = sample.suited(config, trained)
-    with autocast():
-        tokenizer = tokenizer or from_meta(trained["tokenizer"])
-        return make(model, tokenizer, {key: config[key] for key in keys})
+    config = sample.suited(config, subject.trained)
+    with subject.autocast():
+        return make(subject.model, subject.tokenizer, {key: config[key] for key in keys})
 
 
 def html(data, code):

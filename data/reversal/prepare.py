@@ -19,6 +19,7 @@ from config import require, run
 from data import download, examples
 from data import tokenizer as tokenizers
 from data.pairs.prepare import pairs
+from lib import checkpoint
 
 DEFAULTS = {
     "from": "",  # a folder that holds the .jsonl files; without one they are downloaded
@@ -72,7 +73,7 @@ def main(config):
     require(not config["from"] or Path(config["from"]).is_dir(), f"no folder {config['from']}")
     paths = files(config["from"], config["out"])
     texts = (a + b for path in paths.values() for _, a, b in pairs(path))
-    tokenizer = examples.vocabulary(config["tokenizer"], texts)
+    tokenizer = examples.vocabulary(config["tokenizer"], texts, checkpoint.load)
     items = tokenized(paths, tokenizer)
     meta = examples.prepare(config["out"], items, tokenizer, config["width"])
     print(examples.summary(config["out"], meta))

@@ -20,6 +20,7 @@ import json
 
 from config import UserError, at_least, fraction, require, run
 from data import tokenizer, writer
+from lib import checkpoint
 
 DEFAULTS = {
     "input": "",  # files or folders, separated by commas
@@ -140,7 +141,7 @@ def main(config):
     at_least(0, config, "workers")
     L, workers = config["block_size"], config["workers"] or writer.cores()
     require(0 <= L <= 2**16, f"block_size must be from 0 to 65536, not {L}")
-    vocabulary = tokenizer.named(config["tokenizer"], documents([*items, *val]))
+    vocabulary = tokenizer.named(config["tokenizer"], documents([*items, *val]), checkpoint.load)
     pairs = split(lambda: documents(items), 0 if val else config["val_fraction"])
     pairs = itertools.chain(pairs, (("val", text) for text in documents(val)))
     meta = writer.prepare(config["out"], pairs, vocabulary, workers, block_size=L)

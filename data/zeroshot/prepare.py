@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from data import download, examples, loader, writer
 from data import tokenizer as tokenizers
+from lib import checkpoint
 from lib.files import whole_file
 
 DEFAULTS = {
@@ -235,7 +236,8 @@ def prepare(name, config):
     place, folder = config["from"], Path(config["out"], name)
     raw = folder.parent / "raw"
     paths, difference = find(name, place) if place else (fetch(name, raw), "")
-    tokenizer = tokenizers.named(config["tokenizer"], [])  # a new one fits no model
+    # A new one fits no model.
+    tokenizer = tokenizers.named(config["tokenizer"], [], checkpoint.load)
     lines = list(texts(name, paths, config, tokenizer.separator))
     require(any(map(str.strip, lines)), f"{paths[0]} holds no text")
     pieces = ids = tokenized(lines, tokenizer, config, name)
