@@ -66,8 +66,8 @@ DEFAULTS = {
     "out": "",  # also write the samples to this .jsonl file
 }
 # What the command takes of a model of examples. One token a call as far as the steps reach, the
-# most confident first, each the likeliest token: of new sums of 4 digits 98% were right, 95% in 8
-# calls for 84 tokens, 82% in 4; by ancestral sampling 88% in 47 (results/arithmetic.md).
+# most confident first, each the likeliest token: of new sums of 4 digits 98% were right; 95% in 8
+# calls for 84 tokens, 82% in 4, 88% in 47 by ancestral sampling (experiments/arithmetic.py).
 ANSWERS = {"sampler": "confidence", "temperature": 0.0, "num_samples": 1}
 DRAWN = "probabilities of drawn tokens"
 LOGITS = 2**24  # that are drawn from at once: in float64 with their copies at most 1 GiB
@@ -116,7 +116,7 @@ def keep_likely(p, top_k, top_p):
 
 
 def draws(model, h, u, suppress, policy, o):
-    """Yields (token, p, entropy, logits) of pieces of n positions, each (piece,) or (piece, V).
+    """Yield (token, p, entropy, logits) of pieces of n positions, each (piece,) or (piece, V).
 
     h: their states, a list of (n, D) as diffusion.guided takes them; u (n,) uniform; suppress (n,)
     or None. A piece has at most LOGITS logits, whose float64 tables are most of the memory here: an

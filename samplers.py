@@ -171,7 +171,7 @@ class Call(NamedTuple):
 
 
 def calls(policy, nfe, batch_size):
-    """Yields the Calls, which count up nfe (N,); a finished sequence makes room for another."""
+    """Yield the Calls, which count up nfe (N,); a finished sequence makes room for another."""
     while len(live := policy.unfinished(nfe).nonzero().flatten()[:batch_size]):  # (b,)
         done = nfe[live]  # (b,)
         due, noise = policy.due(live, done), policy.noise(live, done)  # (b, L) each
@@ -186,7 +186,7 @@ def calls(policy, nfe, batch_size):
 
 
 def on_device(plan, policy, device, alike=False):
-    """Yields each Call of the plan, and its first tensors on the device: up to `masked` or `u`.
+    """Yield each Call of the plan, and its first tensors on the device: up to `masked` or `u`.
 
     Where all are known they are copied together before the first, so none waits for a copy. alike:
     each asks for its last sequence and its last position again until all have one size, as a CUDA

@@ -186,7 +186,7 @@ def make_example_batch(config, dataset, step, position):
 
 
 def make_batches(config, dataset, team, start=0):
-    """Yields this process's micro-batches from step `start` on: consecutive rows, whole pairs."""
+    """Yield this process's micro-batches from step `start` on: consecutive rows, whole pairs."""
     share, micro = shares(config, team)
     for step in itertools.count(start):
         for first in range(team.rank * share, (team.rank + 1) * share, micro):
@@ -306,7 +306,7 @@ def one_sample(config, model, text, val, team):
 
 
 def save(config, text, clock, model, ema, optimizers, team):
-    """Writes the checkpoint, all processes together; UserError for weights that are not finite."""
+    """Write the checkpoint, all processes together; UserError for weights that are not finite."""
     path, step = resume.checkpoint_path(config), clock.step
     clock.look()
     state = {"config": config, "tokenizer": text.meta(), "step": step, "minutes": clock.minutes}
@@ -322,7 +322,7 @@ def save(config, text, clock, model, ema, optimizers, team):
 
 # ---- 4. The recipe -------------------------------------------------------------------------------
 def main(config):
-    """Trains as config says; returns the last evaluation, a dict of report, or None.
+    """Train as config says; return the last evaluation, a dict of report, or None.
 
     Raises UserError.
     """

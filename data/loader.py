@@ -121,7 +121,7 @@ class Tokens:
         return out.astype(np.int64)
 
     def _read(self, shard, rows, out):
-        """Fills in what one shard has of the rows [(row, its first position), ...] of out."""
+        """Fill in what one shard has of the rows [(row, its first position), ...] of out."""
         low, high = self.borders[shard : shard + 2].tolist()
         with open(self.paths[shard], "rb", buffering=0) as file:
             for row, start in rows:
@@ -237,7 +237,7 @@ def spread(items, n):
 
 
 def prefetch(items, ahead=2):
-    """Yields the items of an iterable in order; a thread makes up to `ahead` of them beforehand.
+    """Yield the items of an iterable in order; a thread makes up to `ahead` of them beforehand.
 
     What an item raises is raised here in its turn. Closing this generator, or leaving it by an
     exception, ends the thread once the item in the making is done.

@@ -70,7 +70,7 @@ class Char(Tokenizer):
         super().__init__([character.encode("utf8", "replace") for character in alphabet])
 
     def encode(self, text, start=True):
-        """Raises UserError for a character that the alphabet lacks."""
+        """Raise UserError for a character that the alphabet lacks."""
         try:
             return [self.ids[character] for character in text]
         except KeyError as error:
@@ -103,7 +103,7 @@ class GPT2(Tokenizer):
     joins_spaces = True
 
     def __init__(self):
-        """Raises Unavailable where tiktoken neither has nor can fetch the vocabulary."""
+        """Raise Unavailable where tiktoken neither has nor can fetch the vocabulary."""
         import requests
         import tiktoken
 
@@ -127,7 +127,7 @@ class Llama(Tokenizer):
     joins_spaces = True
 
     def __init__(self):
-        """Reads LLAMA, or the copy in the shared folder; Unavailable where there is no model."""
+        """Read LLAMA, or the copy in the shared folder; Unavailable where there is no model."""
         try:
             sentencepiece = optional("sentencepiece", "the llama tokenizer")
         except UserError as error:

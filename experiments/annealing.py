@@ -111,7 +111,7 @@ def draw_law(p, count, bits):
 def first_step(V, steps, bits):
     """What the first of n steps does to a Zipf law of V tokens: a dict of numbers.
 
-    revealed: the chance that a token is unmasked, over the right one, 1/n. lost: the mass of tokens
+    unmasked: the chance that a token is unmasked, over the right one, 1/n. lost: the mass of tokens
     that come up less than half as often as they should. entropy: of the token unmasked, in nats, 0
     where none is.
     """
@@ -119,7 +119,7 @@ def first_step(V, steps, bits):
     won = draw_law(np.append(p / steps, 1 - 1 / steps), np.append(count, 1), bits)[:-1]  # (G,)
     share = won / max(won.sum(), 1e-300) / count  # (G,) of one token, given that one is unmasked
     return {
-        "revealed": float(won.sum() * steps),
+        "unmasked": float(won.sum() * steps),
         "lost": float((p * count)[won * steps < p * count / 2].sum()),
         "entropy": abs(float((count * share * np.log(np.maximum(share, 1e-300))).sum())),
     }
@@ -147,7 +147,7 @@ def exact_part(vocabularies, steps):
             figures[f"{name}, V {V}, steps that lose 1%"] = begins
             for n in steps:
                 law = first_step(V, n, bits)
-                row[f"n = {n}"] = f"{law['entropy']:.2f}, {law['revealed']:.2f}, {law['lost']:.0%}"
+                row[f"n = {n}"] = f"{law['entropy']:.2f}, {law['unmasked']:.2f}, {law['lost']:.0%}"
                 figures |= {f"{name}, V {V}, {n} steps, {key}": value for key, value in law.items()}
             rows.append(row)
     return rows, figures

@@ -37,7 +37,7 @@ B = 4  # sequences
 
 
 def checks(quick):
-    """Yields (what is checked, the function, its further arguments), the most telling first."""
+    """Yield (what is checked, the function, its further arguments), the most telling first."""
     kinds = KINDS[::5] if quick else KINDS
     for attention, dtype in itertools.product(OBJECTIVES, BOUNDS):
         yield f"{attention}, {dtype}, {len(kinds)} kinds", gradients, attention, dtype, kinds

@@ -128,7 +128,7 @@ def tune(config, tokenizer, block_size, folder):
 
 
 def choose_scale(find, items):
-    """Chooses w on the first half of the items and evaluates it on the other.
+    """Choose w on the first half of the items and evaluate it on the other.
 
     find(items, w) -> [bool] -> (line of the table, curve)
     """
@@ -180,7 +180,7 @@ PLOTS = {"": draw}
 
 
 def main(config):
-    """Writes guidance.json, .md and .png; returns the figures."""
+    """Write guidance.json, .md and .png; return the figures."""
     if config["quick"]:
         config |= {k: v for k, v in QUICK.items() if k not in config.get("user_keys", ())}
     settings.at_least(2, config, "words")

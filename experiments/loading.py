@@ -149,7 +149,7 @@ def line(n, measured):
 
 
 def main(config):
-    """Measures all of it, writes loading.json, .md and .png; returns the figures."""
+    """Measure all of it, write loading.json, .md and .png; return the figures."""
     began = time.time()
     settings.at_least(1, config, "rounds")
     device, _ = machine(config)

@@ -230,7 +230,7 @@ PLOTS = {"": draw}
 
 
 def main(config):
-    """Trains, measures, prints and writes both tables; returns the figures."""
+    """Train, measure, print and write both tables; return the figures."""
     began, texts, figures, rows = time.time(), [], {}, []
     choose("only", config["only"], ["", "quality", "speed"])
     settings.at_least(1, config, "seeds", "rounds")

@@ -342,7 +342,7 @@ PLOTS = {"": draw}
 
 
 def main(config):
-    """Computes and writes the three tables; returns the figures, a flat dict."""
+    """Compute and write the three tables; return the figures, a flat dict."""
     models, gpu_counts = check(config)
     memories, speeds, runs, figures = [], [], [], {}
     for size, budget, batch in models:

@@ -107,7 +107,7 @@ def verdict(nats, best):
 
 
 def main(config):
-    """Runs both forms for all seeds; prints and writes the records, the runs and the verdict."""
+    """Run both forms for all seeds; print and write the records, the runs and the verdict."""
     choose("only", config["only"], ["", "clock", "flops"])
     settings.at_least(1, config, "seeds")
     began, rows, figures, said = time.time(), [], {}, []

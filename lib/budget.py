@@ -117,14 +117,14 @@ class Clock:
             yield self.step
 
     def tick(self, interval):
-        """Says whether this step is the last; several processes look every `interval` steps."""
+        """Say whether this step is the last; several processes look every `interval` steps."""
         if self.team.world == 1 or self.step % interval == 0:
             self.look()
         self.last = self.done() >= 1
         return self.last
 
     def look(self, evaluated=False):
-        """Reads the clock; `evaluated` says that an evaluation has just ended."""
+        """Read the clock; `evaluated` says that an evaluation has just ended."""
         before, minutes = self.minutes, self.before + (now() - self.began) / 60
         self.minutes = max(parallel.gather(minutes, self.team)) if self.limits[1] else minutes
         self.evaluating += (self.minutes - before) * evaluated

@@ -46,7 +46,7 @@ DEFAULTS = {
 
 
 def save(path, state, keep=1):
-    """Writes {config, tokenizer, model, ema, optimizer, step, minutes} whole or not at all.
+    """Write {config, tokenizer, model, ema, optimizer, step, minutes} whole or not at all.
 
     With keep > 1 the last `keep` also stay as NAME_STEP.pt; the newest of them is the file `path`
     by another name, or a copy where files cannot have two.
@@ -85,7 +85,7 @@ def kept_beside(path):
 
 
 def set_aside(path):
-    """Moves the checkpoints of a run, `path` and beside it, and its log to a folder of their own.
+    """Move the checkpoints of a run, `path` and beside it, and its log to a folder of their own.
 
     -> that folder, old_1 or old_2 or ..., or None where there is no checkpoint. UserError where the
     system cannot.
@@ -135,7 +135,7 @@ def is_ours(state):
 
 
 def check_parts(state, file):
-    """Raises UserError for the first part that no run can be resumed from."""
+    """Raise UserError for the first part that no run can be resumed from."""
     step, meta, ema = (state.get(key) for key in ("step", "tokenizer", "ema"))
     broken = f"{file}: no run can be resumed from its"
     require(type(step) is int and step >= 0, f"{broken} step")
@@ -249,7 +249,7 @@ def locate(path):
 
 
 def from_hub(name):
-    """Fetches OWNER/REPO (config.json, weights) or OWNER/REPO/FILE -> the path of the weights."""
+    """Fetch OWNER/REPO (config.json, weights) or OWNER/REPO/FILE -> the path of the weights."""
     owner, *rest = name.split("/")
     like_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name) and owner != "out"
     missing = f"no checkpoint {name}: no such file or folder"
@@ -317,7 +317,7 @@ def ema_by_name(ema, model, file):
 
 
 def load_weights(model, weights, format, file):
-    """Makes `weights` those of the skeleton; UserError where a name, a shape or a type is wrong."""
+    """Make `weights` those of the skeleton; UserError where a name, a shape or a type is wrong."""
     names, config, frequency = model.state_dict(), model.config, formats.FREQUENCY
     expected = formats.to_format(names, config, format)
     if frequency not in weights:  # no parameter, so not among the averages of RADD's trainer
@@ -357,7 +357,7 @@ def tokenizer_of(meta, V, where):
 
 
 def export(ckpt, to, format):
-    """Writes config.json and model.safetensors (float32) to folder `to`, as the format has them.
+    """Write config.json and model.safetensors (float32) to folder `to`, as the format has them.
 
     Raises UserError where the model does not suit the format, or the system cannot write.
     """
@@ -376,7 +376,7 @@ def export(ckpt, to, format):
 
 
 def refuse_misfit(config, format, ckpt):
-    """Raises UserError for the first thing about a model that the format has no place for."""
+    """Raise UserError for the first thing about a model that the format has no place for."""
     limits = {key: [value] for key, value in formats.FIXED[format].items()}
     limits |= {"mlp_width": [4 * config["n_embd"], 0]} if format == "radd" else {}
     for key, values in limits.items():

@@ -62,8 +62,9 @@ def dtype_name(autocast, device):
 
 
 def cast_products(model, autocast):
-    """Gives a network's matrices the dtype that autocast multiplies them in; from then on it only
-    predicts, inside autocast, which would cast some of them again at every call.
+    """Cast a network's matrices to the dtype of autocast, so that no call casts them again.
+
+    From then on it only predicts, inside autocast.
     """
     with autocast():
         dtype = product_dtype(torch.empty(0, device=model.device))
@@ -85,7 +86,7 @@ def keep_memory(keep=True):
 
 
 def check_cache():
-    """Heeds no cache of the compiler that cannot be made: torch would end there in any case."""
+    """Ignore a compiler cache folder that cannot be made: torch would fail on it."""
     if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         try:
             os.makedirs(folder, exist_ok=True)
@@ -120,14 +121,14 @@ def can_compile(device):
 
 
 def compile_hidden(model, device, graphs=True):
-    """Compiles what a sampler calls. graphs: on CUDA a call is one CUDA graph, where sizes stay."""
+    """Compile what a sampler calls. graphs: on CUDA a call is one CUDA graph, where sizes stay."""
     options = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
     options = options if graphs and device.type == "cuda" else {}
     model.hidden = torch.compile(model.hidden, options=options)
 
 
 def wait(device):
-    """Until the device has done what it was told: a GPU works on after a call."""
+    """Wait until the device has done what it was told: a GPU works on after a call."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -43,7 +43,7 @@ class Log:
         self.restart(self.start)
 
     def begin(self):
-        """Opens the sinks, and drops the entries past `start`, which a resumed run makes again.
+        """Open the sinks, and drop the entries past `start`, which a resumed run makes again.
 
         A run that begins anew moves an older one aside.
         """
@@ -93,7 +93,7 @@ class Log:
                 self.say(f"it is finished; --out_dir= begins another, {more}")
 
     def say(self, text):
-        """Prints it. A run outlives who reads what it says: head, or a terminal that is closed."""
+        """Print it. A run outlives who reads what it says: head, or a terminal that is closed."""
         if self.is_main and sys.stdout:  # a program with windows has none
             coding = sys.stdout.encoding or "utf8"
             with contextlib.suppress(OSError):
@@ -171,7 +171,7 @@ class Log:
         self.restart(step)
 
     def restart(self, step):
-        """Starts the clock anew: what came before, an evaluation say, is not training time."""
+        """Start the clock anew: what came before, an evaluation say, is not training time."""
         self.last_time, self.last_step = time.perf_counter(), step
 
 

@@ -109,7 +109,7 @@ def learning_rate(step, config, spent=0.0):
 
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
-    """Moves the averaged weights towards the model's, early on faster.
+    """Move the averaged weights towards the model's, early on faster.
 
     EMA: exponential moving average.
     """

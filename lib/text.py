@@ -100,7 +100,7 @@ def text_of(tokenizer, ids, begin=0, eos_id=-1):
 
 
 def suppress_tokens(logits, tokens):
-    """Takes one token away from each row, in place: logits (N, V), tokens (N,), -1 for none."""
+    """Take one token away from each row, in place: logits (N, V), tokens (N,), -1 for none."""
     column = tokens[:, None].clamp(min=0)  # (N, 1)
     kept = logits.gather(1, column)  # (N, 1)
     logits.scatter_(1, column, kept.masked_fill(tokens[:, None] >= 0, -torch.inf))

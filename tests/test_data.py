@@ -28,7 +28,7 @@ WORLD = "naïve façade — Ελληνικά, 日本語, 😀\ttab"
 
 
 def command(*args, cwd=ROOT, **env):
-    """Runs a module of ours as the user would."""
+    """Run a module of ours as the user would."""
     env = os.environ | {"PYTHONPATH": str(ROOT)} | env
     return subprocess.run(
         [sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=60

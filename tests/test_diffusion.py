@@ -641,7 +641,7 @@ def test_a_float64_network_keeps_its_precision_in_autocast(grad):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor made inside it."""
+    """Record the number of elements of the largest tensor made inside it."""
 
     numel = 0
 

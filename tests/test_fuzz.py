@@ -200,7 +200,7 @@ def command_lines(draw):
 
 
 def command(name, argv):
-    """Runs a program as its command does: exit code 2 comes with one line, which is returned."""
+    """Run a program as its command does: exit code 2 comes with one line, which is returned."""
     main, modules = PROGRAMS[name]
     with pytest.MonkeyPatch.context() as patch:
         said = io.StringIO()

@@ -48,7 +48,7 @@ def first_turn(where, record):
 
 
 def tokenized(turns, tokenizer, val_fraction):
-    """Yields what examples.prepare takes, of an iterable of (where, question, answer)."""
+    """Yield what examples.prepare takes, of an iterable of (where, question, answer)."""
     for where, question, answer in turns:
         split = "val" if writer.is_held_out(question, val_fraction) else "train"
         prompt = examples.encode(tokenizer, where, TEMPLATE.format(question))

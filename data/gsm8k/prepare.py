@@ -65,7 +65,7 @@ def find(name, folder, out):
 
 
 def problems(path):
-    """Yields (where, question, thought, answer) of a .jsonl or .txt file; UserError for others."""
+    """Yield (where, question, thought, answer) of a .jsonl or .txt file; UserError for others."""
     if ".jsonl" in Path(path).name.lower():
         for where, record in examples.records(path):
             question, solution = (
@@ -82,7 +82,7 @@ def problems(path):
 
 
 def tokenized(items, split, tokenizer, width):
-    """Yields what examples.prepare takes, of an iterable of (where, question, thought, answer)."""
+    """Yield what examples.prepare takes, of an iterable of (where, question, thought, answer)."""
     for where, *pieces in items:
         question, thought, answer = (
             examples.encode(tokenizer, where, a + b) for a, b in zip(HEADS, pieces, strict=True)

@@ -28,7 +28,7 @@ DEFAULTS = {
 
 
 def pairs(path):
-    """Yields (where, prompt, completion) of a file; UserError for a line that is no such pair."""
+    """Yield (where, prompt, completion) of a file; UserError for a line that is no such pair."""
     for where, record in examples.records(path):
         prompt, completion = (
             examples.field(where, record, key) for key in ("prompt", "completion")
@@ -38,7 +38,7 @@ def pairs(path):
 
 
 def tokenized(items, tokenizer, val_fraction, width):
-    """Yields what examples.prepare takes, of an iterable of (where, prompt, completion)."""
+    """Yield what examples.prepare takes, of an iterable of (where, prompt, completion)."""
     for where, prompt, completion in items:
         split = "val" if writer.is_held_out(prompt, val_fraction) else "train"
         ids = examples.encode(tokenizer, where, prompt)

@@ -58,7 +58,7 @@ def files(folder, out):
 
 
 def tokenized(paths, tokenizer):
-    """Yields what examples.prepare takes."""
+    """Yield what examples.prepare takes."""
     for split, names in SPLITS.items():
         for where, prompt, completion in (pair for name in names for pair in pairs(paths[name])):
             if split == "train":

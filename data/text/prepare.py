@@ -105,7 +105,7 @@ def documents(items):
 
 
 def split(texts, val_fraction):
-    """Yields (split, text) of all texts(), a part of them or the end of the last ones being val."""
+    """Yield (split, text) of all texts(), a part of them or the end of the last ones being val."""
     few = itertools.islice(texts(), writer.FEW + 1)
     sizes = [(len(text), writer.is_held_out(text, val_fraction)) for text in few]
     total, held = sum(n for n, _ in sizes), sum(n for n, is_val in sizes if is_val)
@@ -119,7 +119,7 @@ def split(texts, val_fraction):
 
 
 def end_held_out(texts, start, total):
-    """Yields (split, text): of `total` characters about those from `start` on are val."""
+    """Yield (split, text): of `total` characters about those from `start` on are val."""
     seen = 0
     for text in texts:
         here = start - seen  # where val begins in this text
