@@ -277,17 +277,20 @@ def evaluate_part(config, model, val, team):
     return report([nats_of[i] for i in range(len(val.requests))], val.counts, val.bytes_per_token)
 
 
-def evaluate_now(config, model, text, val, team, log):
+def evaluate_now(config, model, ema, text, val, team, log):
     """Evaluate and show a sample, on the screen and in the log -> a dict of report, or None."""
-    step, result = log.clock.step, None
+    step, best, result = log.clock.step, (ema or model).eval(), None
     if val:
-        result, line = evaluate_part(config, model, val, team)
+        result, line = evaluate_part(config, best, val, team)
         sound, path = math.isfinite(result["nats_per_token"]), resume.checkpoint_path(config)
         checkpoint.require_sound(sound, f"the loss is nan at step {step}", path)
         log.say(f"step {step}: {line}")
         log.write({"step": step} | result)
     if config["show_sample"]:  # by all processes: with fsdp none of them can alone
-        log.say(f"---- a sample\n{one_sample(config, model, text, val, team)}\n----")
+        log.say(f"---- a sample\n{one_sample(config, best, text, val, team)}\n----")
+    model.train()
+    log.clock.look(evaluated=True)
+    log.restart(step)
     return result
 
 
@@ -377,10 +380,7 @@ def train(config, team):
                 log.speed(step, loss, nelbo, learning_rate(step - 1, config, spent), memory)
 
             if clock.due(config["eval_interval"], share=0.1):
-                result = evaluate_now(config, (ema or model).eval(), text, val, team, log)
-                model.train()
-                clock.look(evaluated=True)
-                log.restart(step)
+                result = evaluate_now(config, model, ema, text, val, team, log)
 
             if clock.due(config["save_interval"] or config["eval_interval"]) or stopped:
                 save(config, text, clock, model, ema, optimizers, team)

@@ -87,8 +87,7 @@ def kept_beside(path):
 def set_aside(path):
     """Move the checkpoints of a run, `path` and beside it, and its log to a folder of their own.
 
-    -> that folder, old_1 or old_2 or ..., or None where there is no checkpoint. UserError where the
-    system cannot.
+    -> that folder, old_1, old_2 ..., or None where there is no checkpoint. UserError if it cannot.
     """
     try:
         checkpoints = [file for file in (path, *kept_beside(path).values()) if file.is_file()]
