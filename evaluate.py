@@ -160,9 +160,7 @@ ESTIMATORS = Table(
     left_to_right=Estimator(rank=lambda draw: draw.place, exact=True),
     right_to_left=Estimator(rank=lambda draw: draw.place[:, -1:] - draw.place, exact=True),
 )
-AR = Estimator(
-    ar, ESTIMATORS["left_to_right"].rank, exact=True
-)  # of causal networks, which have no other
+AR = Estimator(ar, ESTIMATORS["left_to_right"].rank, exact=True)  # of causal networks
 
 
 def estimator_of(model, name):
