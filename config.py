@@ -37,7 +37,7 @@ PATHS = {"ckpt", "data", "folder", "from", "gpt2", "include_path", "init_from", 
 PATHS |= {"out_dir", "page", "preset", "reference", "results", "rows", "runs", "samples", "svg"}
 PATHS |= {"out", "to", "tokenizer", "val"}
 
-RENAMED = {  # keys of earlier versions, for who types one and for checkpoints that hold them
+RENAMED = {  # keys of earlier versions: a command may name them, a checkpoint hold them
     "causal": "attention",
     "cfg": "cfg_scale",
     "min_tokens": "min_new_tokens",
@@ -57,7 +57,7 @@ class UserError(Exception):
 
 
 def require(condition, message):
-    """Raises UserError(message) unless the condition holds."""
+    """Raise UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
 
@@ -103,13 +103,13 @@ class Table(dict):
 
 
 def at_least(low, config, *keys):
-    """Raises UserError unless config[key] >= low for each key."""
+    """Raise UserError unless config[key] >= low for each key."""
     for key in keys:
         require(config[key] >= low, f"{key} must be {low} or more, not {config[key]}")
 
 
 def fraction(config, *keys):
-    """Raises UserError unless 0 <= config[key] <= 1 for each key."""
+    """Raise UserError unless 0 <= config[key] <= 1 for each key."""
     for key in keys:
         require(0 <= config[key] <= 1, f"{key} must be from 0 to 1, not {config[key]}")
 
@@ -138,14 +138,10 @@ def typed(key, value, default):
         require(plain, f"{key} must be text, not {shown(value)}")  # no file can be called otherwise
         return value
     if isinstance(default, bool):
-        word = (
-            value.lower() if isinstance(value, str) else value if isinstance(value, bool) else None
-        )
-        require(
-            word in (True, False, "true", "false", "1", "0"),
-            f"{key} must be True or False, not {shown(value)}",
-        )
-        return word in (True, "true", "1")
+        words = {"true": True, "1": True, "false": False, "0": False}
+        word = str(value).lower() if isinstance(value, (str, bool)) else ""
+        require(word in words, f"{key} must be True or False, not {shown(value)}")
+        return words[word]
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -313,7 +309,7 @@ def interrupted(number, frame):
 
 
 def ready_streams():
-    """Closed streams swallow, characters that one lacks are replaced, a line is out at once."""
+    """Give closed streams a sink, replace characters that a stream lacks, flush every line."""
     for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
         stream = getattr(sys, name)
         if stream is None:
@@ -336,10 +332,10 @@ def system_error(error):
 
 
 def run(main, *modules):
-    """Runs main(config) as a command, with --help.
+    """Run main(config) as a command, with --help.
 
-    A UserError, full memory or an error of the system is one line and exit code 2; Ctrl-C is exit
-    code 130, and the end of who reads the output (head) that of a program that SIGPIPE kills, 141.
+    A UserError, full memory or a system error is one line and exit code 2; Ctrl-C is 130; a reader
+    of the output that is gone (head) is 141, as by SIGPIPE.
     """
     script = Path(sys.argv[0]).name
     if signal.getsignal(signal.SIGINT) is interrupted:

@@ -154,10 +154,7 @@ ORDERS = Table(  # from noise and place (B, L) in [0, 1), coin (B, 1): numbers, 
 
 
 def draw_order(name, noise, coin, p=0.5, prompt=None):
-    """order (B, L) from noise (B, L) and coin (B, 1), uniform in [0, 1); prompts (B,) come first.
-
-    p is the share of left to right in a mixture, and how far tokens of a local order stray.
-    """
+    """order (B, L) from noise (B, L), coin (B, 1) in [0, 1), order_p; prompts (B,) come first."""
     L = noise.shape[1]
     place = (torch.arange(L) / L).expand(noise.shape)  # (B, L)
     key = ORDERS[name](noise, place, coin, p)  # (B, L)
@@ -170,10 +167,9 @@ def draw_order(name, noise, coin, p=0.5, prompt=None):
 def stratified(jitter, position, batch_size):
     """u (B,) for draw_mask: one in each of batch_size strata of (0, 1), in antithetic pairs.
 
-    position (B,) is a row's number in the whole (global) batch; 2j and 2j + 1 are a pair (u, 1 - u)
-    and must bring the same jitter in [0, 1). A batch covers (0, 1) evenly, so its mean is unbiased;
-    a row number always has its own stratum, so data must come to rows at random. For any_order a
-    pair is (k, L + 1 - k): it masks L + 1 tokens, a batch exactly B (L + 1) / 2.
+    position (B,) is a row's number in the global batch; 2j and 2j + 1 are a pair (u, 1 - u) and
+    bring the same jitter in [0, 1). A batch covers (0, 1) evenly; a row always has its own stratum,
+    so data must come to rows at random. In any_order a pair (k, L + 1 - k) masks L + 1 tokens.
     """
     u = (position // 2 + 1 - jitter) / batch_size  # (B,) in (0, 1/2 + 1/(2 batch_size)]
     return torch.where(position % 2 == 1, 1 - u, u)
@@ -188,14 +184,17 @@ def stratified_uniforms(seed, step, position, batch_size, L):
 
 
 # ---- 4. The bound: one weighted cross-entropy ----------------------------------------------------
-def cross_entropy(model, h, target, weight, normalised=True):
-    """The plain formula, from h (N, D): (sum of weight * terms, terms (N,), CE (N,)), in nats.
+def cross_entropy(model, h, target, weight, normalised=True, plain=False):
+    """The loss from h (N, D): (sum of weight * terms, terms (N,), CE (N,)), in nats.
 
     Only the sum has a gradient. Terms are CE; of scores (1 - m)/m e^logit that need not add up
     (normalised=False: t_dse, score entropy: SEDD, arXiv 2310.16834, RADD eq. 2.11) they are
-    -logit[target] + sum_v e^logit_v - 1, never less than CE, and least at e^logit = p, too.
-    model.head_loss (lib/fused.py) gives the same without (N, V) logits.
+    -logit[target] + sum_v e^logit_v - 1, never less than CE, and least at e^logit = p, too. Unless
+    plain, lib/fused.py gives the same without (N, V) logits.
     """
+    if not plain:
+        head, row_loss = model.head_parameters(), model.row_loss
+        return fused.cross_entropy(h, head, target, weight, normalised, row_loss=row_loss)
     logits = model.head(h)  # (N, V)
     logits = logits.to(fused.wide(logits.dtype))
     at_target = logits.gather(-1, target[:, None]).squeeze(-1)  # (N,)
@@ -208,16 +207,15 @@ def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, bound=None)
     """The loss: weight * cross-entropy, summed over masked positions; its mean bounds -log p(x0).
 
     NELBO: negative evidence lower bound. x0 (B, L), mask (B, L) bool, weight (B,) or (B, L) ->
-    (loss, nats): loss a scalar, summed over the batch, to be differentiated; nats (B,) the same for
-    each sequence, without a gradient. masked_idx (N,): flat positions that count, the masked ones
-    and a few others of weight 0 that fill up N (fused.masked_indices, beside the mask so that a GPU
-    need not wait). bound: the weights of the NELBO, where `weight` or the terms are
-    others (train.py, loss_weight; t_dse): nats are by these weights, and of CE, then.
+    (loss, nats): loss a scalar, summed over the batch; nats (B,) the same for each sequence, no
+    gradient. masked_idx (N,): flat positions that count, the masked ones and a few of weight 0 that
+    fill up N (fused.masked_indices, beside the mask: a GPU need not wait). bound: the weights of
+    the NELBO where the loss is another (train.py, loss_weight; t_dse): nats are by these, of CE.
     """
     masked_idx, target, w = counted(x0, mask, weight, masked_idx)  # (N,) each
     h = model.hidden(torch.where(mask, model.mask_id, x0), masked_idx)  # (N, D)
     w = w.to(h.device, h.dtype)
-    loss, terms, ce = model.head_loss(h, target, w, normalised)  # cross_entropy, fused
+    loss, terms, ce = cross_entropy(model, h, target, w, normalised)
     if bound is not None:
         w, terms = counted(x0, mask, bound, masked_idx)[2].to(w), ce  # (N,) each
     return loss, summed(w * terms, masked_idx, x0)
@@ -229,19 +227,19 @@ def ar_nll(model, x0, mask=None, weight=None, masked_idx=None):
     x = torch.cat([x0.new_full((B, 1), model.start_id), x0[:, :-1]], dim=1)  # (B, L)
     if mask is None:
         h = model.hidden(x).flatten(0, 1)  # (B*L, D)
-        loss, ce, _ = model.head_loss(h, x0.flatten(), h.new_ones(B * L))
+        loss, ce, _ = cross_entropy(model, h, x0.flatten(), h.new_ones(B * L))
         return loss, ce.view(B, L).sum(1)
     masked_idx, target, w = counted(x0, mask, weight, masked_idx)  # (N,) each
     h = model.hidden(x, masked_idx)  # (N, D)
-    loss, ce, _ = model.head_loss(h, target, w := w.to(h.device, h.dtype))
+    loss, ce, _ = cross_entropy(model, h, target, w := w.to(h.device, h.dtype))
     return loss, summed(w * ce, masked_idx, x0)
 
 
 def order_nll(model, x0, order, weight=None):
     """Exact -log p(x0) along an order, of an `order` network: all L terms in one pass. As nelbo.
 
-    order (B, L): order[b, k] is the position that is unmasked k-th; weight (B, L) of the k-th term,
-    1 without it. Averaged over uniform orders it is the any_order bound; no draw of k adds noise.
+    order[b, k] (B, L) is the position that is unmasked k-th; weight (B, L): of the k-th term, or 1.
+    Averaged over uniform orders it is the any_order bound; no draw of k adds noise.
     """
     B, L = x0.shape
     target = x0.gather(1, order)  # (B, L) in the order in which they are unmasked
@@ -249,7 +247,7 @@ def order_nll(model, x0, order, weight=None):
     places = torch.cat([order.new_zeros(B, 1), order[:, :-1], order], dim=1)  # (B, 2L)
     h = model.hidden_in_order(clean, places).flatten(0, 1)  # (B*L, D)
     w = h.new_ones(B * L) if weight is None else weight.flatten().to(h.dtype)  # (B*L,)
-    loss, ce, _ = model.head_loss(h, target.flatten(), w)
+    loss, ce, _ = cross_entropy(model, h, target.flatten(), w)
     return loss, (w * ce).view(B, L).sum(1)
 
 
@@ -277,16 +275,12 @@ class Loss(torch.nn.Module):
             return order_nll(self.model, x0, order, weight)
         if "causal" in self.objective.attention:
             return ar_nll(self.model, x0, mask, weight, masked_idx)
-        normalised = self.objective.normalised
-        return nelbo(self.model, x0, mask, weight, masked_idx, normalised, bound=bound)
+        return nelbo(self.model, x0, mask, weight, masked_idx, self.objective.normalised, bound)
 
 
 # ---- 5. Guidance ---------------------------------------------------------------------------------
 def states(model, x, masked_idx, cond, cfg_scale=0.0):
-    """The hidden states that `guided` needs, at flat positions masked_idx (N,) of x (B, L).
-
-    [(N, D)], or with guidance (N, D) of x and of x without what is True in cond (B, L).
-    """
+    """[states (N, D)] of x (B, L), for `guided`; with guidance also of x without cond (B, L)."""
     if cfg_scale == 0:
         return [model.hidden(x, masked_idx)]
     both = torch.cat([x, x.masked_fill(cond, model.mask_id)])  # (2B, L) both as one batch
@@ -297,9 +291,8 @@ def guided(model, h, cfg_scale=0.0):
     """Logits (N, V), guided by the condition, from `states`: of all positions or a part of them.
 
     Unsupervised classifier-free guidance (SMDM, arXiv 2410.18514): u + (1 + cfg_scale)(c - u) leans
-    further towards what the condition makes likelier. c are the network's logits, u (unconditional)
-    those for the same input with its condition masked, too: 0 is c alone, -1 is u. Unsupervised,
-    because a masked diffusion model knows u without having been fine-tuned on dropped conditions.
+    towards what the condition makes likelier. c are the network's logits, u (unconditional) those
+    with the condition masked, too, which it knows without fine-tuning: 0 is c alone, -1 is u.
     """
     c, *u = model.head(torch.cat(h)).float().chunk(len(h))  # (N, V) each
     return u[0] + (1 + cfg_scale) * (c - u[0]) if u else c

@@ -21,13 +21,12 @@
 
   An `order` network has all terms of a chain rule in one pass, so one row a draw there.
 
-- Two errors are printed, of two questions. The draws: how far would the number for this text move
-  with other draws? More draws make it smaller; --precision is about it. The text: how far would it
-  move with other text of the same kind? Sequences are the unit there, for the tokens of a sequence
-  share draws and context: the interval is mean +- Student's t times a standard error that is
-  clustered by sequence: with nats n_s of l_s tokens and the mean r = sum n / sum l over S of them,
-  sqrt(S/(S - 1) sum (n_s - r l_s)^2) / sum l. It holds the noise of the draws; blocks of one
-  document count as apart.
+- Two errors are printed. The draws: how far would the number for this text move with other draws?
+  More draws make it smaller; --precision is about it. The text: how far would it move with other
+  text of the same kind? Its unit is the sequence, for tokens of one share draws and context: the
+  interval is mean +- Student's t times sqrt(S/(S - 1) sum (n_s - r l_s)^2) / sum l, for nats n_s of
+  l_s tokens and the mean r = sum n / sum l over S of them. It holds the noise of the draws; blocks
+  of one document count as apart.
 
 What makes it fast: draws come in sets, stratified in antithetic pairs (u, 1 - u), an eighth of the
 calls of independent ones for the same interval. Sets are independent: their spread tells the error.
@@ -47,10 +46,10 @@ import diffusion
 from config import Table, require
 from data import ngram
 from lib import fused
+from lib import subject as subjects
 from lib.log import progress_bar
 from lib.rows import batches, random_numbers
 from lib.stats import certainty, finite, mean_over_sets, report, t95
-from lib.subject import evaluated, folder_of, ids_of_text, open_text, opened, with_remarks
 from lib.text import by_token
 
 DEFAULTS = {
@@ -105,10 +104,9 @@ def importance_sampled(objective, draw, m):
 
     Its weight 1/m has no second moment: one token masked at a tiny m counts for too much, and no
     interval could be trusted. An empty mask adds nothing, so E[X] = P(some masked) E[X | some
-    masked], and weight * P(some masked) = (1 - (1 - m)^l) / m is l at most. (Training does without:
-    one such step among many only adds noise.) The condition is that the lowest of l uniform numbers
-    is below m. Given the lowest, the others are uniform above it: so scaling 1 - noise by one
-    factor a row, which takes the lowest to where it must be, does it.
+    masked], and weight * P(some masked) = (1 - (1 - m)^l) / m is l at most. The condition is that
+    the lowest of l uniform numbers is below m. Given the lowest, the others are uniform above it:
+    scaling 1 - noise by one factor a row takes the lowest to where it must be.
     """
     answer = draw.place >= 0  # (b, W)
     l = answer.sum(1)  # (b,)
@@ -126,14 +124,6 @@ def random_order(draw):
     return draw.noise.masked_fill(draw.place < 0, torch.inf).argsort(1).argsort(1)
 
 
-def left_to_right(draw):
-    return draw.place
-
-
-def right_to_left(draw):
-    return draw.noise.shape[1] - draw.prompt[:, None] - 1 - draw.place
-
-
 def one_term(draw, rank):
     """Term `turn` of the chain rule along an order; rank (b, W) is the turn of each token."""
     answer, turn = draw.place >= 0, draw.turn[:, None]  # (b, W), (b, 1)
@@ -145,17 +135,16 @@ def ar(draw):
     return answer, answer.double()
 
 
-def row_of(estimator, draw):
-    """What a row masks (b, W) bool, and the weight (b, W) of what it counts."""
-    return estimator.row(draw) if estimator.row else one_term(draw, estimator.rank(draw))
-
-
 class Estimator(NamedTuple):
     row: object = None  # Draw -> (mask (b, W) bool, weight (b, W)); None: a term of a chain rule
     rank: object = None  # Draw -> turns (b, W) of that chain rule: a row each, or one pass (order)
     exact: bool = False  # nothing is drawn
     mean_of_p: bool = False  # a set says -log(mean of p), not the mean of -log p
     normalised: bool = True  # False: the output is a score, not log-probabilities
+
+    def row_of(self, draw):
+        """What a row masks (b, W) bool, and the weight (b, W) of what it counts."""
+        return self.row(draw) if self.row else one_term(draw, self.rank(draw))
 
 
 ESTIMATORS = Table(
@@ -167,10 +156,10 @@ ESTIMATORS = Table(
     t_dse=Estimator(t_dce, normalised=False),
     chain=Estimator(rank=random_order),
     orders=Estimator(rank=random_order, mean_of_p=True),
-    left_to_right=Estimator(rank=left_to_right, exact=True),
-    right_to_left=Estimator(rank=right_to_left, exact=True),
+    left_to_right=Estimator(rank=lambda draw: draw.place, exact=True),
+    right_to_left=Estimator(rank=lambda draw: draw.place[:, -1:] - draw.place, exact=True),
 )
-AR = Estimator(ar, left_to_right, exact=True)  # of causal networks, which have no other
+AR = Estimator(ar, ESTIMATORS["left_to_right"].rank, exact=True)  # of causal networks
 
 
 def estimator_of(model, name):
@@ -199,24 +188,23 @@ def set_nats(model, requests, o, number=0, size=1):
             x0 = np.stack([np.concatenate(requests[j]).astype(np.int64) for j in i])  # (b, W)
             x0, prompt = torch.from_numpy(x0), torch.from_numpy(lengths[i, 0])  # (b, W), (b,)
             u, noise = random_numbers(o["seed"], number, groups[i], k, size, x0.shape[1])
-            place = torch.arange(x0.shape[1]) - prompt[:, None]  # (b, W)
-            noise = noise.gather(1, place.clamp(min=0))  # (b, W) by the place in the answer
             draw = Draw(u, noise, turn, prompt, diffusion.SCHEDULES[o["schedule"]])
+            draw = draw._replace(noise=noise.gather(1, draw.place.clamp(min=0)))  # by its place
             if one_pass:
                 row_nats = nats_in_order(model, x0, draw, estimator.rank(draw))  # (b,)
             else:
-                mask, weight = row_of(estimator, draw)  # (b, W) each
+                mask, weight = estimator.row_of(draw)  # (b, W) each
                 fill = (0, max(0, o["pad_to"] - x0.shape[1]))
                 x0 = F.pad(x0, fill, value=model.mask_id)  # (b, W + fill)
-                mask, weight, cond = (F.pad(z, fill) for z in (mask, weight, place < 0))
+                mask, weight, cond = (F.pad(z, fill) for z in (mask, weight, draw.place < 0))
                 guidance = (cond, o["cfg_scale"]) if o["cfg_scale"] else ()
                 row_nats = nats_of_rows(model, x0, mask, weight, estimator, *guidance)  # (b,)
             rows.append(((torch.from_numpy(i), k), row_nats))  # the host waits for no call
             cost["rows"] += len(x0) * (2 if one_pass or o["cfg_scale"] else 1)
             cost["calls"] += 1
             bar.update(int((turn == 0).sum()))
-    for place, row_nats in rows:
-        nats.index_put_(place, row_nats.cpu().double(), accumulate=True)
+    for index, row_nats in rows:
+        nats.index_put_(index, row_nats.cpu().double(), accumulate=True)
     return nats, cost
 
 
@@ -228,25 +216,24 @@ def nats_in_order(model, x0, draw, rank, counted=None):
     place = draw.place  # (b, W)
     order = torch.where(place < 0, place - place.shape[1], rank).argsort(1)  # (b, W)
     answer = torch.arange(x0.shape[1]) >= draw.prompt[:, None] if counted is None else counted
-    return diffusion.order_nll(model, *fused.moved(model.cos.device, x0, order, answer))[1]
+    return diffusion.order_nll(model, *fused.moved(model.device, x0, order, answer))[1]
 
 
 def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
     """weight * CE, summed over each row (b, W) -> (b,), guided by cond (b, W). One network call."""
-    counted = weight.flatten().nonzero().flatten()  # (n,) what counts, and alone leaves the network
-    device = next(model.parameters()).device
-    x0, mask, weight, counted = fused.moved(device, x0, mask, weight.float(), counted)
+    idx = weight.flatten().nonzero().flatten()  # (n,) what counts, and alone leaves the network
+    x0, mask, weight, idx = fused.moved(model.device, x0, mask, weight.float(), idx)
     if model.config["attention"] == "causal":
         require(cond is None, "cfg_scale needs a masked diffusion model, not a causal one")
-        return diffusion.ar_nll(model, x0, mask, weight, counted)[1]
+        return diffusion.ar_nll(model, x0, mask, weight, idx)[1]
     if cond is None:
-        return diffusion.nelbo(model, x0, mask, weight, counted, estimator.normalised)[1]
-    x, (cond,) = torch.where(mask, model.mask_id, x0), fused.moved(device, cond)  # (b, W) each
-    h, target, ces = diffusion.states(model, x, counted, cond, cfg_scale), x0.flatten()[counted], []
-    for now in fused.chunks(len(target), fused.head_chunk(model.vocab_size, device)):
+        return diffusion.nelbo(model, x0, mask, weight, idx, estimator.normalised)[1]
+    x, (cond,) = torch.where(mask, model.mask_id, x0), fused.moved(model.device, cond)  # (b, W)
+    h, target, ces = diffusion.states(model, x, idx, cond, cfg_scale), x0.flatten()[idx], []
+    for now in fused.chunks(len(target), fused.head_chunk(model.vocab_size, model.device)):
         logits = diffusion.guided(model, [z[now] for z in h], cfg_scale)  # (chunk, V)
         ces.append(F.cross_entropy(logits, target[now], reduction="none"))
-    return diffusion.summed(weight.flatten()[counted] * torch.cat(ces), counted, x0)
+    return diffusion.summed(weight.flatten()[idx] * torch.cat(ces), idx, x0)
 
 
 def of_set(estimator, nats):
@@ -281,7 +268,7 @@ def answer_nats(model, requests, groups=None, cfg_scale=0.0, pad_to=0, progress=
     return of_set(estimator, nats)
 
 
-def estimate(model, requests, lengths=None, groups=None, progress=False, **options):
+def estimate(model, requests, lengths=None, progress=False, **options):
     """Nats of each request (or block (L,) of ids) by sets of `strata` draws, `draws` in all.
 
     -> (nats (S,) float64, info). lengths (S,): how many tokens of each count; without it all. Stops
@@ -290,7 +277,7 @@ def estimate(model, requests, lengths=None, groups=None, progress=False, **optio
     token, rows and calls of the network, seconds.
     """
     began = time.time()
-    o = merged(options, groups=groups, cfg_scale=0.0, pad_to=0, progress=progress)
+    o = merged(options, groups=None, cfg_scale=0.0, pad_to=0, progress=progress)
     _, estimator = estimator_of(model, o["estimator"])
     requests = [r if isinstance(r, tuple) else (r[:0], r) for r in requests]
     n_tokens = sum(len(answer) for _, answer in requests) if lengths is None else sum(lengths)
@@ -344,9 +331,18 @@ def check(config):
     require(draws % K == 0 or not ESTIMATORS[estimator].mean_of_p, whole)
 
 
+def opened(config, reads_text=False):
+    """The Subject of config["ckpt"]; UserError where the estimator needs a scale that it lacks."""
+    subject = subjects.opened(config, reads_text)
+    scaled = config["estimator"] != "t_dse" or subject.trained.get("objective") == "t_dse"
+    advice = "was not trained with t_dse, so its scores have no scale; use --estimator=t_dce"
+    require(scaled, f"{config['ckpt']} {advice}")
+    return subject
+
+
 def evaluate(config, subject, folder, split):
     """Evaluate one split of a prepared folder, print how and what came out -> a dict."""
-    meta, part, L = open_text(config, subject, folder, split)
+    meta, part, L = subjects.open_text(config, subject, folder, split)
     keys = ("estimator", "draws", "strata", "precision", "schedule", "seed", "batch_size")
     options = {key: config[key] for key in keys} | {"progress": True}
     with subject.autocast():
@@ -355,9 +351,9 @@ def evaluate(config, subject, folder, split):
     result, text = report(nats, part.counts, part.bytes_per_token)
     result |= info | {"estimator": name, "block_size": L, "data": str(folder)}
     draws = f"{result['draws']} draws a sequence in sets of {config['strata']}"
-    what = evaluated(result, split, meta, config["protocol"])
+    what = subjects.evaluated(result, split, meta, config["protocol"])
     print(f"{what}; {method(name, draws)}; {subject.words}")
-    print(with_remarks(meta, text))
+    print(subjects.with_remarks(meta, text))
     print(certainty(result, config["precision"], config["draws"], config["strata"]))
     return result
 
@@ -372,7 +368,7 @@ def method(name, draws):
 
 def score(config, subject):
     """Evaluate config["text"], print a line for each token -> {"tokens", "nats", "total", ...}."""
-    ids = ids_of_text(subject, config["text"])
+    ids = subjects.ids_of_text(subject, config["text"])
     options = {key: config[key] for key in ("estimator", "draws", "seed", "batch_size")}
     with subject.autocast():
         nats = token_nats(subject.model, ids, **options)  # (draws, L)
@@ -388,12 +384,12 @@ def main(config):
     subject = opened(config, reads_text=bool(config["text"]))
     if config["text"]:
         return score(config, subject)
-    folder = folder_of(config, subject)
+    folder = subjects.folder_of(config, subject)
     result = evaluate(config, subject, folder, config["split"])
-    counted = ngram.baseline(folder) if config["split"] == "val" else {}
-    if counted:
-        print(ngram.words(counted))
-    return result | {"ngram_nats": counted}
+    ngram_nats = ngram.baseline(folder) if config["split"] == "val" else {}
+    if ngram_nats:
+        print(ngram.words(ngram_nats))
+    return result | {"ngram_nats": ngram_nats}
 
 
 if __name__ == "__main__":

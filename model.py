@@ -13,17 +13,15 @@ It is not told the time, for what it predicts does not depend on it (diffusion.p
   exact, and one pass over [clean tokens; queries] gives all L terms of a chain rule. What it
   predicts depends on the order as well as on the set of visible tokens. Left to right it is an ARM
   with queries. (XLNet, arXiv 1906.08237; sigma-GPT, 2404.09562; Eso-LM, 2506.01928.)
-- Positions are rotary, so there is nothing to learn about them.
 - One class holds both papers' architectures (RADD: LayerNorm, biases, GELU; SMDM: RMSNorm, SwiGLU,
-  no biases) and what trains faster at small scale (QK-norm, zero-initialised projections).
+  no biases; both rotary) and what trains faster at small scale (QK-norm, zero initialisation).
 
     h = embed(x)                               (B, L, D)
     h = h + proj(attention(norm1(h)))          in each block
     h = h + mlp(norm2(h))
     logits = unembed(norm(h))                  (B, L, V)
 
-What makes it fast: of the last block only masked positions are needed (attention_at), and only
-they pass the head.
+What makes it fast: the last block (attention_at) and the head compute masked positions alone.
 """
 
 import math
@@ -35,7 +33,6 @@ import torch.nn.functional as F
 
 from config import Table, choose
 from lib import fused
-from lib.entries import ATTENTIONS
 
 DEFAULTS = {
     "n_layer": 0,  # blocks; 0 here and in the next two: train.py's dial says it (lib/budget.py)
@@ -58,12 +55,16 @@ DEFAULTS = {
 }
 
 
-def rotary_tables(config):
-    """cos, sin (block_size, d/2), on the CPU: angles position * 10000^(-2i/d)."""
+def rotary_frequency(config):
+    """10000^(-2i/d) (d/2,), the angle of a step from one position to the next, on the CPU."""
     d = config["n_embd"] // config["n_head"]
-    frequency = 1.0 / 10000 ** (torch.arange(0, d, 2, device="cpu").float() / d)  # (d/2,)
+    return 1.0 / 10000 ** (torch.arange(0, d, 2, device="cpu").float() / d)
+
+
+def rotary_tables(config):
+    """cos, sin (block_size, d/2) of the angles position * frequency, on the CPU."""
     place = torch.arange(config["block_size"], device="cpu").float()  # (block_size,)
-    angle = torch.outer(place, frequency)  # (block_size, d/2)
+    angle = torch.outer(place, rotary_frequency(config))  # (block_size, d/2)
     dtype = torch.bfloat16 if config["rotary_bf16"] else torch.float32
     return angle.cos().to(dtype).float(), angle.sin().to(dtype).float()
 
@@ -77,6 +78,7 @@ def rotate(z, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(z.dtype)
 
 
+ATTENTIONS = ("full", "causal", "order")
 NORMS = Table(
     "norm",
     layer=lambda config: nn.LayerNorm(config["n_embd"], eps=1e-5, bias=config["bias"]),
@@ -274,7 +276,7 @@ class Transformer(nn.Module):
         self.config = config
         self.block_size, self.vocab_size, self.mask_id = config["block_size"], V, V
         self.start_id = V if config["start_id"] < 0 else config["start_id"]
-        self.row_loss = None  # lib/parallel.py may compile it
+        self.row_loss = None  # of lib/fused.py, which lib/parallel.py may compile
         empty = torch.empty(V + 1, D)  # (V + 1, D), drawn below, with all others
         self.embed = nn.Embedding.from_pretrained(empty, freeze=False)
         assert not config["conv"] or (config["attention"] == "full" and config["conv"] % 2 == 1)
@@ -290,7 +292,7 @@ class Transformer(nn.Module):
                     self.get_parameter(name).copy_(value)
 
     def initial_weights(self):
-        """Yields (name, value): N(0, 2/(5 D)), output projections N(0, 1/(D n_layer^2)).
+        """Yield (name, value): N(0, 2/(5 D)), output projections N(0, 1/(D n_layer^2)).
 
         As SMDM has it (arXiv 2410.18514). One tensor at a time, drawn whole: a network that is
         spread over processes starts with the same numbers.
@@ -329,7 +331,7 @@ class Transformer(nn.Module):
     def beside(self, h):
         """What a position takes from the tokens on both sides of it: h (B, L, D) -> (B, L, D).
 
-        Attention has to learn which place is next to which; this knows.
+        Attention has to learn which positions are neighbours; a convolution is given them.
         """
         L, half = h.shape[1], len(self.conv) // 2
         padded = F.pad(h, (0, 0, half, half))  # (B, L + width - 1, D)
@@ -353,7 +355,7 @@ class Transformer(nn.Module):
         return self.norm(h)
 
     def hidden_from_visible(self, x, masked_idx=None):
-        """`hidden` of an `order` network: it reads visible tokens, left to right, then is asked."""
+        """As `hidden`: it reads visible tokens, left to right, then answers the queries."""
         B, L = x.shape
         idx = torch.arange(B * L) if masked_idx is None else masked_idx.cpu()  # (N,)
         new = F.pad(x.cpu() != self.mask_id, (1, 0), value=True)  # (B, L + 1)
@@ -372,8 +374,7 @@ class Transformer(nn.Module):
         cache.look(rows, count, (columns.shape[1], places.shape[1]), x.device)
         places = torch.cat([(columns - 1).clamp(min=0), places], dim=1)  # (B, n + Q)
         query = (asked.cumsum(1) - 1).flatten()[masked_idx]  # (N,)
-        moved = fused.moved(x.device, columns, places, masked_idx // L, query)
-        columns, places, row, query = moved
+        columns, places, row, query = fused.moved(x.device, columns, places, masked_idx // L, query)
         clean = F.pad(x, (1, 0), value=self.mask_id).gather(1, columns)  # (B, n)
         return self.hidden_in_order(clean, places, cache)[row, query]  # of (B, Q, D)
 
@@ -388,13 +389,12 @@ class Transformer(nn.Module):
         """h (..., D) -> logits (..., V)."""
         return F.linear(h, *self.head_parameters())
 
-    def head_loss(self, h, target, weight, normalised=True):
-        """diffusion.cross_entropy of head(h), h (N, D), by chunks: logits and gradient at once."""
-        head, row_loss = self.head_parameters(), self.row_loss
-        return fused.cross_entropy(h, head, target, weight, normalised, row_loss=row_loss)
-
     def forward(self, x):
         return self.head(self.hidden(x))
+
+    @property
+    def device(self):
+        return self.cos.device
 
     def n_parameters(self):
         return sum(p.numel() for p in self.parameters())

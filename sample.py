@@ -33,13 +33,13 @@ import torch.nn.functional as F
 
 import diffusion
 from config import require
-from data.tokenizer import from_meta
-from lib import checkpoint, fused, philox
-from lib.device import can_compile, cast_products, compile_hidden, machine, wait
+from lib import fused, philox
+from lib import subject as subjects
+from lib.device import can_compile, compile_hidden, wait
 from lib.files import to_json, whole_file
 from lib.log import progress_bar
 from lib.stats import finite
-from lib.text import request, suppress_eos, suppress_tokens, text_of, typed
+from lib.text import request, suppress_eos, suppress_tokens, text_of, text_or_file
 from model import Cache, OrderCache
 from samplers import SAMPLERS, calls, entropy_of, on_device
 
@@ -66,8 +66,8 @@ DEFAULTS = {
     "out": "",  # also write the samples to this .jsonl file
 }
 # What the command takes of a model of examples. One token a call as far as the steps reach, the
-# surest first and the likeliest: 98% of new sums of 4 digits were right, 96% in 16 calls for 84
-# tokens, 82% in 4; by ancestral sampling 88% in 47 (experiments/results/arithmetic.md).
+# most confident first, each the likeliest token: of new sums of 4 digits 98% were right; 95% in 8
+# calls for 84 tokens, 82% in 4, 88% in 47 by ancestral sampling (experiments/arithmetic.py).
 ANSWERS = {"sampler": "confidence", "temperature": 0.0, "num_samples": 1}
 DRAWN = "probabilities of drawn tokens"
 LOGITS = 2**24  # that are drawn from at once: in float64 with their copies at most 1 GiB
@@ -116,7 +116,7 @@ def keep_likely(p, top_k, top_p):
 
 
 def draws(model, h, u, suppress, policy, o):
-    """Yields (token, p, entropy, logits) of pieces of n positions, each (piece,) or (piece, V).
+    """Yield (token, p, entropy, logits) of pieces of n positions, each (piece,) or (piece, V).
 
     h: their states, a list of (n, D) as diffusion.guided takes them; u (n,) uniform; suppress (n,)
     or None. A piece has at most LOGITS logits, whose float64 tables are most of the memory here: an
@@ -153,7 +153,7 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     cond, masked = x != model.mask_id, (x == model.mask_id).cpu()  # (N, L) each
     x = x.clone(memory_format=torch.contiguous_format)  # (N, L)
     flat, policy = x.view(-1), SAMPLERS[o["sampler"]](masked, o)
-    predict, nfe = Predictor(model, cond, policy, o), torch.zeros(N, dtype=torch.long)  # (N,)
+    states_of, nfe = Predictor(model, cond, policy, o), torch.zeros(N, dtype=torch.long)  # (N,)
     suppress = None if suppress is None else suppress.to(device).flatten()  # (N*L,)
     alike = o["compile"] and device.type == "cuda" and model.config["attention"] == "full"
     plan = on_device(calls(policy, nfe, o["batch_size"]), policy, device, alike)
@@ -162,7 +162,7 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
         for call, (live, at, idx, u, *again) in plan:
             if policy.remasks:
                 flat.index_fill_(0, *again, model.mask_id)
-            h = predict(x, call, live, idx)  # the states of n positions
+            h = states_of(x, call, live, idx)  # the states of n positions
             drawn = draws(model, h, u, None if suppress is None else suppress[at], policy, o)
             drawn = [piece if on_call else piece[:3] for piece in drawn]  # logits for on_call
             token, p, entropy, *logits = map(torch.cat, zip(*drawn, strict=True))  # (n,) each
@@ -308,30 +308,25 @@ def check(config, causal):
 
 def main(config):
     """Load a checkpoint, fill num_samples copies of the request, print and return the records."""
-    return fill(config, *opened(config))
+    return fill(config, opened(config))
 
 
 def opened(config):
-    """What fill needs of config["ckpt"]: (model, tokenizer, trained config, autocast)."""
-    device, autocast = machine(config)
-    model, tokenizer, trained = checkpoint.load(config["ckpt"], device)
-    textless = f"{config['ckpt']} names no tokenizer, so text cannot be read or written"
-    require(trained["tokenizer"], textless)
-    tokenizer = tokenizer or from_meta(trained["tokenizer"])  # which says what it lacks
-    causal = trained["attention"] == "causal"
-    check(config, causal)
-    cast_products(model, autocast)
-    if config["compile"] and not causal and can_compile(device):
-        compile_hidden(model, device)
-    return model, tokenizer, trained, autocast
+    """The Subject of config["ckpt"], compiled if it is to be."""
+    subject = subjects.opened(config, reads_text=True)
+    check(config, subject.causal)
+    if config["compile"] and not subject.causal and can_compile(subject.model.device):
+        compile_hidden(subject.model, subject.model.device)
+    return subject
 
 
-def fill(config, model, tokenizer, trained, autocast):
+def fill(config, subject):
     """Fill num_samples copies of the config's request, save, print and return the records."""
-    wish = {key: typed(config[key]) for key in ("prompt", "suffix", "template")}
+    model, tokenizer, trained, autocast, _ = subject
+    wish = {key: text_or_file(config[key]) for key in ("prompt", "suffix", "template")}
     length = 0 if wish["template"] else trained.get("example_width", 0)  # examples have one
     ids = request(tokenizer, model, **wish, length=config["length"] or length)
-    x = torch.tensor([ids] * config["num_samples"], device=model.cos.device)  # (N, L)
+    x = torch.tensor([ids] * config["num_samples"], device=model.device)  # (N, L)
     n_new, begin = ids.count(model.mask_id), ids.index(model.mask_id)
     between = wish["suffix"] or wish["template"]  # what follows a gap is kept
     eos_id, least = -1 if between else trained.get("eos_id", -1), config["min_new_tokens"]
@@ -372,12 +367,12 @@ def suited(config, trained):
 
 
 def command(config):
-    """main, with ANSWERS; on a terminal that is told no wish it asks for prompts, one by one."""
-    model, tokenizer, trained, autocast = opened(config)
-    config = suited(config, trained)
+    """main, with ANSWERS; in a terminal, without a prompt in the command, it asks for prompts."""
+    subject = opened(config)
+    config = suited(config, subject.trained)
     wishes = {"prompt", "suffix", "template", "num_samples", "out"} & {*config["user_keys"]}
     if wishes or not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):
-        return fill(config, model, tokenizer, trained, autocast)
+        return fill(config, subject)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  so that lines can be edited
     print("Write a prompt (none: a free sample); Ctrl-D ends.")
@@ -385,7 +380,7 @@ def command(config):
         for turn in itertools.count():
             own = {"prompt": input("> "), "num_samples": 1, "seed": config["seed"] + turn}
             try:
-                fill(config | own, model, tokenizer, trained, autocast)
+                fill(config | own, subject)
             except settings.UserError as error:
                 print(error)
 

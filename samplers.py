@@ -16,6 +16,7 @@ import itertools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import diffusion
 from config import Table, choose
@@ -32,8 +33,9 @@ def unmask_prob(schedule, t, s, sampler="ancestral"):
     most 1. For the log-linear schedule both are (t - s)/t: RADD eq. D.16.
     """
     (m, dm), (m_s, _) = schedule(t), schedule(s)
-    p = {"ancestral": 1 - m_s / m, "euler": ((t - s) * dm / m).clamp(max=1.0)}
-    return choose("sampler", sampler, p)
+    if choose("sampler", sampler, ["ancestral", "euler"]) == "ancestral":
+        return 1 - m_s / m
+    return ((t - s) * dm / m).clamp(max=1.0)
 
 
 def unmask_schedule(schedule, steps, sampler="ancestral"):
@@ -68,7 +70,7 @@ class FixedOrder:
     """Each position's step is known before the first call: unmask_step (N, L), -1: conditions."""
 
     known, remasks = True, False  # whether all calls are known beforehand; tokens are taken back
-    by_entropy = False  # whether `accept` needs the entropies; elsewhere they are 0
+    by_entropy = False  # whether Adaptive.accept needs the entropies; elsewhere they are 0
 
     def __init__(self, unmask_step, seed, expected_nfe=None):
         self.step, self.call = unmask_step, step_to_call(unmask_step)  # (N, L) each
@@ -89,26 +91,23 @@ class FixedOrder:
         """Positions (b, L) that are asked for in that call."""
         return self.call[live] == done[:, None]
 
-    def accept(self, live, done, p, entropy):
-        """Which of them are unmasked (b, L), by p (b, L) of the tokens drawn, -1 where not due."""
-        return p >= 0
-
     def noise(self, live, done):
         """(b, L) uniform numbers: a position is drawn once, so one a position is enough."""
         return self.u[live]
 
 
 class Adaptive(FixedOrder):
-    """All masked positions are asked for at every call, and a rule chooses those to unmask.
+    """All masked positions are asked for at every call, and a rule says which to unmask.
 
-    choose(live, done, p, entropy) -> (b, L), from p (b, L) of the tokens drawn, -1 where not due,
-    and the entropy (b, L) of their distributions in nats, infinite where not due.
+    rule(live, done, p, entropy) -> (b, L), from p (b, L) of the tokens drawn, -1 where not due,
+    and the entropy (b, L) of their distributions in nats, infinite where not due. Where it would
+    unmask none, the most probable token is unmasked.
     """
 
-    known, step = False, None  # known after the call alone
+    known = False
 
-    def __init__(self, masked, seed, choose, by_entropy=False, expected_nfe=None):
-        self.masked, self.seed, self.choose = masked.clone(), seed, choose  # (N, L)
+    def __init__(self, masked, seed, rule, by_entropy=False, expected_nfe=None):
+        self.masked, self.seed, self.rule = masked.clone(), seed, rule  # (N, L)
         self.by_entropy, self.expected_nfe = by_entropy, expected_nfe  # None: the network decides
 
     def unfinished(self, done):
@@ -120,9 +119,11 @@ class Adaptive(FixedOrder):
     due = masked_at
 
     def accept(self, live, done, p, entropy):
-        accepted = self.choose(live, done, p, entropy)  # (b, L)
-        none = ~accepted.any(1, keepdim=True)  # whatever the rule says, a call unmasks something
-        accepted = (accepted | (none & (p == p.amax(1, keepdim=True)))) & self.masked[live]
+        """Which of the masked positions are unmasked (b, L) by the rule, at least one."""
+        accepted = self.rule(live, done, p, entropy)  # (b, L)
+        none = ~accepted.any(1, keepdim=True)  # (b, 1)
+        accepted |= none & F.one_hot(p.argmax(1), p.shape[1]).bool()
+        accepted &= self.masked[live]
         self.masked[live] &= ~accepted
         return accepted
 
@@ -136,7 +137,7 @@ class Remasking(FixedOrder):
     events: for each sequence a list of (due (L,), masked (L,)), one a call.
     """
 
-    remasks, step, expected_nfe = True, None, None  # how often it is unmasked is drawn, too
+    remasks, expected_nfe = True, None  # how often it is unmasked is drawn, too
 
     def __init__(self, events, seed):
         self.events, self.seed = events, seed
@@ -170,7 +171,7 @@ class Call(NamedTuple):
 
 
 def calls(policy, nfe, batch_size):
-    """Yields the Calls, which count up nfe (N,); a finished sequence makes room for another."""
+    """Yield the Calls, which count up nfe (N,); a finished sequence makes room for another."""
     while len(live := policy.unfinished(nfe).nonzero().flatten()[:batch_size]):  # (b,)
         done = nfe[live]  # (b,)
         due, noise = policy.due(live, done), policy.noise(live, done)  # (b, L) each
@@ -185,7 +186,7 @@ def calls(policy, nfe, batch_size):
 
 
 def on_device(plan, policy, device, alike=False):
-    """Yields each Call of the plan, and its first tensors on the device: up to `masked` or `u`.
+    """Yield each Call of the plan, and its first tensors on the device: up to `masked` or `u`.
 
     Where all are known they are copied together before the first, so none waits for a copy. alike:
     each asks for its last sequence and its last position again until all have one size, as a CUDA
@@ -275,20 +276,18 @@ def most_confident(masked, o, counts):
     """In each call the most probable tokens; counts(masked tokens, steps) -> how many a call."""
     num_transfer_tokens = [counts(int(n), o["steps"]) for n in masked.sum(1)]
 
-    def choose(live, done, p, entropy):
+    def rule(live, done, p, entropy):
         pairs = zip(live, done, strict=True)
         n = torch.tensor([num_transfer_tokens[i][call] for i, call in pairs])  # (b,)
         return p.argsort(dim=1, descending=True, stable=True).argsort(1) < n[:, None]
 
     expected = sum(map(len, num_transfer_tokens)) / len(masked)
-    return Adaptive(masked, o["seed"], choose, expected_nfe=expected)
+    return Adaptive(masked, o["seed"], rule, expected_nfe=expected)
 
 
 def threshold(masked, o):
-    """The tokens drawn that have a probability of `threshold` or more, and the most probable."""
-    best = lambda p: p.argsort(dim=1, descending=True, stable=True).argsort(1) == 0  # noqa: E731
-    choose = lambda live, done, p, entropy: (p >= o["threshold"]) | best(p)  # noqa: E731
-    return Adaptive(masked, o["seed"], choose)
+    """The tokens drawn that have a probability of `threshold` or more."""
+    return Adaptive(masked, o["seed"], lambda live, done, p, entropy: p >= o["threshold"])
 
 
 def entropy_bound(masked, o):
@@ -298,12 +297,12 @@ def entropy_bound(masked, o):
     2505.24857). Temperature does not change which positions these are.
     """
 
-    def choose(live, done, p, entropy):
+    def rule(live, done, p, entropy):
         h, order = entropy.sort(dim=1, stable=True)  # (b, L)
         within = h.isfinite() & (h.cumsum(1) - h <= o["max_entropy"])  # (b, L)
         return torch.zeros_like(within).scatter(1, order, within)
 
-    return Adaptive(masked, o["seed"], choose, by_entropy=True)
+    return Adaptive(masked, o["seed"], rule, by_entropy=True)
 
 
 def remask(masked, o):
@@ -331,9 +330,9 @@ def remasking(masked, o, sigma_of):
     is_masked, events = masked.clone(), [[] for _ in range(N)]  # (N, L)
     for k, (before, after) in enumerate(itertools.pairwise(alpha)):
         sigma = sigma_of(min(1.0, (1 - after) / before if before else 1.0))
-        unmask_prob = (after - (1 - sigma) * before) / (1 - before)
+        p = (after - (1 - sigma) * before) / (1 - before)  # that a masked token is unmasked
         u = philox.uniforms(o["seed"], 2**40 + k, range(N), L)  # (N, L)
-        due = is_masked & (u < unmask_prob)  # (N, L)
+        due = is_masked & (u < p)  # (N, L)
         for n in due.any(1).nonzero().flatten().tolist():
             events[n].append((due[n], is_masked[n].clone()))
         is_masked = (is_masked & ~due) | (~is_masked & masked & (u < sigma))

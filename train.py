@@ -34,7 +34,6 @@ import diffusion
 import evaluate
 import model as network
 import sample
-from config import require
 from data import examples, loader, tokenizer
 from lib import checkpoint, fused, parallel, philox, resume
 from lib.budget import Clock, with_dial
@@ -79,7 +78,7 @@ DEFAULTS = {
     "compile": True,  # torch.compile: starts later, then faster; needs a C++ compiler on the CPU
     "recompute": False,  # compute each block again for its gradient: slower, and less memory
     "parallel": "ddp",  # ddp (each process has the network) | fsdp (a part of it); under torchrun
-    "log_interval": 10,  # steps between log entries, and until several processes see stop or time
+    "log_interval": 10,  # steps between log entries; stop and clock are looked at as often
     "save_interval": 0,  # steps between two checkpoints; 0: one at each evaluation
     "keep": 1,  # how many checkpoints are kept; above 1 the last ones stay as ckpt_STEP.pt, too
     "eval_interval": 0,  # steps between two evaluations; 0: ten a run, in a tenth of its minutes
@@ -97,8 +96,6 @@ STREAMS = {"length": 2**62, "dropout": 2**62 + 1, "prompt_drop": 2**61, "order":
 
 
 # ---- 1. A batch ----------------------------------------------------------------------------------
-
-
 class Batch(NamedTuple):
     """What a micro-step learns from."""
 
@@ -189,7 +186,7 @@ def make_example_batch(config, dataset, step, position):
 
 
 def make_batches(config, dataset, team, start=0):
-    """Yields this process's micro-batches from step `start` on: consecutive rows, whole pairs."""
+    """Yield this process's micro-batches from step `start` on: consecutive rows, whole pairs."""
     share, micro = shares(config, team)
     for step in itertools.count(start):
         for first in range(team.rank * share, (team.rank + 1) * share, micro):
@@ -205,8 +202,6 @@ def shares(config, team):
 
 
 # ---- 2. A step -----------------------------------------------------------------------------------
-
-
 def build(config, team, state=None):
     """(model, ema or None, optimizers) at the beginning of a run, or as the checkpoint `state` has.
 
@@ -230,16 +225,16 @@ def build(config, team, state=None):
     return model, ema, optimizers
 
 
-def train_step(config, step, batches, loss_of, optimizers, team, time=0.0):
+def train_step(config, step, batches, loss_of, optimizers, team, spent=0.0):
     """One optimizer step on this process's next micro-batches -> (loss, NELBO, skipped).
 
     Loss and NELBO are in nats a token, and stay on the device. skipped: the gradient was not finite
-    and, with skip_nonfinite, the weights stay as they are. time: the part of the run's minutes that
-    is used.
+    and, with skip_nonfinite, the weights stay as they are. spent: the part of the run's minutes
+    that is used.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config, time)
+            group["lr"] = learning_rate(step, config, spent)
     if config["dropout"]:
         stream = philox.uniforms(config["seed"], step, [STREAMS["dropout"] + team.rank], 1)
         torch.manual_seed(int(stream * 2**53))
@@ -267,8 +262,6 @@ def train_step(config, step, batches, loss_of, optimizers, team, time=0.0):
 
 
 # ---- 3. Now and then -----------------------------------------------------------------------------
-
-
 def evaluate_part(config, model, val, team):
     """(dict, line) of report on the held-out requests, of which each process evaluates its part."""
     mine = parallel.deal([len(prompt) + len(answer) for prompt, answer in val.requests], team)
@@ -282,6 +275,23 @@ def evaluate_part(config, model, val, team):
     parts = parallel.gather(list(zip(mine, nats, strict=True)), team)
     nats_of = dict(pair for part in parts for pair in part)
     return report([nats_of[i] for i in range(len(val.requests))], val.counts, val.bytes_per_token)
+
+
+def evaluate_now(config, model, ema, text, val, team, log):
+    """Evaluate and show a sample, on the screen and in the log -> a dict of report, or None."""
+    step, best, result = log.clock.step, (ema or model).eval(), None
+    if val:
+        result, line = evaluate_part(config, best, val, team)
+        sound, path = math.isfinite(result["nats_per_token"]), resume.checkpoint_path(config)
+        checkpoint.require_sound(sound, f"the loss is nan at step {step}", path)
+        log.say(f"step {step}: {line}")
+        log.write({"step": step} | result)
+    if config["show_sample"]:  # by all processes: with fsdp none of them can alone
+        log.say(f"---- a sample\n{one_sample(config, best, text, val, team)}\n----")
+    model.train()
+    log.clock.look(evaluated=True)
+    log.restart(step)
+    return result
 
 
 def one_sample(config, model, text, val, team):
@@ -299,7 +309,7 @@ def one_sample(config, model, text, val, team):
 
 
 def save(config, text, clock, model, ema, optimizers, team):
-    """Writes the checkpoint, all processes together; UserError for weights that are not finite."""
+    """Write the checkpoint, all processes together; UserError for weights that are not finite."""
     path, step = resume.checkpoint_path(config), clock.step
     clock.look()
     state = {"config": config, "tokenizer": text.meta(), "step": step, "minutes": clock.minutes}
@@ -307,17 +317,15 @@ def save(config, text, clock, model, ema, optimizers, team):
     state |= {"ema": ema and ema.state_dict(), "optimizer": [o.state_dict() for o in optimizers]}
     state = parallel.whole(state, keep=team.rank == 0)
     if team.rank == 0:
-        message = f"the weights are not finite at step {step}; {checkpoint.last_good(path)}"
-        require(not not_finite(state["model"]), message)
+        what = f"the weights are not finite at step {step}"
+        checkpoint.require_sound(not not_finite(state["model"]), what, path)
         checkpoint.save(path, state, config["keep"])
     parallel.gather(None, team)
 
 
 # ---- 4. The recipe -------------------------------------------------------------------------------
-
-
 def main(config):
-    """Trains as config says; returns the last evaluation, a dict of report, or None.
+    """Train as config says; return the last evaluation, a dict of report, or None.
 
     Raises UserError.
     """
@@ -354,9 +362,9 @@ def train(config, team):
     result, stopped = None, False
     with Stop() as stop, log, parallel.together(path, team), contextlib.closing(batches):
         for step in clock:
-            time = clock.time()
+            spent = clock.spent()
             *losses, skipped = train_step(
-                config, step - 1, batches, loss_of, optimizers, team, time
+                config, step - 1, batches, loss_of, optimizers, team, spent
             )
             if skipped:
                 log.skip(step)
@@ -367,24 +375,12 @@ def train(config, team):
             last = clock.tick(config["log_interval"])
             if step % config["log_interval"] == 0 or last or (stop.signal and team.world == 1):
                 (loss, nelbo), stopped, memory = parallel.agree(losses, stop.signal, team)
-                message = f"the loss is {loss} at step {step}; {checkpoint.last_good(path)}"
-                require(math.isfinite(loss) or config["skip_nonfinite"], message)
-                log.speed(step, loss, nelbo, learning_rate(step - 1, config, time), memory)
+                sound = math.isfinite(loss) or config["skip_nonfinite"]
+                checkpoint.require_sound(sound, f"the loss is {loss} at step {step}", path)
+                log.speed(step, loss, nelbo, learning_rate(step - 1, config, spent), memory)
 
             if clock.due(config["eval_interval"], share=0.1):
-                best = (ema or model).eval()
-                if val:
-                    result, line = evaluate_part(config, best, val, team)
-                    message = f"the loss is nan at step {step}; {checkpoint.last_good(path)}"
-                    require(math.isfinite(result["nats_per_token"]), message)
-                    log.say(f"step {step}: {line}")
-                    log.write({"step": step} | result)
-                if config["show_sample"]:  # by all processes: with fsdp none of them can alone
-                    shown = one_sample(config, best, text, val, team)
-                    log.say(f"---- a sample\n{shown}\n----")
-                model.train()
-                clock.look(evaluated=True)
-                log.restart(step)
+                result = evaluate_now(config, model, ema, text, val, team, log)
 
             if clock.due(config["save_interval"] or config["eval_interval"]) or stopped:
                 save(config, text, clock, model, ema, optimizers, team)

@@ -44,7 +44,7 @@ class TryAgain(Exception):
 
 
 def fetch(url, path, sha256=None, size=None, headers=None, first_wait=1.0, stop=None):
-    """Downloads `url` to `path`, unless the right file is there already; returns the path.
+    """Download `url` to `path`, unless the right file is there already; return the path.
 
     The size and hash that the caller gives, or else those that the server states as the Hub does,
     are checked. A dropped connection is resumed where it stopped; where there is a hash to check
@@ -104,7 +104,7 @@ def is_expected(path, hash, size):
 
 
 def download(url, file, wanted, headers, first_wait, stop):
-    """Requests `url` until `file` has all of it."""
+    """Request `url` until `file` has all of it."""
     headers = {"Accept-Encoding": "identity", **headers}
     failures, most = 0, 0
     name = Path(file.name).stem
@@ -161,7 +161,7 @@ def request(url, file, wanted, headers, bar, stop):
 
 
 def check_size(url, expected, total, missing, folder):
-    """Raises UserError where `total` is not the size expected, or there is no room for the rest."""
+    """Raise UserError where `total` is not the size expected, or there is no room for the rest."""
     wrong = f"{url} has {total} bytes, not the {expected} expected"
     require(expected is None or total in (expected, None), wrong)
     free = shutil.disk_usage(folder).free
@@ -169,7 +169,7 @@ def check_size(url, expected, total, missing, folder):
 
 
 def refuse(url, response):
-    """Raises UserError where asking again is no use, TryAgain where it is."""
+    """Raise UserError where asking again is no use, TryAgain where it is."""
     status = response.status_code
     if status in (408, 429) or status >= 500:
         wait = retry_after(response.headers.get("Retry-After", ""))

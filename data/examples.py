@@ -36,7 +36,7 @@ EOS = "\0"  # the eos where a tokenizer has no id for it
 
 
 def lines(path):
-    """Yields (where, line) of a text file, without blank lines; where is "FILE, line N"."""
+    """Yield (where, line) of a text file, without blank lines; where is "FILE, line N"."""
     with writer.opened(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -44,7 +44,7 @@ def lines(path):
 
 
 def records(path):
-    """Yields (where, dict) of a file with a JSON object on each line."""
+    """Yield (where, dict) of a file with a JSON object on each line."""
     for where, line in lines(path):
         try:
             record = json.loads(line)
@@ -66,9 +66,9 @@ def field(where, record, key):
 # ---- 2. Text to ids ------------------------------------------------------------------------------
 
 
-def vocabulary(name, texts):
+def vocabulary(name, texts, load):
     """tokenizer.named, with an eos in an alphabet."""
-    return tokenizers.named(name, itertools.chain([EOS], texts))
+    return tokenizers.named(name, itertools.chain([EOS], texts), load)
 
 
 def eos_of(tokenizer):
@@ -100,7 +100,7 @@ class Ragged:
 
 
 def prepare(folder, examples, tokenizer, width=0):
-    """Writes a folder of examples; returns its meta.
+    """Write a folder of examples; return its meta.
 
     examples: an iterable of (split, where, prompt ids, answer ids), where being for messages. An
     example longer than the width is dropped and counted. Raises UserError for an answer that is
@@ -142,7 +142,7 @@ def collect(examples, tokenizer, width):
 
 
 def write_split(folder, split, part, meta, at_once=4096):
-    """Pads a Ragged to the width and writes it; returns what meta.json says of it."""
+    """Pad a Ragged to the width and write it; return what meta.json says of it."""
     width, ids = meta["width"], np.frombuffer(part.ids, np.uint32)  # (tokens,)
     lengths = np.frombuffer(part.lengths, np.uint32).reshape(-1, 2)  # (n, 2)
     prompt, length = lengths.astype(np.int64).T  # (n,) each
@@ -280,7 +280,7 @@ def held_out(folder, split, block_size, n, network):
         n_tokens = part.counted(range(part.n), padding=False).sum()
     else:
         tokens = loader.Tokens(folder, split)
-        blocks = loader.spread(loader.in_order(tokens, block_size), n)
+        blocks = loader.in_order(tokens, block_size, n)
         requests, counts = [(x[:0], x) for x in blocks], [len(x) for x in blocks]
         n_tokens = len(tokens)
     return HeldOut(requests, counts, meta["splits"][split]["bytes"] / n_tokens)

@@ -12,7 +12,6 @@ import json
 import math
 import re
 from collections import deque
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -122,7 +121,7 @@ class Tokens:
         return out.astype(np.int64)
 
     def _read(self, shard, rows, out):
-        """Fills in what one shard has of the rows [(row, its first position), ...] of out."""
+        """Fill in what one shard has of the rows [(row, its first position), ...] of out."""
         low, high = self.borders[shard : shard + 2].tolist()
         with open(self.paths[shard], "rb", buffering=0) as file:
             for row, start in rows:
@@ -178,9 +177,8 @@ def permute(i, n, key, rounds=6):
 class Blocks:
     """Shuffled training blocks, each a pure function of (seed, its number in the run).
 
-    An epoch cuts the text into n windows from an offset of
-    its own and takes each once, in an order of its own. Raises UserError for a text shorter than
-    one block.
+    An epoch cuts the text into n windows from an offset of its own and takes each once, in an order
+    of its own. Raises UserError for a text shorter than one block.
     """
 
     def __init__(self, tokens, block_size, seed):
@@ -210,18 +208,14 @@ class Blocks:
         return self.tokens.windows(self.starts(index), self.block_size)
 
 
-class in_order(Sequence):
-    """The text in blocks (block_size,) int64, read when asked for; the last one may be shorter."""
+def in_order(tokens, block_size, n=0, end=None):
+    """n blocks of the text up to `end`, evenly spaced, all for n = 0: (block_size,) int64 each.
 
-    def __init__(self, tokens, block_size):
-        fits(tokens, block_size)
-        self.tokens, self.starts = tokens, range(0, len(tokens), block_size)
-
-    def __len__(self):
-        return len(self.starts)
-
-    def __getitem__(self, i):
-        return self.tokens[self.starts[i] : self.starts[i] + self.starts.step]
+    The last one may be shorter.
+    """
+    fits(tokens, block_size)
+    starts = spread(range(0, len(tokens) if end is None else end, block_size), n)
+    return [tokens[start : start + block_size] for start in starts]
 
 
 def fits(tokens, block_size):
@@ -243,7 +237,7 @@ def spread(items, n):
 
 
 def prefetch(items, ahead=2):
-    """Yields the items of an iterable in order; a thread makes up to `ahead` of them beforehand.
+    """Yield the items of an iterable in order; a thread makes up to `ahead` of them beforehand.
 
     What an item raises is raised here in its turn. Closing this generator, or leaving it by an
     exception, ends the thread once the item in the making is done.

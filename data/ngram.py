@@ -8,11 +8,11 @@ from data.loader import Tokens, read_meta
 def baseline(folder, limit=2**24):
     """Nats per held-out token of n-gram models of the training text: {"unigram": ..., ...}.
 
-    {} where the folder holds no text with both parts.
-    Witten-Bell smoothing, which has nothing to tune: after a context h seen c(h) times before T(h)
-    distinct tokens, p(v | h) = (c(hv) + T(h) p(v | h less its first token)) / (c(h) + T(h)),
-    starting from the uniform 1/V. Stops at trigrams, or where the table of V^n counts exceeds
-    `limit`. Reads `limit` tokens of each split at most.
+    {} where the folder holds no text with both parts. Witten-Bell smoothing, which has nothing to
+    tune: after a context h seen c(h) times before T(h) distinct tokens, p(v | h) = (c(hv) + T(h)
+    p(v | h less its first token)) / (c(h) + T(h)), starting from the uniform 1/V. Stops at
+    trigrams, or where the table of V^n counts exceeds `limit`. Reads `limit` tokens of each split
+    at most.
     """
     meta, nats = read_meta(folder), {}
     if meta.get("width") or not {"train", "val"} <= meta["splits"].keys():

@@ -70,7 +70,7 @@ class Char(Tokenizer):
         super().__init__([character.encode("utf8", "replace") for character in alphabet])
 
     def encode(self, text, start=True):
-        """Raises UserError for a character that the alphabet lacks."""
+        """Raise UserError for a character that the alphabet lacks."""
         try:
             return [self.ids[character] for character in text]
         except KeyError as error:
@@ -103,7 +103,7 @@ class GPT2(Tokenizer):
     joins_spaces = True
 
     def __init__(self):
-        """Raises Unavailable where tiktoken neither has nor can fetch the vocabulary."""
+        """Raise Unavailable where tiktoken neither has nor can fetch the vocabulary."""
         import requests
         import tiktoken
 
@@ -127,7 +127,7 @@ class Llama(Tokenizer):
     joins_spaces = True
 
     def __init__(self):
-        """Reads LLAMA, or the copy in the shared folder; Unavailable where there is no model."""
+        """Read LLAMA, or the copy in the shared folder; Unavailable where there is no model."""
         try:
             sentencepiece = optional("sentencepiece", "the llama tokenizer")
         except UserError as error:
@@ -168,21 +168,19 @@ class Llama(Tokenizer):
 KINDS = Table("tokenizer", char=Char, byte=Byte, gpt2=GPT2, llama=Llama)
 
 
-def named(name, texts):
+def named(name, texts, load):
     """The tokenizer that --tokenizer=name means: a new one of a kind, or that of what has one.
 
-    That is a prepared folder or all that checkpoint.load takes. UserError where there is none. To
-    an alphabet the characters are added that `texts` hold besides, behind those that it has: a
-    network that knows these can learn the others (lib/resume.py).
+    That is a prepared folder or all that `load` takes, lib.checkpoint.load. UserError where there
+    is none. To an alphabet the characters are added that `texts` hold besides, behind those that it
+    has: a network that knows these can learn the others (lib/resume.py).
     """
     if name in KINDS or not (os.path.exists(name) or "/" in name):
         return build(name, texts)
     if Path(name, "meta.json").is_file():
         meta = loader.read_meta(name)["tokenizer"]
     else:
-        from lib import checkpoint  # which imports this file
-
-        meta = checkpoint.load(name)[2]["tokenizer"]
+        meta = load(name)[2]["tokenizer"]
     require(meta, f"{name} names no tokenizer")
     tokenizer = from_meta(meta)
     if not isinstance(tokenizer, Char):

@@ -46,7 +46,7 @@ FEW = 1000  # documents or prompts, of which a hash may hold out none, or far to
 
 @contextlib.contextmanager
 def opened(path, newline=None):
-    """Opens a text file, perhaps .gz or .xz; UserError where what the block reads is damaged."""
+    """Open a text file, perhaps .gz or .xz; UserError where what the block reads is damaged."""
     path = Path(path)
     try:
         opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
@@ -77,7 +77,7 @@ def as_utf8(text):
     return text.encode("utf8", "replace").decode("utf8")
 
 
-def held_out(name, fraction):
+def is_held_out(name, fraction):
     """True for about `fraction` of all names: a fixed pseudo-random function of the name alone."""
     return draw_of(name) < fraction * 2**64
 
@@ -93,9 +93,9 @@ def about_right(held, total, fraction):
 
 
 def adjusted(names, fraction):
-    """The fraction itself, or where held_out makes none or too much of a few names another one.
+    """The fraction itself, or where is_held_out makes none or too much of a few names another one.
 
-    With it held_out holds out that part of them, rounded down: those with the lowest draws.
+    With it is_held_out holds out that part of them, rounded down: those with the lowest draws.
     """
     names = list(itertools.islice(names, FEW + 1))
     draws = sorted(set(map(draw_of, names)))
@@ -110,7 +110,7 @@ def adjusted(names, fraction):
 
 
 def prepare(folder, documents, tokenizer, workers=1, shard_tokens=SHARD, block_size=0):
-    """Tokenizes `documents`, an iterable of (split, text), into `folder`; returns its meta.
+    """Tokenize `documents`, an iterable of (split, text), into `folder`; return its meta.
 
     The documents are streamed: memory does not grow with their number. The number of workers
     changes the speed and nothing else. block_size > 0: no block of that size crosses from one
@@ -136,7 +136,7 @@ def about(tokenizer):
 
 @contextlib.contextmanager
 def replacing(folder):
-    """Yields an empty folder inside `folder` for new shards, and removes it; see publish.
+    """Yield an empty folder inside `folder` for new shards, and remove it; see publish.
 
     Raises UserError where the system cannot write, or another program prepares the folder.
     """
@@ -153,7 +153,7 @@ def replacing(folder):
 
 
 def publish(building, folder, meta):
-    """Swaps the new shards in; without a meta.json until the last of them is there."""
+    """Swap the new shards in; without a meta.json until the last of them is there."""
     (folder / "meta.json").unlink(missing_ok=True)
     for split in {"train", "val", *meta["splits"]}:
         for old in loader.shards(folder, split):
@@ -175,13 +175,13 @@ def summary(folder, meta):
 
 
 def say_unheld(folder, meta, fraction):
-    """Says where there was too little to hold out the fraction that was wanted."""
+    """Say where there was too little to hold out the fraction that was wanted."""
     if fraction and "val" not in meta["splits"]:
         print(f"{folder} is too short to hold anything out: it trains without evaluations")
 
 
 def write_shards(folder, encoded, shard_tokens):
-    """Writes all shards -> {split: {tokens, documents, bytes}}; bytes of UTF-8, with separators."""
+    """Write all shards -> {split: {tokens, documents, bytes}}; bytes of UTF-8, with separators."""
     splits = {}
     with tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
         for split, ids, n_documents, n_bytes in itertools.chain.from_iterable(encoded):
@@ -194,7 +194,7 @@ def write_shards(folder, encoded, shard_tokens):
 
 
 def append(folder, split, ids, tokens, shard_tokens=SHARD):
-    """Appends `ids` to a split that has `tokens` already; a shard that is full begins a new one."""
+    """Append `ids` to a split that has `tokens` already; a shard that is full begins a new one."""
     while len(ids):
         shard, filled = divmod(tokens, shard_tokens)
         part, ids = ids[: shard_tokens - filled], ids[shard_tokens - filled :]
@@ -207,7 +207,7 @@ def append(folder, split, ids, tokens, shard_tokens=SHARD):
 
 
 def batches(documents, separator, characters=2**20):
-    """Groups (split, text) into lists of about `characters`, the separator between documents."""
+    """Group (split, text) into lists of about `characters`, the separator between documents."""
     batch, size, begun = [], 0, set()
     for split, text in documents:
         if not text:

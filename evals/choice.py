@@ -131,7 +131,7 @@ def decoded(model, requests, **options):
         x0 = torch.tensor([[*requests[i][0], *requests[i][1]] for i in members])  # (n, W)
         prompt = torch.tensor([len(requests[i][0]) for i in members])  # (n,)
         x = torch.where(torch.arange(W) < prompt[:, None], x0, model.mask_id)  # (n, W)
-        x = x.to(next(model.parameters()).device)
+        x = x.to(model.device)
         greedy = {"sampler": "confidence", "steps": W, "temperature": 0}
         tokens, _ = sample.sample(model, x, **greedy, **options)  # (n, W)
         right[members] = (tokens.cpu() == x0).all(1).numpy()

@@ -163,7 +163,7 @@ def generated(subject, config, cuts, requests):
     keys = options(config, "sampler", "steps", "schedule", "cfg_scale")
     for (_, n, temperature), members in alike.items():
         x = torch.tensor([[*prompt, *[model.mask_id] * n] for _, prompt in members])  # (N, P + n)
-        x = x.to(next(model.parameters()).device)
+        x = x.to(model.device)
         tokens, _ = sample.sample(model, x, temperature=temperature, **keys)  # (N, P + n)
         for (i, _), row in zip(members, tokens[:, -n:].tolist(), strict=True):
             ids = row[: row.index(tokenizer.eot)] if tokenizer.eot in row else row

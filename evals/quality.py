@@ -6,8 +6,8 @@
 The first draws samples as sample.py does, the second reads those of sample.py --out=FILE.jsonl. No
 number here means much alone: a sampler that repeats itself, or one whose noise is too coarse, has a
 *better* generative perplexity and a lower entropy (arXiv 2409.02908; experiments/annealing.py). So
-all are printed together, with the network calls, the dtype of the noise and the length, and
---reference=FOLDER measures held-out text in the same way beside them.
+all are printed together, with the network calls and the length, and --reference=FOLDER measures
+held-out text in the same way beside them.
 
 Each is a mean over samples with its standard error. Of one sample of L tokens:
 
@@ -217,7 +217,7 @@ def measure(records, judge):
     return measures, read + f", in blocks of {judge.block_size}" * too_long
 
 
-def held_out(folder, records):
+def reference_records(folder, records):
     """As many blocks of a folder's val text as there are samples, as long as they are: records."""
     text, length = loader.Tokens(folder, "val"), max(len(record["tokens"]) for record in records)
     tokenizer = from_meta(text.meta["tokenizer"])
@@ -256,9 +256,7 @@ def samples_of(config):
         clash = {"ckpt", "steps", "sampler", "num_samples"} & set(config["user_keys"])
         leave = f"leave --{min(clash, default='')} out, or leave --samples out"
         require(not clash, f"--samples are there already: {leave}")
-        records, unknown = read_samples(config["samples"]), "not recorded (float64 in sample.py)"
-        noise = sorted({str(record.get("noise", unknown)) for record in records})
-        return records, f"from {config['samples']}; noise {', '.join(noise)}"
+        return read_samples(config["samples"]), f"from {config['samples']}"
     for_sample = {key: value for key, value in config.items() if key not in DEFAULTS}
     with contextlib.redirect_stdout(None):  # the samples themselves are not what is asked for
         records = sample.main(for_sample)
@@ -271,7 +269,7 @@ def main(config):
     """Print all measures of the samples -> {measure: value, "measure, error": standard error}."""
     judge = open_judge(config)
     records, source = samples_of(config)
-    held = held_out(config["reference"], records) if config["reference"] else []
+    held = reference_records(config["reference"], records) if config["reference"] else []
     nfe = mean_and_error([record["nfe"] for record in records])
     measures, read = measure(records, judge)
     measures = {"network calls a sample (NFE)": nfe} | measures

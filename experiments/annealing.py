@@ -111,7 +111,7 @@ def draw_law(p, count, bits):
 def first_step(V, steps, bits):
     """What the first of n steps does to a Zipf law of V tokens: a dict of numbers.
 
-    revealed: the chance that a token is unmasked, over the right one, 1/n. lost: the mass of tokens
+    unmasked: the chance that a token is unmasked, over the right one, 1/n. lost: the mass of tokens
     that come up less than half as often as they should. entropy: of the token unmasked, in nats, 0
     where none is.
     """
@@ -119,7 +119,7 @@ def first_step(V, steps, bits):
     won = draw_law(np.append(p / steps, 1 - 1 / steps), np.append(count, 1), bits)[:-1]  # (G,)
     share = won / max(won.sum(), 1e-300) / count  # (G,) of one token, given that one is unmasked
     return {
-        "revealed": float(won.sum() * steps),
+        "unmasked": float(won.sum() * steps),
         "lost": float((p * count)[won * steps < p * count / 2].sum()),
         "entropy": abs(float((count * share * np.log(np.maximum(share, 1e-300))).sum())),
     }
@@ -147,7 +147,7 @@ def exact_part(vocabularies, steps):
             figures[f"{name}, V {V}, steps that lose 1%"] = begins
             for n in steps:
                 law = first_step(V, n, bits)
-                row[f"n = {n}"] = f"{law['entropy']:.2f}, {law['revealed']:.2f}, {law['lost']:.0%}"
+                row[f"n = {n}"] = f"{law['entropy']:.2f}, {law['unmasked']:.2f}, {law['lost']:.0%}"
                 figures |= {f"{name}, V {V}, {n} steps, {key}": value for key, value in law.items()}
             rows.append(row)
     return rows, figures
@@ -208,7 +208,7 @@ def textbook(model, x, steps, dtype, seed=0, batch_size=32):
 def write_text(config, subject, noise, steps):
     """(tokens (N, L), network calls (N,)) of num_samples free samples."""
     model, shape = subject.model, (config["num_samples"], subject.model.block_size)
-    x = torch.full(shape, model.mask_id, device=next(model.parameters()).device)  # (N, L)
+    x = torch.full(shape, model.mask_id, device=model.device)  # (N, L)
     options = {"seed": config["seed"], "batch_size": config["batch_size"]}
     with subject.autocast():
         if noise != "float64":
@@ -240,7 +240,7 @@ def trained_part(config, steps):
             texts = [(subject.tokenizer.decode(row), row) for row in tokens.tolist()]
             records = [{"text": text, "tokens": row} for text, row in texts]
             put(noise, f"{n}", f"{nfe.double().mean():.1f}", records)
-    put("held-out text", "", "", quality.held_out(config["data"], records))
+    put("held-out text", "", "", quality.reference_records(config["data"], records))
     return rows, figures
 
 

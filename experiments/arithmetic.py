@@ -75,7 +75,7 @@ def draw(rng, digits):
 
 
 def tokenized(config, tokenizer, rng, asked):
-    """Yields what examples.prepare takes: `problems` examples, as many of each number of digits.
+    """Yield what examples.prepare takes: `problems` examples, as many of each number of digits.
 
     No long one is asked later; of small numbers, of one and two digits, there are too few.
     """
@@ -98,7 +98,7 @@ def questions(config, rng):
 def ask(model, tokenizer, asked, eos, writer, autocast):
     """(share of right sums, mean network calls, the last answer) of problems [(a, b), ...]."""
     prompts = [tokenizer.encode(problem(a, b)[0]) for a, b in asked]
-    device, (sampler, steps) = next(model.parameters()).device, WRITERS[writer]
+    device, (sampler, steps) = model.device, WRITERS[writer]
     x = torch.full((len(asked), model.block_size), model.mask_id, device=device)  # (N, L)
     for row, ids in zip(x, prompts, strict=True):
         row[: len(ids)] = torch.tensor(ids)
@@ -112,7 +112,7 @@ def ask(model, tokenizer, asked, eos, writer, autocast):
 
 
 def fit(config, folder, objective, width):
-    """Trains one model on the examples in `folder` -> (model, tokenizer, autocast, CPU seconds)."""
+    """Train one model on the examples in `folder` -> (model, tokenizer, autocast, CPU seconds)."""
     out, began, steps = Path(folder) / objective, time.process_time(), config["max_iters"]
     keys = SHAPE | {"data": folder, "out_dir": out, "objective": objective, "block_size": width}
     keys |= {"max_iters": steps, "eval_interval": steps, "warmup_iters": steps // 25}
@@ -127,10 +127,10 @@ def fit(config, folder, objective, width):
 
 
 def compare(config, asked, rng):
-    """Trains both models and asks them -> (lines of the table, parameters, CPU seconds)."""
+    """Train both models and ask them -> (lines of the table, parameters, CPU seconds)."""
     lines, cpu, known = [], 0.0, {tuple(pair) for pairs in asked.values() for pair in pairs}
     width = 1 + max(sum(map(len, problem(10**n - 1, 10**n - 1))) for n in asked)  # and an eos
-    tokenizer = examples.vocabulary("char", ["0123456789+|<>= #"])
+    tokenizer = examples.vocabulary("char", ["0123456789+|<>= #"], checkpoint.load)
     with tempfile.TemporaryDirectory() as folder:
         items = tokenized(config, tokenizer, rng, known)
         eos = examples.prepare(folder, items, tokenizer, width)["end"]
@@ -184,7 +184,7 @@ PLOTS = {"": draw_right}
 
 
 def main(config):
-    """Trains both models, asks, writes arithmetic.json, .md and .png. Returns the figures."""
+    """Train both models, ask, write arithmetic.json, .md and .png; return the figures."""
     if config["quick"]:
         config |= {k: v for k, v in QUICK.items() if k not in config.get("user_keys", ())}
     settings.at_least(1, config, "digits", "problems", "asked", "max_iters")

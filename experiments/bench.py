@@ -8,8 +8,8 @@ a run: the first step after another variant's finds nothing of its own in the ca
 measured against is this machine's own matrix product at the shapes of the model. Textbook code
 (baselines.py) runs in processes of its own, which the C library gives and takes memory as it likes;
 all else, the products too, in this one, which keeps freed memory (lib.device.keep_memory).
-Utilisation is 3 * flops_per_token * tokens / seconds / limit: forward and backward products of a
-step with half of the positions predicted. Attention of the last layer counts for all positions,
+Utilisation is lib.device.step_flops / seconds / limit: forward and backward products of a step with
+half of the positions predicted. Attention of the last layer counts for all positions,
 though half of them ask for nothing.
 """
 
@@ -18,6 +18,7 @@ import copy
 import ctypes
 import math
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -38,7 +39,7 @@ import samplers
 from data import loader
 from experiments import baselines, results
 from lib import fused, parallel
-from lib.device import can_compile, flops_per_token, keep_memory, machine, wait
+from lib.device import can_compile, keep_memory, machine, peak_memory, step_flops, wait
 from lib.files import to_json
 
 DEFAULTS = {
@@ -146,7 +147,7 @@ def spread(times):
     return (max(times) - min(times)) / middle(times)
 
 
-def peak_memory(function, device):
+def added_memory(function, device):
     """MiB that function() adds at its highest point to what is in use before it."""
     if device.type == "cuda":
         wait(device)
@@ -176,13 +177,10 @@ def peak_memory(function, device):
 
 def resident():
     """Bytes of this process in memory now, or its most so far where the system knows no more."""
-    import resource  # which Windows lacks
-
     statm = Path("/proc/self/statm")
     if statm.exists():
-        return int(statm.read_text("utf8").split()[1]) * resource.getpagesize()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return int(statm.read_text("utf8").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 2**20 * peak_memory(torch.device("cpu"))
 
 
 def product_seconds(model, B, L, dtype, device):
@@ -274,7 +272,7 @@ def training(V, B, rounds, device, shape=SMALL, only=()):
         if not only or name in only:
             step = baselines.training_step(shape, B, device, *trick)
             steps[name] = with_sdpa(step) if "by SDPA" in name else step
-    memory = {name: peak_memory(step, device) for name, step in steps.items()}
+    memory = {name: added_memory(step, device) for name, step in steps.items()}
     memory[TEXTBOOK] = memory[KEPT]
     with Elsewhere(baselines.training_step, shape, B, device) as untouched:
         times = alternate({TEXTBOOK: untouched} | steps, rounds, device)
@@ -283,7 +281,7 @@ def training(V, B, rounds, device, shape=SMALL, only=()):
         kind: product_limit(model, B, L, kind, rounds, device)
         for kind in (torch.float32, torch.bfloat16)
     }
-    flops = 3 * flops_per_token(model, L, 0.5) * B * L
+    flops = step_flops(model, B, L)
     rows = []
     for name, taken in times.items():
         row = {"name": name, "tokens_per_second": B * L / middle(taken)}
@@ -529,14 +527,14 @@ def main(config):
             rows = sampling(V, steps, 4, min(rounds, 3), device, quick)
             rows_of = report(f"Sampling, V = {V}, {steps} steps, batch 4 x 256", rows)
         seconds = {name: row["seconds_per_sequence"] for name, row in rows_of.items()}
-        compared = {
+        pairs = {
             "ratio": ("textbook float32", "ours bfloat16 compiled"),
             "ratio_same_dtype": ("textbook float32", "ours float32"),
             "vs_cache": ("RADD's cache float32", "ours float32"),
             "ratio_same_dtype_kept": (f"textbook float32 {KEPT}", "ours float32"),
             "vs_cache_kept": (f"RADD's cache float32 {KEPT}", "ours float32"),
         }
-        for name, (theirs, ours) in compared.items():
+        for name, (theirs, ours) in pairs.items():
             figures[f"sample_{kind}_{name}"] = seconds[theirs] / seconds[ours]
 
     rows = baseline(110, min(rounds, 2), device, autocast, quick)

@@ -76,7 +76,7 @@ def main(config):
     title = f"{config['set']}, {len(questions)} questions, {config['draws']} draws, {seeds} seeds"
     formats = dict.fromkeys(table[0].keys() - {"estimator"}, "{:.3g}")
     text = results.table(f"{title}; variances in nats^2", table, formats)
-    about = results.about(next(model.parameters()).device) | {"seconds": time.time() - began}
+    about = results.about(model.device) | {"seconds": time.time() - began}
     results.write(config, "common_draws", figures | about, text)
     print(text)
     return figures

@@ -37,7 +37,7 @@ B = 4  # sequences
 
 
 def checks(quick):
-    """Yields (what is checked, the function, its further arguments), the most telling first."""
+    """Yield (what is checked, the function, its further arguments), the most telling first."""
     kinds = KINDS[::5] if quick else KINDS
     for attention, dtype in itertools.product(OBJECTIVES, BOUNDS):
         yield f"{attention}, {dtype}, {len(kinds)} kinds", gradients, attention, dtype, kinds
@@ -139,10 +139,10 @@ def head(part, dtype):
         model = copy.deepcopy(model).to(device, wide)
         leaf, w = (z.to(device, wide).requires_grad_() for z in (h, weight))  # (N, D), (N,)
         if not outcomes:
-            loss, _, ce = diffusion.cross_entropy(model, leaf, target, w.detach())
+            loss, _, ce = diffusion.cross_entropy(model, leaf, target, w.detach(), plain=True)
         else:
             with team.autocast():
-                loss, _, ce = model.head_loss(leaf, target.to(device), w.detach())
+                loss, _, ce = diffusion.cross_entropy(model, leaf, target.to(device), w.detach())
         loss.backward()
         outcomes.append((ce, leaf.grad, model.unembed.weight.grad, model.unembed.bias.grad))
     names = "ce", "hidden states", "weight", "bias"
@@ -197,7 +197,7 @@ def same_tokens(part, attention, sampler, scales):
         for model in models:
             x = torch.full((2, model.block_size), model.mask_id)  # (N, L)
             x[:, :3] = torch.arange(3)
-            drawn.append(sample.sample(model, x.to(model.cos.device), **options)[0].cpu())
+            drawn.append(sample.sample(model, x.to(model.device), **options)[0].cpu())
         tokens, differ = tokens + x.numel(), differ + int((drawn[0] != drawn[1]).sum())
     return {"tokens": tokens, "differ": differ, "right": differ == 0}
 

@@ -256,7 +256,7 @@ def update(part, config):
 
 
 def profiled(part, config, blocks):
-    """Tells the kernels that take most of three steps -> {idle: the share of time without any}."""
+    """Tell the kernels that take most of three steps -> {idle: the share of time without any}."""
     step, _ = part.stepper(config)
     batch = train.make_batch(config, blocks, 0, range(config["batch_size"]))
     batches = itertools.repeat(batch.each(lambda z: z.to(part.device)))

@@ -49,7 +49,7 @@ def settings_of(config, operations, depth=0, seed=1337):
 
 
 def run(config, operations, depth, seed):
-    """Trains one network in this process. -> its row"""
+    """Train one network in this process. -> its row"""
     mine, began = settings_of(config, operations, depth, seed), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         result = train.main(mine | {"out_dir": folder})
@@ -90,7 +90,7 @@ def seeds(config):
 
 
 def main(config):
-    """Trains what is missing; prints, writes and returns how far the choices are from the best."""
+    """Train what is missing; print, write and return how far the choices are from the best."""
     settings.at_least(1, config, "seeds")
     rows = {row["mark"]: row for row in results.kept(config["rows"])}
     for operations in map(float, config["operations"].split(",")):

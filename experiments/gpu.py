@@ -12,7 +12,7 @@ How it is measured. The clock is the card's own (experiments/bench.seconds_of), 
 compile and warm up: the median of three turns of as many calls in a row as the part's time allows.
 first_step_s is all that comes before the second step: network, optimizer and compilation, by what
 torch has in its cache. memory_GB is the most that tensors have taken since the line began.
-of_nominal and of_measured are utilisation, lib.log.flops_of_step, as a part of the data sheet's
+of_nominal and of_measured are utilisation, lib.device.step_flops, as a part of the data sheet's
 bfloat16 and of a plain product measured here. on_one_batch is the speed with the loader over that
 without. A sample is scaled up from some of its calls, with as many tokens due in each as in those
 of the whole. --quick traces programs, and does not compile them.
@@ -73,7 +73,7 @@ class Part:
         self.on_cuda = self.device.type == "cuda"
 
     def __call__(self, what, measure, *arguments):
-        """Tells the line `what`: the dict measure(self, *arguments), or why there is none."""
+        """Tell the line `what`: the dict measure(self, *arguments), or why there is none."""
         torch.compiler.reset()  # or programs are made for changing shapes, and not more than a few
         gc.collect()
         if self.on_cuda:
@@ -173,7 +173,7 @@ REST = {"what": "(the rest)", "ended": True}  # of a part that has not come to i
 
 
 def lines_of(config, measure, seconds):
-    """Yields the lines of measure(part), made in another process, which ends with its time."""
+    """Yield the lines of measure(part), made in another process, which ends with its time."""
     context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
     if sys.platform != "win32":
         ours = ["experiments.device_speed", "experiments.device_checks"]
@@ -295,7 +295,7 @@ def write(config, about, records):
 
 
 def main(config):
-    """Measures the parts that are missing; prints, writes and returns the figures, a flat dict."""
+    """Measure the parts that are missing; print, write and return the figures, a flat dict."""
     began, path = time.monotonic(), Path(config["results"], "gpu.jsonl")
     names = config["only"].split(",") if config["only"] else list(PARTS)
     for name in names:

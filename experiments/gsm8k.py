@@ -86,8 +86,8 @@ class Solver:
         self.options = {"temperature": 0.0, "batch_size": 32} | {key: config[key] for key in keys}
 
     def fill(self, prompts):
-        """Completes examples: prompts, a list of ids -> the text behind each, up to an eos."""
-        device = next(self.model.parameters()).device
+        """Complete examples: prompts, a list of ids -> the text behind each, up to an eos."""
+        device = self.model.device
         x = torch.full((len(prompts), self.width), self.model.mask_id, device=device)  # (N, width)
         for row, ids in zip(x, prompts, strict=True):
             row[: len(ids)] = torch.tensor(ids)
@@ -121,7 +121,7 @@ class Solver:
 
 
 def small_model(config, folder):
-    """Prepares examples of characters, trains SHAPE on them, and returns the folder of the run."""
+    """Prepare examples of characters, train SHAPE on them, and return the folder of the run."""
     data, out, width = f"{folder}/examples", f"{folder}/run", config["width"]
     words = [f"--from={config['from']}", "--tokenizer=char", f"--out={data}", f"--width={width}"]
     prepare.main(settings.parse(words, prepare, examples, tokenizers))
@@ -134,7 +134,7 @@ def small_model(config, folder):
 
 
 def check(config, source, tokenizer, trained):
-    """Raises UserError for a model that cannot be asked, or not in this way."""
+    """Raise UserError for a model that cannot be asked, or not in this way."""
     on_examples = tokenizer and trained.get("example_width")
     require(on_examples, f"{source} was not trained on the examples of data/gsm8k")
     chosen = "sampler" in config.get("user_keys", ()) and config["sampler"] != "left_to_right"
@@ -143,7 +143,7 @@ def check(config, source, tokenizer, trained):
 
 
 def main(config):
-    """Solves test problems, prints them and writes gsm8k.json and .md. Returns the figures."""
+    """Solve test problems, print them and write gsm8k.json and .md; return the figures."""
     began = time.time()
     if config["quick"]:
         config |= {k: v for k, v in QUICK.items() if k not in config.get("user_keys", ())}

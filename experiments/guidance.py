@@ -30,6 +30,7 @@ from config import require
 from data import examples, loader
 from experiments import results
 from lib import checkpoint
+from lib import subject as subjects
 from lib.device import machine
 from lib.stats import mean_and_error, plus_minus
 
@@ -82,7 +83,7 @@ def hits(net, items, w, eos=-1):
     eos: of a model of examples, which has to find the length of the word too.
     """
     model, tokenizer, autocast = net
-    L, device = model.block_size, next(model.parameters()).device
+    L, device = model.block_size, model.device
     x = torch.full((len(items), L), model.mask_id, device=device)  # (N, L)
     for row, (before, _, after) in zip(x, items, strict=True):
         head, tail = tokenizer.encode(before), tokenizer.encode(after)
@@ -127,7 +128,7 @@ def tune(config, tokenizer, block_size, folder):
 
 
 def choose_scale(find, items):
-    """Chooses w on the first half of the items and evaluates it on the other.
+    """Choose w on the first half of the items and evaluate it on the other.
 
     find(items, w) -> [bool] -> (line of the table, curve)
     """
@@ -144,16 +145,15 @@ def choose_scale(find, items):
 
 def opened(config):
     """((model, tokenizer, autocast), held-out text) of ckpt and data; UserError for a bad pair."""
-    ckpt, (device, autocast) = config["ckpt"], machine(config)
-    model, tokenizer, trained = checkpoint.load(ckpt, device)
-    sees_all = trained["attention"] == "full"
-    advice = "guidance masks the context, so it needs the other kind"
-    require(sees_all, f"{ckpt} is a causal network: {advice}")
+    subject, ckpt = subjects.opened(config, reads_text=True), config["ckpt"]
+    model, tokenizer, trained, autocast, _ = subject
+    advice = "guidance masks the context, so it needs attention=full"
+    require(trained["attention"] == "full", f"{ckpt} has {trained['attention']}: {advice}")
     val = loader.Tokens(config["data"], "val")
-    own = tokenizer is not None and tokenizer.meta() == val.meta["tokenizer"]
+    own = tokenizer.meta() == val.meta["tokenizer"]
     of_characters = own and tokenizer.kind == "char"
     require(of_characters, f"{ckpt} must be a model of the characters of {config['data']}")
-    return (model.eval(), tokenizer, autocast), tokenizer.decode(val[:].tolist())
+    return (model, tokenizer, autocast), tokenizer.decode(val[:].tolist())
 
 
 def shown(name, line, curve, n):
@@ -180,7 +180,7 @@ PLOTS = {"": draw}
 
 
 def main(config):
-    """Writes guidance.json, .md and .png; returns the figures."""
+    """Write guidance.json, .md and .png; return the figures."""
     if config["quick"]:
         config |= {k: v for k, v in QUICK.items() if k not in config.get("user_keys", ())}
     settings.at_least(2, config, "words")
@@ -210,7 +210,7 @@ def main(config):
         "95% intervals of the gain"
     )
     table = results.table(title, rows) + f"\n{PAPER}\n"
-    figures |= results.about(next(model.parameters()).device)
+    figures |= results.about(model.device)
     results.write(config, "guidance", figures, table, PLOTS)
     print(table)
     return figures

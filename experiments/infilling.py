@@ -91,7 +91,7 @@ def terms(ctx, model, x0, gap):
         target = x0[rows].flatten()[idx].to(ctx.device)  # (n,)
         with ctx.autocast():
             h = model.hidden(x.to(ctx.device), idx.to(ctx.device))  # (n, D)
-            _, _, each = model.head_loss(h, target, h.new_ones(len(h)))  # (n,)
+            _, _, each = diffusion.cross_entropy(model, h, target, h.new_ones(len(h)))  # (n,)
         ce[rows[0] * L + idx] = each.float().cpu()
     return ce.view(-1, L), weight.float()
 
@@ -104,7 +104,8 @@ def left_terms(ctx, model, x0):
     for now, target in zip(x.split(64), x0.split(64), strict=True):
         with ctx.autocast():
             h = model.hidden(now.to(ctx.device)).flatten(0, 1)  # (b*L, D)
-            _, _, ce = model.head_loss(h, target.flatten().to(ctx.device), h.new_ones(len(h)))
+            w, flat = h.new_ones(len(h)), target.flatten().to(ctx.device)  # (b*L,) each
+            _, _, ce = diffusion.cross_entropy(model, h, flat, w)
         parts.append(ce.view(target.shape).float().cpu())
     return torch.cat(parts)
 

@@ -13,7 +13,6 @@ Then a small network is trained with its batches made in the loop and made befor
 has one to itself.
 """
 
-import os
 import shutil
 import sys
 import tempfile
@@ -33,7 +32,7 @@ import train
 from config import require
 from data import loader
 from experiments import results
-from experiments.bench import alternate, middle
+from experiments.bench import alternate, middle, resident
 from lib.device import machine
 from lib.files import to_json
 from lib.parallel import Team
@@ -87,7 +86,7 @@ def measure(folder, rounds):
     for name, make in makers.items():
         times = [cpu_seconds(make, CALLS) for _ in range(rounds + 1)]
         speeds[name] = CALLS * B * L / middle(times[1:])  # the first round warms up
-    return speeds | {"memory": resident()}
+    return speeds | {"memory": resident() / 2**20}
 
 
 def cpu_seconds(function, times):
@@ -96,14 +95,6 @@ def cpu_seconds(function, times):
     for _ in range(times):
         function()
     return time.process_time() - began
-
-
-def resident():
-    """MiB that this process holds in memory, as Linux tells; nan elsewhere."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        return float("nan")
-    return int(statm.read_text("utf8").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def training(folder, rounds, keys):
@@ -158,7 +149,7 @@ def line(n, measured):
 
 
 def main(config):
-    """Measures all of it, writes loading.json, .md and .png; returns the figures."""
+    """Measure all of it, write loading.json, .md and .png; return the figures."""
     began = time.time()
     settings.at_least(1, config, "rounds")
     device, _ = machine(config)

@@ -217,7 +217,7 @@ def masks_of(L, number, seed):
 @torch.no_grad()
 def measured_terms(model, blocks, seed, batch_size):
     """h (S, L), float64, of S blocks (L,), by one random partition of the positions for each k."""
-    device, L = next(model.parameters()).device, len(blocks[0])
+    device, L = model.device, len(blocks[0])
     h = torch.zeros(len(blocks), L, dtype=torch.float64)
     for s, block in enumerate(tqdm(blocks, unit="block", disable=None, leave=False)):
         masks, k = masks_of(L, s, seed)  # (R, L), (R,)

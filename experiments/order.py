@@ -36,7 +36,7 @@ from experiments import results
 from experiments.runs import step_flops
 from lib import checkpoint, philox
 from lib.device import cast_products, machine
-from lib.stats import mean_and_error, plus_minus, t95
+from lib.stats import mean_half, plus_minus
 
 DEFAULTS = {
     "preset": "configs/pydocs_2400.py",  # the recipe of all
@@ -95,7 +95,7 @@ def measured(config, name, seed):
     device, autocast = machine(config)
     model, _, trained = checkpoint.load(path, device)
     tokens, L = loader.Tokens(trained["data"], "val"), trained["block_size"]
-    blocks = list(loader.in_order(tokens, L))[: 8 if config["quick"] else None]
+    blocks = loader.in_order(tokens, L)[: 8 if config["quick"] else None]
     count = sum(map(len, blocks))
     if name == "ARM":
         wanted = {"left to right": "ar"}
@@ -135,9 +135,9 @@ def spelled(values):
     """The mean of some seeds and half of its 95% interval, and the values."""
     if not values:
         return ""
-    mean, error = mean_and_error(values)
+    mean, half = mean_half(values)
     each = ", ".join(f"{value:.3f}" for value in values)
-    return f"{mean:.3f}{plus_minus(t95(len(values) - 1) * error, '.3f')} ({each})"
+    return f"{mean:.3f}{plus_minus(half, '.3f')} ({each})"
 
 
 # ---- Speed ---------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def in_turns(models, calls, shape, rounds, autocast):
     """
     samplers.SAMPLERS["even"], times = even, {name: [] for name in calls}
     few = max(2, 2048 // shape[1])
-    empty = torch.full(shape, models["full"].mask_id, device=models["full"].cos.device)  # (B, L)
+    empty = torch.full(shape, models["full"].mask_id, device=models["full"].device)  # (B, L)
     for _ in range(rounds):
         for name, options in calls.items():
             model, x, more = models[name.split(",")[0]], empty, 1.0
@@ -233,7 +233,7 @@ PLOTS = {"": draw}
 
 
 def main(config):
-    """Trains, measures, prints and writes both tables; returns the figures."""
+    """Train, measure, print and write both tables; return the figures."""
     began, texts, figures, rows = time.time(), [], {}, []
     choose("only", config["only"], ["", "quality", "speed"])
     settings.at_least(1, config, "seeds", "rounds")

@@ -48,7 +48,7 @@ def confidence_nats(model, x0, progress=False):
     row = torch.arange(S)
     for _ in tqdm(range(L), disable=None if progress else True, leave=False):
         masked_idx = (x == model.mask_id).flatten().nonzero().flatten()  # (n,)
-        device = next(model.parameters()).device
+        device = model.device
         h = model.hidden(x.to(device), masked_idx.to(device))  # (n, D)
         log_p = model.head(h).float().log_softmax(-1).cpu()  # (n, V)
         best = torch.full((S * L,), -torch.inf).scatter(0, masked_idx, log_p.amax(1))  # (S * L,)

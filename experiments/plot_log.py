@@ -133,7 +133,7 @@ def limits(runs, part):
 
 
 def main(config):
-    """Draws config["folders"] into the file config["out"] -> {folder: last bound, or nan}."""
+    """Draw config["folders"] into the file config["out"] -> {folder: last bound, or nan}."""
     folders = config["folders"]
     require(folders, "say which runs: python -m experiments.plot_log OUT_DIR ... --out=curves.png")
     many = f"{len(folders)} runs are too many to be told apart in one picture: {MOST} at most"

@@ -97,7 +97,7 @@ def settings_of(config, name, seed):
 
 
 def run(config, name, seed):
-    """Trains one variant in this process. -> its row"""
+    """Train one variant in this process. -> its row"""
     used, draws = time.process_time(), independent_draws(VARIANTS[name].get("independent", False))
     with tempfile.TemporaryDirectory() as folder, draws:
         mine = settings_of(config, name, seed) | {"out_dir": folder}
@@ -127,7 +127,7 @@ def named(config):
 
 
 def report(config, rows):
-    """Writes NAME.json, .md and .png from the rows, best first."""
+    """Write NAME.json, .md and .png from the rows, best first."""
     variants = {}
     for row in rows:
         variants.setdefault(row["name"], []).append(row)
@@ -168,7 +168,7 @@ PLOTS = {"": draw}
 
 
 def main(config):
-    """Runs what is missing, one process each, and writes the table -> {variant: nats per token}."""
+    """Run what is missing, one process each, and write the table -> {variant: nats per token}."""
     require(config["data"], "say which data: --data=FOLDER, prepared")
     settings.at_least(1, config, "seeds", "steps")
     loader.read_meta(config["data"])

@@ -23,7 +23,6 @@
 import contextlib
 import io
 import json
-import math
 import re
 import statistics
 import sys
@@ -40,10 +39,10 @@ import model as network
 import train
 from data import loader, tokenizer, writer
 from experiments import results
-from lib import checkpoint, philox
-from lib.device import flops_per_token, machine, matmul_flops
+from lib import checkpoint, device, philox
+from lib.device import machine, matmul_flops
 from lib.files import to_json
-from lib.stats import t95
+from lib.stats import mean_half
 
 DEFAULTS = {
     "preset": "configs/pydocs_2400.py",  # the recipe that runs change
@@ -67,11 +66,10 @@ SIDE |= {"eval_interval", "eval_sequences", "eval_draws"}  # keys that do not ch
 
 
 def step_flops(config):
-    """Operations of a training step: forward and backward."""
+    """Operations of a training step on text: lib.device.step_flops of a network not made."""
     with torch.device("meta"):
         model = network.Transformer(config)
-    L, share = config["block_size"], 0.5 if config["attention"] == "full" else 1.0
-    return 3 * flops_per_token(model, L, share) * config["batch_size"] * L
+    return device.step_flops(model, config["batch_size"], config["block_size"])
 
 
 @contextlib.contextmanager
@@ -87,13 +85,6 @@ def independent_draws(yes=True):
         yield
     finally:
         diffusion.stratified = stratified
-
-
-def mean_half(values):
-    """The mean of a few values, and half of its 95% interval by Student's t; infinite for one."""
-    n = len(values)
-    half = t95(n - 1) * statistics.stdev(values) / n**0.5 if n > 1 else math.inf
-    return statistics.mean(values), half
 
 
 def spelled(values, form=".3f"):

@@ -20,7 +20,7 @@ from config import at_least, fraction, require
 from data.loader import id_type
 from experiments import results
 from lib import formats, fused
-from lib.device import flops_per_token
+from lib.device import step_flops
 
 DEFAULTS = {
     "sizes": "170M,1028M",  # of SMDM's table (lib/formats.SIZES); 1028M is their "1.1B" (1.14B)
@@ -182,8 +182,7 @@ def one_card(name):
 def step(config, net, engine, gpus, share, micro, recompute=False):
     """One step on `share` sequences a GPU: tokens, bytes each GPU sends, seconds, utilisation."""
     L, micro_steps = config["block_size"], math.ceil(share / micro)  # of one GPU
-    flops = 3 * flops_per_token(net, L, 0.5) * share * L
-    useful = flops / (config["peak"] * config["mfu"])
+    useful = step_flops(net, share, L) / (config["peak"] * config["mfu"])
     compute = useful * (4 / 3 if recompute else 1)
     sent = sent_bytes(net, engine, gpus, micro_steps)
     # A ring leaves a node once, and shares its cards with no other.
@@ -343,7 +342,7 @@ PLOTS = {"": draw}
 
 
 def main(config):
-    """Computes and writes the three tables; returns the figures, a flat dict."""
+    """Compute and write the three tables; return the figures, a flat dict."""
     models, gpu_counts = check(config)
     memories, speeds, runs, figures = [], [], [], {}
     for size, budget, batch in models:

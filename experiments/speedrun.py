@@ -33,13 +33,12 @@ import model as network
 import train
 from config import choose
 from data import loader
-from experiments import results
+from experiments import results, runs
 from lib import budget, checkpoint
-from lib.log import flops_of_step
-from lib.stats import t95
+from lib.stats import mean_half
 
 DEFAULTS = {
-    "preset": "configs/shakespeare.py",  # the recipe whose claim is checked: that of the record
+    "preset": "configs/shakespeare.py",  # the recipe whose claim is checked
     "data": "data/shakespeare",  # a prepared folder
     "only": "",  # clock or flops; empty: both
     "minutes": 3.0,  # of training, for clock
@@ -75,14 +74,8 @@ def step_flops(mine):
     """Operations of a training step, as the log counts them; UserError without a shape."""
     shaped = mine["depth"] or (mine["n_layer"] and mine["n_embd"])
     settings.require(shaped, "the preset must have a depth, or n_layer and n_embd")
-    mine = budget.filled(mine) | {
-        "vocab_size": loader.read_meta(mine["data"])["vocab_size"],
-        "example_width": 0,
-    }
-    with torch.device("meta"):
-        model = network.Transformer(mine)
-    blocks = loader.Blocks(loader.Tokens(mine["data"], "train"), mine["block_size"], mine["seed"])
-    return flops_of_step(mine, model, blocks)
+    V = loader.read_meta(mine["data"])["vocab_size"]
+    return runs.step_flops(budget.filled(mine) | {"vocab_size": V})
 
 
 def run(config, form, seed):
@@ -108,13 +101,13 @@ def verdict(nats, best):
     """Whether the interval of the mean of three or more seeds is below `best`."""
     if len(nats) < 3:
         return "three seeds are needed for a record"
-    half = t95(len(nats) - 1) * statistics.stdev(nats) / len(nats) ** 0.5
-    below = statistics.mean(nats) + half < best
+    mean, half = mean_half(nats)
+    below = mean + half < best
     return f"+- {half:.4f}, {'a record:' if below else 'no record: not'} below {best:.3f}"
 
 
 def main(config):
-    """Runs both forms for all seeds; prints and writes the records, the runs and the verdict."""
+    """Run both forms for all seeds; print and write the records, the runs and the verdict."""
     choose("only", config["only"], ["", "clock", "flops"])
     settings.at_least(1, config, "seeds")
     began, rows, figures, said = time.time(), [], {}, []

@@ -82,7 +82,7 @@ def start(config):
 
 
 def wait(process, progress, step):
-    """Waits until that step is done, or the process has ended. -> seconds"""
+    """Wait until that step is done, or the process has ended. -> seconds"""
     began = time.time()
     while process.exitcode is None and progress[0] < step:
         time.sleep(0.0005)
@@ -101,7 +101,7 @@ def leave_alone(config):
 
 
 def kill(config, step, seconds, chance):
-    """Resumes the run and kills it -> {killed, corrupted, lost_steps, while_saving}.
+    """Resume the run and kill it -> {killed, corrupted, lost_steps, while_saving}.
 
     Four in five die a random moment after `step`, the fifth at any moment of its start. seconds: of
     leave_alone.
@@ -168,7 +168,7 @@ def run_of(keys):
 
 
 def main(config):
-    """Prints, writes and returns {kills, corrupted, lost_steps, identical, ...}."""
+    """Print, write and return {kills, corrupted, lost_steps, identical, ...}."""
     began, chance = time.time(), random.Random(config["moments"])
     settings.at_least(1, config, "kills")
     enough = config["steps"] > config["kills"] + 1

@@ -71,7 +71,7 @@ class Network(nn.Module):
     def __init__(self, V):
         super().__init__()
         self.mask_id, self.embed = V, nn.Embedding(V + 1, D)
-        # -> model.py: normalised queries and keys, squared ReLU, zero initialisation: fewer steps
+        # -> model.py: normalised queries and keys, zero initialisation: fewer steps
         self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
         self.norm, self.unembed = nn.LayerNorm(D), nn.Linear(D, V)
 

@@ -55,13 +55,13 @@ class Host:
         ip("-n", self.name, "link", "set", "eth0", state)
 
     def move(self, address):
-        """Gives the host this address and no other."""
+        """Give the host this address and no other."""
         self.address = address
         ip("-n", self.name, "addr", "flush", "dev", "eth0")
         ip("-n", self.name, "addr", "add", f"{address}/24", "dev", "eth0")
 
     def start(self, run, processes):
-        """Plugs the cable in and starts torchrun with so many processes of the run."""
+        """Plug the cable in and start torchrun with so many processes of the run."""
         self.link("up")
         line = ["ip", "netns", "exec", self.name, sys.executable, "-m", "torch.distributed.run"]
         line += ["--nnodes=2", f"--nproc-per-node={processes}", "--max-restarts=9"]
@@ -76,7 +76,7 @@ class Host:
             self.torchrun = subprocess.Popen(line, **keys)
 
     def die(self, unseen=False):
-        """Kills all that runs here; unseen: without a word to the other host."""
+        """Kill all that runs here; unseen: without a word to the other host."""
         if unseen:
             self.link("down")
         while pids := ip("netns", "pids", self.name).split():
@@ -122,7 +122,7 @@ def start(hosts, run, counts):
 
 
 def trained(hosts, run, events, changing=False):
-    """Trains on both hosts to the end, while the events happen -> a row for each of these.
+    """Train on both hosts to the end, while the events happen -> a row for each of these.
 
     changing: the number of processes does.
     """
@@ -148,7 +148,7 @@ def trained(hosts, run, events, changing=False):
 
 
 def finish(hosts, run):
-    """Waits for the end of both."""
+    """Wait for the end of both."""
     until(run, lambda: all(host.torchrun.poll() is not None for host in hosts))
     codes = [host.torchrun.returncode for host in hosts]
     settings.require(codes == [0, 0], f"the hosts ended with {codes}: {tail(run)}")
@@ -160,7 +160,7 @@ def last_step(run):
 
 
 def until(run, condition):
-    """Waits until the condition holds; UserError with what the run has said if it never does."""
+    """Wait until the condition holds; UserError with what the run has said if it never does."""
     began = time.time()
     while not condition():
         settings.require(time.time() - began < PATIENCE, f"no end of waiting: {tail(run)}")
@@ -182,7 +182,7 @@ def difference(a, b):
 
 
 def main(config):
-    """Prints, writes and returns {identical, difference, ...}."""
+    """Print, write and return {identical, difference, ...}."""
     began, events = time.time(), list(EVENTS)[: 1 if config["quick"] else None]
     settings.at_least(40, config, "steps")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the hosts would be left

@@ -54,7 +54,7 @@ def measure(config, name):
 
 
 def main(config):
-    """Prints, writes and returns the speeds and their ratios to one process."""
+    """Print, write and return the speeds and their ratios to one process."""
     settings.at_least(1, config, "iters", "rounds")
     began, speeds = time.time(), {name: [] for name in WAYS}
     for number in range(config["rounds"]):

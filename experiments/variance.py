@@ -75,7 +75,7 @@ def repeated(subject, x0, method, n_sets, config):
             weight = weight[:, None] * mask  # (b, L)
         else:
             numbers = evaluate.Draw(u, noise, turn, torch.zeros_like(place), schedule)
-            mask, weight = evaluate.row_of(rule, numbers)  # (b, L) each
+            mask, weight = rule.row_of(numbers)  # (b, L) each
         block = x0[place // n_sets]  # (b, L)
         with subject.autocast():
             row_nats = evaluate.nats_of_rows(subject.model, block, mask, weight, rule)  # (b,)
@@ -153,7 +153,7 @@ def main(config):
     figures |= {f"rows_for_0.01_{name}": row["rows_for_0.01"] for name, row in drawn.items()}
     seconds = sum(row["seconds"] for row in rows)
     figures |= {"seed": config["seed"], "seconds": seconds}
-    figures |= results.about(next(subject.model.parameters()).device)
+    figures |= results.about(subject.model.device)
     results.write(config, "variance", figures, text, PLOTS)
     print(text)
     return figures

@@ -117,25 +117,25 @@ class Clock:
             yield self.step
 
     def tick(self, interval):
-        """Says whether this step is the last; several processes look every `interval` steps."""
+        """Say whether this step is the last; several processes look every `interval` steps."""
         if self.team.world == 1 or self.step % interval == 0:
             self.look()
         self.last = self.done() >= 1
         return self.last
 
     def look(self, evaluated=False):
-        """Reads the clock; `evaluated` says that an evaluation has just ended."""
+        """Read the clock; `evaluated` says that an evaluation has just ended."""
         before, minutes = self.minutes, self.before + (now() - self.began) / 60
         self.minutes = max(parallel.gather(minutes, self.team)) if self.limits[1] else minutes
         self.evaluating += (self.minutes - before) * evaluated
 
-    def time(self):
+    def spent(self):
         """The part of the minutes that is used; 0 where they are not limited."""
         return self.minutes / self.limits[1] if self.limits[1] else 0.0
 
     def done(self):
         """The part of the run that is over."""
-        return max(self.step / self.limits[0] if self.limits[0] else 0.0, self.time())
+        return max(self.step / self.limits[0] if self.limits[0] else 0.0, self.spent())
 
     def due(self, interval, share=1.0):
         """Whether what is done every `interval` steps, or for 0 ten times a run, is due now.

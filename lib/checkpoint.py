@@ -46,7 +46,7 @@ DEFAULTS = {
 
 
 def save(path, state, keep=1):
-    """Writes {config, tokenizer, model, ema, optimizer, step, minutes} whole or not at all.
+    """Write {config, tokenizer, model, ema, optimizer, step, minutes} whole or not at all.
 
     With keep > 1 the last `keep` also stay as NAME_STEP.pt; the newest of them is the file `path`
     by another name, or a copy where files cannot have two.
@@ -71,9 +71,10 @@ def save(path, state, keep=1):
                 kept[step].unlink()
 
 
-def last_good(path):
-    """Where the last checkpoint of a run is, for a message."""
-    return f"the last good checkpoint is {path}" if path.is_file() else "nothing was saved before"
+def require_sound(sound, what, path):
+    """Raise UserError unless `sound`: what is not, and where the run's last checkpoint is."""
+    last = f"the last good checkpoint is {path}" if path.is_file() else "nothing was saved before"
+    require(sound, f"{what}; {last}")
 
 
 def kept_beside(path):
@@ -84,10 +85,9 @@ def kept_beside(path):
 
 
 def set_aside(path):
-    """Moves the checkpoints of a run, `path` and beside it, and its log to a folder of their own.
+    """Move the checkpoints of a run, `path` and beside it, and its log to a folder of their own.
 
-    -> that folder, old_1 or old_2 or ..., or None where there is no checkpoint. UserError where the
-    system cannot.
+    -> that folder, old_1, old_2 ..., or None where there is no checkpoint. UserError if it cannot.
     """
     try:
         checkpoints = [file for file in (path, *kept_beside(path).values()) if file.is_file()]
@@ -134,7 +134,7 @@ def is_ours(state):
 
 
 def check_parts(state, file):
-    """Raises UserError for the first part that no run can be resumed from."""
+    """Raise UserError for the first part that no run can be resumed from."""
     step, meta, ema = (state.get(key) for key in ("step", "tokenizer", "ema"))
     broken = f"{file}: no run can be resumed from its"
     require(type(step) is int and step >= 0, f"{broken} step")
@@ -228,10 +228,10 @@ def load(path, device="cpu", ema=True):
     model = skeleton(config, len(weights), where)
     if format == "radd" and ema and state.get("ema") is not None:
         weights, config["ema"] = ema_by_name(state["ema"], model, file), True
-    fill(model, weights, format, file)
+    load_weights(model, weights, format, file)
     V = config["vocab_size"]
     meta = raw.get("tokenizer") if format == "nanomdm" else formats.TOKENIZERS.get((format, V))
-    return model.to(device).eval(), text_of(meta, V, where), config | {"tokenizer": meta}
+    return model.to(device).eval(), tokenizer_of(meta, V, where), config | {"tokenizer": meta}
 
 
 def locate(path):
@@ -248,7 +248,7 @@ def locate(path):
 
 
 def from_hub(name):
-    """Fetches OWNER/REPO (config.json, weights) or OWNER/REPO/FILE -> the path of the weights."""
+    """Fetch OWNER/REPO (config.json, weights) or OWNER/REPO/FILE -> the path of the weights."""
     owner, *rest = name.split("/")
     like_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name) and owner != "out"
     missing = f"no checkpoint {name}: no such file or folder"
@@ -315,8 +315,8 @@ def ema_by_name(ema, model, file):
     return dict(zip(names, shadow, strict=True))
 
 
-def fill(model, weights, format, file):
-    """Makes `weights` those of the skeleton; UserError where a name, a shape or a type is wrong."""
+def load_weights(model, weights, format, file):
+    """Make `weights` those of the skeleton; UserError where a name, a shape or a type is wrong."""
     names, config, frequency = model.state_dict(), model.config, formats.FREQUENCY
     expected = formats.to_format(names, config, format)
     if frequency not in weights:  # no parameter, so not among the averages of RADD's trainer
@@ -337,7 +337,7 @@ def fill(model, weights, format, file):
     model.cos, model.sin = rotary_tables(config)  # (block_size, d/2) each; in no file
 
 
-def text_of(meta, V, where):
+def tokenizer_of(meta, V, where):
     """The tokenizer of a meta; None where it cannot be built here; UserError where it is wrong."""
     if meta is None:
         return None
@@ -356,7 +356,7 @@ def text_of(meta, V, where):
 
 
 def export(ckpt, to, format):
-    """Writes config.json and model.safetensors (float32) to folder `to`, as the format has them.
+    """Write config.json and model.safetensors (float32) to folder `to`, as the format has them.
 
     Raises UserError where the model does not suit the format, or the system cannot write.
     """
@@ -375,7 +375,7 @@ def export(ckpt, to, format):
 
 
 def refuse_misfit(config, format, ckpt):
-    """Raises UserError for the first thing about a model that the format has no place for."""
+    """Raise UserError for the first thing about a model that the format has no place for."""
     limits = {key: [value] for key, value in formats.FIXED[format].items()}
     limits |= {"mlp_width": [4 * config["n_embd"], 0]} if format == "radd" else {}
     for key, values in limits.items():

@@ -62,11 +62,12 @@ def dtype_name(autocast, device):
 
 
 def cast_products(model, autocast):
-    """Gives a network's matrices the dtype that autocast multiplies them in; from then on it only
-    predicts, inside autocast, which would cast some of them again at every call.
+    """Cast a network's matrices to the dtype of autocast, so that no call casts them again.
+
+    From then on it only predicts, inside autocast.
     """
     with autocast():
-        dtype = product_dtype(torch.empty(0, device=model.cos.device))
+        dtype = product_dtype(torch.empty(0, device=model.device))
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
             module.to(dtype)
@@ -85,7 +86,7 @@ def keep_memory(keep=True):
 
 
 def check_cache():
-    """Heeds no cache of the compiler that cannot be made: torch would end there in any case."""
+    """Ignore a compiler cache folder that cannot be made: torch would fail on it."""
     if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         try:
             os.makedirs(folder, exist_ok=True)
@@ -120,14 +121,14 @@ def can_compile(device):
 
 
 def compile_hidden(model, device, graphs=True):
-    """Compiles what a sampler calls. graphs: on CUDA a call is one CUDA graph, where sizes stay."""
+    """Compile what a sampler calls. graphs: on CUDA a call is one CUDA graph, where sizes stay."""
     options = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
     options = options if graphs and device.type == "cuda" else {}
     model.hidden = torch.compile(model.hidden, options=options)
 
 
 def wait(device):
-    """Until the device has done what it was told: a GPU works on after a call."""
+    """Wait until the device has done what it was told: a GPU works on after a call."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -209,3 +210,12 @@ def flops_per_token(model, L, head_share=1.0):
     everywhere = block.qkv.weight.numel() - query + 2 * L * D // halved
     products = n_layer * everywhere + (n_layer - 1 + head_share) * (query + tail)
     return 2 * (products + head_share * head)
+
+
+def step_flops(model, sequences, L, share=1.0):
+    """Operations of a training step on so many sequences of L: forward and backward.
+
+    share: the part of the tokens that can count; of these half are masked where attention is full.
+    """
+    share *= 0.5 if model.config["attention"] == "full" else 1.0
+    return 3 * flops_per_token(model, L, share) * sequences * L

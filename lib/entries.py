@@ -24,7 +24,7 @@ a script before it calls train.main:
 
 import torch
 
-ATTENTIONS = ("full", "causal", "order")
+from model import ATTENTIONS
 
 
 def of_schedule(schedule):

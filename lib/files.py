@@ -22,7 +22,7 @@ from config import UserError, first_line, require
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Yields a temporary path beside `path` that takes its name once the block is done.
+    """Yield a temporary path beside `path` that takes its name once the block is done.
 
     So a file is whole or not there. Raises UserError where the system cannot write (no space, no
     permission); the old file, if any, is untouched. A process that is killed in the block leaves
@@ -90,7 +90,7 @@ def optional(name, wanted):
 
 
 def sweep(folder, *names):
-    """Removes what processes killed in whole_file have left of these files, which none writes."""
+    """Remove what processes killed in whole_file have left of these files, which none writes."""
     for torn in (torn for name in names for torn in Path(folder).glob(f".{name}.[0-9]*.tmp")):
         with contextlib.suppress(OSError):
             torn.unlink()
@@ -147,7 +147,7 @@ def open_locked(path):
 
 
 def name_owner(file):
-    """Makes the lock file say whose it is."""
+    """Make the lock file say whose it is."""
     with contextlib.suppress(OSError):  # a full disk does not matter here
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -156,7 +156,7 @@ def name_owner(file):
 
 
 def remove(path, file):
-    """Removes an open file; where it has to be closed first, as on Windows, it is."""
+    """Remove an open file; where it has to be closed first, as on Windows, it is."""
     try:
         path.unlink()
     except PermissionError:
@@ -168,7 +168,7 @@ def remove(path, file):
 
 
 def lock(file, wait=False):
-    """Locks a file until it is closed -> True; False where another has it, None where none can.
+    """Lock a file until it is closed -> True; False where another has it, None where none can.
 
     wait: until no other has it.
     """
@@ -210,7 +210,7 @@ def lock_on_windows(file, wait):
 
 
 class Stop:
-    """Notes Ctrl-C, SIGTERM or the end of the terminal, so that the loop can finish and save.
+    """Note Ctrl-C, SIGTERM or the end of the terminal, so that the loop can finish and save.
 
     A second Ctrl-C is not held back. In a thread, which gets no signals, there is nothing to note.
     """

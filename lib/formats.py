@@ -51,9 +51,8 @@ def to_format(weights, config, format):
     D, d = config["n_embd"], config["n_embd"] // config["n_head"]
     out = {}
     for name, w in weights.items():
-        if format == "smdm" and name.endswith(
-            "qkv.weight"
-        ):  # one head after the other: its q, k, v
+        if format == "smdm" and name.endswith("qkv.weight"):
+            # One head after the other: its q, k, v.
             w = w.reshape(3, -1, d, D).transpose(0, 1).reshape(-1, D)  # (3D, D)
         if format == "smdm" and name == "embed.weight" and config["attention"] == "causal":
             w = w[:-1]  # (V, D): there is no mask to read
@@ -61,7 +60,7 @@ def to_format(weights, config, format):
             w = torch.cat([w, torch.zeros_like(w[:1])])  # (V + 1, D) or (V + 1,): one for the mask
         out[published(name, format)] = w
     if format == "radd":
-        out[FREQUENCY] = 1.0 / 10000 ** (torch.arange(0, d, 2).float() / d)  # (d/2,)
+        out[FREQUENCY] = network.rotary_frequency(config)  # (d/2,)
     return out
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from config import UserError
 from lib.checkpoint import set_aside
-from lib.device import flops_per_token, nominal_flops
+from lib.device import nominal_flops, step_flops
 from lib.files import optional, to_json, whole_file
 from lib.resume import seen
 
@@ -24,26 +24,26 @@ from lib.resume import seen
 class Log:
     """Only the first process (is_main) says anything. flops: of a step; peak: of all, a second.
 
-    run: the budget.Clock of the run.
+    clock: the budget.Clock of the run.
     """
 
-    def __init__(self, config, dataset, run, flops, peak, is_main):
+    def __init__(self, config, dataset, clock, flops, peak, is_main):
         self.config, self.flops, self.peak, self.is_main = config, flops, peak, is_main
         self.tokens = config["batch_size"] * mean_length(config, dataset)  # of a step
         self.path = Path(config["out_dir"]) / "log.jsonl"
-        self.run, self.start, self.skipped, self.sinks = run, run.start, 0, []
+        self.clock, self.start, self.skipped, self.sinks = clock, clock.start, 0, []
         self.began, self.fifth = time.perf_counter(), None
         self.opened = contextlib.ExitStack()
         if is_main:
             self.begin()
         self.profiler = profiler(config["profile"] * is_main, self.path.with_name("trace.json"))
         total = config["max_iters"] or None  # where time decides, `speed` knows more
-        steps = {"total": total, "initial": run.start, "unit": "step"}
-        self.bar = tqdm(**steps, disable=hidden(is_main))
-        self.restart(run.start)
+        steps = {"total": total, "initial": self.start, "unit": "step"}
+        self.bar = tqdm(**steps, disable=bar_is_off(is_main))
+        self.restart(self.start)
 
     def begin(self):
-        """Opens the sinks, and drops the entries past `start`, which a resumed run makes again.
+        """Open the sinks, and drop the entries past `start`, which a resumed run makes again.
 
         A run that begins anew moves an older one aside.
         """
@@ -79,7 +79,7 @@ class Log:
             self.say(f"evaluations: {len(val.requests)} {data}, {by}, {weights} weights")
         else:
             self.say(f"no evaluations: {self.config['data']} holds nothing out")
-        card, nominal = nominal_flops(model.cos.device)
+        card, nominal = nominal_flops(model.device)
         if card:
             stated = f"{nominal / 1e12:.0f} by its data sheet" if nominal else "no figure is known"
             peak = f"{self.peak / 1e12:.0f} TFLOP/s in matrix products, all processes"
@@ -88,12 +88,12 @@ class Log:
             last = f" of {self.config['max_iters']}" * (self.config["max_iters"] > 0)
             at = f"at step {self.start}{last}, {self.minutes()}"
             self.say(f"resuming {self.path.with_name('ckpt.pt')} {at}")
-            if self.run.last:
+            if self.clock.last:
                 more = "a larger --max_iters= or --max_minutes= goes on"
                 self.say(f"it is finished; --out_dir= begins another, {more}")
 
     def say(self, text):
-        """Prints it. A run outlives who reads what it says: head, or a terminal that is closed."""
+        """Print it. A run outlives who reads what it says: head, or a terminal that is closed."""
         if self.is_main and sys.stdout:  # a program with windows has none
             coding = sys.stdout.encoding or "utf8"
             with contextlib.suppress(OSError):
@@ -101,12 +101,12 @@ class Log:
 
     def minutes(self):
         limit = self.config["max_minutes"]
-        return f"{self.run.minutes:.1f}{f' of {limit:g}' * (limit > 0)} min"
+        return f"{self.clock.minutes:.1f}{f' of {limit:g}' * (limit > 0)} min"
 
     def step(self, loss):
         """One step of training is done. After the tenth a line says how long the run will be."""
         self.bar.update()
-        if self.is_main and self.run.step - self.start in (5, 10):  # compiled by the fifth
+        if self.is_main and self.clock.step - self.start in (5, 10):  # compiled by the fifth
             loss.item()  # waits for the device
             then, self.fifth = self.fifth, time.perf_counter()
             if then:
@@ -116,8 +116,8 @@ class Log:
 
     def say_plan(self, pace):
         """The line after ten steps, which took `pace` seconds each."""
-        steps, seconds = self.run.left(pace)
-        tokens = (self.run.step + steps) * self.tokens
+        steps, seconds = self.clock.left(pace)
+        tokens = (self.clock.step + steps) * self.tokens
         size = f"{self.parameters:,} parameters, {self.tokens:,.0f} tokens a step"
         end = f"{steps:,.0f} steps and {seconds / 60:.1f} minutes to the end"
         self.say(f"{size}; about {end}, then {tokens / 1e6:,.1f}M tokens in all")
@@ -150,8 +150,8 @@ class Log:
         The time left is by what the steps so far took, evaluations included.
         """
         now = time.perf_counter()
-        per_second = (step - self.since) / (now - self.clock)  # steps
-        steps, left = self.run.left((now - self.began) / (step - self.start))
+        per_second = (step - self.last_step) / (now - self.last_time)  # steps
+        steps, left = self.clock.left((now - self.began) / (step - self.start))
         self.bar.total = round(step + steps)
         tokens, mfu = per_second * self.tokens, per_second * self.flops / self.peak
         speed = f"{tokens:.0f} tokens/s, {mfu:.0%} of peak"
@@ -165,24 +165,24 @@ class Log:
         entry = {"step": step, "loss": loss, "nelbo": nelbo, "learning_rate": rate}
         entry |= {"tokens": round(counted * self.tokens), "flops": counted * self.flops}
         entry |= {"tokens_per_second": tokens, "mfu": mfu, "memory_mib": memory}
-        entry |= {"minutes": self.run.minutes, "seconds_left": left}
+        entry |= {"minutes": self.clock.minutes, "seconds_left": left}
         entry |= {"skipped": self.skipped} if self.skipped else {}
         self.write(entry)
         self.restart(step)
 
     def restart(self, step):
-        """Starts the clock anew: what came before, an evaluation say, is not training time."""
-        self.clock, self.since = time.perf_counter(), step
+        """Start the clock anew: what came before, an evaluation say, is not training time."""
+        self.last_time, self.last_step = time.perf_counter(), step
 
 
-def hidden(shown):
+def bar_is_off(shown):
     """tqdm's `disable` for a bar that is to be shown on a terminal alone: none goes into a file."""
     return not shown or not sys.stderr or None
 
 
 def progress_bar(shown, total, unit):
     """A bar that leaves nothing behind."""
-    return tqdm(total=total, unit=unit, disable=hidden(shown), leave=False)
+    return tqdm(total=total, unit=unit, disable=bar_is_off(shown), leave=False)
 
 
 def step_of(line):
@@ -195,12 +195,12 @@ def step_of(line):
 
 def flops_of_step(config, model, dataset):
     """Operations of a training step: forward and backward, of the positions that are predicted."""
-    causal, L = config["attention"] == "causal", dataset.block_size
-    share = 0.5 if config["attention"] == "full" else 1.0
+    share, L = 1.0, dataset.block_size
     if config["example_width"]:
-        share *= dataset.counted(range(dataset.n), padding=not causal).mean() / L
-    n_tokens = config["batch_size"] * mean_length(config, dataset)
-    return 3 * flops_per_token(model, L, share) * n_tokens
+        padding = config["attention"] != "causal"
+        share = dataset.counted(range(dataset.n), padding).mean() / L
+    sequences = config["batch_size"] * mean_length(config, dataset) / L
+    return step_flops(model, sequences, L, share)
 
 
 def mean_length(config, dataset):

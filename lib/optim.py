@@ -90,11 +90,11 @@ def make_optimizers(config, model):
     return [adamw, Muon(muon, **common)] if muon else [adamw]
 
 
-def learning_rate(step, config, time=0.0):
+def learning_rate(step, config, spent=0.0):
     """Linear warm-up, constant up to decay_start, then a decay to min_lr at the end of the run.
 
-    The end is max_iters (0: never) or time = 1, the part of the run's minutes that is used: the
-    decay follows whichever is further.
+    The end is max_iters (0: never) or spent = 1, the part of the run's minutes that is used:
+    the decay follows whichever is further.
     """
     peak, floor, warmup = config["learning_rate"], config["min_lr"], config["warmup_iters"]
     if step < warmup:
@@ -102,14 +102,14 @@ def learning_rate(step, config, time=0.0):
     late, end = config["decay_start"], config["max_iters"]
     start = max(warmup, late * end)
     done = (step - start) / max(1, end - start) if end else 0.0
-    done = min(1.0, max(0.0, done, (time - late) / max(1e-9, 1 - late)))  # 0..1
+    done = min(1.0, max(0.0, done, (spent - late) / max(1e-9, 1 - late)))  # 0..1
     shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     return floor + (peak - floor) * choose("lr_decay", config["lr_decay"], shapes)
 
 
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
-    """Moves the averaged weights towards the model's, early on faster.
+    """Move the averaged weights towards the model's, early on faster.
 
     EMA: exponential moving average.
     """

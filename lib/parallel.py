@@ -222,7 +222,7 @@ def accumulate(loss_of, last):
 
 
 def release(model):
-    """Drops the whole weights that a call outside training has left gathered."""
+    """Drop the whole weights that a call outside training has left gathered."""
     if hasattr(model, "reshard"):
         model.reshard()
 
@@ -256,7 +256,7 @@ def part(tensor, like):
 
 @torch.no_grad()
 def fill(model, weights, where):
-    """Gives a network its weights, (name, whole tensor) each. UserError where one does not fit."""
+    """Give a network its weights, (name, whole tensor) each. UserError where one does not fit."""
     own = dict(model.named_parameters())
     for name, value in weights:
         misfit = f"the tensor {name} {tuple(value.shape)} does not fit the network of its config"

@@ -97,7 +97,7 @@ def seen(config, step):
 
 
 def learn_characters(state, source, meta, team):
-    """Gives a network to begin with rows for characters that the data have behind its alphabet.
+    """Give a network to begin with rows for characters that the data have behind its alphabet.
 
     They begin as the mean of the others. data.tokenizer.named makes such alphabets.
     """
@@ -175,7 +175,7 @@ def with_data(config, state, source):
 
 
 def check(config, world):
-    """Raises UserError for settings that cannot be trained."""
+    """Raise UserError for settings that cannot be trained."""
     at_least(1, config, "block_size", "log_interval", "eval_sequences", "eval_draws", "keep")
     at_least(0, config, "max_iters", "max_minutes", "depth", "n_layer", "n_head", "n_embd")
     at_least(0, config, "batch_size", "micro_batch_size", "warmup_iters", "learning_rate")
@@ -215,7 +215,7 @@ def settle(config, state, world):
 
 
 def check_shape(config, world):
-    """Raises UserError for a network or a batch that cannot be divided as it has to be."""
+    """Raise UserError for a network or a batch that cannot be divided as it has to be."""
     D, H = config["n_embd"], config["n_head"]
     require(D % (2 * H) == 0, f"n_embd {D} must be a multiple of 2 * n_head = {2 * H}")
     B, micro = config["batch_size"], config["micro_batch_size"] or config["batch_size"] // world
@@ -224,7 +224,7 @@ def check_shape(config, world):
 
 
 def load_optimizers(optimizers, saved):
-    """Gives optimizers the state of a checkpoint, but not its settings: these are the config's.
+    """Give optimizers the state of a checkpoint, but not its settings: these are the config's.
 
     Raises UserError where the state does not fit.
     """

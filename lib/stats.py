@@ -58,6 +58,12 @@ def mean_and_error(values, lengths=None):
     return float(mean), math.sqrt((residual**2).sum() * S / (S - 1)) / lengths.sum()
 
 
+def mean_half(values):
+    """The mean of values (S,) and half of its 95% interval; infinite for fewer than FEWEST."""
+    mean, error = mean_and_error(values)
+    return mean, t95(len(values) - 1) * error
+
+
 def t95(freedom):
     """Half a 95% interval in standard errors, Student's t: Abramowitz and Stegun, 26.7.5.
 

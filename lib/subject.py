@@ -9,7 +9,7 @@ from data import examples, loader
 from data.tokenizer import from_meta
 from lib import checkpoint
 from lib.device import cast_products, dtype_name, machine
-from lib.text import encode, typed
+from lib.text import encode, text_or_file
 
 
 class Subject(NamedTuple):
@@ -26,26 +26,28 @@ class Subject(NamedTuple):
         return self.trained["attention"] == "causal"
 
 
-def opened(config, reads_text=False):
-    """The Subject that config["ckpt"] names; reads_text: UserError where it has no tokenizer."""
-    (device, autocast), ckpt = machine(config), config["ckpt"]
-    model, tokenizer, trained = checkpoint.load(ckpt, device, ema=config["ema"])
-    require(
-        config["estimator"] != "t_dse" or trained.get("objective") == "t_dse",
-        f"{ckpt} was not trained with t_dse, so its scores have no scale; use --estimator=t_dce",
-    )
+def opened(config, reads_text=False, cast=True):
+    """The Subject that config["ckpt"] names; reads_text: UserError where it has no tokenizer.
+
+    cast: its matrices once, to the dtype of products; without it they stay as they were saved.
+    """
+    (device, autocast), ckpt, ema = machine(config), config["ckpt"], config.get("ema", True)
+    model, tokenizer, trained = checkpoint.load(ckpt, device, ema=ema)
     if reads_text:
-        require(trained["tokenizer"], f"{ckpt} names no tokenizer, so it cannot read text")
+        textless = f"{ckpt} names no tokenizer, so text cannot be read or written"
+        require(trained["tokenizer"], textless)
         tokenizer = tokenizer or from_meta(trained["tokenizer"])  # says which package it lacks
-    cast_products(model, autocast)
-    weights = "averaged weights" if config["ema"] and trained.get("ema") else "raw weights"
+    if cast:
+        cast_products(model, autocast)
+    weights = "averaged weights" if ema and trained.get("ema") else "raw weights"
     words = f"{dtype_name(autocast, device)}, {weights}, seed {config['seed']}"
     return Subject(model, tokenizer, trained, autocast, words)
 
 
 def ids_of_text(subject, text):
     """The ids of a text of the command line; UserError where they do not fit the network."""
-    ids, most = encode(subject.tokenizer, subject.model, typed(text)), subject.model.block_size
+    model, text = subject.model, text_or_file(text)
+    ids, most = encode(subject.tokenizer, model, text), model.block_size
     limits = f"a text must have from 1 to {most} tokens (block_size), not {len(ids)}"
     require(0 < len(ids) <= most, limits)
     return ids
@@ -80,8 +82,8 @@ def open_text(config, subject, folder, split):
     end = choose("protocol", config["protocol"], ends)
     short = f"{folder} {split} has {len(tokens)} tokens, no whole block of {L}"
     require(end, f"{short}; try --protocol=whole")
-    starts, counts = range(0, end, L), tokens.meta["splits"][split]
-    blocks = [tokens[start : start + L] for start in loader.spread(starts, config["sequences"])]
+    blocks = loader.in_order(tokens, L, config["sequences"], end)
+    counts = tokens.meta["splits"][split]
     size = counts["bytes"] / counts["tokens"]
     return tokens.meta, examples.HeldOut(blocks, list(map(len, blocks)), size), L
 

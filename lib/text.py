@@ -7,10 +7,10 @@ import torch
 
 from config import require
 from data.writer import opened
-from lib.stats import mean_and_error, plus_minus, t95
+from lib.stats import mean_half, plus_minus
 
 
-def typed(text):
+def text_or_file(text):
     """What a text of the command line says: itself, or the file of FILE:PATH.
 
     Less the newline that ends the file, which editors put there unasked.
@@ -72,13 +72,13 @@ def request(tokenizer, model, prompt="", suffix="", template="", length=0):
 def by_token(tokenizer, ids, nats):
     """The nats (draws, L) of the tokens ids (L,) as a dict and as a table."""
     mean = nats.mean(0).tolist()
-    total, error = mean_and_error(nats.sum(1))
+    total, half = mean_half(nats.sum(1))
     texts = [tokenizer.table[i].decode("utf8", "replace") for i in ids]
     lines = [f"{value:10.4f}  {text!r}" for value, text in zip(mean, texts, strict=True)]
-    half = plus_minus(t95(len(nats) - 1) * error)
-    half += " (95% over the orders)" * bool(half)
+    said = plus_minus(half)
+    said += " (95% over the orders)" * bool(said)
     lines = ["      nats  token, given those before it in the order", *lines]
-    lines.append(f"{total:10.4f}  in all{half}, {total / len(ids):.4f} per token")
+    lines.append(f"{total:10.4f}  in all{said}, {total / len(ids):.4f} per token")
     result = {"tokens": ids, "texts": texts, "nats": mean, "total": total, "draws": len(nats)}
     return result, "\n".join(lines)
 
@@ -100,7 +100,7 @@ def text_of(tokenizer, ids, begin=0, eos_id=-1):
 
 
 def suppress_tokens(logits, tokens):
-    """Takes one token away from each row, in place: logits (N, V), tokens (N,), -1 for none."""
+    """Take one token away from each row, in place: logits (N, V), tokens (N,), -1 for none."""
     column = tokens[:, None].clamp(min=0)  # (N, 1)
     kept = logits.gather(1, column)  # (N, 1)
     logits.scatter_(1, column, kept.masked_fill(tokens[:, None] >= 0, -torch.inf))

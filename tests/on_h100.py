@@ -33,7 +33,7 @@ H100 |= {"total_memory": 80 * GIB, "L2_cache_size": 50 * 2**20, "gcnArchName": "
 
 
 class Live(TorchDispatchMode):
-    """Adds up the bytes of what is made inside it and not dropped: now, and at most."""
+    """Add up the bytes of what is made inside it and not dropped: now, and at most."""
 
     def __init__(self):
         super().__init__()

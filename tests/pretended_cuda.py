@@ -216,7 +216,7 @@ def count_waits(name, args, kwargs, here, device):
 
 
 class Pretence(TorchDispatchMode):
-    """Sees what is made on CUDA or copied there."""
+    """See what is made on CUDA or copied there."""
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}

@@ -31,7 +31,7 @@ def network(**keys):
 
 
 def run(folder, objective="any_order", ema=True, tokenizer=Char("abcde").meta(), **keys):
-    """Saves a checkpoint as train.py does; returns (its path, the model, the averaged model)."""
+    """Save a checkpoint as train.py does; return (its path, the model, the averaged model)."""
     model = network(**keys)
     averaged = network(**keys)
     averaged.embed.weight.data.add_(1)

@@ -28,7 +28,7 @@ WORLD = "naïve façade — Ελληνικά, 日本語, 😀\ttab"
 
 
 def command(*args, cwd=ROOT, **env):
-    """Runs a module of ours as the user would."""
+    """Run a module of ours as the user would."""
     env = os.environ | {"PYTHONPATH": str(ROOT)} | env
     return subprocess.run(
         [sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, timeout=60
@@ -415,7 +415,7 @@ def test_a_text_of_hardly_a_block_still_trains_and_a_shorter_one_is_an_error(n, 
 
 
 def test_evaluation_blocks_are_the_text_in_order_with_its_remainder(tmp_path):
-    blocks = list(loader.in_order(numbers(tmp_path, 20, shard_tokens=7), 8))
+    blocks = loader.in_order(numbers(tmp_path, 20, shard_tokens=7), 8)
     assert [len(block) for block in blocks] == [8, 8, 4]
     assert np.array_equal(np.concatenate(blocks), np.arange(20))
 
@@ -514,7 +514,7 @@ def test_pydocs_holds_out_whole_documents_and_no_long_paragraph_is_on_both_sides
     assert len(long["val"]) > 50 and not long["train"] & long["val"]
     documents = pydocs.documents()
     assert hashlib.sha256("\n\n".join(documents.values()).encode()).hexdigest() in pydocs_folder[1]
-    held = [text for name, text in documents.items() if writer.held_out(name, pydocs.HELD_OUT)]
+    held = [text for name, text in documents.items() if writer.is_held_out(name, pydocs.HELD_OUT)]
     assert " ".join(" ".join(held).split()) == " ".join(" ".join(sides["val"]).split())
 
 
@@ -606,7 +606,7 @@ def test_gpt2_and_llama_prepare_text_with_several_processes_and_no_network(
         assert kind == "llama" or documents.pop() == "", (
             "GPT-2's mark ends a document, Llama's begins one"
         )
-        assert documents == [line for line in said if not writer.held_out(line, 0.05)]
+        assert documents == [line for line in said if not writer.is_held_out(line, 0.05)]
         assert tokens.meta["splits"]["train"]["documents"] == len(documents)
 
 

@@ -170,7 +170,7 @@ def test_what_is_left_is_counted_by_whichever_end_comes_first():
     config = {"max_iters": 100, "max_minutes": 2.0}
     clock = budget.Clock(config, {"step": 40, "minutes": 0.5}, Team())
     assert clock.left(1.0) == (60, 60.0) and clock.left(2.0) == (45.0, 90.0)
-    assert clock.done() == 0.4 and clock.time() == 0.25
+    assert clock.done() == 0.4 and clock.spent() == 0.25
 
 
 # ---- The dial ------------------------------------------------------------------------------------

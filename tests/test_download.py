@@ -39,7 +39,7 @@ NONSENSE = [
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Plays the server's script, an entry a request, noting what is asked; then behaves well."""
+    """Play the server's script, an entry a request, noting what is asked; then behave well."""
 
     protocol_version = "HTTP/1.1"
 

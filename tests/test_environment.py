@@ -174,7 +174,7 @@ def test_no_bar_is_drawn_into_a_file_and_lines_say_how_far_a_run_is(data, tmp_pa
 
 def test_each_bar_is_for_a_terminal_alone():
     for where, call in calls("tqdm"):
-        assert re.search("disable=(None|hidden)", call), f"{where}: {call}"
+        assert re.search("disable=(None|bar_is_off)", call), f"{where}: {call}"
 
 
 # ---- Ctrl-C --------------------------------------------------------------------------------------

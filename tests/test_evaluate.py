@@ -71,7 +71,7 @@ def program(tmp_path):
 
 
 def val_blocks(tmp_path, length=16):
-    return list(loader.in_order(loader.Tokens(tmp_path / "data", "val"), length))
+    return loader.in_order(loader.Tokens(tmp_path / "data", "val"), length)
 
 
 # ---- One text ------------------------------------------------------------------------------------
@@ -328,7 +328,7 @@ def test_the_experiment_on_variance_measures_what_estimate_finds(program, tmp_pa
     text = (tmp_path / "results/variance.md").read_text()
     assert "| any_order, stratified in pairs (4) | " in text
     tokens = loader.Tokens(tmp_path / "data", "val")
-    blocks = spread(list(loader.in_order(tokens, 16))[:-1], 24)
+    blocks = spread(loader.in_order(tokens, 16)[:-1], 24)
     for name, strata in (("i_i_d", 1), ("stratified_in_pairs_4", 4)):
         error = estimate(model, blocks, draws=128, strata=strata)[1]["draw_error"]
         rows = 24 * 128 * (1.96 * error / 0.01) ** 2

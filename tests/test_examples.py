@@ -139,13 +139,13 @@ def test_a_width_that_no_example_can_have_is_refused(tmp_path):
 
 def test_the_eos_is_the_tokenizers_own_or_nul_which_an_alphabet_gains(tmp_path):
     assert examples.eos_of(TEXT) == 0
-    new = examples.vocabulary("char", ["ab"])
+    new = examples.vocabulary("char", ["ab"], None)
     assert new.decode([examples.eos_of(new)]) == "\0"
     old = tokenizer.Char("\nab")
     writer.prepare(tmp_path, [("train", "ab"), ("val", "ba")], old)
-    lent = examples.vocabulary(str(tmp_path), ["cab\0"])
+    lent = examples.vocabulary(str(tmp_path), ["cab\0"], None)
     assert lent.alphabet == "\nab\0c" and examples.eos_of(lent) == 3
-    assert tokenizer.named(str(tmp_path), ["ba"]).meta() == old.meta()
+    assert tokenizer.named(str(tmp_path), ["ba"], None).meta() == old.meta()
 
 
 def test_an_answer_cannot_hold_its_eos(tmp_path):

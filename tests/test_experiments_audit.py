@@ -256,7 +256,7 @@ def test_gumbel_max_is_the_argmax_over_tokens_and_mask_where_no_token_is_left_ou
 
 def test_float32_noise_loses_entropy_and_is_late_with_many_steps_and_many_tokens():
     many = [annealing.first_step(50257, n, 24) for n in (16, 256, 4096)]
-    for key in ("entropy", "revealed"):
+    for key in ("entropy", "unmasked"):
         assert many[0][key] > many[1][key] > many[2][key]
     few, (p, count) = annealing.first_step(104, 256, 24), annealing.zipf(104)
     entropy = -(count * p * np.log(p)).sum()

@@ -28,7 +28,7 @@ from lib.formats import FIXED
 
 
 def command(*args):
-    """Runs `python -m lib.checkpoint export`: (exit code, lines on stderr)."""
+    """Run `python -m lib.checkpoint export`: (exit code, lines on stderr)."""
     words = [sys.executable, "-m", "lib.checkpoint", "export", *map(str, args)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=env)

@@ -21,7 +21,7 @@ from model import Transformer
 
 
 def edit(path, change):
-    """Rewrites a JSON file as change(its content)."""
+    """Rewrite a JSON file as change(its content)."""
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
 
 

@@ -200,7 +200,7 @@ def command_lines(draw):
 
 
 def command(name, argv):
-    """Runs a program as its command does: exit code 2 comes with one line, which is returned."""
+    """Run a program as its command does: exit code 2 comes with one line, which is returned."""
     main, modules = PROGRAMS[name]
     with pytest.MonkeyPatch.context() as patch:
         said = io.StringIO()
@@ -296,7 +296,7 @@ def use_data(folder):
         tokens = attempt(loader.Tokens, folder, split)
         if tokens:
             attempt(tokenizer.from_meta, tokens.meta["tokenizer"])
-            attempt(lambda tokens: list(loader.in_order(tokens, 4)), tokens)
+            attempt(lambda tokens: loader.in_order(tokens, 4), tokens)
             attempt(lambda tokens: loader.Blocks(tokens, 4, 1).batch(24, range(2)), tokens)
     attempt(ngram.baseline, folder, 2**12)
 

@@ -65,7 +65,7 @@ def test_of_many_documents_the_hash_alone_decides_as_ever(tmp_path):
     said = [f"document {i} " * 20 for i in range(400)]
     lines = "".join(json.dumps({"text": each}) + "\n" for each in said)
     _, held = prepared(tmp_path, lines, name="own.jsonl")
-    expected = [each for each in said if writer.held_out(each, 0.05)]
+    expected = [each for each in said if writer.is_held_out(each, 0.05)]
     assert 10 <= len(expected) <= 40 and held.split("\n\n") == expected
 
 
@@ -126,7 +126,7 @@ def test_what_is_held_out_of_a_few_names_does_not_depend_on_their_order():
     for n in range(60):
         names = [f"name {i}" for i in range(n)]
         fraction = writer.adjusted(names, 0.05)
-        held = {name for name in names if writer.held_out(name, fraction)}
+        held = {name for name in names if writer.is_held_out(name, fraction)}
         assert fraction == writer.adjusted(names[::-1] * 2, 0.05)
         assert (fraction == 0.05 and n / 40 <= len(held) <= n / 10) or len(held) == n // 20
     many = [f"name {i}" for i in range(5000)]

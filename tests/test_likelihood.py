@@ -11,7 +11,6 @@ from conftest import L, Table, V, random_joint, random_logits, states, true_cond
 from plain import DEFAULTS
 
 import diffusion
-import evaluate
 from data.loader import spread
 from evaluate import (
     ESTIMATORS,
@@ -51,7 +50,7 @@ def one_set(model, requests, size, number=0, **options):
 def row_of(estimator, u, noise, turn, prompt, schedule="loglinear"):
     """What an estimator masks and counts: (b, W) each."""
     draw = Draw(u, noise, turn, prompt, diffusion.SCHEDULES[schedule])
-    return evaluate.row_of(ESTIMATORS[estimator], draw)
+    return ESTIMATORS[estimator].row_of(draw)
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def data(tmp_path_factory):
 
 
 def begin(config, world, rank, folder):
-    """Builds the network; leaves its first weights, whole, and how many this process holds."""
+    """Build the network; leave its first weights, whole, and how many this process holds."""
     config |= {"vocab_size": 25, "attention": "full"}
     model, ema, _ = train.build(config, Team(world, rank))
     mine = sum(parallel.local(p).numel() for p in model.parameters())
@@ -65,7 +65,7 @@ def begin(config, world, rank, folder):
 
 
 def stumble(config, world, rank, folder):
-    """Trains while the last process meets a weight that is not finite, at steps 3 and 4."""
+    """Train while the last process meets a weight that is not finite, at steps 3 and 4."""
     make_batch = train.make_batch
 
     def bad_batch(config, blocks, step, position):
@@ -81,13 +81,13 @@ def stumble(config, world, rank, folder):
 
 
 def disagree(config, world, rank, folder):
-    """Resumes from a folder of this process's own, of which only one holds a checkpoint."""
+    """Resume from a folder of this process's own, of which only one holds a checkpoint."""
     with pytest.raises(UserError, match="do not see the same"):
         train.main(config | {"out_dir": str(folder / f"own_{rank}")})
 
 
 def hurry(config, world, rank, folder):
-    """Trains by the clock, which is three times as fast in the last process; leaves its rates."""
+    """Train by the clock, which is three times as fast in the last process; leave its rates."""
     seconds, rates, step_of, now = [0.0], [], train.train_step, budget.now
 
     def timed_step(config, step, batches, loss_of, optimizers, *rest):

@@ -20,7 +20,7 @@ import sample as decoding
 from config import UserError
 from data.tokenizer import Char, build
 from lib import checkpoint
-from lib.text import typed
+from lib.text import text_or_file
 from sample import SAMPLERS, request
 
 # ---- Requests ------------------------------------------------------------------------------------
@@ -215,13 +215,13 @@ def test_a_text_of_the_command_line_may_be_a_file(tmp_path):
     path = tmp_path / "prompt.txt"
     for written, text in {"a\nb\n": "a\nb", "a\n\n": "a\n", "a": "a", "": ""}.items():
         path.write_text(written)
-        assert typed(f"FILE:{path}") == text
-    assert typed("FILES: a\\n") == "FILES: a\\n" and typed("") == ""
+        assert text_or_file(f"FILE:{path}") == text
+    assert text_or_file("FILES: a\\n") == "FILES: a\\n" and text_or_file("") == ""
     with pytest.raises(UserError, match=r"cannot read gone\.txt"):
-        typed("FILE:gone.txt")
+        text_or_file("FILE:gone.txt")
     path.write_bytes(b"\xff")
     with pytest.raises(UserError, match="is not UTF-8 text"):
-        typed(f"FILE:{path}")
+        text_or_file(f"FILE:{path}")
 
 
 # ---- The command on a terminal -------------------------------------------------------------------

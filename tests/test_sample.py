@@ -49,7 +49,7 @@ def requests_for(model, n, seed=0):
 
 
 def plain_draw(logits, u, **keys):
-    """Inverts the distribution function: logits (..., V), u (...) -> tokens (...), p (...)."""
+    """Invert the distribution function: logits (..., V), u (...) -> tokens (...), p (...)."""
     keys = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | keys
     law = [plain_law(row, **keys) for row in logits.flatten(0, -2)]
     p = torch.tensor(law, dtype=torch.float64).view(logits.shape)  # (..., V)

@@ -349,10 +349,9 @@ def test_your_own_text_is_laid_out_alike_by_any_number_of_processes(tmp_path):
 # ---- Evaluation blocks ---------------------------------------------------------------------------
 
 
-def test_evaluation_blocks_are_read_when_they_are_asked_for(tmp_path, monkeypatch):
+def test_of_evaluation_blocks_only_those_that_are_wanted_are_read(tmp_path, monkeypatch):
     writer.prepare(tmp_path, [("train", "abcdefghij" * 100)], tokenizer.Byte())
     tokens, reads = loader.Tokens(tmp_path, "train"), []
-    blocks = loader.in_order(tokens, 7)
     plain = [tokens[start : start + 7] for start in range(0, 1000, 7)]
     read = loader.Tokens.windows
 
@@ -361,14 +360,13 @@ def test_evaluation_blocks_are_read_when_they_are_asked_for(tmp_path, monkeypatc
         return read(self, starts, n)
 
     monkeypatch.setattr(loader.Tokens, "windows", watched)
-    assert len(blocks) == len(plain) == 143 and not reads
-    for i in (0, 5, 142, -1, -143):
-        assert np.array_equal(blocks[i], plain[i])
-    assert len(reads) == 5
-    assert len(blocks[142]) == 6 and all(map(np.array_equal, blocks, plain))
-    for i in (143, -144):
-        with pytest.raises(IndexError):
-            blocks[i]
+    blocks = loader.in_order(tokens, 7)
+    assert len(blocks) == len(plain) == len(reads) == 143 and len(blocks[142]) == 6
+    assert all(map(np.array_equal, blocks, plain))
+    reads.clear()
+    some = loader.in_order(tokens, 7, 5, end=994)
+    assert len(some) == len(reads) == 5
+    assert all(map(np.array_equal, some, loader.spread(plain[:142], 5)))
 
 
 # ---- Prefetching ---------------------------------------------------------------------------------

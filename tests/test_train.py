@@ -631,7 +631,7 @@ def process(*command):
 
 
 def until(condition, process):
-    """Waits for it, a minute at most, while the process lives."""
+    """Wait for it, a minute at most, while the process lives."""
     limit = time.time() + 60
     while not condition():
         assert process.poll() is None and time.time() < limit

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def command(*args, **env):
-    """Runs the program as the user would."""
+    """Run the program as the user would."""
     line = [sys.executable, "-m", "data.zeroshot.prepare", *args]
     return subprocess.run(
         line, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300

@@ -23,11 +23,9 @@ import diffusion
 import model as network
 import sample
 from config import require
-from data.tokenizer import from_meta
-from lib import checkpoint
-from lib.device import machine
 from lib.files import to_json, whole_file
-from lib.text import typed
+from lib.subject import opened
+from lib.text import text_or_file
 from samplers import Remasking
 from view.trace import Recorder
 
@@ -68,7 +66,7 @@ def with_weights(model, tokenizer, o):
     known = {"norm": ("layer", "rms"), "mlp": ("gelu", "swiglu", "relu2")}  # to network.js
     simple = simple and all(config[key] in known[key] for key in known)
     require(simple, "a page cannot hold this model; record a sample of it with --trace")
-    template = typed(o["template"]) or f"___{model.block_size}"
+    template = text_or_file(o["template"]) or f"___{model.block_size}"
     sample.request(tokenizer, model, template=template)  # or its UserError
     about = f"This file holds a masked diffusion language model of {n:,} parameters, which writes "
     about += "here, in your browser; nothing is fetched. Its matrices are rounded to 8‑bit whole "
@@ -87,9 +85,9 @@ def recorded(model, tokenizer, o):
     """The data of a page or a picture that plays samples drawn now, by the keys of sample.py."""
     rule = "a record holds one draw a position: no causal network, no sampler that masks again"
     require(model.config["attention"] != "causal", rule)
-    wish = {key: typed(o[key]) for key in ("prompt", "suffix", "template")}
+    wish = {key: text_or_file(o[key]) for key in ("prompt", "suffix", "template")}
     ids = sample.request(tokenizer, model, **wish, length=o["length"])
-    x = torch.tensor([ids] * o["num_samples"], device=next(model.parameters()).device)  # (N, L)
+    x = torch.tensor([ids] * o["num_samples"], device=model.device)  # (N, L)
     policy = sample.SAMPLERS[o["sampler"]]((x == model.mask_id).cpu(), o)
     require(not isinstance(policy, Remasking), rule)
     recorder = Recorder(tokenizer, x, model.mask_id, o)
@@ -101,14 +99,11 @@ def recorded(model, tokenizer, o):
 
 def made(config, make):
     """make(model, tokenizer, the keys of sample.py) of what config["ckpt"] names."""
-    device, autocast = machine(config)
-    model, tokenizer, trained = checkpoint.load(config["ckpt"], device)
-    require(trained["tokenizer"], f"{config['ckpt']} names no tokenizer, so it cannot read text")
+    subject = opened(config, reads_text=True, cast=False)  # the page holds weights as they are
     keys = settings.defaults_of([settings, diffusion, sample])
-    config = sample.suited(config, trained)
-    with autocast():
-        tokenizer = tokenizer or from_meta(trained["tokenizer"])
-        return make(model, tokenizer, {key: config[key] for key in keys})
+    config = sample.suited(config, subject.trained)
+    with subject.autocast():
+        return make(subject.model, subject.tokenizer, {key: config[key] for key in keys})
 
 
 def html(data, code):

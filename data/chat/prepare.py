@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, t
 from config import fraction, require, run
 from data import examples, writer
 from data import tokenizer as tokenizers
+from lib import checkpoint
 
 DEFAULTS = {
     "input": "",  # files, separated by commas
@@ -47,9 +48,9 @@ def first_turn(where, record):
 
 
 def tokenized(turns, tokenizer, val_fraction):
-    """Yields what examples.prepare takes, of an iterable of (where, question, answer)."""
+    """Yield what examples.prepare takes, of an iterable of (where, question, answer)."""
     for where, question, answer in turns:
-        split = "val" if writer.held_out(question, val_fraction) else "train"
+        split = "val" if writer.is_held_out(question, val_fraction) else "train"
         prompt = examples.encode(tokenizer, where, TEMPLATE.format(question))
         alone = tokenizer.bos is not None
         answer = answer if alone else f" {answer}"
@@ -66,7 +67,7 @@ def main(config):
     passed = f"{len(firsts) - len(turns):,} of {len(firsts):,} conversations passed over"
     print(f"{passed}: no question and answer at their beginning")
     texts = (f"{TEMPLATE.format(question)} {answer}" for _, question, answer in turns)
-    tokenizer = examples.vocabulary(config["tokenizer"], texts)
+    tokenizer = examples.vocabulary(config["tokenizer"], texts, checkpoint.load)
     held = writer.adjusted((question for _, question, _ in turns), config["val_fraction"])
     items = tokenized(turns, tokenizer, held)
     meta = examples.prepare(config["out"], items, tokenizer, config["width"])

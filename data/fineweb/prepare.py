@@ -75,7 +75,7 @@ def sizes(folder, building, name):
 
 
 def check_space(folder, missing, threads):
-    """Raises UserError where the disk lacks the room for `missing` shards.
+    """Raise UserError where the disk lacks the room for `missing` shards.
 
     `threads` of them are there twice for a while, with and without a header.
     """
@@ -91,7 +91,7 @@ def check_space(folder, missing, threads):
 
 
 def fetch_shard(repo, name, building, lengths, stop):
-    """Downloads a shard into `building` and leaves its tokens, NAME.bin, and counts, NAME.json."""
+    """Download a shard into `building` and leave its tokens, NAME.bin, and counts, NAME.json."""
     split, number = name.split("_")
     published = f"fineweb_{split}_{int(number):06d}.bin"
     source = download.hub_file(f"datasets/{repo}", published, building, stop)
@@ -102,7 +102,7 @@ def fetch_shard(repo, name, building, lengths, stop):
 
 
 def convert(source, target, lengths):
-    """Copies a shard without its header; lengths (V,) in bytes -> {tokens, documents, bytes}.
+    """Copy a shard without its header; lengths (V,) in bytes -> {tokens, documents, bytes}.
 
     Raises UserError for a file that is no shard, or holds more or less than it says; such a file is
     removed.
@@ -149,7 +149,7 @@ def fetch_all(repo, names, building, lengths, threads):
 
 
 def publish(folder, names, counts, meta):
-    """Moves the new shards in and says so in meta.json; a run killed here has lost nothing."""
+    """Move the new shards in and say so in meta.json; a run killed here has lost nothing."""
     building = folder / ".preparing"
     for name in names:
         if (building / f"{name}.bin").is_file():

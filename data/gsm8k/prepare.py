@@ -22,6 +22,7 @@ import re
 from config import require, run
 from data import download, examples
 from data import tokenizer as tokenizers
+from lib import checkpoint
 
 DEFAULTS = {
     "from": "",  # a folder that holds the files; without one they are downloaded
@@ -64,7 +65,7 @@ def find(name, folder, out):
 
 
 def problems(path):
-    """Yields (where, question, thought, answer) of a .jsonl or .txt file; UserError for others."""
+    """Yield (where, question, thought, answer) of a .jsonl or .txt file; UserError for others."""
     if ".jsonl" in Path(path).name.lower():
         for where, record in examples.records(path):
             question, solution = (
@@ -81,7 +82,7 @@ def problems(path):
 
 
 def tokenized(items, split, tokenizer, width):
-    """Yields what examples.prepare takes, of an iterable of (where, question, thought, answer)."""
+    """Yield what examples.prepare takes, of an iterable of (where, question, thought, answer)."""
     for where, *pieces in items:
         question, thought, answer = (
             examples.encode(tokenizer, where, a + b) for a, b in zip(HEADS, pieces, strict=True)
@@ -98,7 +99,8 @@ def main(config):
     held_out = {question.strip() for _, question, *_ in problems(valid)}
     learnt = (problem for problem in problems(train) if problem[1].strip() not in held_out)
     texts = ("".join(pieces) for path in (train, valid) for _, *pieces in problems(path))
-    tokenizer = examples.vocabulary(config["tokenizer"], itertools.chain(HEADS, texts))
+    texts = itertools.chain(HEADS, texts)
+    tokenizer = examples.vocabulary(config["tokenizer"], texts, checkpoint.load)
     items = itertools.chain(
         tokenized(learnt, "train", tokenizer, config["width"]),
         tokenized(problems(valid), "val", tokenizer, config["width"]),

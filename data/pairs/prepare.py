@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, t
 from config import fraction, require, run
 from data import examples, writer
 from data import tokenizer as tokenizers
+from lib import checkpoint
 
 DEFAULTS = {
     "input": "",  # files, separated by commas
@@ -27,7 +28,7 @@ DEFAULTS = {
 
 
 def pairs(path):
-    """Yields (where, prompt, completion) of a file; UserError for a line that is no such pair."""
+    """Yield (where, prompt, completion) of a file; UserError for a line that is no such pair."""
     for where, record in examples.records(path):
         prompt, completion = (
             examples.field(where, record, key) for key in ("prompt", "completion")
@@ -37,9 +38,9 @@ def pairs(path):
 
 
 def tokenized(items, tokenizer, val_fraction, width):
-    """Yields what examples.prepare takes, of an iterable of (where, prompt, completion)."""
+    """Yield what examples.prepare takes, of an iterable of (where, prompt, completion)."""
     for where, prompt, completion in items:
-        split = "val" if writer.held_out(prompt, val_fraction) else "train"
+        split = "val" if writer.is_held_out(prompt, val_fraction) else "train"
         ids = examples.encode(tokenizer, where, prompt)
         leaves_room = not width or len(ids) + 2 <= width  # one token of answer and the eos
         full = f"the prompt is {len(ids)} tokens, which leaves no answer in an example of {width}"
@@ -52,7 +53,7 @@ def main(config):
     require(paths, "say what to prepare: --input=FILE.jsonl")
     fraction(config, "val_fraction")
     texts = (prompt + completion for path in paths for _, prompt, completion in pairs(path))
-    tokenizer = examples.vocabulary(config["tokenizer"], texts)
+    tokenizer = examples.vocabulary(config["tokenizer"], texts, checkpoint.load)
     prompts = (prompt for path in paths for _, prompt, _ in pairs(path))
     held = writer.adjusted(prompts, config["val_fraction"])
     items = (pair for path in paths for pair in pairs(path))

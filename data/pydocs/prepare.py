@@ -22,6 +22,7 @@ from pydoc_data.topics import topics
 
 from config import run
 from data import tokenizer, writer
+from lib import checkpoint
 
 DEFAULTS = {
     "out": "data/pydocs",  # folder to prepare
@@ -78,9 +79,9 @@ def documents():
 
 def main(config):
     texts = documents()
-    split_of = {name: "val" if writer.held_out(name, HELD_OUT) else "train" for name in texts}
+    split_of = {name: "val" if writer.is_held_out(name, HELD_OUT) else "train" for name in texts}
     pairs = [(split_of[name], text) for name, text in texts.items()]
-    vocabulary = tokenizer.named(config["tokenizer"], texts.values())
+    vocabulary = tokenizer.named(config["tokenizer"], texts.values(), checkpoint.load)
     meta = writer.prepare(config["out"], pairs, vocabulary)
     digest = hashlib.sha256("\n\n".join(texts.values()).encode("utf8")).hexdigest()
     characters = len(set().union(*texts.values()))

@@ -19,6 +19,7 @@ from config import require, run
 from data import download, examples
 from data import tokenizer as tokenizers
 from data.pairs.prepare import pairs
+from lib import checkpoint
 
 DEFAULTS = {
     "from": "",  # a folder that holds the .jsonl files; without one they are downloaded
@@ -57,7 +58,7 @@ def files(folder, out):
 
 
 def tokenized(paths, tokenizer):
-    """Yields what examples.prepare takes."""
+    """Yield what examples.prepare takes."""
     for split, names in SPLITS.items():
         for where, prompt, completion in (pair for name in names for pair in pairs(paths[name])):
             if split == "train":
@@ -72,7 +73,7 @@ def main(config):
     require(not config["from"] or Path(config["from"]).is_dir(), f"no folder {config['from']}")
     paths = files(config["from"], config["out"])
     texts = (a + b for path in paths.values() for _, a, b in pairs(path))
-    tokenizer = examples.vocabulary(config["tokenizer"], texts)
+    tokenizer = examples.vocabulary(config["tokenizer"], texts, checkpoint.load)
     items = tokenized(paths, tokenizer)
     meta = examples.prepare(config["out"], items, tokenizer, config["width"])
     print(examples.summary(config["out"], meta))

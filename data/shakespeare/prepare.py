@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, t
 
 from config import require, run
 from data import download, tokenizer, writer
+from lib import checkpoint
 
 DEFAULTS = {
     "input": "",  # a local copy of the text; without one it is downloaded
@@ -29,7 +30,7 @@ def main(config):
         text = file.read()
     cut = int(0.9 * len(text))
     require(cut, f"{path} holds no text")
-    vocabulary = tokenizer.named(config["tokenizer"], [text])
+    vocabulary = tokenizer.named(config["tokenizer"], [text], checkpoint.load)
     meta = writer.prepare(config["out"], [("train", text[:cut]), ("val", text[cut:])], vocabulary)
     print(writer.summary(config["out"], meta))
 

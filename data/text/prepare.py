@@ -20,6 +20,7 @@ import json
 
 from config import UserError, at_least, fraction, require, run
 from data import tokenizer, writer
+from lib import checkpoint
 
 DEFAULTS = {
     "input": "",  # files or folders, separated by commas
@@ -104,21 +105,21 @@ def documents(items):
 
 
 def split(texts, val_fraction):
-    """Yields (split, text) of all texts(), a part of them or the end of the last ones being val."""
+    """Yield (split, text) of all texts(), a part of them or the end of the last ones being val."""
     few = itertools.islice(texts(), writer.FEW + 1)
-    sizes = [(len(text), writer.held_out(text, val_fraction)) for text in few]
+    sizes = [(len(text), writer.is_held_out(text, val_fraction)) for text in few]
     total, held = sum(n for n, _ in sizes), sum(n for n, is_val in sizes if is_val)
     are_many = len(sizes) > writer.FEW
     if not are_many and val_fraction * total < LEAST:
         val_fraction = 0
     if are_many or val_fraction in (0, 1) or writer.about_right(held, total, val_fraction):
         part = {True: "val", False: "train"}
-        return ((part[writer.held_out(text, val_fraction)], text) for text in texts())
+        return ((part[writer.is_held_out(text, val_fraction)], text) for text in texts())
     return end_held_out(texts(), round((1 - val_fraction) * total), total)
 
 
 def end_held_out(texts, start, total):
-    """Yields (split, text): of `total` characters about those from `start` on are val."""
+    """Yield (split, text): of `total` characters about those from `start` on are val."""
     seen = 0
     for text in texts:
         here = start - seen  # where val begins in this text
@@ -140,7 +141,7 @@ def main(config):
     at_least(0, config, "workers")
     L, workers = config["block_size"], config["workers"] or writer.cores()
     require(0 <= L <= 2**16, f"block_size must be from 0 to 65536, not {L}")
-    vocabulary = tokenizer.named(config["tokenizer"], documents([*items, *val]))
+    vocabulary = tokenizer.named(config["tokenizer"], documents([*items, *val]), checkpoint.load)
     pairs = split(lambda: documents(items), 0 if val else config["val_fraction"])
     pairs = itertools.chain(pairs, (("val", text) for text in documents(val)))
     meta = writer.prepare(config["out"], pairs, vocabulary, workers, block_size=L)

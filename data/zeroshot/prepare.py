@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from data import download, examples, loader, writer
 from data import tokenizer as tokenizers
+from lib import checkpoint
 from lib.files import whole_file
 
 DEFAULTS = {
@@ -165,7 +166,7 @@ def find(name, place):
 
 
 def fetch(name, folder):
-    """Downloads what RADD reads of a set into `folder`, perhaps out of an archive -> its paths."""
+    """Download what RADD reads of a set into `folder`, perhaps out of an archive -> its paths."""
     source = SETS[name]
     wanted = next(iter(source.files))
     path = download.fetch(source.url, folder / Path(source.url).name, source.sha256, source.size)
@@ -177,7 +178,7 @@ def fetch(name, folder):
 
 
 def members(path):
-    """Yields (name, open file) of what a .zip or .tar.gz holds; of another file nothing."""
+    """Yield (name, open file) of what a .zip or .tar.gz holds; of another file nothing."""
     try:
         if path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
@@ -231,11 +232,12 @@ def tokenized(lines, tokenizer, config, name):
 
 
 def prepare(name, config):
-    """Prepares one set, prints what was done and returns the folder's meta."""
+    """Prepare one set, print what was done and return the folder's meta."""
     place, folder = config["from"], Path(config["out"], name)
     raw = folder.parent / "raw"
     paths, difference = find(name, place) if place else (fetch(name, raw), "")
-    tokenizer = tokenizers.named(config["tokenizer"], [])  # a new one fits no model
+    # A new one fits no model.
+    tokenizer = tokenizers.named(config["tokenizer"], [], checkpoint.load)
     lines = list(texts(name, paths, config, tokenizer.separator))
     require(any(map(str.strip, lines)), f"{paths[0]} holds no text")
     pieces = ids = tokenized(lines, tokenizer, config, name)
