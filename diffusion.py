@@ -80,15 +80,15 @@ SCHEDULES = Table("schedule", of_schedule, loglinear=loglinear, cosine=cosine, g
 # for k uniform on 1..L only: under lam it counts the empty mask as 0, L/(L + 1) of the bound, and
 # over all masked tokens of a batch it weighs a sequence by its k.) A schedule only renames lam =
 # m(t), d lam/lam = m'(t)/m(t) dt. So all have one expectation, t_dse where its scores add up to 1:
-# RADD eq. 3.7. They differ in noise, least in any_order: its weight is the mean of 1/lam given k,
-# and no draw is empty. t_dse (denoising score entropy) is what SEDD trained, t_dce the same for a
-# network that is normalised, and with lambda_dce no schedule is left to choose.
+# RADD eq. 3.7. They differ in noise, least in any_order: it has the mean of 1/lam given k in place
+# of 1/lam, and draws no empty mask. t_dse (denoising score entropy) is what SEDD trained, t_dce the
+# same for a network that is normalised, and with lambda_dce no schedule is left to choose.
 #   What it bounds is -log of the model's p(x0), the mean over orders of the products of the chain
-# rule, which is what a sampler of one token a call draws from: it averages log p over orders, and
-# the log of an average is larger (Jensen's inequality), unless all orders give x0 the same p, as
-# the true conditionals do. -log of the mean of p over several orders is nearer: evaluate.py,
-# estimator `orders`. Any other weight that depends on k alone has the same optimum (where every
-# h_k is least) but is no bound: experiments/loss_audit.py.
+# rule, which is what the sampler any_order draws from: it averages log p over orders, and the log
+# of an average is larger (Jensen's inequality), unless all orders give x0 the same p, as the true
+# conditionals do. -log of the mean of p over several orders is nearer: evaluate.py, estimator
+# `orders`. Any other weight that depends on k alone has the same optimum (where every h_k is least)
+# but is no bound: experiments/loss_audit.py.
 class Objective(NamedTuple):
     draw: object  # (u (B,), noise (B, L), n, schedule) -> (mask (B, L) bool, weight (B,))
     normalised: bool = True  # False: the output is a score, not log-probabilities
@@ -190,7 +190,8 @@ def cross_entropy(model, h, target, weight, normalised=True, plain=False):
     Only the sum has a gradient. Terms are CE; of scores (1 - m)/m e^logit that need not add up
     (normalised=False: t_dse, score entropy: SEDD, arXiv 2310.16834, RADD eq. 2.11) they are
     -logit[target] + sum_v e^logit_v - 1, never less than CE, and least at e^logit = p, too. Unless
-    plain, lib/fused.py gives the same without (N, V) logits.
+    plain, lib/fused.py takes some positions at a time and keeps, instead of their logits, the
+    gradients of h and head that these lead to: never (N, V) numbers.
     """
     if not plain:
         head, row_loss = model.head_parameters(), model.row_loss

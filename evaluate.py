@@ -21,15 +21,15 @@
 
   An `order` network has all terms of a chain rule in one pass, so one row a draw there.
 
-- Two errors are printed. The draws: how far would the number for this text move with other draws?
-  More draws make it smaller; --precision is about it. The text: how far would it move with other
-  text of the same kind? Its unit is the sequence, for tokens of one share draws and context: the
-  interval is mean +- Student's t times sqrt(S/(S - 1) sum (n_s - r l_s)^2) / sum l, for nats n_s of
-  l_s tokens and the mean r = sum n / sum l over S of them. It holds the noise of the draws; blocks
-  of one document count as apart.
+- Two intervals are printed, mean +- Student's t times an error. The draws: how far would the number
+  for this text move with other draws? sqrt(sum_s var_s / R) / sum l, var_s the variance of the R
+  sets of sequence s, l_s its tokens; S (R - 1) degrees of freedom; --precision is about it. The
+  text: how far with other text of the same kind? sqrt(S/(S - 1) sum (n_s - r l_s)^2) / sum l for
+  nats n_s and the mean r = sum n / sum l of S sequences; S - 1 degrees of freedom. It includes the
+  noise of the draws; blocks of one document count as independent.
 
-What makes it fast: draws come in sets, stratified in antithetic pairs (u, 1 - u), an eighth of the
-calls of independent ones for the same interval. Sets are independent: their spread tells the error.
+What makes it fast: draws of a set are stratified in antithetic pairs (u, 1 - u), each with noise of
+its own: an eighth of the calls of independent ones for the same interval. Sets are independent.
 """
 
 import config as settings  # isort: skip (first: from here on Ctrl-C is one line)

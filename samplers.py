@@ -2,11 +2,13 @@
 
 - A fixed order knows the step of every position before the first call; the network has no say.
   any_order draws from the p(x0) that is bounded in training; ancestral and Euler sampling, too, but
-  for tokens that are unmasked in one step, and with enough steps these are few.
+  for tokens that are unmasked in one step, and with enough steps these are few. left_to_right draws
+  from the p of that one order, which is what evaluate.py's estimator of this name says.
 - An adaptive one asks for all masked positions at every call and unmasks the most confident. So it
   samples from another distribution than the network's, at any number of calls.
 - A remasking one also takes tokens back, at steps that are known beforehand as well. Given true
-  conditionals, what is visible at a time has the distribution that it has without.
+  conditionals, what is visible at a time has the distribution that it has without; given a
+  network's, it is another one.
 
 To add a sampler: one entry in SAMPLERS, a function (masked (N, L) bool, options) -> policy.
 A policy is asked by `calls`, here, for what is due, and by the loop in sample.py what to accept.
@@ -59,8 +61,9 @@ def expected_nfe(r, L):
     masked tokens alone, RADD eq. D.30. For L = 128: 81 at n = 128, 120 at n = 1,024, and towards L
     for many steps. What more steps buy: tokens unmasked in one step are drawn independently, each
     given the tokens visible before. If "New York" and "Los Angeles" are equally likely, one step
-    gives "New Angeles" and "Los York" a quarter of the time each; of n steps both words have the
-    same one once in n times, else the second sees the first. This is the only error of few steps.
+    gives "New Angeles" and "Los York" a quarter of the time each; of n log-linear steps both words
+    have the same one once in n times, so each comes 1/(4n) of the time. This is the only error of
+    few steps.
     """
     return float((1 - (1 - r) ** L).sum())
 

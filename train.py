@@ -7,7 +7,8 @@
 - A batch and its masks are pure functions of (seed, step, position in the global batch). So the
   number of processes, how they share the network (lib/parallel.py) and the micro-batch change the
   speed and not the run, but for dropout, which each process draws for itself, and for the rounding
-  of sums. A stopped run goes on as if it had never stopped: the same command resumes it.
+  of sums. A stopped run goes on as if it had never stopped: the same command resumes it. (With
+  max_minutes the learning rate follows the clock, which stands still meanwhile.)
 - Training may weigh masked tokens as it likes (loss_weight); evaluation is always the bound.
 
     loss = sum over masked i of  weight * CE(network(x)_i, x0_i)  / tokens in the batch
@@ -67,7 +68,7 @@ DEFAULTS = {
     "min_lr": 0.0,  # where the decay ends
     "warmup_iters": 20,
     "lr_decay": "linear",  # cosine | linear | constant
-    "decay_start": 0.3,  # the part of the run before the decay begins (0.5: over the last half)
+    "decay_start": 0.3,  # the part of the run, of its steps or minutes, before the decay begins
     "beta1": 0.9,
     "beta2": 0.95,
     "weight_decay": 0.0,  # of matrices; decay_all: of every parameter
@@ -104,7 +105,7 @@ class Batch(NamedTuple):
     weight: torch.Tensor | None  # (b,) or (b, L)
     masked_idx: torch.Tensor | None  # (N,) flat indices of what counts
     n_tokens: int  # of the whole global batch: what the sum of all losses is divided by
-    n_real: int  # the same without padding: what the NELBO, padding included, is divided by
+    n_real: int  # of it answers without padding: what all nats of the NELBO are divided by
     order: torch.Tensor | None = None  # (b, L) for an `order` network, in place of a mask
     bound: torch.Tensor | None = None  # as weight: of the NELBO, where that of the loss is another
 
@@ -140,7 +141,7 @@ def draw_training_mask(config, step, position, L, prompt=None):
     """mask (b, L), weights (b,) in training and of the bound: rows `position` of the batch."""
     B, schedule = config["batch_size"], diffusion.SCHEDULES[config["schedule"]]
     u, noise = diffusion.stratified_uniforms(config["seed"], step, position, B, L)  # (b,), (b, L)
-    rate, density = MASK_RATES[config["mask_rate"]](u)  # (b,) each: m, and how often
+    rate, density = MASK_RATES[config["mask_rate"]](u)  # (b,) u drawn anew, and its density
     mask, bound = diffusion.draw_mask(config["objective"], rate, noise, schedule, prompt)
     return mask, LOSS_WEIGHTS[config["loss_weight"]](bound), bound / density
 
