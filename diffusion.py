@@ -27,8 +27,8 @@ input; it fills any gap, for any visible set is a condition that it was trained 
 a weighted cross-entropy. Likelihoods are in nats. The uniform numbers of a draw are arguments (u,
 noise), so that it can be repeated.
 
-Three things are near in name: the objective `any_order` masks k tokens, k uniform; attention=order
-is a network that reads tokens in the order in which they are unmasked; it is trained on ORDERS.
+The objective `any_order` masks k tokens, k uniform; the sampler and the estimator of this name draw
+from what it trains, and bound it. attention=order is a network, trained on ORDERS (below).
 """
 
 import math
@@ -75,20 +75,21 @@ SCHEDULES = Table("schedule", of_schedule, loglinear=loglinear, cosine=cosine, g
 # so its h_k counts L times: L h_k = L/k * (sum of CE over the k masked tokens). By hand, L = 3:
 # k = 1, 2, 3 with probability 1/3 and weights 3, 3/2, 1 is (3 h_1 + 3/2 * 2 h_2 + 1 * 3 h_3) / 3.
 #   Masking each token with probability lam ~ U(0, 1) makes k uniform on 0..L: probability 1/(L + 1)
-# each; and given k the mean of 1/lam is (L + 1)/k (lam is then Beta(k + 1, L - k + 1)). So k
-# brings 1/(L + 1) * (L + 1)/k * k h_k = h_k, the same. (The plain mean over masked tokens is right
-# for k uniform on 1..L only: under lam it counts the empty mask as 0, L/(L + 1) of the bound, and
-# over all masked tokens of a batch it weighs a sequence by its k.) A schedule only renames lam =
-# m(t), d lam/lam = m'(t)/m(t) dt. So all have one expectation, t_dse where its scores add up to 1:
-# RADD eq. 3.7. They differ in noise, least in any_order: it has the mean of 1/lam given k in place
-# of 1/lam, and draws no empty mask. t_dse (denoising score entropy) is what SEDD trained, t_dce the
-# same for a network that is normalised, and with lambda_dce no schedule is left to choose.
+# each; and given k the mean of 1/lam is (L + 1)/k (lam is then Beta(k + 1, L - k + 1)): k brings
+# 1/(L + 1) * (L + 1)/k * k h_k = h_k, the same. (L times the mean over each sequence's own masked
+# tokens is right for k uniform on 1..L only: under lam an empty mask counts as 0, so it is L/(L +
+# 1) of the bound. One mean over all masked tokens of a batch weighs a sequence by its k: L sum_k k
+# h_k / sum_k k.) A schedule only renames lam = m(t), d lam/lam = m'(t)/m(t) dt. So all have one
+# expectation, t_dse where its scores add up to 1: RADD eq. 3.7. They differ in noise, least in
+# any_order: k alone fixes its weight, where 1/lam varies given k, and it draws no empty mask. t_dse
+# (denoising score entropy) is what SEDD trained, t_dce the same for a network that is normalised,
+# and with lambda_dce no schedule is left to choose.
 #   What it bounds is -log of the model's p(x0), the mean over orders of the products of the chain
 # rule, which is what the sampler any_order draws from: it averages log p over orders, and the log
 # of an average is larger (Jensen's inequality), unless all orders give x0 the same p, as the true
 # conditionals do. -log of the mean of p over several orders is nearer: evaluate.py, estimator
-# `orders`. Any other weight that depends on k alone has the same optimum (where every h_k is least)
-# but is no bound: experiments/loss_audit.py.
+# `orders`. Any other weight that depends on k alone has the same optimum (every h_k is least, for a
+# network that can have them all) but is no bound: experiments/loss_audit.py.
 class Objective(NamedTuple):
     draw: object  # (u (B,), noise (B, L), n, schedule) -> (mask (B, L) bool, weight (B,))
     normalised: bool = True  # False: the output is a score, not log-probabilities
@@ -189,9 +190,10 @@ def cross_entropy(model, h, target, weight, normalised=True, plain=False):
 
     Only the sum has a gradient. Terms are CE; of scores (1 - m)/m e^logit that need not add up
     (normalised=False: t_dse, score entropy: SEDD, arXiv 2310.16834, RADD eq. 2.11) they are
-    -logit[target] + sum_v e^logit_v - 1, never less than CE, and least at e^logit = p, too. Unless
-    plain, lib/fused.py takes some positions at a time and keeps, instead of their logits, the
-    gradients of h and head that these lead to: never (N, V) numbers.
+    -logit[target] + sum_v e^logit_v - 1, never less than CE, and least at e^logit = p, too (the
+    factor is in the weight m'/m). Unless plain, lib/fused.py takes some positions at a time and
+    keeps, instead of their logits, the gradients of h and head that these lead to: never (N, V)
+    numbers.
     """
     if not plain:
         head, row_loss = model.head_parameters(), model.row_loss

@@ -8,9 +8,9 @@ It is not told the time, for what it predicts does not depend on it (diffusion.p
   every hidden state, so nothing can be kept from one call to the next.
 - attention=causal sees the left: the autoregressive baseline (ARM), with a cache.
 - attention=order is any-order generation with a cache: clean tokens are read in the order in which
-  they are unmasked, each seeing those before it; a *query*, the mask at some position, sees the
-  clean tokens so far and itself. What comes later changes no earlier key or value, so a cache is
-  exact, and one pass over [clean tokens; queries] gives all L terms of a chain rule. What it
+  they are unmasked, each seeing itself and those before; a *query*, the mask at some position, sees
+  the clean tokens so far and itself. What comes later changes no earlier key or value, so a cache
+  is exact, and one pass over [clean tokens; queries] gives all L terms of a chain rule. What it
   predicts depends on the order as well as on the set of visible tokens. Left to right it is an ARM
   with queries. (XLNet, arXiv 1906.08237; sigma-GPT, 2404.09562; Eso-LM, 2506.01928.)
 - One class holds both papers' architectures (RADD: LayerNorm, biases, GELU; SMDM: RMSNorm, SwiGLU,
@@ -152,7 +152,7 @@ class Block(nn.Module):
     def attention_in_order(self, z, cos, sin, streams):
         """z (B, n + Q, D), n clean tokens, then Q queries -> the same, or of the queries alone.
 
-        Clean tokens are read by all that come later, a query by itself alone. Only queries are
+        Clean tokens are read by all that come later, a query by none but itself. Only queries are
         needed of the last block.
         """
         (B, T, _), (n, read, last) = z.shape, streams

@@ -77,6 +77,9 @@ LOGITS = 2**24  # that are drawn from at once: in float64 with their copies at m
 def categorical(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """Invert the distribution function: logits (N, V), u (N,) uniform -> tokens (N,), their p (N,).
 
+    p is that of the distribution drawn from, after temperature, top_k and top_p: what `confidence`
+    and `threshold` compare. Of temperature 0 it is the network's own.
+
     In float64. Gumbel noise in float32 cuts the tails, that is, it lowers the temperature unasked
     (arXiv 2409.02908); here a float32 sum over 50,257 tokens would put steps of 1e-7 where rare
     tokens have less probability than that. One uniform number a draw, brought by the caller, makes

@@ -105,7 +105,7 @@ class Batch(NamedTuple):
     weight: torch.Tensor | None  # (b,) or (b, L)
     masked_idx: torch.Tensor | None  # (N,) flat indices of what counts
     n_tokens: int  # of the whole global batch: what the sum of all losses is divided by
-    n_real: int  # of it answers without padding: what all nats of the NELBO are divided by
+    n_real: int  # of it answers up to their first eos: what all nats of the NELBO are divided by
     order: torch.Tensor | None = None  # (b, L) for an `order` network, in place of a mask
     bound: torch.Tensor | None = None  # as weight: of the NELBO, where that of the loss is another
 
@@ -160,8 +160,9 @@ def make_example_batch(config, dataset, step, position):
     The loss is the mean over what can count in the whole global batch, as SMDM has it (arXiv
     2410.18514), however the batch is shared out. An answer ends with eos, and eos fills the row: a
     masked model has to learn this padding, for it fills every position. In evaluation its nats are
-    among those of the answer, and all are divided by the answer's tokens alone. A dropped prompt is
-    masked and does not count: each example by its own coin.
+    among those of the answer, and all are divided by the answer's tokens, its first eos the last
+    (where sample.py cuts its text, too). A dropped prompt is masked and does not count: each
+    example by its own coin.
     """
     first, causal = resume.seen(config, step), OBJECTIVES[config["objective"]].draw is None
     rows = dataset[dataset.index(first, position)]
@@ -230,8 +231,9 @@ def train_step(config, step, batches, loss_of, optimizers, team, spent=0.0):
     """One optimizer step on this process's next micro-batches -> (loss, NELBO, skipped).
 
     Loss and NELBO are in nats a token, and stay on the device. skipped: the gradient was not finite
-    and, with skip_nonfinite, the weights stay as they are. spent: the part of the run's minutes
-    that is used.
+    and, with skip_nonfinite, the weights stay as they are. The learning rate grows over
+    warmup_iters steps, stays, and falls from decay_start of the run on (lr_decay) to min_lr at the
+    end, of its steps or of its minutes, of which `spent` is the used part: whichever is further.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -192,6 +192,8 @@ def check(config, world):
     clash = "attention" in config.get("user_keys", ()) and config["attention"] not in attention
     trains = f"objective '{objective}' trains a network with attention={' or '.join(attention)}"
     require(not clash, f"{trains}, not {config['attention']}")
+    dropped = config["prompt_drop"] and config.get("attention") == "order"
+    require(not dropped, "prompt_drop is for networks with attention=full; leave it out")
     conv = config["conv"]
     require(conv == 0 or conv % 2 == 1, f"conv must be 0 or an odd number, not {conv}")
     drops = OBJECTIVES[objective].draw is None and config["prompt_drop"]

@@ -141,6 +141,10 @@ REFUSED = {
         {"prompt_drop": 0.1, "objective": "ar"},
         "prompt_drop needs a masked diffusion objective, not ar",
     ),
+    "a prompt for order": (
+        {"prompt_drop": 0.1, "attention": "order"},
+        "prompt_drop is for networks with attention=full",
+    ),
     "random length": (
         {"random_length": 0.1},
         "is examples with prompts, so random_length must be 0",
