@@ -198,8 +198,7 @@ def cross_entropy(model, h, target, weight, normalised=True, plain=False):
     if not plain:
         head, row_loss = model.head_parameters(), model.row_loss
         return fused.cross_entropy(h, head, target, weight, normalised, row_loss=row_loss)
-    logits = model.head(h)  # (N, V)
-    logits = logits.to(fused.wide(logits.dtype))
+    logits = model.head(h).to(fused.wide(h.dtype))  # (N, V)
     at_target = logits.gather(-1, target[:, None]).squeeze(-1)  # (N,)
     ce = logits.logsumexp(-1) - at_target  # (N,)
     terms = ce if normalised else logits.exp().sum(-1) - 1 - at_target  # (N,)
