@@ -457,8 +457,9 @@ def compared(axes, figures, names, title):
     for kind, V in KINDS.items():
         for name, ratio in names.items():
             bars[f"{name}, {V}"] = ratio(lambda key, kind=kind: figures[key.format(kind)])
-    results.bars(axes, bars, "{:.1f}x", light=[bar for bar in bars if bar.startswith("textbook")])
-    axes.set(xscale="log", xlabel="times as fast as the textbook (logarithmic)", xlim=(0.9, None))
+    light = [bar for bar in bars if bar.startswith("textbook")]
+    results.bars(axes, bars, "{:.1f}x", light, start=1.0)
+    axes.set(xscale="log", xlabel="times as fast as the textbook (logarithmic)", xlim=(1, None))
     axes.xaxis.set_major_formatter("{x:g}")
     char, bpe = (bars[f"here, bfloat16 compiled, {V}"] for V in KINDS.values())
     axes.set_title(f"{title}: {char:.0f} and {bpe:.0f} times as fast as the textbook")

@@ -172,7 +172,7 @@ def draw(axes, figures):
     theirs = {"SMDM 220M, LAMBADA": 5.0, "SMDM 220M, OpenBookQA": 7.2}
     results.bars(axes, gains | theirs, "{:+.1f}", light=theirs, errors=halves)
     axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_xlabel("what guidance adds to the words found, points of a percentage; 95% intervals")
+    axes.set_xlabel("what guidance adds to the words found, percentage points; 95% intervals")
     axes.set_title("At this size guidance adds nothing that can be told")
 
 

@@ -138,11 +138,11 @@ def bars(axes, values, text="{:,.0f}", light=(), errors=None, start=0.0):
     colors = [LIGHT if name in light else DARK for name in values]
     halves = [errors.get(name, 0) for name in values] if errors else None
     drawn = axes.barh(places, lengths, left=start, color=colors, xerr=halves, ecolor="black")
-    labels = [text.format(value) for value in values.values()]
+    labels = [text.format(value).replace("-", "\N{MINUS SIGN}") for value in values.values()]
     axes.bar_label(drawn, labels, padding=3)
     axes.set_yticks(places, values)
     axes.tick_params(axis="y", length=0)
-    axes.margins(x=0.12, y=0.01)
+    axes.margins(x=0.16, y=0.01)
 
 
 def name_ends(axes, ends, gap=0.05):

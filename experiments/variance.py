@@ -115,6 +115,7 @@ def draw(axes, figures):
     rows = {name: figures.get(f"rows_for_0.01_{key(name)}") for name in METHODS}
     rows = {name: rows[name] for name in sorted(rows, key=lambda n: rows[n] or 0) if rows[name]}
     results.bars(axes, rows, light=[name for name in rows if "i.i.d." in name])
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("rows through the network for a 95% interval of ± 0.01 nats per token")
     axes.set_title("Independent draws (light) cost many times what stratified and paired ones do")
 

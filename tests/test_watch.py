@@ -12,7 +12,7 @@ from pages import HOSTILE, finish, masked_now, network, options, start_of
 import diffusion
 import sample
 from view import page, svg, watch
-from view.trace import Recorder
+from view.watch import Recorder
 
 # ---- A recorded sample ---------------------------------------------------------------------------
 

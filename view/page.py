@@ -27,7 +27,7 @@ from lib.files import to_json, whole_file
 from lib.subject import opened
 from lib.text import text_or_file
 from samplers import Remasking
-from view.trace import Recorder
+from view.watch import Recorder
 
 DEFAULTS = {
     "page": "",  # the file to write; "": page.html beside the checkpoint
@@ -72,8 +72,7 @@ def with_weights(model, tokenizer, o):
     about += "here, in your browser; nothing is fetched. Its matrices are rounded to 8‑bit whole "
     about += "numbers times one 16‑bit number a row, its vectors to 16 bits (bfloat16)."
     if config["attention"] == "order":
-        about += " It reads visible tokens in the order in which they became visible, and its NELBO"
-        about += " is the mean of the chain rule over random orders."
+        about += " It reads visible tokens in the order in which they became visible."
     table = [text.decode("utf8", "replace") for text in tokenizer.table[:-1]]
     data = {"mask_id": model.mask_id, "table": table, "tokenizer": kind, "about": about}
     data |= {"text": template, "config": {key: config[key] for key in network.DEFAULTS}}

@@ -1,20 +1,17 @@
 // Sampling and the NELBO as sample.py and diffusion.py have them, of one sequence at a time.
-// uniforms(stream, n) brings the n uniform numbers of one stream: 0 for the order, 1 for tokens, or
-// 2 + call where every call draws anew. Whoever brings the same numbers gets the same tokens.
+// uniform(stream, place) is a uniform number: stream 0 is for the order, 1 for tokens, or 2 + call
+// where every call draws anew. Whoever brings the same numbers gets the same tokens.
 
-// Each sampler: (masked places, options, uniforms) -> {steps, expected calls, plan}. The plan lists
-// the calls: {step, due: places} or, where the network has a say in it, {step, choose}: choose gets
-// what is drawn at all masked places and returns what of it is unmasked. Where the network decides
-// how many calls there are, expected is null, and steps the most there can be until it is done.
+// Each sampler: (masked places, options, uniform) -> {steps, expected calls, plan}. The plan lists
+// the calls: {due: places} or, if the network has a say, {choose}, which gets what is drawn at all
+// masked places and returns what of it is unmasked. A step is its call, if not said. If the network
+// decides how many calls there are, expected is null, and steps the most there can be until then.
 const SAMPLERS = {
   ancestral: byTime,
   euler: byTime,
-  any_order: (masked, o, uniforms) => {
-    const u = uniforms(0, o.length);
-    return callByCall(masked.toSorted((a, b) => u[a] - u[b]).map((place) => ({ due: [place] })));
-  },
-  left_to_right: (masked) => callByCall(masked.map((place) => ({ due: [place] }))),
-  right_to_left: (masked) => callByCall(masked.toReversed().map((place) => ({ due: [place] }))),
+  any_order: (masked, o, uniform) => oneByOne(ordered(masked, (place) => uniform(0, place))),
+  left_to_right: (masked) => oneByOne(masked),
+  right_to_left: (masked) => oneByOne(masked.toReversed()),
   confidence: (masked, o) => mostConfident(evenly(masked.length, Math.min(masked.length, o.steps))),
   smdm_greedy: (masked, o) => mostConfident(smdmCounts(masked.length, o.steps)),
   threshold: (masked, o) => untilDone(masked, (drawn) =>
@@ -26,7 +23,10 @@ const SAMPLERS = {
   }),
 };
 
+const callByCall = (plan) => ({ steps: plan.length, expected: plan.length, plan });
+const ordered = (places, by) => places.toSorted((a, b) => by(a) - by(b));
 const mostProbable = (drawn) => drawn.sort((a, b) => b.p - a.p);
+const oneByOne = (places) => callByCall(places.map((place) => ({ due: [place] })));
 const mostConfident = (counts) => callByCall(
   counts.map((n) => ({ choose: (drawn) => mostProbable(drawn).slice(0, n) })));
 const untilDone = (masked, choose) =>
@@ -44,55 +44,40 @@ function smdmCounts(n, steps) {
   }).filter((count) => count);
 }
 
-function callByCall(calls) {
-  const plan = calls.map((call, step) => ({ step, ...call }));
-  return { steps: plan.length, expected: plan.length, plan };
-}
-
 /** The step of each position, drawn before the first call; a step that unmasks nothing has none. */
-function byTime(masked, o, uniforms) {
-  const n = o.steps, u = uniforms(0, o.length); // log-linear: each step is as likely as the others
-  const at = (place) => Math.floor(u[place] * n), steps = new Set(masked.map(at));
-  const due = (step) => masked.filter((place) => at(place) === step);
-  const plan = [...steps].sort((a, b) => a - b).map((step) => ({ step, due: due(step) }));
+function byTime(masked, o, uniform) {
+  const n = o.steps, at = (place) => Math.floor(uniform(0, place) * n); // log-linear: all alike
+  const due = (step) => ({ step, due: masked.filter((place) => at(place) === step) });
+  const plan = [...new Set(ordered(masked, at).map(at))].map(due);
   return { steps: n, expected: n * (1 - (1 - 1 / n) ** masked.length), plan, timed: true };
 }
 
 /** One sample on its way: `call` asks the network once and unmasks what is due. */
 class Run {
-  constructor(network, start, options, uniforms) {
-    const draws = new Map(), o = { ...options, length: start.length }; // draws: place -> its draw
-    const tokens = [...start], mask = network.config.vocab_size;
+  constructor(network, start, o, uniform) {
+    const tokens = [...start], mask = network.config.vocab_size, draws = new Map(); // by place
     this.masked = () => range(start.length).filter((place) => tokens[place] === mask);
     const order = range(start.length).filter((place) => start[place] !== mask); // as they come
-    Object.assign(this, { network, start, tokens, o, uniforms, draws, order, calls: 0 });
-    Object.assign(this, SAMPLERS[o.sampler](this.masked(), o, uniforms)); // steps, expected, plan
+    Object.assign(this, { network, start, tokens, o, uniform, draws, order, calls: 0 });
+    Object.assign(this, SAMPLERS[o.sampler](this.masked(), o, uniform)); // steps, expected, plan
   }
 
   call() {
-    const { step, due, choose } = this.plan[this.calls], places = due ?? this.masked();
-    const u = this.uniforms(due ? 1 : 2 + this.calls, this.tokens.length);
+    const { step = this.calls, due, choose } = this.plan[this.calls];
+    const places = due ?? this.masked();
     const drawn = logits(this.network, this.tokens, places, this.order).map((row, i) => {
-      const when = { place: places[i], step, steps: this.steps, call: this.calls };
-      return { ...when, ...categorical(row, u[places[i]], this.o.temperature) };
+      const u = this.uniform(due ? 1 : 2 + this.calls, places[i]);
+      const draw = { place: places[i], step, call: this.calls };
+      return Object.assign(draw, categorical(row, u, this.o.temperature));
     });
     const unmasked = due ? drawn : choose(drawn);
     for (const draw of unmasked) this.tokens[draw.place] = draw.token;
     for (const draw of unmasked) this.draws.set(draw.place, draw);
     this.order.push(...unmasked.map(({ place }) => place).sort((a, b) => a - b));
     this.calls++;
-    if (this.calls < this.plan.length && !this.masked().length) { // sooner than it might have been
+    if (this.calls < this.plan.length && !this.masked().length) // sooner than it might have been
       this.steps = this.plan.length = this.calls;
-      for (const draw of this.draws.values()) draw.steps = this.steps;
-    }
   }
-}
-
-/** Softmax in float64: logits (V,) -> p (V,). */
-function softmax(row, temperature = 1) {
-  const most = row.reduce((a, b) => Math.max(a, b));
-  const p = row.map((z) => Math.exp((z - most) / temperature)), sum = p.reduce((a, b) => a + b);
-  return p.map((z) => z / sum);
 }
 
 /** Invert the distribution function at u: {token, p, the entropy (nats, at temperature 1),
@@ -108,32 +93,30 @@ function categorical(row, u, temperature) {
 
 /** Yield, `draws` times, the terms of the any_order bound on -log p(tokens at places | rest). Each
  *  draw masks some of them or, for an `order` network, has the whole chain rule along one order. */
-function* nelbo(network, tokens, places, draws, uniforms) {
-  const inOrder = network.config.attention === "order", filled = new Set(places);
-  const rest = range(tokens.length).filter((place) => !filled.has(place));
-  const n = places.length, jitter = uniforms(-1, draws / 2);
+function* nelbo(network, tokens, places, draws, uniform) {
+  const n = places.length, inOrder = network.config.attention === "order";
+  const rest = range(tokens.length).filter((place) => !places.includes(place));
   for (let i = 0; i < draws; i++) {
-    const low = ((i >> 1) + 1 - jitter[i >> 1]) / draws, u = i % 2 ? 1 - low : low; // in pairs
-    const noise = uniforms(-2 - i, tokens.length);
+    const pair = i >> 1, low = (pair + 1 - uniform(-1, pair)) / draws, u = i % 2 ? 1 - low : low;
     const k = inOrder ? n : Math.min(1 + Math.floor(u * n), n), x = [...tokens];
-    const masked = places.toSorted((a, b) => noise[a] - noise[b]).slice(0, k);
+    const masked = ordered(places, (place) => uniform(-2 - i, place)).slice(0, k);
     if (!inOrder) for (const place of masked) x[place] = network.config.vocab_size;
-    const rows = logits(network, x, masked, inOrder ? [...rest, ...masked] : undefined);
-    const p = rows.map((row, j) => softmax(row)[tokens[masked[j]]]);
-    yield masked.map((place, j) => ({ place, weight: n / k, ce: -Math.log(p[j]) }));
+    yield logits(network, x, masked, [...rest, ...masked]).map((row, j) => ({
+      place: masked[j], weight: n / k, ce: -Math.log(softmax(row)[tokens[masked[j]]]),
+    }));
   }
 }
 
-/** A small counter-based generator: each number is a hash of (seed, row, stream, its place). */
+/** A small counter-based generator: each number is a hash of (seed, row, stream, place). */
 function generator(seed, row) {
   const mix = (z) => {
     z = Math.imul(z ^ (z >>> 16), 0x21f0aaad);
     z = Math.imul(z ^ (z >>> 15), 0x735a2d97);
     return (z ^ (z >>> 15)) >>> 0;
   };
-  return (stream, n) => {
+  return (stream, place) => {
     const key = [seed, row, stream].reduce((state, z) => mix(state + z + 0x9e3779b9), 0);
     const bits = (i) => mix(key + Math.imul(i + 1, 0x9e3779b9));
-    return range(n).map((i) => ((bits(2 * i) >>> 5) * 2 ** 26 + (bits(2 * i + 1) >>> 6)) / 2 ** 53);
+    return ((bits(2 * place) >>> 5) * 2 ** 26 + (bits(2 * place + 1) >>> 6)) / 2 ** 53;
   };
 }

@@ -1,17 +1,20 @@
-"""A sample's progress in a terminal: what is new in colour, counters, redrawn in place."""
+"""What a sample does call by call: shown in a terminal, or recorded for a page or a picture."""
 
 import contextlib
 import shutil
 import sys
 import time
 
-import torch
-
 from samplers import SAMPLERS
-from view.trace import unmask_steps
 
 WIDTH = 80
 NEW, MASKED, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
+
+
+def unmask_steps(masked, o):
+    """The step of each position (N, L), as sample.py draws it; None where a call is a step."""
+    by_time = o["sampler"] in ("ancestral", "euler")  # drawn ahead of the calls
+    return SAMPLERS[o["sampler"]](masked, o).step if by_time else None
 
 
 def watch(tokenizer, x, mask_id, options, out=None, pause=0.04):
@@ -20,18 +23,16 @@ def watch(tokenizer, x, mask_id, options, out=None, pause=0.04):
     In a terminal a frame takes the place of the last one, by one write, as far as there is room.
     Elsewhere the lines of the first sequence follow one another.
     """
-    out, x = out or sys.stdout, x.cpu().clone()
+    out, x, height = out or sys.stdout, x.cpu().clone(), 0
     steps, coding, terminal = unmask_steps(x == mask_id, options), out.encoding, out.isatty()
-    mark = "░" if "utf" in (coding or "").lower() else "_"
-    counters, height = ["not begun"] * len(x), 0
     policy = SAMPLERS[options["sampler"]](x == mask_id, options)  # says what is masked again
+    mark = "░" if "utf" in (coding or "").lower() else "_"
+    counters = ["not begun"] * len(x)
 
     def on_call(rows, places, calls, tokens, p, logits):
         nonlocal height
-        live = rows.unique()  # (b,)
-        done = torch.stack([calls[rows == row][0] for row in live])  # (b,)
         if policy.remasks:
-            x[live] = x[live].masked_fill(policy.masked_at(live, done), mask_id)
+            x[rows] = x[rows].masked_fill(policy.masked_at(rows, calls), mask_id)
         x[rows, places] = tokens.to(x)
         at = calls if steps is None else steps[rows, places]  # (n,)
         for row, step, call in zip(rows.tolist(), at.tolist(), calls.tolist(), strict=True):
@@ -42,13 +43,14 @@ def watch(tokenizer, x, mask_id, options, out=None, pause=0.04):
             new = set(places[rows == row].tolist()) if terminal else None
             text = lines(tokenizer, x[row].tolist(), mask_id, mark, new)
             frame += [f"---- sample {row + 1}: {counters[row]}", *text]
-        frame = frame[: shutil.get_terminal_size().lines - 1] if terminal else frame
-        text = "".join(line + ("\x1b[K\n" if terminal else "\n") for line in frame)
-        text = (f"\x1b[{height}F" if height else "") + text + ("\x1b[J" if terminal else "")
+        text = f"\x1b[{height}F" if height else ""  # up to where the last one began
+        if terminal:
+            frame = [line + "\x1b[K" for line in frame[: shutil.get_terminal_size().lines - 1]]
+            height = len(frame)
+        text += "".join(line + "\n" for line in frame) + "\x1b[J" * terminal
         with contextlib.suppress(OSError):  # who watched is gone; the samples are still wanted
             out.write(text.encode(coding or "ascii", "replace").decode(coding or "ascii"))
             out.flush()
-        height = len(frame) if terminal else 0
         time.sleep(pause if terminal else 0)
 
     return on_call
@@ -68,3 +70,32 @@ def lines(tokenizer, ids, mask_id, mark, new):
                 out[-1] += f"{colour}{shown}{PLAIN}" if colour and new is not None else shown
                 width += 1
     return out
+
+
+class Recorder:
+    """An `on_call` of sample.sample: each token's step, call, probability and five alternatives."""
+
+    def __init__(self, tokenizer, x, mask_id, options):
+        self.tokenizer, self.start, self.mask_id, self.o = tokenizer, x.cpu(), mask_id, options
+        self.steps = unmask_steps(self.start == mask_id, options)  # (N, L) or None
+        self.draws = [[] for _ in x]
+
+    def __call__(self, rows, places, calls, tokens, p, logits):
+        likely = (logits.double() / (self.o["temperature"] or 1)).softmax(-1)  # (n, V)
+        likely = likely.topk(min(5, likely.shape[1]))  # (n, 5)
+        steps = calls if self.steps is None else self.steps[rows, places]  # (n,)
+        columns = places, steps, calls, tokens, p, likely.indices, likely.values
+        for row, *draw, ids, ps in zip(*(z.tolist() for z in (rows, *columns)), strict=True):
+            draw = dict(zip(("place", "step", "call", "token", "p"), draw, strict=True))
+            draw["alternatives"] = [[v, round(q, 4)] for v, q in zip(ids, ps, strict=True)]
+            self.draws[row].append(draw)
+
+    def data(self, info):
+        """{mask_id, table: {id: text}, samples: {start, draws, steps, expected calls} of each}."""
+        samples, used = [], set(self.start.flatten().tolist()) - {self.mask_id}
+        for start, draws, nfe in zip(self.start.tolist(), self.draws, info["nfe"], strict=True):
+            run = {"start": start, "draws": draws, "expected": info["expected_nfe"]}
+            samples.append(run | {"steps": int(nfe) if self.steps is None else self.o["steps"]})
+            used |= {v for draw in draws for v, _ in [*draw["alternatives"], (draw["token"], 1)]}
+        table = {v: self.tokenizer.table[v].decode("utf8", "replace") for v in sorted(used)}
+        return {"mask_id": self.mask_id, "table": table, "samples": samples}
