@@ -57,7 +57,7 @@ DEFAULTS = {
     "data": "",  # a prepared folder; empty: the one that the checkpoint learnt from
     "text": "",  # in place of data: a sentence (or FILE:PATH) that is scored token by token
     "split": "val",  # the part of the folder that is evaluated
-    "estimator": "any_order",  # one of ESTIMATORS; a causal network is exact anyway
+    "estimator": "any_order",  # one of ESTIMATORS (SMDM: lambda_dce); a causal one is exact anyway
     "draws": 16,  # for each sequence; the most of them where precision is given
     "strata": 4,  # draws stratified together (1: independent); for orders the K of one bound
     "precision": 0.0,  # draw until within +- this many nats per token, 95%; 0: all draws

@@ -31,8 +31,8 @@ def unmask_prob(schedule, t, s, sampler="ancestral"):
 
     ancestral: 1 - m(s)/m(t) = (m(t) - m(s)) / m(t), exact: RADD eq. D.8, D.14, D.27, where it is
     Tweedie tau-leaping (several positions leap at once, by p(x0 | x_t) and not by the score at t).
-    euler: the rate of going back at t, m'(t)/m(t), times the step: RADD eq. D.13, D.15, D.29; at
-    most 1. For the log-linear schedule both are (t - s)/t: RADD eq. D.16.
+    euler: the rate of going back at t, m'(t)/m(t) (RADD eq. 2.10), times the step, at most 1:
+    RADD eq. D.13, D.15, D.29. For the log-linear schedule both are (t - s)/t: RADD eq. D.16.
     """
     (m, dm), (m_s, _) = schedule(t), schedule(s)
     if choose("sampler", sampler, ["ancestral", "euler"]) == "ancestral":
