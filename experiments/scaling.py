@@ -105,7 +105,7 @@ def planned(ctx, family, N, C):
         return keys, C
     recipe = ctx.recipe(ctx.text(config["data"]), keys, 1.0, 0)
     step = recipe["batch_size"] * recipe["block_size"]  # tokens
-    return keys, round(C / (6 * N * step)) * runs.step_flops(recipe)
+    return keys, int(C / (6 * N * step)) * runs.step_flops(recipe)
 
 
 def nats_of(ctx, family, N, C, seed):

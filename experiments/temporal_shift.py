@@ -94,8 +94,9 @@ def years(books):
 
 def quick_books():
     """Pieces of this repository's prose as books of two centuries."""
-    text = (runs.ROOT / "LOG.md").read_text("utf8")
-    return [Book(1800 + 10 * i, f"piece {i}", text[3000 * i : 3000 * i + 3000]) for i in range(14)]
+    text = "".join((runs.ROOT / name).read_text("utf8") for name in ("README.md", "LOG.md"))
+    size = len(text) // 14
+    return [Book(1800 + 10 * i, f"piece {i}", text[size * i : size * (i + 1)]) for i in range(14)]
 
 
 # ---- Runs ----------------------------------------------------------------------------------------
