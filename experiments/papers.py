@@ -1,6 +1,8 @@
 """Figures of the papers that experiments set beside ours, as printed there.
 
 RADD: arXiv 2406.03736, version 4. Perplexities are per GPT-2 token, upper bounds for diffusion.
+SMDM: arXiv 2410.18514. Its IsoFLOP points are read off its plots, to about 1%; perplexities are per
+Llama token.
 """
 
 import math
@@ -33,6 +35,28 @@ SAMPLING = {  # RADD table 3: medium, 1,024 tokens, batch 16, seconds a sample; 
 }
 ORDERS = {"forward": 81.70, "backward": 103.68, "random": 83.10}  # RADD table 6, medium
 
+BUDGETS = [6e18, 1e19, 3e19, 6e19, 1e20]  # SMDM's IsoFLOP curves: C = 6 N D
+ISOFLOP = {  # the minimum of each: parameters without embedding and head; nats per Llama token
+    "MDM": {"N": [84e6, 111e6, 229e6, 362e6, 479e6], "nats": [3.37, 3.26, 3.04, 2.92, 2.83]},
+    "ARM": {"N": [152e6, 225e6, 446e6, 627e6, 1009e6], "nats": [2.85, 2.75, 2.55, 2.45, 2.38]},
+}
+LAWS = {  # what SMDM says of them, by isoflop.laws' names
+    ("exponent of N*", "MDM"): "0.63",
+    ("exponent of N*", "ARM"): "0.64",
+    ("exponent of L*", "MDM"): "-0.063",
+    ("exponent of L*", "ARM"): "-0.064",
+    ("N* of MDM / of ARM", "both"): "about 1/2",
+    ("compute of MDM / of ARM for one L*", "both"): "16",
+}
+SHIFT = {  # SMDM's first version, perplexities of networks of 170M: ARM 6e18, MDM 1e20 FLOPs
+    "ARM": {"SlimPajama": 17.34, "FineWeb, February and March 2024": 27.01, "April 2024": 26.93},
+    "MDM": {"SlimPajama": 18.02, "FineWeb, February and March 2024": 24.06, "April 2024": 24.01},
+}
+REPEATS = {  # arXiv 2507.15857, as its authors sum it up: epochs that are nearly as good as new
+    "ARM": (4, 15),  # text, and after how many their worth has halved
+    "MDM": (100, 500),
+}
+
 
 def nats_above(name, base, size="small"):
     """Mean over the five sets of log perplexity above `base`'s: nats per GPT-2 token."""
@@ -47,3 +71,9 @@ def sampling_ratio(steps):
         return None
     i = STEPS.index(steps)
     return SAMPLING["SEDD seconds"][i] / SAMPLING["RADD seconds"][i]
+
+
+def shift(text):
+    """MDM's log perplexity above ARM's on a later text, less that on SlimPajama."""
+    above = {name: math.log(SHIFT["MDM"][name] / SHIFT["ARM"][name]) for name in SHIFT["MDM"]}
+    return above[text] - above["SlimPajama"]

@@ -12,6 +12,7 @@
   out", and the table ends with what is missing. So the slower a machine, the fewer runs, each of
   the FLOPs that are asked for. To go on, give the same command again.
 - FLOPs are those of lib/device.flops_per_token: the matrix products, attention included.
+- Under torchrun all processes train each run together; the first one decides, measures and writes.
 - once(parts, function) keeps any other result that is plain JSON, beside the runs.
 - A script has the keys of settings, results and this module beside its own, which say its `data`
   and `flops`; it plans its trainings seed by seed, so that what is left out is a seed, and ends
@@ -39,8 +40,8 @@ import model as network
 import train
 from data import loader, tokenizer, writer
 from experiments import results
-from lib import checkpoint, device, philox
-from lib.device import machine, matmul_flops
+from lib import checkpoint, device, parallel, philox
+from lib.device import matmul_flops
 from lib.files import to_json
 from lib.stats import mean_half
 
@@ -54,15 +55,16 @@ DEFAULTS = {
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK_STEPS = 60
-QUICK = {"n_layer": 1, "n_head": 1, "n_embd": 32, "block_size": 32, "batch_size": 8}
+QUICK = {"n_layer": 1, "n_head": 1, "n_embd": 32, "block_size": 32, "batch_size": 8}  # at most
 # The two families at one size, on longer blocks than the demo's: experiments share these runs.
 PAIR = {
     "MDM": {"objective": "any_order", "block_size": 256, "batch_size": 16},
     "ARM": {"objective": "ar", "block_size": 256, "batch_size": 16},
 }
 POINTS = 3  # checkpoints of a run that are kept: after each third
+# Keys that do not change the weights.
 SIDE = {"out_dir", "user_keys", "device", "compile", "show_sample", "save_interval", "keep"}
-SIDE |= {"eval_interval", "eval_sequences", "eval_draws"}  # keys that do not change the weights
+SIDE |= {"eval_interval", "eval_sequences", "eval_draws", "micro_batch_size"}
 
 
 def step_flops(config):
@@ -124,25 +126,41 @@ class Runs:
         settings.at_least(0, config, "sequences", "minutes")
         self.config, self.began, self.rate = config, time.monotonic(), None
         self.left_out, self.unmeasured = [], 0
-        self.device, self.autocast = machine(config)
+        self.team = parallel.join(train.DEFAULTS | config)
+        self.device, self.autocast = self.team.device, self.team.autocast
         seeds = 1 if config["quick"] else config["seeds"]
         self.seeds = range(config["seed"], config["seed"] + seeds)
         self.kept = Path(config["runs"], "measured.jsonl")
+        whole = "\n".join((ROOT / name).read_text("utf8") for name in ("README.md", "LOG.md"))
+        parts = [("train", whole[4096:]), ("val", whole[:4096])]
+        self.small = self.prepared("text", parts) if config["quick"] else ""
+
+    def of_first(self, function):
+        """function() of the first process, told to all."""
+        first = self.team.rank == 0
+        return parallel.gather(function() if first else None, self.team)[0]
 
     def seconds_left(self):
         return 60 * self.config["minutes"] - (time.monotonic() - self.began)
 
     def text(self, folder):
         """The prepared folder that is meant; in the quick form one of README.md and LOG.md."""
-        runs = Path(self.config["runs"])
-        if not self.config["quick"] or runs in Path(folder).parents:
-            return folder
-        quick = runs / "text"
-        if not (quick / "meta.json").is_file():
-            whole = "\n".join((ROOT / name).read_text("utf8") for name in ("README.md", "LOG.md"))
-            parts = [("train", whole[4096:]), ("val", whole[:4096])]
-            writer.prepare(quick, parts, tokenizer.Byte())
-        return str(quick)
+        mine = not self.config["quick"] or Path(self.config["runs"]) in Path(folder).parents
+        return folder if mine else self.small
+
+    def prepared(self, name, parts, text=None):
+        """The folder `name` in `runs` of [(split, text)], made where it is not there yet.
+
+        text: the tokenizer; None: bytes.
+        """
+        folder = Path(self.config["runs"], name)
+
+        def prepare():
+            if not (folder / "meta.json").is_file():
+                writer.prepare(folder, parts, text or tokenizer.Byte())
+
+        self.of_first(prepare)
+        return str(folder)
 
     # ---- Training --------------------------------------------------------------------------------
 
@@ -150,7 +168,8 @@ class Runs:
         """The training config of a run, with the steps that cost so many FLOPs."""
         config = self.config
         base = settings.parse([config["preset"]], settings, diffusion, network, train)
-        mine = base | keys | (QUICK if config["quick"] else {}) | {"data": str(data), "seed": seed}
+        mine = base | keys | {"data": str(data), "seed": seed}
+        mine |= {k: min(v, mine[k] or v) for k, v in QUICK.items()} if config["quick"] else {}
         attention = train.OBJECTIVES[mine["objective"]].attention
         mine |= {"attention": mine["attention"] if mine["attention"] in attention else attention[0]}
         mine |= {"vocab_size": loader.read_meta(data)["vocab_size"], "dtype": config["dtype"]}
@@ -177,7 +196,7 @@ class Runs:
         folder = Path(self.config["runs"], name)
         done = checkpoint.read(folder)["step"] if (folder / "ckpt.pt").is_file() else 0
         left = 1 - done / recipe["max_iters"]
-        if left > 0 and not self.fits(left * flops):
+        if left > 0 and not self.of_first(lambda: self.fits(left * flops)):
             self.left_out.append(name)
             return None
         if left > 0:
@@ -187,12 +206,13 @@ class Runs:
                 train.main(recipe | {"out_dir": str(folder)})
             seconds = time.monotonic() - began
             self.rate = left * flops / seconds
-            tqdm.write(f"{folder}: trained in {seconds:.0f} s", file=sys.stderr)
+            if self.team.rank == 0:
+                tqdm.write(f"{folder}: trained in {seconds:.0f} s", file=sys.stderr)
         return folder
 
     def fits(self, flops):
         """Whether a training would end in time to be measured, at the speed of the last one."""
-        self.rate = self.rate or 0.3 * matmul_flops(self.device, self.autocast)
+        self.rate = self.rate or 0.3 * matmul_flops(self.device, self.autocast) * self.team.world
         left = self.seconds_left() - 0.25 * 60 * self.config["minutes"]
         return self.config["quick"] or flops / self.rate < left
 
@@ -211,15 +231,19 @@ class Runs:
     def once(self, parts, function):
         """function(), plain JSON, kept under `parts`, all that it depends on; None: no time."""
         mark = results.mark(parts, self.config["quick"])
-        for record in results.kept(self.kept):
-            if record["mark"] == mark:
-                return record["value"]
-        if self.seconds_left() < 0:
-            self.unmeasured += 1
-            return None
-        value = json.loads(to_json(function()))
-        results.keep(self.kept, {"mark": mark, "of": parts, "value": value})
-        return value
+
+        def value():
+            for record in results.kept(self.kept):
+                if record["mark"] == mark:
+                    return record["value"]
+            if self.seconds_left() < 0:
+                self.unmeasured += 1
+                return None
+            made = json.loads(to_json(function()))
+            results.keep(self.kept, {"mark": mark, "of": parts, "value": made})
+            return made
+
+        return self.of_first(value)
 
     def blocks(self, data, L, n=0, split="val"):
         """Blocks (S, L) of a prepared text, evenly spaced; n: how many, 0: `sequences`."""
@@ -262,8 +286,9 @@ class Runs:
                 f"The quick form: {QUICK_STEPS} steps, a tiny network, README.md and LOG.md: it "
                 f"shows that all runs, and its figures mean little.\n\n{text}"
             )
-        print(text)
         figures |= results.about(self.device) | {"seeds": ", ".join(map(str, self.seeds))}
         figures |= {"runs left out": len(out), "seconds": round(time.monotonic() - self.began)}
-        results.write(self.config, name, figures, text, plots)
+        if self.team.rank == 0:
+            print(text)
+            results.write(self.config, name, figures, text, plots, results.script_of(name))
         return figures

@@ -63,7 +63,7 @@ def test_any_name_of_a_folder_is_taken_from_text_to_sample(name, tmp_path, monke
 
 TEXTS = {"prompt", "suffix", "template", "size", "split", "wandb", "device", "set", "sets", "tasks"}
 TEXTS |= {"code", "only", "keys", "sizes", "budgets", "batches", "gpus", "text", "operations"}
-TEXTS |= {"temperatures"}
+TEXTS |= {"temperatures", "epochs"}
 
 
 def test_each_key_of_text_is_known_to_name_a_path_or_not():

@@ -1,0 +1,222 @@
+"""Repeated data: what is text worth that was read before, to masked diffusion and to an ARM?
+
+    python -m data.shakespeare.prepare && python -m data.pydocs.prepare
+    python -m experiments.epochs
+
+Claim (arXiv 2507.15857): a text read again is nearly worth a new one up to 4 times to an ARM, up to
+100 times to MDM, so with little data and much compute MDM wins. Disputed (2510.04071): an ARM with
+dropout and weight decay gains as much.
+
+Design. A budget is what it costs to read the whole text once (--readings: so many times). For each
+number of epochs E the same FLOPs go into a part of the text, 1/E of it, at a place of its own for
+each seed; what is held out is never cut. First table: MDM, ARM and ARM with dropout and weight
+decay at these equal FLOPs. Second: runs of fewer epochs on the same part, each to the end of its
+own learning-rate schedule, as a run that is merely stopped earlier was not: the best of them all,
+and where it turns, which is the number of epochs after which more of them do harm.
+
+Budget: 54 runs a seed and text: 26 times one reading, 1.3e14 FLOPs for tiny Shakespeare and 2.5e14
+for pydocs; with three seeds 1.1e15. Minimum: --seeds=1 --data=data/shakespeare.
+"""
+
+import itertools
+import re
+import statistics
+import sys
+
+import numpy as np
+
+import config as settings
+from data import loader, tokenizer
+from experiments import papers, results, runs
+from experiments.scaling_up import numbers
+
+DEFAULTS = {
+    "data": "data/shakespeare,data/pydocs",  # prepared folders, two tables each
+    "epochs": "1,3,10,30,100,300",  # the parts of the text are 1/1, 1/3, ... of the budget's tokens
+    "readings": 1.0,  # how often the whole text could be read for the FLOPs of a run
+    "dropout": 0.2,  # of the third kind
+    "weight_decay": 0.1,  # of the third kind
+}
+
+SHORTER = 3  # runs of fewer epochs on the same part
+NEAR = 0.05  # nats above unrepeated text at which a text counts as nearly as good
+BATCH = {"batch_size": 16}
+MDM, ARM, REGULAR = "MDM", "ARM", "ARM with dropout and decay"
+
+
+def kinds_of(config):
+    """{name: keys of train.py}."""
+    regular = {key: config[key] for key in ("dropout", "weight_decay")}
+    arm = BATCH | {"objective": "ar"}
+    return {MDM: BATCH, ARM: arm, REGULAR: arm | regular}
+
+
+def budget_of(ctx, data):
+    """(tokens, FLOPs) of a budget."""
+    tokens = round(ctx.config["readings"] * len(loader.Tokens(data, "train")))
+    recipe = ctx.recipe(data, BATCH, 1.0, 0)
+    step = recipe["batch_size"] * recipe["block_size"]
+    return tokens, tokens / step * runs.step_flops(recipe)
+
+
+def part_of(ctx, data, size, seed):
+    """A prepared folder with `size` training tokens in a row, and all that is held out."""
+    tokens = {split: loader.Tokens(data, split) for split in ("train", "val")}
+    start = int(np.random.default_rng(seed).random() * (len(tokens["train"]) - size + 1))
+    text = tokenizer.from_meta(tokens["train"].meta["tokenizer"])
+    train = text.decode(tokens["train"][start : start + size].tolist())
+    val = text.decode(tokens["val"][:].tolist())
+    name = f"part_{size}_{results.mark(train, val)[:8]}"
+    return ctx.prepared(name, [("train", train), ("val", val)], text)
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+
+def plan(config):
+    """[(E, epochs of a run)]: the last of each E costs the whole budget."""
+    every = sorted(numbers(config, "epochs"))
+    every = every[::3] if config["quick"] else every
+    every = [E for E in every if config["readings"] <= E]
+    settings.require(every, f"epochs must not all be below readings, {config['readings']:g}")
+    return [(E, e) for i, E in enumerate(every) for e in every[max(0, i - SHORTER) : i + 1]]
+
+
+def one_seed(ctx, data, seed):
+    """{(kind, E, e): nats} of runs of e epochs on 1/E of the budget's tokens; None: left out."""
+    tokens, flops = budget_of(ctx, data)
+    block, nats = ctx.recipe(data, BATCH, 1.0, 0)["block_size"], {}
+    for E, e in plan(ctx.config):
+        size = round(tokens / E)
+        settings.require(size >= block, f"1/{E:g} of {data} is less than a block: fewer epochs")
+        part = part_of(ctx, data, size, seed)
+        for kind, keys in kinds_of(ctx.config).items():
+            nats[kind, E, e] = ctx.nats(ctx.train(part, keys, flops * e / E, seed), data)
+    return nats
+
+
+# ---- The tables ----------------------------------------------------------------------------------
+
+
+def at_equal_flops(nats, tokens):
+    """Rows: what E epochs of 1/E of the text give. nats: {(kind, E, e): [of each seed]}."""
+    rows = []
+    for E in sorted({E for _, E, _ in nats}):
+        row = {"epochs": f"{E:g}", "tokens_of_text": f"{tokens / E:,.0f}"}
+        row |= {kind: runs.spelled(nats[kind, E, E]) for kind in (MDM, ARM, REGULAR)}
+        for kind in (ARM, REGULAR):
+            above = runs.minus(nats[MDM, E, E], nats[kind, E, E])
+            row[f"MDM - {kind}"] = runs.spelled(above, "+.3f")
+        rows.append(row)
+    return rows
+
+
+def best_of(nats, kind, E):
+    """([best of each seed], where it turns) of the runs on 1/E of the text."""
+    by_epochs = {e: values for (k, part, e), values in nats.items() if (k, part) == (kind, E)}
+    best = [None if None in seed else min(seed) for seed in zip(*by_epochs.values(), strict=True)]
+    means = {e: statistics.mean(v) for e, v in by_epochs.items() if None not in v}
+    if len(means) < len(by_epochs):
+        return best, "left out"
+    at, every = min(means, key=means.get), sorted(means)
+    if len(every) == 1:
+        return best, f"at {at:g}, the only one"
+    if at == every[-1]:
+        return best, f"not by {at:g}"
+    return best, f"by {at:g}" if at == every[0] else f"at {at:g}"
+
+
+def best_rows(nats, tokens):
+    """Rows: the best of all runs on a part, up to the budget, and the epochs where it turns."""
+    rows = []
+    for E in sorted({E for _, E, _ in nats}):
+        row, best = {"tokens_of_text": f"{tokens / E:,.0f}"}, {}
+        for kind in (MDM, ARM, REGULAR):
+            best[kind], turn = best_of(nats, kind, E)
+            row |= {kind: runs.spelled(best[kind]), f"{kind}_turns": turn}
+        better = [
+            None if None in pair else min(pair)
+            for pair in zip(best[ARM], best[REGULAR], strict=True)
+        ]
+        row["MDM - better ARM"] = runs.spelled(runs.minus(best[MDM], better), "+.3f")
+        rows.append(row)
+    return rows
+
+
+def nearly_as_good(nats, kind):
+    """The most epochs whose mean is within NEAR of unrepeated text, at equal FLOPs; None: none."""
+    every = sorted({E for _, E, _ in nats})
+    above = {E: runs.minus(nats[kind, E, E], nats[kind, every[0], every[0]]) for E in every}
+    known = {E: [z for z in values if z is not None] for E, values in above.items()}
+    return max((E for E in every if known[E] and statistics.mean(known[E]) <= NEAR), default=None)
+
+
+def one_text(ctx, data, nats):
+    """(text of the tables, figures) of one text."""
+    tokens, flops = budget_of(ctx, data)
+    title = f"{data}, {flops:.1e} FLOPs a run, nats per token of held-out text, "
+    title += f"{len(ctx.seeds)} seeds"
+    text = results.table(f"{title}: E epochs of 1/E of the text", at_equal_flops(nats, tokens))
+    about = f"{title}: the best of all runs on one part, and the epochs where it turns"
+    text += "\n" + results.table(about, best_rows(nats, tokens)) + "\n"
+    figures = {f"{data}, FLOPs of a run": flops}
+    for (kind, E, e), values in nats.items():
+        for seed, value in zip(ctx.seeds, values, strict=True):
+            name = f"{kind} on {data}: {E:g} parts, {e:g} epochs, seed {seed}"
+            figures |= {} if value is None else {name: value}
+    for kind in (MDM, ARM, REGULAR):
+        near = nearly_as_good(nats, kind)
+        shown = "left out" if near is None else f"{near:g}"
+        text += f"Epochs within {NEAR} nats of unrepeated text at equal FLOPs, {kind}: {shown}"
+        if kind in papers.REPEATS:
+            epochs, half = papers.REPEATS[kind]
+            text += f" (2507.15857: about {epochs}, half of their worth left after {half})"
+        text += ".\n"
+        figures |= {} if near is None else {f"{kind} on {data}, epochs nearly as good": near}
+    return text, figures
+
+
+def draw(axes, figures):
+    """Nats at equal FLOPs against epochs, a field for each text; means over seeds."""
+    points = {}
+    for key, value in figures.items():
+        found = re.fullmatch(r"(.*) on (.*): (\S+) parts, (\S+) epochs, seed \d+", key)
+        if found and found[3] == found[4]:
+            kind = points.setdefault(found[2], {}).setdefault(found[1], {})
+            kind.setdefault(float(found[3]), []).append(value)
+    figure = axes.figure
+    axes.remove()
+    fields = figure.subplots(1, max(1, len(points)), squeeze=False)[0]
+    for field, (data, kinds) in zip(fields, points.items(), strict=False):
+        ends, styles = {}, itertools.cycle(("o-", "s--", "^:"))
+        for kind, of_epochs in kinds.items():
+            y = [statistics.mean(values) for values in of_epochs.values()]
+            color = results.DARK if kind == MDM else results.LIGHT
+            field.plot([*of_epochs], y, next(styles), color=color)
+            ends[kind] = [*of_epochs][-1], y[-1]
+        field.set(xscale="log", xlabel="epochs of a smaller text, at equal FLOPs")
+        field.set(ylabel="nats per token of held-out text")
+        field.set_title(f"{data}: what is a text worth again?")
+        results.name_ends(field, ends)
+
+
+PLOTS = {"": draw}
+
+
+def main(config):
+    """Train, measure, print and write; returns the figures."""
+    settings.require(config["readings"] > 0, "readings must be above 0")
+    ctx, texts, figures = runs.Runs(config), [], {}
+    names = dict.fromkeys(map(ctx.text, config["data"].split(",")))
+    found = {data: [] for data in names}
+    for seed, data in itertools.product(ctx.seeds, names):
+        found[data].append(one_seed(ctx, data, seed))
+    for data, seeds in found.items():
+        nats = {key: [seed[key] for seed in seeds] for key in seeds[0]}
+        text, more = one_text(ctx, data, nats)
+        texts, figures = [*texts, text], figures | more
+    return ctx.write("epochs", "\n".join(texts), figures, PLOTS)
+
+
+if __name__ == "__main__":
+    settings.run(main, settings, results, runs, sys.modules[__name__])
