@@ -93,7 +93,7 @@ class Browser:
 
     def until(self, condition):
         end = time.time() + 60
-        while not self.js(condition):
+        while not self.js(f"!!({condition})"):
             assert time.time() < end, f"never: {condition}"
             time.sleep(0.02)
 

@@ -189,9 +189,9 @@ def test_gaps_are_typed_or_selected_and_a_wrong_text_is_told(demo):
     }.items():
         chromium.call("(text) => { $('text').value = text; $('text').oninput(); }", text)
         assert message in chromium.js("$('length').textContent")
-        chromium.js("window.kept = page.runs, null")
+        chromium.js("window.earlier = page.runs, null")
         chromium.mouse("document.querySelector('form .main')")
-        assert chromium.js("page.runs === kept && !$('request').checkValidity()")
+        assert chromium.js("page.runs === earlier && !$('request').checkValidity()")
 
 
 def test_a_sampler_has_its_own_fields_and_ends_when_it_is_done(demo):
@@ -208,7 +208,7 @@ def test_a_sampler_has_its_own_fields_and_ends_when_it_is_done(demo):
     chromium.js("$('sampler').value = 'threshold'; $('sampler').onchange()")
     chromium.js("$('steps').value = ''; $('threshold').value = 0.2; $('samples').value = 3")
     chromium.mouse("document.querySelector('form .main')")
-    chromium.until("!!page.playing")
+    chromium.until("page.playing")
     assert chromium.js("page.steps") == 12  # at most
     assert re.match(r"\d+ network calls ·", chromium.js("page.boards[0].note.textContent"))
     finish(chromium)
