@@ -388,7 +388,8 @@ def main(config):
     result = evaluate(config, subject, folder, config["split"])
     ngram_nats = ngram.baseline(folder) if config["split"] == "val" else {}
     if ngram_nats:
-        print(ngram.words(ngram_nats))
+        worse = result["nats_per_token"] > min(ngram_nats.values())
+        print(ngram.words(ngram_nats) + "; the model is worse: it needs more training" * worse)
     return result | {"ngram_nats": ngram_nats}
 
 

@@ -79,7 +79,7 @@ def cut_books(books, config):
     share = writer.adjusted([book.title for book in early], config["held_out"])
     groups = {LEARNT: [], OLD: []}
     for book in early:
-        groups[OLD if writer.held_out(book.title, share) else LEARNT].append(book)
+        groups[OLD if writer.is_held_out(book.title, share) else LEARNT].append(book)
     for book in sorted(book for book in books if cut <= book.year <= last):
         groups.setdefault(f"{book.year // 10 * 10}s", []).append(book)
     enough = len(groups) > 2 and all(groups.values())

@@ -20,6 +20,8 @@ from lib.device import nominal_flops, step_flops
 from lib.files import optional, to_json, whole_file
 from lib.resume import seen
 
+MORE = "give more --max_minutes, or --compile=False"
+
 
 class Log:
     """Only the first process (is_main) says anything. flops: of a step; peak: of all, a second.
@@ -32,7 +34,7 @@ class Log:
         self.tokens = config["batch_size"] * mean_length(config, dataset)  # of a step
         self.path = Path(config["out_dir"]) / "log.jsonl"
         self.clock, self.start, self.skipped, self.sinks = clock, clock.start, 0, []
-        self.began, self.fifth = time.perf_counter(), None
+        self.began, self.fifth, self.held_out = time.perf_counter(), None, []  # [(nats, step)]
         self.opened = contextlib.ExitStack()
         if is_main:
             self.begin()
@@ -65,6 +67,8 @@ class Log:
         return self
 
     def __exit__(self, *error):
+        if self.is_main and error[0] is None:
+            self.say_end()
         return self.opened.__exit__(*error)
 
     def say_start(self, model, dataset, val, weights):
@@ -106,21 +110,43 @@ class Log:
     def step(self, loss):
         """One step of training is done. After the tenth a line says how long the run will be."""
         self.bar.update()
-        if self.is_main and self.clock.step - self.start in (5, 10):  # compiled by the fifth
+        made = self.clock.step - self.start
+        if self.is_main and made in (5, 10):  # compiled by the fifth
             loss.item()  # waits for the device
-            then, self.fifth = self.fifth, time.perf_counter()
-            if then:
-                self.say_plan((self.fifth - then) / 5)
+            self.fifth = self.fifth or time.perf_counter()
+            if made == 10:
+                self.say_plan(self.pace())
         if self.config["profile"] and self.is_main:
             self.profiler.step()
 
+    def pace(self):
+        """Seconds a step, evaluations included, and compilation left out as soon as it is over."""
+        made, now = self.clock.step - self.start, time.perf_counter()
+        return (
+            (now - self.fifth) / (made - 5)
+            if self.fifth and made > 5
+            else (now - self.began) / made
+        )
+
     def say_plan(self, pace):
-        """The line after ten steps, which took `pace` seconds each."""
+        """The line after ten steps, with `pace` seconds a step from now on."""
         steps, seconds = self.clock.left(pace)
         tokens = (self.clock.step + steps) * self.tokens
         size = f"{self.parameters:,} parameters, {self.tokens:,.0f} tokens a step"
-        end = f"{steps:,.0f} steps and {seconds / 60:.1f} minutes to the end"
+        left = f"{seconds / 60:.1f} minutes" if seconds > 60 else f"{seconds:.0f} seconds"
+        end = f"{steps:,.0f} steps and {left} to the end"
         self.say(f"{size}; about {end}, then {tokens / 1e6:,.1f}M tokens in all")
+        if self.clock.spent() > 1 / 3:
+            self.say(f"of {self.minutes()} most were compilation; {MORE}")
+
+    def say_end(self):
+        """What is to be known of a run that has ended and did not go as it should."""
+        made, (best, step) = self.clock.step - self.start, min(self.held_out, default=(0.0, 0))
+        if self.clock.spent() >= 1 and made < 10:
+            self.say(f"{made} steps in {self.minutes()}, most of it compilation; {MORE}")
+        elif self.held_out and self.held_out[-1][0] > best + 0.05:
+            now = f"with {best:.3f} nats at step {step}, and has {self.held_out[-1][0]:.3f} now"
+            self.say(f"held-out text was best {now}: fewer steps, or more text, are better")
 
     def skip(self, step):
         """A step's gradient was not finite, and it was skipped."""
@@ -139,6 +165,8 @@ class Log:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from None
         part = "val" if "nats_per_token" in entry else "train"
+        if part == "val":
+            self.held_out.append((entry["nats_per_token"], entry["step"]))
         for sink in self.sinks:
             sink(entry["step"], {f"{part}/{key}": value for key, value in numbers.items()})
 
@@ -147,11 +175,10 @@ class Log:
 
         loss: as trained; nelbo: of the same batch, by the weights of the bound. tokens, flops: of
         all sequences seen. mfu: the part of the machine's speed in matrix products that is used.
-        The time left is by what the steps so far took, evaluations included.
         """
         now = time.perf_counter()
         per_second = (step - self.last_step) / (now - self.last_time)  # steps
-        steps, left = self.clock.left((now - self.began) / (step - self.start))
+        steps, left = self.clock.left(self.pace())
         self.bar.total = round(step + steps)
         tokens, mfu = per_second * self.tokens, per_second * self.flops / self.peak
         speed = f"{tokens:.0f} tokens/s, {mfu:.0%} of peak"

@@ -112,7 +112,8 @@ def learn_characters(state, source, meta, team):
         state["model"][name] = torch.cat([w[:V], new, w[V:]])
     state |= {"tokenizer": wanted, "config": state["config"] | {"vocab_size": n}}
     if n > V and team.rank == 0:
-        print(f"{source} learns {n - V} characters more: {wanted['alphabet'][V:]!r}")
+        new = f"{n - V} new characters: {wanted['alphabet'][V:]!r}"
+        print(f"{source} learns {new} ('\\x00' is eos)")
 
 
 def with_size(config):
