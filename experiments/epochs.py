@@ -9,13 +9,14 @@ dropout and weight decay gains as much.
 
 Design. A budget is what it costs to read the whole text once (--readings: so many times). For each
 number of epochs E the same FLOPs go into a part of the text, 1/E of it, at a place of its own for
-each seed; what is held out is never cut. First table: MDM, ARM and ARM with dropout and weight
-decay at these equal FLOPs. Second: runs of fewer epochs on the same part, each to the end of its
-own learning-rate schedule, as a run that is merely stopped earlier was not: the best of them all,
-and where it turns, which is the number of epochs after which more of them do harm.
+each seed; what is held out is never cut. First table: MDM, ARM, and ARM with dropout and weight
+decay at these equal FLOPs. Second: the lowest of the evaluations along the runs, as who stops in
+time has it, and after how many epochs it comes. There are ten a run, and where a tenth of the
+epochs are several another run has so many in all, so that an early turn is seen, too.
 
-Budget: 54 runs a seed and text: 26 times one reading, 1.3e14 FLOPs for tiny Shakespeare and 2.5e14
-for pydocs; with three seeds 1.1e15. Minimum: --seeds=1 --data=data/shakespeare.
+Budget: 27 runs a seed and text, 19 times one reading: 9e13 FLOPs for tiny Shakespeare and 1.8e14
+for pydocs; with three seeds 8e14, two hours on two cores with bfloat16 instructions. Minimum:
+--seeds=1 --data=data/shakespeare.
 """
 
 import itertools
@@ -38,10 +39,10 @@ DEFAULTS = {
     "weight_decay": 0.1,  # of the third kind
 }
 
-SHORTER = 3  # runs of fewer epochs on the same part
+LEAST = 3  # epochs of a shorter run
 NEAR = 0.05  # nats above unrepeated text at which a text counts as nearly as good
 BATCH = {"batch_size": 16}
-MDM, ARM, REGULAR = "MDM", "ARM", "ARM with dropout and decay"
+KINDS = MDM, ARM, REGULAR = "MDM", "ARM", "ARM with dropout and decay"
 
 
 def kinds_of(config):
@@ -74,97 +75,97 @@ def part_of(ctx, data, size, seed):
 
 
 def plan(config):
-    """[(E, epochs of a run)]: the last of each E costs the whole budget."""
+    """[(E, epochs of a run)] of runs of the whole budget, and of a tenth of it."""
     every = sorted(numbers(config, "epochs"))
-    every = every[::3] if config["quick"] else every
     every = [E for E in every if config["readings"] <= E]
     settings.require(every, f"epochs must not all be below readings, {config['readings']:g}")
-    return [(E, e) for i, E in enumerate(every) for e in every[max(0, i - SHORTER) : i + 1]]
+    every = every[::3] if config["quick"] else every
+    return [(E, e) for E in every for e in (E / 10, E) if e == E or e >= LEAST]
 
 
 def one_seed(ctx, data, seed):
-    """{(kind, E, e): nats} of runs of e epochs on 1/E of the budget's tokens; None: left out."""
+    """{(kind, E): (nats of the whole run, [(epochs, nats)] along its runs)}; None: left out."""
     tokens, flops = budget_of(ctx, data)
-    block, nats = ctx.recipe(data, BATCH, 1.0, 0)["block_size"], {}
-    for E, e in plan(ctx.config):
+    block, found = ctx.recipe(data, BATCH, 1.0, 0)["block_size"], {}
+    for (E, e), (kind, keys) in itertools.product(plan(ctx.config), kinds_of(ctx.config).items()):
         size = round(tokens / E)
         settings.require(size >= block, f"1/{E:g} of {data} is less than a block: fewer epochs")
-        part = part_of(ctx, data, size, seed)
-        for kind, keys in kinds_of(ctx.config).items():
-            nats[kind, E, e] = ctx.nats(ctx.train(part, keys, flops * e / E, seed), data)
-    return nats
+        folder = ctx.train(part_of(ctx, data, size, seed), keys, flops * e / E, seed)
+        along = found.setdefault((kind, E), [])
+        curve = ctx.curve(folder)[0] if folder else [(1.0, None)]
+        along += [(e * x / curve[-1][0], nats) for x, nats in curve]
+        if e == E:
+            found[kind, E] = ctx.nats(folder, data), along
+    return found
 
 
 # ---- The tables ----------------------------------------------------------------------------------
 
 
 def at_equal_flops(nats, tokens):
-    """Rows: what E epochs of 1/E of the text give. nats: {(kind, E, e): [of each seed]}."""
+    """Rows: what E epochs of 1/E of the text give. nats: {(kind, E): [of each seed]}."""
     rows = []
-    for E in sorted({E for _, E, _ in nats}):
+    for E in sorted({E for _, E in nats}):
         row = {"epochs": f"{E:g}", "tokens_of_text": f"{tokens / E:,.0f}"}
-        row |= {kind: runs.spelled(nats[kind, E, E]) for kind in (MDM, ARM, REGULAR)}
+        row |= {kind: runs.spelled(nats[kind, E]) for kind in KINDS}
         for kind in (ARM, REGULAR):
-            above = runs.minus(nats[MDM, E, E], nats[kind, E, E])
-            row[f"MDM - {kind}"] = runs.spelled(above, "+.3f")
+            row[f"MDM - {kind}"] = runs.spelled(runs.minus(nats[MDM, E], nats[kind, E]), "+.3f")
         rows.append(row)
     return rows
 
 
-def best_of(nats, kind, E):
-    """([best of each seed], where it turns) of the runs on 1/E of the text."""
-    by_epochs = {e: values for (k, part, e), values in nats.items() if (k, part) == (kind, E)}
-    best = [None if None in seed else min(seed) for seed in zip(*by_epochs.values(), strict=True)]
-    means = {e: statistics.mean(v) for e, v in by_epochs.items() if None not in v}
-    if len(means) < len(by_epochs):
-        return best, "left out"
-    at, every = min(means, key=means.get), sorted(means)
-    if len(every) == 1:
-        return best, f"at {at:g}, the only one"
-    if at == every[-1]:
-        return best, f"not by {at:g}"
-    return best, f"by {at:g}" if at == every[0] else f"at {at:g}"
+def turn(along):
+    """(lowest nats, epochs until then) of [(epochs, nats)]; None: one is left out."""
+    known = None not in [nats for _, nats in along]
+    return min((nats, epochs) for epochs, nats in along) if known else None
 
 
-def best_rows(nats, tokens):
-    """Rows: the best of all runs on a part, up to the budget, and the epochs where it turns."""
+def lowest_along(alongs, tokens):
+    """Rows: the lowest evaluation on each part, and when it comes. {(kind, E): [of each seed]}."""
     rows = []
-    for E in sorted({E for _, E, _ in nats}):
-        row, best = {"tokens_of_text": f"{tokens / E:,.0f}"}, {}
-        for kind in (MDM, ARM, REGULAR):
-            best[kind], turn = best_of(nats, kind, E)
-            row |= {kind: runs.spelled(best[kind]), f"{kind}_turns": turn}
-        better = [
-            None if None in pair else min(pair)
-            for pair in zip(best[ARM], best[REGULAR], strict=True)
-        ]
-        row["MDM - better ARM"] = runs.spelled(runs.minus(best[MDM], better), "+.3f")
+    for E in sorted({E for _, E in alongs}):
+        row, lowest = {"epochs": f"{E:g}", "tokens_of_text": f"{tokens / E:,.0f}"}, {}
+        for kind in KINDS:
+            turns = [turn(along) for along in alongs[kind, E]]
+            lowest[kind] = [pair and pair[0] for pair in turns]
+            when = statistics.median([pair[1] for pair in turns if pair] or [0])
+            shown = "not yet" if when > 0.999 * E else f"at {when:.2g}"
+            row |= {
+                kind: runs.spelled(lowest[kind]),
+                f"{kind}_turns": shown if when else "left out",
+            }
+        pairs = zip(lowest[ARM], lowest[REGULAR], strict=True)
+        better = [None if None in pair else min(pair) for pair in pairs]
+        row["MDM - better ARM"] = runs.spelled(runs.minus(lowest[MDM], better), "+.3f")
         rows.append(row)
     return rows
 
 
 def nearly_as_good(nats, kind):
     """The most epochs whose mean is within NEAR of unrepeated text, at equal FLOPs; None: none."""
-    every = sorted({E for _, E, _ in nats})
-    above = {E: runs.minus(nats[kind, E, E], nats[kind, every[0], every[0]]) for E in every}
+    every = sorted({E for _, E in nats})
+    above = {E: runs.minus(nats[kind, E], nats[kind, every[0]]) for E in every}
     known = {E: [z for z in values if z is not None] for E, values in above.items()}
     return max((E for E in every if known[E] and statistics.mean(known[E]) <= NEAR), default=None)
 
 
-def one_text(ctx, data, nats):
-    """(text of the tables, figures) of one text."""
+def one_text(ctx, data, seeds):
+    """(text of the tables, figures) of one text; seeds: what one_seed gives of each."""
+    nats, alongs = ({key: [seed[key][i] for seed in seeds] for key in seeds[0]} for i in (0, 1))
     tokens, flops = budget_of(ctx, data)
     title = f"{data}, {flops:.1e} FLOPs a run, nats per token of held-out text, "
     title += f"{len(ctx.seeds)} seeds"
     text = results.table(f"{title}: E epochs of 1/E of the text", at_equal_flops(nats, tokens))
-    about = f"{title}: the best of all runs on one part, and the epochs where it turns"
-    text += "\n" + results.table(about, best_rows(nats, tokens)) + "\n"
+    about = f"{title}: the lowest of the evaluations (64 blocks) on the way, and its epochs"
+    text += "\n" + results.table(about, lowest_along(alongs, tokens)) + "\n"
     figures = {f"{data}, FLOPs of a run": flops}
-    for (kind, E, e), values in nats.items():
-        for seed, value in zip(ctx.seeds, values, strict=True):
-            name = f"{kind} on {data}: {E:g} parts, {e:g} epochs, seed {seed}"
+    for (kind, E), values in nats.items():
+        for seed, value, along in zip(ctx.seeds, values, alongs[kind, E], strict=True):
+            name = f"{kind} on {data}, {E:g} epochs, seed {seed}"
             figures |= {} if value is None else {name: value}
-    for kind in (MDM, ARM, REGULAR):
+            lowest = zip((", lowest", ", lowest at"), turn(along) or (), strict=False)
+            figures |= {f"{name}{what}": z for what, z in lowest}
+    for kind in KINDS:
         near = nearly_as_good(nats, kind)
         shown = "left out" if near is None else f"{near:g}"
         text += f"Epochs within {NEAR} nats of unrepeated text at equal FLOPs, {kind}: {shown}"
@@ -180,8 +181,8 @@ def draw(axes, figures):
     """Nats at equal FLOPs against epochs, a field for each text; means over seeds."""
     points = {}
     for key, value in figures.items():
-        found = re.fullmatch(r"(.*) on (.*): (\S+) parts, (\S+) epochs, seed \d+", key)
-        if found and found[3] == found[4]:
+        found = re.fullmatch(r"(.*) on (.*), (\S+) epochs, seed \d+", key)
+        if found:
             kind = points.setdefault(found[2], {}).setdefault(found[1], {})
             kind.setdefault(float(found[3]), []).append(value)
     figure = axes.figure
@@ -212,8 +213,7 @@ def main(config):
     for seed, data in itertools.product(ctx.seeds, names):
         found[data].append(one_seed(ctx, data, seed))
     for data, seeds in found.items():
-        nats = {key: [seed[key] for seed in seeds] for key in seeds[0]}
-        text, more = one_text(ctx, data, nats)
+        text, more = one_text(ctx, data, seeds)
         texts, figures = [*texts, text], figures | more
     return ctx.write("epochs", "\n".join(texts), figures, PLOTS)
 

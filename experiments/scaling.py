@@ -13,8 +13,9 @@ Design. At each budget C both families train at least five sizes N (parameters w
 head), with one text and one recipe; sizes are added while the lowest one is at an end. How N*(C),
 L*(C), the lines through them and the intervals come out of the points is told in isoflop.py. C
 counts matrix products, attention and head included, as tests compare with PyTorch's own counter.
-Learning rate and batch follow from the width, as lib/budget.py has it, in both families: 1e-2 up to
-a width of 96, beyond it falling with its square root. --only=rate tries half and twice of that.
+The batch is the same for all sizes. The learning rate follows from the width, as lib/budget.py has
+it, in both families: 1e-2 up to a width of 96, beyond it falling with its square root. --only=rate
+tries half and twice of that.
 
 The paper's grid, with its sizes, its recipe (but for 2% of warm-up), and C = 6 N D as it counts:
 
@@ -51,8 +52,9 @@ DEFAULTS = {
 # n_layer, n_embd: each about twice the last
 SHAPES = [(1, 16), (1, 32), (2, 32), (2, 48), (3, 56), (4, 64), (5, 80), (6, 96), (7, 128)]
 SHAPES += [(8, 144), (9, 192), (10, 256), (12, 320), (14, 384), (16, 448)]
+BATCH = 16  # sequences of all sizes: where it changed there would be a step in the curves
 FAMILIES = {"MDM": {}, "ARM": {"objective": "ar"}}
-GUESS = 2e5, 0.6  # N* at 1e13 FLOPs on bytes and its exponent: where the search begins
+GUESS = {"MDM": 1.8e5, "ARM": 3.2e5}  # N* at 1e13 FLOPs on bytes: where the search begins
 RATES, RATE_SHAPES = (0.5, 1.0, 2.0), [(2, 48), (7, 128)]
 
 
@@ -60,9 +62,9 @@ RATES, RATE_SHAPES = (0.5, 1.0, 2.0), [(2, 48), (7, 128)]
 
 
 def shape_keys(n_layer, D, factor=1.0):
-    """The keys of a shape, with the batch and `factor` times the learning rate of the rule."""
+    """The keys of a shape, with `factor` times the learning rate of the rule."""
     mine = budget.filled(train.DEFAULTS | network.DEFAULTS | {"n_layer": n_layer, "n_embd": D})
-    keys = {key: mine[key] for key in ("n_layer", "n_embd", "n_head", "batch_size")}
+    keys = {key: mine[key] for key in ("n_layer", "n_embd", "n_head")} | {"batch_size": BATCH}
     return keys | {"learning_rate": factor * mine["learning_rate"]}
 
 
@@ -85,7 +87,7 @@ def sizes_of(shapes, quick=False):
 def window(config, family, C):
     """(all sizes N, start, end): those from start to end are around the guess of N*."""
     sizes = [*sizes_of(config["shapes"], config["quick"])]
-    log_N = np.log(GUESS[0]) + GUESS[1] * np.log(C / 1e13)
+    log_N = np.log(GUESS[family]) + 0.6 * np.log(C / 1e13)
     if config["shapes"] == "smdm":
         log_N = np.interp(np.log(C), np.log(papers.BUDGETS), np.log(papers.ISOFLOP[family]["N"]))
     nearest = int(np.abs(np.log(sizes) - log_N).argmin())

@@ -1,5 +1,6 @@
 """SMDM's claims by one command each: fits, plans and cuts, and the quick forms end in files."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -275,29 +276,32 @@ def test_a_part_is_a_run_of_the_text_and_what_is_held_out_is_whole(folder, text)
 
 
 def test_runs_on_a_part_read_it_as_often_as_their_epochs_say(folder, text, monkeypatch):
-    ctx, config = opened(epochs, folder, "--epochs=1,2,4", "--seeds=1", "--readings=1")
+    ctx, config = opened(epochs, folder, "--epochs=1,4,30", "--seeds=1")
     made = []
     train_of = lambda data, keys, flops, seed: made.append((data, flops))  # noqa: E731
     monkeypatch.setattr(ctx, "train", train_of)
-    nats = epochs.one_seed(ctx, text, 1)
-    assert len(made) == len(nats) == 3 * (1 + 2 + 3) and set(nats.values()) == {None}
-    for (kind, _, e), (data, flops) in zip(nats, made, strict=True):
-        recipe = ctx.recipe(data, epochs.kinds_of(config)[kind], flops, 1)
-        tokens = recipe["max_iters"] * recipe["batch_size"] * recipe["block_size"]
-        step = recipe["batch_size"] * recipe["block_size"]
-        assert abs(tokens - e * len(loader.Tokens(data, "train"))) < step + 0.05 * tokens
+    assert epochs.plan(config) == [(1, 1), (4, 4), (30, 3), (30, 30)]
+    found = epochs.one_seed(ctx, text, 1)
+    assert {pair[0] for pair in found.values()} == {None} and len(found) == 3 * 3
+    each = itertools.product(epochs.plan(config), epochs.kinds_of(config).items())
+    for ((E, e), (_, keys)), (data, flops) in zip(each, made, strict=True):
+        recipe = ctx.recipe(data, keys, flops, 1)
+        step = recipe["batch_size"] * recipe["block_size"]  # tokens
+        read = len(loader.Tokens(data, "train")) * e
+        assert abs(recipe["max_iters"] * step - read) < step + 0.05 * read, (E, e)
 
 
 def test_where_a_kind_turns_is_said_with_what_is_not_known():
-    nats = {("ARM", 30, e): [y, y] for e, y in ((3, 2.0), (10, 1.8), (30, 1.9))}
-    assert epochs.best_of(nats, "ARM", 30) == ([1.8, 1.8], "at 10")
-    assert epochs.best_of(nats | {("ARM", 30, 30): [1.7, 1.7]}, "ARM", 30)[1] == "not by 30"
-    assert epochs.best_of(nats | {("ARM", 30, 3): [1.7, 1.7]}, "ARM", 30)[1] == "by 3"
-    assert epochs.best_of(nats | {("ARM", 30, 3): [1.7, None]}, "ARM", 30) == (
-        [1.7, None],
-        "left out",
-    )
-    nats = {("MDM", E, E): [y, y] for E, y in ((1, 2.0), (3, 2.01), (10, 2.04), (30, 2.2))}
+    along = [(1.0, 2.5), (3.0, 2.2), (10.0, 2.1), (30.0, 2.4)]
+    assert epochs.turn(along) == (2.1, 10.0) and epochs.turn([*along, (30.0, None)]) is None
+    alongs = {(kind, 30): [along, along] for kind in epochs.KINDS}
+    alongs["MDM", 30] = [[(3.0, 2.0), (30.0, 1.9)], [(3.0, 2.0), (30.0, 1.9)]]
+    alongs["ARM", 30] = [[(30.0, None)], [(30.0, None)]]
+    (row,) = epochs.lowest_along(alongs, 9000)
+    assert row["MDM_turns"] == "not yet" and row[f"{epochs.REGULAR}_turns"] == "at 10"
+    assert row["ARM"] == row["ARM_turns"] == row["MDM - better ARM"] == "left out"
+    assert row["MDM"].startswith("1.900") and row["tokens_of_text"] == "300"
+    nats = {("MDM", E): [y, y] for E, y in ((1, 2.0), (3, 2.01), (10, 2.04), (30, 2.2))}
     assert epochs.nearly_as_good(nats, "MDM") == 10
 
 
@@ -312,7 +316,7 @@ HEADS = {
     "scaling_rate": ["family | network | 0.5 x the rule's | 1 x the rule's | 2 x the rule's |"],
     "epochs": [
         "epochs | tokens of text | MDM | ARM | ARM with dropout and decay | MDM - ARM |",
-        "tokens of text | MDM | MDM turns | ARM | ARM turns |",
+        "epochs | tokens of text | MDM | MDM turns | ARM | ARM turns |",
     ],
     "temporal_shift": ["books | how many | MDM | ARM | MDM - ARM | minus old (± books) |"],
 }
