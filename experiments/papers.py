@@ -1,6 +1,7 @@
 """Figures of the papers that experiments set beside ours, as printed there.
 
 RADD: arXiv 2406.03736, version 4. Perplexities are per GPT-2 token, upper bounds for diffusion.
+SMDM: arXiv 2410.18514, its first version as quoted in reviews of it.
 """
 
 import math
@@ -33,6 +34,11 @@ SAMPLING = {  # RADD table 3: medium, 1,024 tokens, batch 16, seconds a sample; 
 }
 ORDERS = {"forward": 81.70, "backward": 103.68, "random": 83.10}  # RADD table 6, medium
 
+MORE_FLOPS = 16  # SMDM: training FLOPs of its MDM over those of its ARM, in MT-Bench, 1.1B both
+ARM_SCORE, ARM_SECONDS = 1.57, 555  # SMDM, MT-Bench: by GPT-4o, of 80 answers one by one
+MT_BENCH = {64: (1.40, 204), 128: (1.56, 396), 256: (1.60, 780)}  # the same of its MDM, by steps
+UNSUPERVISED = {"LAMBADA": (36.0, 40.99), "OpenBookQA": (27.0, 34.2)}  # SMDM 220M: w = 0, w chosen
+
 
 def nats_above(name, base, size="small"):
     """Mean over the five sets of log perplexity above `base`'s: nats per GPT-2 token."""
@@ -47,3 +53,8 @@ def sampling_ratio(steps):
         return None
     i = STEPS.index(steps)
     return SAMPLING["SEDD seconds"][i] / SAMPLING["RADD seconds"][i]
+
+
+def steps_ratio(steps):
+    """SMDM's seconds of its ARM over those of its MDM at so many steps."""
+    return ARM_SECONDS / MT_BENCH[steps][1]
