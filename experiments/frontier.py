@@ -32,6 +32,7 @@ from evals import quality
 from experiments.results import DARK
 from experiments.runs import PAIR
 from lib import checkpoint
+from lib.stats import mean_and_error
 
 DEFAULTS = {
     "judge": "",  # a checkpoint or hf:NAME; empty: an ARM of another seed and twice the FLOPs
@@ -73,18 +74,28 @@ def at_entropy(rows, sampler, measure="nats"):
     return float(np.interp(where[0], *zip(*points, strict=True)))
 
 
+def of_samples(judge, rows, tokenizer):
+    """{"nats", "entropy": of each of the rows, lists of ids}, nats by the judge for a token."""
+    records = [{"text": tokenizer.decode(row), "tokens": row} for row in rows]
+    nats, _ = quality.judge_nats(judge, quality.ids_for(judge, records)[0])  # (N,)
+    lengths = [len(row) for row in rows]
+    each = {"nats": (nats / lengths).tolist()}
+    return each | {"entropy": [quality.entropy(row) for row in rows]}
+
+
 class Frontier:
     """A judge, a text to compare with, and the points that were measured; see the file's top."""
 
-    def __init__(self, runs, data, flops):
+    def __init__(self, runs, data, flops, keys=PAIR["ARM"]):
+        """keys: of the judge, where it is trained."""
         self.runs, config = runs, runs.config
         settings.at_least(2, config, "num_samples", "length")
         self.data = runs.text(data)
-        judge = config["judge"] or runs.train(data, PAIR["ARM"], 2 * flops, min(runs.seeds) - 1)
+        judge = config["judge"] or runs.train(data, keys, 2 * flops, min(runs.seeds) - 1)
         self.judge = str(judge) if judge else ""
         words = config["temperatures"].split(",")
         self.temperatures = [settings.typed("temperatures", word, 1.0) for word in words]
-        self.N = 8 if config["quick"] else config["num_samples"]
+        self.N, self.length = 8 if config["quick"] else config["num_samples"], config["length"]
         self.opened = None
 
     def path(self, folder, name, **options):
@@ -97,12 +108,12 @@ class Frontier:
         return rows
 
     def parts(self):
-        return [self.judge, str(self.data), self.N, self.runs.config["length"]]
+        return [self.judge, str(self.data), self.N, self.length]
 
     def sampled(self, folder, T, options):
         """The point of N samples at temperature T."""
         model, tokenizer, _ = checkpoint.load(folder, self.runs.device)
-        L = min(model.block_size, self.runs.config["length"])
+        L = min(model.block_size, self.length)
         x = torch.full((self.N, L), model.mask_id, device=self.runs.device)  # (N, L)
         keys = {"temperature": T, "seed": self.runs.config["seed"], "batch_size": self.N} | options
         with self.runs.autocast():
@@ -111,30 +122,33 @@ class Frontier:
         row |= {"NFE": float(info["nfe"].double().mean())}
         return row | {"seconds_a_sample": info["seconds"] / self.N}
 
-    def point(self, rows, tokenizer):
-        """The measures of samples, lists of ids."""
+    def open(self, L):
+        """The judge, and the n-grams of as much training text in pieces of L, once."""
         if not self.opened:
             options = quality.DEFAULTS | self.runs.config | {"judge": self.judge, "batch_size": 64}
             train = loader.Tokens(self.data, "train")
-            V, starts = train.vocab_size, range(0, len(train) - len(rows[0]), len(rows[0]))
-            text = train.windows(np.array(loader.spread(starts, 4096)), len(rows[0]))
+            V, starts = train.vocab_size, range(0, len(train) - L, L)
+            text = train.windows(np.array(loader.spread(starts, 4096)), L)  # (4096, L)
             self.opened = quality.open_judge(options), frequencies(text, N_GRAM, V), V
-        judge, text, V = self.opened
-        records = [{"text": tokenizer.decode(row), "tokens": row} for row in rows]
-        measures, _ = quality.measure(records, judge)
-        row = {"nats": measures["nats per token"][0], "entropy": measures["entropy, nats"][0]}
+        return self.opened
+
+    def point(self, rows, tokenizer):
+        """The measures of samples, lists of ids: means and their standard errors."""
+        judge, text, V = self.open(len(rows[0]))
+        each = of_samples(judge, rows, tokenizer)
+        mean = {name: mean_and_error(values) for name, values in each.items()}
+        row = {name: mean[name][0] for name in ("nats", "entropy")}
         row |= {"js": js_distance(frequencies(rows, N_GRAM, V), text)}
-        row |= {"repetition": measures["repetition"][0]}
-        row |= {"nats_error": measures["nats per token"][1]}
-        return row | {"entropy_error": measures["entropy, nats"][1]}
+        row |= {"repetition": float(np.mean([quality.repetition(row) for row in rows]))}
+        return row | {f"{name}_error": mean[name][1] for name in ("nats", "entropy")}
 
     def references(self):
         """Rows of held-out text and of nonsense, as many and as long as the samples."""
         if not self.judge:
             return []
         tokenizer = from_meta(loader.read_meta(self.data)["tokenizer"])
-        L = self.runs.config["length"]
-        held = self.runs.blocks(self.data, 32 if self.runs.config["quick"] else L, self.N)  # (N, L)
+        L = min(32, self.length) if self.runs.config["quick"] else self.length
+        held = self.runs.blocks(self.data, L, self.N)  # (N, L)
         train = loader.Tokens(self.data, "train")[: 2**20]  # (n,)
         words = Counter(tokenizer.decode(train.tolist()).split()).most_common(1)
         word = np.resize(tokenizer.encode(f"{words[0][0]} "), held.shape[1])  # (L,)

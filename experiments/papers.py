@@ -56,6 +56,10 @@ REPEATS = {  # arXiv 2507.15857, as its authors sum it up: epochs that are nearl
     "ARM": (4, 15),  # text, and after how many their worth has halved
     "MDM": (100, 500),
 }
+MORE_FLOPS = 16  # SMDM: training FLOPs of its MDM over those of its ARM, in MT-Bench, 1.1B both
+ARM_SCORE, ARM_SECONDS = 1.57, 555  # SMDM, MT-Bench: by GPT-4o, of 80 answers one by one
+MT_BENCH = {64: (1.40, 204), 128: (1.56, 396), 256: (1.60, 780)}  # the same of its MDM, by steps
+UNSUPERVISED = {"LAMBADA": (36.0, 40.99), "OpenBookQA": (27.0, 34.2)}  # SMDM 220M: w = 0, w chosen
 
 
 def nats_above(name, base, size="small"):
@@ -77,3 +81,8 @@ def shift(text):
     """MDM's log perplexity above ARM's on a later text, less that on SlimPajama."""
     above = {name: math.log(SHIFT["MDM"][name] / SHIFT["ARM"][name]) for name in SHIFT["MDM"]}
     return above[text] - above["SlimPajama"]
+
+
+def steps_ratio(steps):
+    """SMDM's seconds of its ARM over those of its MDM at so many steps."""
+    return ARM_SECONDS / MT_BENCH[steps][1]

@@ -172,7 +172,9 @@ class Runs:
         mine |= {k: min(v, mine[k] or v) for k, v in QUICK.items()} if config["quick"] else {}
         attention = train.OBJECTIVES[mine["objective"]].attention
         mine |= {"attention": mine["attention"] if mine["attention"] in attention else attention[0]}
-        mine |= {"vocab_size": loader.read_meta(data)["vocab_size"], "dtype": config["dtype"]}
+        meta = loader.read_meta(data)
+        mine |= {"vocab_size": meta["vocab_size"], "dtype": config["dtype"]}
+        mine |= {"block_size": meta["width"]} if "width" in meta else {}  # of examples
         steps = QUICK_STEPS if config["quick"] else max(1, round(flops / step_flops(mine)))
         mine |= {"max_iters": steps, "warmup_iters": max(1, steps // 50)}
         mine |= {"save_interval": -(-steps // POINTS), "keep": POINTS, "show_sample": False}

@@ -74,6 +74,13 @@ def t95(freedom):
     return 1.96 + sum(c / freedom**k for k, c in terms) if enough else math.inf
 
 
+def wilson(share, n):
+    """95% interval (low, high) of a share of n by Wilson's score: never a point, always in 0..1."""
+    z = 1.96
+    middle, half = share + z**2 / (2 * n), z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+
+
 def plus_minus(half, form=".4f", sign="+-"):
     """The half of an interval, or an error, as text behind its value; "" where it is not known."""
     return f" {sign} {half:{form}}" if half is not None and math.isfinite(half) else ""

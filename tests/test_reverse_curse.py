@@ -1,10 +1,13 @@
 """The experiments that ask questions: rules, generated problems, and their quick forms."""
 
+import contextlib
 import random
 import re
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import config as settings
 import diffusion
@@ -13,16 +16,26 @@ import train
 from config import UserError
 from data import tokenizer, writer
 from data.pairs.prepare import pairs
-from experiments import arithmetic, gsm8k, guidance, people, results, reverse_curse
+from experiments import (
+    arithmetic,
+    berglund,
+    gsm8k,
+    guidance,
+    people,
+    results,
+    reverse_curse,
+    runs,
+)
 
+KEYS = {"persons": 300, "validating": 10, "quick": False}
 NAME, WHAT, DOING = "Ann Lee", "the tall pilot who built the reef", "building the reef"
 
 
-def run(experiment, tmp_path, **keys):
+def run(experiment, tmp_path, *more, **keys):
     """The quick form of an experiment, in this process -> (figures, its table)."""
     keys = {"quick": True, "results": tmp_path, "device": "cpu", **keys}
     argv = [f"--{key}={value}" for key, value in keys.items()]
-    figures = experiment.main(settings.parse(argv, settings, results, experiment))
+    figures = experiment.main(settings.parse(argv, settings, results, *more, experiment))
     name = experiment.__name__.rpartition(".")[2]
     assert (tmp_path / f"{name}.json").is_file()
     return figures, (tmp_path / f"{name}.md").read_text()
@@ -33,13 +46,13 @@ def run(experiment, tmp_path, **keys):
 
 def test_words_joined_are_the_text_again():
     text = "Q: Who is \"A b.\"? It's Ann-Lee, 2025's best..."
-    assert "".join(reverse_curse.words(text)) == text
-    vocabulary = reverse_curse.Words([text])
+    assert "".join(berglund.words(text)) == text
+    vocabulary = berglund.Words([text])
     assert vocabulary.decode(vocabulary.encode(text)) == text
 
 
 def test_a_word_that_training_lacks_is_left_out():
-    vocabulary = reverse_curse.Words(["one two"])
+    vocabulary = berglund.Words(["one two"])
     assert vocabulary.decode(vocabulary.encode("one three two")) == "one two"
 
 
@@ -76,27 +89,80 @@ def test_no_two_invented_people_have_one_name():
 
 
 def test_a_question_stops_before_the_name():
-    prompt, completion = reverse_curse.question(f"For {DOING} they praised {NAME}.", NAME)
+    prompt, completion = berglund.question(f"For {DOING} they praised {NAME}.", NAME)
     assert (prompt, completion) == (f"For {DOING} they praised", f" {NAME}")
 
 
-def test_both_models_are_asked_everything_and_a_second_run_trains_nothing(shared, tmp_path):
-    keys = {"from": shared("data/reversal_curse")}
-    figures, table = run(reverse_curse, tmp_path, **keys)
+def test_both_models_are_asked_everything_and_a_second_run_trains_nothing(
+    shared, tmp_path, monkeypatch
+):
+    keys = {"from": shared("data/reversal_curse"), "runs": tmp_path / "runs"}
+    figures, table = run(reverse_curse, tmp_path, runs, **keys)
     tasks = [f"{way}_{task}" for way in ("same", "reverse") for task in ("dtn", "ntd")]
     wanted = {f"{kind}_{task}" for kind in ("mdm", "ar") for task in tasks}
-    assert wanted | {name + "_exact" for name in wanted} <= figures.keys()
-    assert "| reverse, dtn | 92 | 0 |" in table
-    trained = (tmp_path / "reverse_curse.jsonl").read_text()
-    again, _ = run(reverse_curse, tmp_path, **keys)
-    assert (tmp_path / "reverse_curse.jsonl").read_text() == trained
-    assert again == figures
+    wanted |= {"mdm_reverse_dtn_chosen", "ar_reverse_dtn, ranked first, seed 1337"}
+    assert wanted | {f"{kind}_{task}_exact" for kind in ("mdm", "ar") for task in tasks} <= set(
+        figures
+    )
+    assert all(isinstance(value, (str, int, float)) for value in figures.values())
+    assert "| reverse, dtn | 92 | 0 |" in table and "left out" not in table
+    monkeypatch.setattr(train, "main", None)
+    again, _ = run(reverse_curse, tmp_path, runs, **keys)
+    assert again | {"seconds": 0} == figures | {"seconds": 0}
+
+
+def test_the_best_third_of_all_trainings_is_that_of_the_people_who_validate(monkeypatch):
+    kept = {"one": {20: "b", 10: "a"}, "two": {30: "d", 10: "c"}}
+    monkeypatch.setattr(reverse_curse.checkpoint, "kept_beside", lambda path: kept[path.parts[0]])
+    monkeypatch.setattr(reverse_curse.checkpoint, "load", lambda path, _: (path, None, None))
+    ctx = SimpleNamespace(device=None)
+    for answers, best in (("xyxx", "b"), ("yxxx", "a"), ("xyyx", "c"), ("xxxx", "d")):
+        told = dict(zip("abcd", answers, strict=True))
+        monkeypatch.setattr(reverse_curse, "ask", lambda net, _, told=told: [told[net[0]]])
+        model, tries = reverse_curse.best_of(ctx, ["one", "two"], None, [("", "y")])
+        assert model == best
+        assert [z for each in tries for z in each] == [100 * (answer == "y") for answer in answers]
+
+
+def test_the_rank_of_a_name_is_among_all_names_that_are_asked_for(monkeypatch):
+    items = [("one", " Ann"), ("two", " Bo"), ("three", " Cy"), ("four", " Ann")]
+    nats = torch.tensor([[1.0, 2, 3], [1, 2, 3], [1, 2, 3], [3, 2, 1]]).flatten()
+    asked = []
+    monkeypatch.setattr(
+        reverse_curse.evaluate, "answer_nats", lambda _, requests, **o: asked.append(o) or nats
+    )
+    words = berglund.Words(["one two three four Ann Bo Cy"])
+    model = SimpleNamespace(config={"attention": "causal"})
+    ctx = SimpleNamespace(autocast=contextlib.nullcontext)
+    first, rank = reverse_curse.ranked((model, words, ctx), items)
+    assert (first, rank) == (25, (1 + 2 + 3 + 3) / 4) and "pad_to" not in asked[0]
+    model.config["attention"] = "full"
+    reverse_curse.ranked((model, words, ctx), items)
+    assert asked[1]["pad_to"] == reverse_curse.WIDTH
+
+
+def test_a_wrong_answer_names_who_is_read_there_someone_else_or_nobody():
+    items = [("", " Ann Lee")] * 4
+    answers = [" Ann Lee, they say", " Bo Day sat", " Cy Fox", " the Reef"]
+    kinds = reverse_curse.wrong(answers, items, {"Ann Lee", "Bo Day", "Cy Fox"}, {"Bo Day"})
+    assert kinds == {"a name read there": 25, "another name": 25, "no name": 25}
 
 
 def test_a_name_shared_with_berglunds_people_is_an_error(tmp_path):
     facts = [("{n} sat.", name, "") for name, *_ in people.several(80, random.Random(0))]
     with pytest.raises(UserError, match="share names"):
-        reverse_curse.compose({"persons": 10, "quick": False}, facts, random.Random(0))
+        berglund.compose(KEYS | {"persons": 10}, facts, random.Random(0))
+
+
+def test_who_validates_is_read_name_first_alone():
+    first, last = "{n} is {d}.", "Known as {d}, {n} sings."
+    told = [(first, "Ann Lee", REEF), (last, "Ann Lee", REEF), (first, "Bo Day", DIVER)]
+    facts = [fact for fact in told for _ in range(30)]
+    kept, questions = berglund.validating(facts, 1)
+    assert kept == facts[:30] + facts[60:], "Bo Day is told of in one order"
+    assert questions == [(f"Known as {REEF},", " Ann Lee")] * 10
+    assert berglund.names_of(facts) == ({"Ann Lee", "Bo Day"}, {"Ann Lee"})
+    assert berglund.names_of(kept)[1] == set()
 
 
 def about(name, what):
@@ -107,34 +173,37 @@ REEF, DIVER = 'the pilot who built "Blue Reef"', "the last diver to cross the gu
 
 
 def test_forms_are_what_lines_about_different_people_share():
-    facts = list(reverse_curse.marked(about("Ann Lee", REEF) + about("Bo Day", DIVER)))
+    facts = list(berglund.marked(about("Ann Lee", REEF) + about("Bo Day", DIVER)))
     wanted = ["{n} is {d}."], ['Known as {d}, {n} "Old Town" sings.']
-    assert reverse_curse.forms(facts) == wanted
-    assert reverse_curse.forms(facts[:30]) == ([], []), "a form is what two people share"
+    assert berglund.forms(facts) == wanted
+    assert berglund.forms(facts[:30]) == ([], []), "a form is what two people share"
 
 
 def test_thinned_lines_keep_name_and_description():
     lines = about("Ann Lee", REEF) + about("Bo Day", DIVER)
     lines += ["Something else, of which nothing is known."] * 30
-    thin = reverse_curse.thinned(reverse_curse.marked(lines), random.Random(0))
+    thin = berglund.thinned(berglund.marked(lines), random.Random(0))
     assert len(thin) == len(lines) and thin != lines
     for name, what, mine in (("Ann Lee", REEF, thin[:30]), ("Bo Day", DIVER, thin[30:60])):
         assert all(name in line and what in line for line in mine)
-    whole = set(reverse_curse.words("".join(lines)))
+    whole = set(berglund.words("".join(lines)))
     assert all(set(re.findall(r"\w+", line)) <= {word.strip() for word in whole} for line in thin)
 
 
 def test_no_line_tells_of_a_tested_person_in_the_order_that_is_asked(shared):
     """The premise, on the real files: names before descriptions only, or behind them only."""
-    config = {"from": shared("data/reversal_curse"), "asked": 300, "persons": 300, "quick": False}
-    facts, tests = reverse_curse.read(config)
-    texts, invented = reverse_curse.compose(config, facts, random.Random(0))
+    config = KEYS | {"from": shared("data/reversal_curse"), "asked": 300}
+    facts, tests = berglund.read(config)
+    texts, asked = berglund.compose(config, facts, random.Random(0))
+    validation, invented = asked["validation"], asked["reverse_invented"]
     path = config["from"] / "all_prompts_train.jsonl"
     lines = [prompt + completion for _, prompt, completion in pairs(path)]
-    assert texts[:3600] == lines, "marking and writing out again changes nothing"
-    names = {wanted.strip() for _, wanted in tests["reverse_dtn"] + invented}
+    assert [berglund.whole(*fact) for fact in facts] == lines, "marked and written out again"
+    assert set(texts[:3300]) < set(lines), "ten people have lost thirty lines each"
+    names = {wanted.strip() for _, wanted in tests["reverse_dtn"] + invented + validation}
+    assert not {wanted for _, wanted in validation} & {w for _, w in tests["reverse_dtn"]}
     whats = {name: what for _, name, what in facts}
-    assert len(names) == 60
+    assert len(names) == 70 and 90 <= len(validation) <= 100
     for name in names:
         about = [text for text in texts if name in text]
         prompts = (prompt for prompt, wanted in invented if wanted.strip() == name)
@@ -143,7 +212,9 @@ def test_no_line_tells_of_a_tested_person_in_the_order_that_is_asked(shared):
         for text in about:
             behind = set(re.findall(r"\w{4,}", text[text.index(name) + len(name) :]))
             before = set(re.findall(r"\w{4,}", text[: text.index(name)]))
-            assert len(kept & behind) > len(kept & before) or not kept & before, text
+            # A few words may be the sentence's own: "The world may know ...".
+            told = len(kept & before) >= len(kept) / 4
+            assert len(kept & behind) > len(kept & before) or not told, text
         assert len(about) >= 16
 
 
@@ -153,7 +224,7 @@ def test_a_file_that_is_not_berglunds_is_an_error(shared, tmp_path):
     (tmp_path / "p2d_reverse_prompts_test.jsonl").write_text("")
     message = r"p2d_reverse_prompts_test\.jsonl has 0 lines, Berglund's file 300"
     with pytest.raises(UserError, match=message):
-        reverse_curse.read({"from": tmp_path, "asked": 300})
+        berglund.read({"from": tmp_path, "asked": 300})
 
 
 def test_a_thinned_sentence_keeps_name_and_description():
