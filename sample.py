@@ -142,9 +142,10 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     schedule, seed; UserError for what they cannot be. suppress (N, L): a token that a position must
     not get, -1 for none. info: nfe (N,) network calls of each sequence, expected_nfe their mean
     expectation (None: only sampling tells), seconds. A sequence is a pure function of (seed, its
-    place in x): the batch size changes how long it takes, not what comes out. A causal network goes
-    left to right (sample_ar). on_call(sequence (n,), position (n,), call (n,), token (n,), p (n,),
-    logits (n, V)), all on the CPU, is told of the tokens that each call unmasks.
+    place in x): the batch size changes how long it takes, not what comes out (but where an adaptive
+    sampler finds positions equally sure, and rounding decides). A causal network goes left to
+    right. on_call(sequence (n,), position (n,), call (n,), token (n,), p (n,), logits (n, V)), all
+    on the CPU, is told of the tokens that each call unmasks.
     """
     o = settings.options(options, settings, diffusion, sys.modules[__name__])
     check_options(o)

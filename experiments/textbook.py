@@ -146,4 +146,7 @@ def main(steps=800, n=3):
 
 
 if __name__ == "__main__":
-    print(__doc__) if sys.argv[1:] else main()
+    if sys.argv[1:] in ([], ["--quick"]):
+        main(*[20] * len(sys.argv[1:]))
+    else:
+        print(__doc__)

@@ -187,7 +187,8 @@ def check(config, world):
     require(config["depth"] <= 256, f"depth must be at most 256, not {config['depth']}")
     require(max(config["beta1"], config["beta2"]) < 1, "beta1 and beta2 must be less than 1")
     fraction(config, "dropout", "ema", "decay_start", "random_length", "prompt_drop")
-    fraction(config, "beta1", "beta2")
+    fraction(config, "beta1", "beta2", *["order_p"] * (config["order"] == "mixture"))
+    at_least(0, config, "order_p")
     objective = config["objective"]  # perhaps a checkpoint's
     attention = OBJECTIVES[objective].attention
     clash = "attention" in config.get("user_keys", ()) and config["attention"] not in attention

@@ -101,6 +101,7 @@ def made(config, make):
     subject = opened(config, reads_text=True, cast=False)  # the page holds weights as they are
     keys = settings.defaults_of([settings, diffusion, sample])
     config = sample.suited(config, subject.trained)
+    sample.check(config, causal=False)  # of a causal network `make` has more to say
     with subject.autocast():
         return make(subject.model, subject.tokenizer, {key: config[key] for key in keys})
 

@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 
+from sample import keep_likely
 from samplers import SAMPLERS
 
 WIDTH = 80
@@ -82,6 +83,8 @@ class Recorder:
 
     def __call__(self, rows, places, calls, tokens, p, logits):
         likely = (logits.double() / (self.o["temperature"] or 1)).softmax(-1)  # (n, V)
+        likely = keep_likely(likely, self.o["top_k"], self.o["top_p"])
+        likely /= likely.sum(-1, keepdim=True)
         likely = likely.topk(min(5, likely.shape[1]))  # (n, 5)
         steps = calls if self.steps is None else self.steps[rows, places]  # (n,)
         columns = places, steps, calls, tokens, p, likely.indices, likely.values
