@@ -1,4 +1,4 @@
-"""Seconds at equal quality, with intervals: the arithmetic of quality_speed.py.
+"""Seconds at equal quality (SMDM), with intervals: the arithmetic of quality_speed.py.
 
 A point is what a writer did at one temperature: {"entropy": [of each sample], "nats": [...], ...}.
 Whatever follows from points is an array (DRAWS + 1,): first as measured, then as it would be with
