@@ -1,7 +1,7 @@
 """Repeated data: what is text worth that was read before, to masked diffusion and to an ARM?
 
     python -m data.shakespeare.prepare && python -m data.pydocs.prepare
-    python -m experiments.epochs
+    python -m experiments.epochs --minutes=150
 
 Claim (arXiv 2507.15857): a text read again is nearly worth a new one up to 4 times to an ARM, up to
 100 times to MDM, so with little data and much compute MDM wins. Disputed (2510.04071): an ARM with
@@ -15,7 +15,7 @@ time has it, and after how many epochs it comes. There are ten a run, and where 
 epochs are several another run has so many in all, so that an early turn is seen, too.
 
 Budget: 27 runs a seed and text, 19 times one reading: 9e13 FLOPs for tiny Shakespeare and 1.8e14
-for pydocs; with three seeds 8e14, two hours on two cores with bfloat16 instructions. Minimum:
+for pydocs; with three seeds 8e14, 150 minutes on two cores with bfloat16 instructions. Minimum:
 --seeds=1 --data=data/shakespeare.
 """
 
@@ -62,6 +62,9 @@ def budget_of(ctx, data):
 
 def part_of(ctx, data, size, seed):
     """A prepared folder with `size` training tokens in a row, and all that is held out."""
+    block = ctx.recipe(data, BATCH, 1.0, 0)["block_size"]
+    few = f"{size} tokens of {data} are less than a block of {block}: give fewer epochs"
+    settings.require(size >= block, few)
     tokens = {split: loader.Tokens(data, split) for split in ("train", "val")}
     start = int(np.random.default_rng(seed).random() * (len(tokens["train"]) - size + 1))
     text = tokenizer.from_meta(tokens["train"].meta["tokenizer"])
@@ -85,12 +88,10 @@ def plan(config):
 
 def one_seed(ctx, data, seed):
     """{(kind, E): (nats of the whole run, [(epochs, nats)] along its runs)}; None: left out."""
-    tokens, flops = budget_of(ctx, data)
-    block, found = ctx.recipe(data, BATCH, 1.0, 0)["block_size"], {}
+    (tokens, flops), found = budget_of(ctx, data), {}
+    parts = {E: part_of(ctx, data, round(tokens / E), seed) for E, _ in plan(ctx.config)}
     for (E, e), (kind, keys) in itertools.product(plan(ctx.config), kinds_of(ctx.config).items()):
-        size = round(tokens / E)
-        settings.require(size >= block, f"1/{E:g} of {data} is less than a block: fewer epochs")
-        folder = ctx.train(part_of(ctx, data, size, seed), keys, flops * e / E, seed)
+        folder = ctx.train(parts[E], keys, flops * e / E, seed)
         along = found.setdefault((kind, E), [])
         curve = ctx.curve(folder)[0] if folder else [(1.0, None)]
         along += [(e * x / curve[-1][0], nats) for x, nats in curve]

@@ -185,12 +185,15 @@ def power_laws(inside):
 def at_equal_sizes(curves):
     """Rows of MDM - ARM of the first seed at equal parameters and FLOPs."""
     rows, budgets = [], sorted({C for _, C in curves})
-    for N in sorted({N for curve in curves.values() for N in curve}):
+    common = {C: curves["MDM", C].keys() & curves["ARM", C].keys() for C in budgets}
+    for N in sorted(set().union(*common.values())):
         row = {"parameters": f"{N:,}"}
         for C in budgets:
+            shown = "left out" if N in common[C] else ""
             mdm, arm = (curves[family, C].get(N, [None])[0] for family in FAMILIES)
-            known = mdm is not None and arm is not None
-            row[f"{C:.0e} FLOPs"] = f"{mdm:.3f} - {arm:.3f} = {mdm - arm:.3f}" if known else ""
+            if mdm is not None and arm is not None:
+                shown = f"{mdm:.3f} - {arm:.3f} = {mdm - arm:.3f}"
+            row[f"{C:.0e} FLOPs"] = shown
         rows.append(row)
     return rows
 

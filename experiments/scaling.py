@@ -1,8 +1,8 @@
 """IsoFLOP curves of masked diffusion (MDM) and an ARM: the best sizes, and the gap in compute.
 
     python -m data.text.prepare --input=TRAIN --val=HELD_OUT --tokenizer=byte --out=data/corpus
-    python -m experiments.scaling
-    python -m experiments.scaling --budgets=3e12,1e13,3e13,1e14,3e14      goes on with two more
+    python -m experiments.scaling --minutes=300
+    python -m experiments.scaling --minutes=3000 --budgets=3e12,1e13,3e13,1e14,3e14       two more
     python -m experiments.scaling --only=rate      is the learning rate right at two widths?
     python -m experiments.scaling --only=plan      what would be trained, and nothing is
 
@@ -22,9 +22,9 @@ The paper's grid, with its sizes, its recipe (but for 2% of warm-up), and C = 6 
     torchrun --nproc-per-node=8 -m experiments.scaling --shapes=smdm --preset=configs/smdm_170m.py
         --data=data/slimpajama --budgets=6e18,1e19,3e19,6e19,1e20 --minutes=1e9 --seeds=1
 
-Budget: 5 sizes x 2 families x 4.3e13 = 4.3e14 FLOPs a seed: with three seeds a night on two cores
-with bfloat16 instructions (small networks reach a third of their speed). --only=rate: 1.2e14 a
-seed. Minimum: --budgets=3e12,1e13,3e13 --seeds=1.
+Budget: 5 sizes x 2 families x 4.3e13 = 4.3e14 FLOPs a seed, 80 minutes on two cores with
+bfloat16 instructions, where small networks reach a third of the speed of others, and three seeds.
+--only=rate: 1.2e14 a seed. Minimum: --seeds=1.
 """
 
 import functools
