@@ -1,17 +1,17 @@
 """Samplers: which positions are due in the next network call. One entry of SAMPLERS each.
 
 - A fixed order knows the step of every position before the first call; the network has no say.
-  any_order draws from the p(x0) that is bounded in training; ancestral and Euler sampling, too, but
+  any_order draws from the p(x0) that is bounded in training. So do ancestral and Euler sampling but
   for tokens that are unmasked in one step, and with enough steps these are few. left_to_right draws
-  from the p of that one order, which is what evaluate.py's estimator of this name says.
-- An adaptive one asks for all masked positions at every call and unmasks the most confident. So it
-  samples from another distribution than the network's, at any number of calls.
-- A remasking one also takes tokens back, at steps that are known beforehand as well. Given true
-  conditionals, what is visible at a time has the distribution that it has without; given a
-  network's, it is another one.
+  from the p of that one order, the one that evaluate.py's estimator of this name evaluates.
+- An adaptive sampler asks for all masked positions at every call and unmasks those it is most
+  confident of. So it draws from another distribution than the network's, at any number of calls.
+- A remasking sampler also masks tokens again, at steps that are known beforehand as well. Given the
+  true conditionals, what is visible at a time is distributed as it is without remasking; given a
+  network's, it is not.
 
-To add a sampler: one entry in SAMPLERS, a function (masked (N, L) bool, options) -> policy.
-A policy is asked by `calls`, here, for what is due, and by the loop in sample.py what to accept.
+To add a sampler, add an entry to SAMPLERS: a function (masked (N, L) bool, options) -> Policy.
+`calls`, here, asks the policy what is due; the loop in sample.py asks it what to accept.
 """
 
 import itertools
@@ -21,33 +21,38 @@ import torch
 import torch.nn.functional as F
 
 import diffusion
-from config import Table, choose
+from config import Table
 from lib import fused, philox
 
 
 # ---- 1. Unmasking times: when a position is unmasked, known before the network is asked ----------
-def unmask_prob(schedule, t, s, sampler="ancestral"):
+def ancestral_prob(schedule, t, s):
     """Probability that a token masked at time t is unmasked by the step to s < t: (...), float64.
 
-    ancestral: 1 - m(s)/m(t) = (m(t) - m(s)) / m(t), exact: RADD eq. D.8, D.14, D.27, where it is
+    1 - m(s)/m(t) = (m(t) - m(s)) / m(t), exact: RADD eq. D.8, D.14, D.27, where it is called
     Tweedie tau-leaping (several positions leap at once, by p(x0 | x_t) and not by the score at t).
-    euler: the rate of going back at t, m'(t)/m(t) (RADD eq. 2.10), times the step, at most 1:
-    RADD eq. D.13, D.15, D.29. For the log-linear schedule both are (t - s)/t: RADD eq. D.16.
     """
-    (m, dm), (m_s, _) = schedule(t), schedule(s)
-    if choose("sampler", sampler, ["ancestral", "euler"]) == "ancestral":
-        return 1 - m_s / m
+    return 1 - schedule(s)[0] / schedule(t)[0]
+
+
+def euler_prob(schedule, t, s):
+    """The same by Euler's method: the step times the rate of going back at t, and at most 1.
+
+    The rate is m'(t)/m(t), RADD eq. 2.10, and the probability RADD eq. D.13, D.15, D.29. For the
+    log-linear schedule it is (t - s)/t, as ancestral_prob: RADD eq. D.16.
+    """
+    m, dm = schedule(t)
     return ((t - s) * dm / m).clamp(max=1.0)
 
 
-def unmask_schedule(schedule, steps, sampler="ancestral"):
+def unmask_schedule(schedule, steps, unmask_prob=ancestral_prob):
     """r (steps,): probability that a position is unmasked at each of `steps` equal steps; sum 1.
 
     It depends on time alone, so a position's step can be drawn before the first network call. The
     last step unmasks what is left, where a schedule does not end at 0 or Euler's rate falls short.
     """
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)  # (steps + 1,)
-    p = unmask_prob(schedule, t[:-1], t[1:], sampler)  # (steps,)
+    p = unmask_prob(schedule, t[:-1], t[1:])  # (steps,)
     p[-1] = 1.0
     still_masked = torch.cat([p.new_ones(1), (1 - p[:-1]).cumprod(0)])  # (steps,)
     return still_masked * p
@@ -69,11 +74,42 @@ def expected_nfe(r, L):
 
 
 # ---- 2. Policies: what is due in a call, and which of it is unmasked -----------------------------
-class FixedOrder:
-    """Each position's step is known before the first call: unmask_step (N, L), -1: conditions."""
+class Policy:
+    """What the loop asks about sequences live (b,), each of which has done (b,) network calls.
 
-    known, remasks = True, False  # whether all calls are known beforehand; tokens are taken back
-    by_entropy = False  # whether Adaptive.accept needs the entropies; elsewhere they are 0
+    A subclass says what is masked and what is due, and sets `seed`. One whose calls are all known
+    sets `nfe` (N,), their number; any other says what is unfinished and what it accepts.
+    """
+
+    known = True  # all calls are known before the first, and what is due is unmasked
+    remasks = False  # a token can be masked again
+    by_entropy = False  # `accept` needs entropies; elsewhere they are 0
+    expected_nfe = None  # mean calls of a sequence, where they are known without sampling
+
+    def unfinished(self, done):
+        """Which sequences need another call, having had done (N,)."""
+        return done < self.nfe
+
+    def masked_at(self, live, done):
+        """Positions (b, L) that are masked before the next call."""
+        raise NotImplementedError
+
+    def due(self, live, done):
+        """Positions (b, L) whose tokens are drawn in that call."""
+        raise NotImplementedError
+
+    def noise(self, live, done):
+        """(b, L) uniform numbers, others at every call: a position may be drawn again and again."""
+        L, pairs = self.due(live, done).shape[1], zip(live.tolist(), done.tolist(), strict=True)
+        return torch.cat([philox.uniforms(self.seed, 2 + call, [n], L) for n, call in pairs])
+
+    def accept(self, live, done, p, entropy):
+        """Which of the tokens drawn are kept (b, L); see Adaptive. The loop asks unless `known`."""
+        return self.due(live, done)
+
+
+class FixedOrder(Policy):
+    """Each position is drawn once, at unmask_step (N, L), which is -1 at conditions."""
 
     def __init__(self, unmask_step, seed, expected_nfe=None):
         self.step, self.call = unmask_step, step_to_call(unmask_step)  # (N, L) each
@@ -82,25 +118,19 @@ class FixedOrder:
         self.expected_nfe = known if expected_nfe is None else expected_nfe
         self.u = philox.uniforms(seed, 1, range(len(unmask_step)), unmask_step.shape[1])  # (N, L)
 
-    def unfinished(self, done):
-        """Which sequences need another call, having had done (N,)."""
-        return done < self.nfe
-
     def masked_at(self, live, done):
-        """Positions (b, L) of sequences live (b,) that are masked in call number done (b,)."""
         return self.call[live] >= done[:, None]
 
     def due(self, live, done):
-        """Positions (b, L) that are asked for in that call."""
         return self.call[live] == done[:, None]
 
     def noise(self, live, done):
-        """(b, L) uniform numbers: a position is drawn once, so one a position is enough."""
+        """(b, L) uniform numbers: one a position, which is drawn once."""
         return self.u[live]
 
 
-class Adaptive(FixedOrder):
-    """All masked positions are asked for at every call, and a rule says which to unmask.
+class Adaptive(Policy):
+    """All masked positions are drawn at every call, and a rule says which of them to unmask.
 
     rule(live, done, p, entropy) -> (b, L), from p (b, L) of the tokens drawn, -1 where not due,
     and the entropy (b, L) of their distributions in nats, infinite where not due. Where it would
@@ -111,7 +141,7 @@ class Adaptive(FixedOrder):
 
     def __init__(self, masked, seed, rule, by_entropy=False, expected_nfe=None):
         self.masked, self.seed, self.rule = masked.clone(), seed, rule  # (N, L)
-        self.by_entropy, self.expected_nfe = by_entropy, expected_nfe  # None: the network decides
+        self.by_entropy, self.expected_nfe = by_entropy, expected_nfe
 
     def unfinished(self, done):
         return self.masked.any(1)
@@ -130,51 +160,43 @@ class Adaptive(FixedOrder):
         self.masked[live] &= ~accepted
         return accepted
 
-    def noise(self, live, done):
-        return fresh_noise(self.seed, live, done, self.masked.shape[1])
 
+class Remasking(Policy):
+    """Each position is unmasked, and perhaps masked again, at steps known before the first call.
 
-class Remasking(FixedOrder):
-    """Each position is unmasked and masked again at steps that are known before the first call.
-
-    events: for each sequence a list of (due (L,), masked (L,)), one a call.
+    events: for each sequence a list of (due (L,), masked (L,)), one for each call.
     """
 
-    remasks, expected_nfe = True, None  # how often it is unmasked is drawn, too
+    remasks = True
 
     def __init__(self, events, seed):
         self.events, self.seed = events, seed
-        self.nfe = torch.tensor([len(calls) for calls in events])  # (N,)
+        self.nfe = torch.tensor([*map(len, events)])  # (N,)
 
-    def part(self, live, done, i):
-        """(b, L) what is due in a call, i = 0, or masked, i = 1."""
-        pairs = zip(live, done, strict=True)
-        return torch.stack([self.events[n][call][i] for n, call in pairs])
+    def events_at(self, live, done):
+        return [self.events[n][call] for n, call in zip(live, done, strict=True)]
 
     def masked_at(self, live, done):
-        return self.part(live, done, 1)
+        return torch.stack([masked for _, masked in self.events_at(live, done)])
 
     def due(self, live, done):
-        return self.part(live, done, 0)
-
-    def noise(self, live, done):
-        return fresh_noise(self.seed, live, done, self.due(live, done).shape[1])
+        return torch.stack([due for due, _ in self.events_at(live, done)])
 
 
 # ---- 3. The calls of a policy, one after the other -----------------------------------------------
 class Call(NamedTuple):
-    """What one network call asks: n positions of b sequences."""
+    """What one network call asks for: n positions of b sequences."""
 
     live: torch.Tensor  # (b,) sequences
     at: torch.Tensor  # (n,) flat positions in x (N, L) that are due
     idx: torch.Tensor  # (n,) the same in x[live]
-    u: torch.Tensor  # (n,) uniform numbers of their draws
-    masked: torch.Tensor  # (m,) flat positions in x that are masked, where a policy masks again
-    done: torch.Tensor  # (b,) calls that each sequence had before
+    u: torch.Tensor  # (n,) uniform numbers for their draws
+    masked: torch.Tensor  # (m,) flat positions in x that are masked, where the policy remasks
+    done: torch.Tensor  # (b,) calls that each sequence has had before
 
 
 def calls(policy, nfe, batch_size):
-    """Yield the Calls, which count up nfe (N,); a finished sequence makes room for another."""
+    """Yield the Calls, counting them in nfe (N,); a finished sequence makes room for another."""
     while len(live := policy.unfinished(nfe).nonzero().flatten()[:batch_size]):  # (b,)
         done = nfe[live]  # (b,)
         due, noise = policy.due(live, done), policy.noise(live, done)  # (b, L) each
@@ -189,10 +211,10 @@ def calls(policy, nfe, batch_size):
 
 
 def on_device(plan, policy, device, alike=False):
-    """Yield each Call of the plan, and its first tensors on the device: up to `masked` or `u`.
+    """Yield (Call, its tensors on the device, up to `u` or, where a policy remasks, `masked`).
 
-    Where all are known they are copied together before the first, so none waits for a copy. alike:
-    each asks for its last sequence and its last position again until all have one size, as a CUDA
+    Where all calls are known they are copied together before the first, so none waits for a copy.
+    alike: each repeats its last sequence and its last position until all have one size, as a CUDA
     graph must have; a token that is drawn twice is the same.
     """
     n = 5 if policy.remasks else 4
@@ -202,19 +224,12 @@ def on_device(plan, policy, device, alike=False):
     plan = list(plan)
     columns = [list(column) for column in zip(*(call[:n] for call in plan), strict=True)]
     if alike and plan:
-        most = -(-max(map(len, columns[1])) // 16) * 16  # so there are few sizes in all
+        most = -(-max(map(len, columns[1])) // 16) * 16  # a multiple of 16: few different sizes
         for i, size in enumerate((len(plan[0].live), most, most, most)):
             columns[i] = [torch.cat([z, z[-1:].expand(size - len(z))]) for z in columns[i]]
-    parts = []
-    for column, whole in zip(columns, fused.moved(device, *map(torch.cat, columns)), strict=True):
-        parts.append(whole.split(list(map(len, column))))
+    moved = fused.moved(device, *map(torch.cat, columns))
+    parts = [z.split([*map(len, column)]) for z, column in zip(moved, columns, strict=True)]
     yield from zip(plan, zip(*parts, strict=True), strict=True)
-
-
-def fresh_noise(seed, live, done, L):
-    """(b, L) uniform numbers, others at every call: a position may be drawn again and again."""
-    pairs = zip(live.tolist(), done.tolist(), strict=True)
-    return torch.cat([philox.uniforms(seed, 2 + call, [n], L) for n, call in pairs])
 
 
 def step_to_call(unmask_step):
@@ -228,7 +243,7 @@ def step_to_call(unmask_step):
 
 
 def entropy_of(logits, policy):
-    """Entropy (n,) of the distributions, in nats, for a policy that asks for it; else 0."""
+    """Entropy (n,) in nats of the distributions of logits (n, V); 0 unless the policy needs it."""
     if not policy.by_entropy:
         return logits.new_zeros(len(logits), dtype=torch.float32)
     log_p = logits.float().log_softmax(-1)  # (n, V)
@@ -236,10 +251,20 @@ def entropy_of(logits, policy):
 
 
 # ---- 4. Samplers: (masked (N, L) bool, options) -> policy ----------------------------------------
-def by_time(masked, o):
-    """Ancestral or Euler sampling: each position's step by itself, by the unmasking schedule."""
+def ancestral(masked, o):
+    """Ancestral sampling: each position by itself, at a step drawn from the unmasking schedule."""
+    return by_time(masked, o, ancestral_prob)
+
+
+def euler(masked, o):
+    """The same by Euler's method, whose rates are those of the beginning of each step."""
+    return by_time(masked, o, euler_prob)
+
+
+def by_time(masked, o, unmask_prob):
+    """Draw all steps from the unmasking schedule, which knows the time alone."""
     (N, L), schedule = masked.shape, diffusion.SCHEDULES[o["schedule"]]
-    r = unmask_schedule(schedule, o["steps"], o["sampler"])  # (steps,)
+    r = unmask_schedule(schedule, o["steps"], unmask_prob)  # (steps,)
     u = philox.uniforms(o["seed"], 0, range(N), L)  # (N, L)
     step = torch.searchsorted(r.cumsum(0), u, right=True).clamp(max=o["steps"] - 1)  # (N, L)
     expected = sum(expected_nfe(r, int(n)) for n in masked.sum(1)) / N
@@ -247,7 +272,7 @@ def by_time(masked, o):
 
 
 def any_order(masked, o):
-    """One token a call, in an order drawn uniformly: what any_order bounds (RADD, table 6)."""
+    """One token a call, in an order drawn uniformly, as in the bound any_order (RADD, table 6)."""
     u = philox.uniforms(o["seed"], 0, range(len(masked)), masked.shape[1])  # (N, L)
     return FixedOrder(torch.where(masked, u.argsort(1).argsort(1), -1), o["seed"])
 
@@ -262,21 +287,21 @@ def right_to_left(masked, o):
 
 
 def confidence(masked, o):
-    """The most probable of the tokens drawn, equally many a call (MaskGIT, 2202.04200; LLaDA).
+    """The most probable of the tokens drawn, equally many in each call.
 
-    LLaDA is arXiv 2502.09992. The field calls it low-confidence remasking, though no token is taken
-    back: those that were drawn with low confidence are not kept.
+    From MaskGIT (arXiv 2202.04200) and LLaDA (2502.09992). The field calls it low-confidence
+    remasking, though no token is masked again: those drawn with low confidence are not kept.
     """
     return most_confident(masked, o, evenly)
 
 
 def smdm_greedy(masked, o):
-    """SMDM's form of it: in each step int(masked * (1 - s/t)) tokens."""
+    """SMDM's form of it: int(n (1 - s/t)) of n masked tokens in the step from t to s."""
     return most_confident(masked, o, smdm_counts)
 
 
 def most_confident(masked, o, counts):
-    """In each call the most probable tokens; counts(masked tokens, steps) -> how many a call."""
+    """The most probable tokens: counts(masked tokens, steps) -> a list, how many in each call."""
     num_transfer_tokens = [counts(int(n), o["steps"]) for n in masked.sum(1)]
 
     def rule(live, done, p, entropy):
@@ -296,8 +321,8 @@ def threshold(masked, o):
 def entropy_bound(masked, o):
     """In order of entropy, as many as keep the sum of all but the last within max_entropy.
 
-    So always one. What is lost by drawing them independently is at most that sum (arXiv
-    2505.24857). Temperature does not change which positions these are.
+    So at least one. Drawing them independently loses at most that sum in nats (arXiv 2505.24857).
+    The temperature has no say in which positions these are.
     """
 
     def rule(live, done, p, entropy):
@@ -311,29 +336,29 @@ def entropy_bound(masked, o):
 def remask(masked, o):
     """ReMDM (arXiv 2503.00307), capped: visible tokens are masked again with probability eta.
 
-    In the step from t to s: visible -> masked with probability sigma, masked -> unmasked with
-    (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), alpha = 1 - m, which keeps the marginals of
-    ancestral sampling if sigma <= (1 - alpha_s) / alpha_t. None of it depends on the network, so
-    all is drawn ahead, and steps that unmask nothing need no call.
+    In the step from t to s a visible token is masked with probability sigma, and a masked one is
+    unmasked with (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t), alpha = 1 - m. This keeps the
+    marginals of ancestral sampling if sigma <= (1 - alpha_s) / alpha_t. None of it depends on the
+    network, so all is drawn ahead, and steps that unmask nothing need no call.
     """
     return remasking(masked, o, lambda highest: min(o["eta"], highest))
 
 
 def remask_rescale(masked, o):
-    """The same with sigma = eta times the highest that keeps the marginals."""
+    """The same, with a sigma of eta times the highest that keeps the marginals."""
     return remasking(masked, o, lambda highest: o["eta"] * highest)
 
 
 def remasking(masked, o, sigma_of):
-    """Walk through the steps once, without a network: which are masked before each, (N, L) bool."""
+    """Walk through the steps once, without a network; sigma_of(highest) -> sigma of a step."""
     (N, L), steps = masked.shape, o["steps"]
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)  # (steps + 1,)
-    alpha = (1 - diffusion.SCHEDULES[o["schedule"]](t)[0]).tolist()  # probability to be visible
+    alpha = (1 - diffusion.SCHEDULES[o["schedule"]](t)[0]).tolist()  # that a token is visible
     alpha[-1] = 1.0  # the last step unmasks all, and masks nothing again
     is_masked, events = masked.clone(), [[] for _ in range(N)]  # (N, L)
-    for k, (before, after) in enumerate(itertools.pairwise(alpha)):
-        sigma = sigma_of(min(1.0, (1 - after) / before if before else 1.0))
-        p = (after - (1 - sigma) * before) / (1 - before)  # that a masked token is unmasked
+    for k, (alpha_t, alpha_s) in enumerate(itertools.pairwise(alpha)):
+        sigma = sigma_of(min(1.0, (1 - alpha_s) / alpha_t if alpha_t else 1.0))
+        p = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)  # that a masked token is unmasked
         u = philox.uniforms(o["seed"], 2**40 + k, range(N), L)  # (N, L)
         due = is_masked & (u < p)  # (N, L)
         for n in due.any(1).nonzero().flatten().tolist():
@@ -349,7 +374,7 @@ def evenly(n, steps):
 
 
 def smdm_counts(n, steps):
-    """SMDM's rounding, in float32 as there. Where tokens are few, steps without any get no call."""
+    """SMDM's counts, rounded in float32 as there; steps that unmask none get no call."""
     t, counts = torch.linspace(1, 1e-5, steps + 1), []  # (steps + 1,)
     for i in range(steps):
         counts.append(n if i == steps - 1 else int(n * (1 - t[i + 1] / t[i])))
@@ -359,8 +384,8 @@ def smdm_counts(n, steps):
 
 SAMPLERS = Table(
     "sampler",
-    ancestral=by_time,
-    euler=by_time,
+    ancestral=ancestral,
+    euler=euler,
     any_order=any_order,
     left_to_right=left_to_right,
     right_to_left=right_to_left,

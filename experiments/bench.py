@@ -330,7 +330,7 @@ def sampling(V, steps, B, rounds, device, quick):
     # calls the network as often as sequences change, the expected number of which is known, and
     # draws at the masked positions, in the mean half of all. Ours runs to the end.
     some = 2 if quick else 8
-    r = samplers.unmask_schedule(diffusion.SCHEDULES["loglinear"], steps, "ancestral")  # (steps,)
+    r = samplers.unmask_schedule(diffusion.SCHEDULES["loglinear"], steps)  # (steps,)
     nfe = samplers.expected_nfe(r, L)
     often = {
         "textbook": {"sample": steps / some},

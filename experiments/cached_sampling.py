@@ -140,9 +140,7 @@ def speed_table(ctx, steps, lengths, vocabularies):
             times = ctx.once(parts, functools.partial(timed, ctx, V, L, steps))
             for k in steps:
                 row = {"V": str(V), "L": str(L), "steps": str(k)}
-                nfe = samplers.expected_nfe(
-                    samplers.unmask_schedule(diffusion.loglinear, k, "ancestral"), L
-                )
+                nfe = samplers.expected_nfe(samplers.unmask_schedule(diffusion.loglinear, k), L)
                 row |= {"E-NFE": f"{nfe:.1f}"}
                 columns = "textbook", "RADD's cache", "ours", "textbook / RADD", "RADD / ours"
                 shown = ["left out"] * 5

@@ -38,7 +38,7 @@ from diffusion import (
 from lib import fused
 from lib.philox import uniforms
 from model import Transformer
-from samplers import expected_nfe, unmask_schedule
+from samplers import ancestral_prob, euler_prob, expected_nfe, unmask_schedule
 
 X0 = states(V, L)  # (V^L, L) every clean sequence
 PATTERNS = states(2, L).bool()  # (2^L, L) every mask
@@ -700,11 +700,11 @@ def m_at(name, n):
     return (1 - torch.exp(-SIGMA_BAR[name](t))).tolist()
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "euler"])
+@pytest.mark.parametrize("unmask_prob", [ancestral_prob, euler_prob])
 @pytest.mark.parametrize("steps", [1, 2, 5, 64])
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_every_token_is_unmasked_at_exactly_one_step(name, steps, sampler):
-    r = unmask_schedule(SCHEDULES[name], steps, sampler)  # (steps,)
+def test_every_token_is_unmasked_at_exactly_one_step(name, steps, unmask_prob):
+    r = unmask_schedule(SCHEDULES[name], steps, unmask_prob)  # (steps,)
     assert r.shape == (steps,) and (r >= 0).all() and math.isclose(r.sum(), 1, rel_tol=1e-12)
 
 
@@ -724,7 +724,7 @@ def test_the_last_step_unmasks_what_a_schedule_that_does_not_end_at_zero_has_lef
 
 @pytest.mark.parametrize("steps", [1, 5, 64])
 def test_euler_is_ancestral_for_the_log_linear_schedule(steps):
-    r = unmask_schedule(loglinear, steps, "euler")  # (steps,)
+    r = unmask_schedule(loglinear, steps, euler_prob)  # (steps,)
     assert torch.allclose(r, unmask_schedule(loglinear, steps), rtol=1e-12)
 
 
@@ -736,7 +736,7 @@ def test_euler_steps_unmask_at_the_rate_of_the_start_of_the_step(name):
         p = min(1.0, float(dm / m) / steps) if k < steps - 1 else 1.0
         expected.append(masked * p)
         masked *= 1 - p
-    r = unmask_schedule(SCHEDULES[name], steps, "euler")  # (steps,)
+    r = unmask_schedule(SCHEDULES[name], steps, euler_prob)  # (steps,)
     assert torch.allclose(r, double(expected), rtol=1e-9)
 
 
@@ -744,11 +744,11 @@ def test_a_wrong_schedule_or_rate_gives_another_unmasking_schedule():
     def power(t):
         return cosine(t)[0] ** 1.01, cosine(t)[1]
 
-    ours, euler = unmask_schedule(cosine, 5), unmask_schedule(cosine, 5, "euler")  # (5,) each
+    ours, euler = unmask_schedule(cosine, 5), unmask_schedule(cosine, 5, euler_prob)  # (5,) each
     assert not torch.allclose(unmask_schedule(power, 5), ours, rtol=1e-3)
-    r = unmask_schedule(scaled(cosine, slope=1.01), 5, "euler")
+    r = unmask_schedule(scaled(cosine, slope=1.01), 5, euler_prob)
     assert not torch.allclose(r, euler, rtol=1e-3)
-    r = unmask_schedule(scaled(loglinear, slope=1.01), 5, "euler")
+    r = unmask_schedule(scaled(loglinear, slope=1.01), 5, euler_prob)
     assert not torch.allclose(r, unmask_schedule(loglinear, 5), rtol=1e-3)
 
 

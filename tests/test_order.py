@@ -198,9 +198,7 @@ def uncached(model, x, policy):
             token, p = decoding.categorical(logits, u)
             table = torch.full((1, L), -1.0, dtype=torch.float64).index_fill(1, due, 0)
             table[0, due] = p
-            keep = p >= 0  # (n,)
-            if not policy.known:
-                keep = policy.accept(live, done, table, table)[0, due]  # (n,)
+            keep = policy.accept(live, done, table, table)[0, due]  # (n,)
             x[n, due[keep]] = token[keep]
             places += due[keep].tolist()
             done += 1

@@ -136,8 +136,9 @@ def test_radd_update_rates_are_the_published_ones(radd):
     for row in rows:
         t = torch.tensor(row["t"], dtype=torch.float64)
         s = t - (1 - row["eps"]) / row["steps"]
-        sampler = {"tweedie": "ancestral", "euler": "euler"}[row["method"]]
-        p = float(samplers.unmask_prob(schedules[row["noise"]], t, s, sampler))
+        tweedie = row["method"] == "tweedie"
+        unmask_prob = samplers.ancestral_prob if tweedie else samplers.euler_prob
+        p = float(unmask_prob(schedules[row["noise"]], t, s))
         if row["noise"] == "loglinear":  # eq. D.16
             assert p == pytest.approx(row["rate"], rel=1.1e-4)
             assert p == pytest.approx(row["dt_over_t"], rel=1e-9)
@@ -596,7 +597,7 @@ def test_smdm_ancestral_sampling_with_guidance_goes_step_by_step_as_published(sm
     close(torch.linspace(1, 1e-5, case["steps"] + 1), case["timesteps"])
     for i in range(case["steps"]):
         masked_idx = (x == MASK).flatten().nonzero().flatten()  # (n,)
-        p = samplers.unmask_prob(diffusion.loglinear, t[i], t[i + 1])
+        p = samplers.ancestral_prob(diffusion.loglinear, t[i], t[i + 1])
         due = case["uniform_of_step"][i] < (p if i + 1 < case["steps"] else 1.0)  # (n,)
         logits = predict(model, x, masked_idx[due], cond, case["cfg"])
         weight = gumbel(logits, case["noise_of_step"][i], case["temperature"])

@@ -176,7 +176,8 @@ def test_the_mean_number_of_calls_is_the_expected_one(sampler, schedule, arbitra
     _, info = sample(arbitrary, x, sampler, 5, schedule, batch_size=4000)
     mean, error = info["nfe"].double().mean().item(), info["nfe"].double().std().item() / 4000**0.5
     assert abs(mean - info["expected_nfe"]) < 4 * error
-    r = samplers.unmask_schedule(diffusion.SCHEDULES[schedule], 5, sampler)  # (steps,)
+    unmask_prob = getattr(samplers, f"{sampler}_prob")
+    r = samplers.unmask_schedule(diffusion.SCHEDULES[schedule], 5, unmask_prob)  # (steps,)
     full, less = samplers.expected_nfe(r, L), samplers.expected_nfe(r, L - 1)
     assert info["expected_nfe"] == pytest.approx((full + less) / 2)
     assert abs(mean - full) > 4 * error

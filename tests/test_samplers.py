@@ -304,9 +304,9 @@ def test_the_law_does_not_depend_on_how_many_sequences_share_a_call(arbitrary, m
 RIGHT = samplers.unmask_schedule
 
 
-def wrong_law(schedule, steps, sampler):
+def wrong_law(schedule, steps, unmask_prob):
     """The unmasking schedule with one percent of the second step left to the third."""
-    law = RIGHT(schedule, steps, sampler)
+    law = RIGHT(schedule, steps, unmask_prob)
     moved = 0.01 * law[1]
     return law + torch.tensor([0, -moved, moved])
 

@@ -12,7 +12,6 @@ import diffusion
 import evaluate
 import model as network
 import sample
-import samplers
 import train
 from config import UserError
 from data import choice, tokenizer, writer
@@ -39,7 +38,6 @@ CALLS = {  # of the library, in Python, with a name that is nearly right
     "schedule": lambda: diffusion.SCHEDULES["cosin"],
     "no text": lambda: diffusion.SCHEDULES[None],
     "a list": lambda: diffusion.OBJECTIVES[["any_order"]],
-    "unmask_prob": lambda: samplers.unmask_prob(diffusion.cosine, U, U / 2, "eulre"),
     "Loss": lambda: diffusion.Loss(MODEL, "lambda"),
     "attention": lambda: network.Transformer(KEYS | {"attention": "fulll"}),
     "attention of a table": lambda: network.Transformer(KEYS | {"attention": ("full",)}),

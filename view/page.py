@@ -26,7 +26,6 @@ from config import require
 from lib.files import to_json, whole_file
 from lib.subject import opened
 from lib.text import text_or_file
-from samplers import Remasking
 from view.watch import Recorder
 
 DEFAULTS = {
@@ -88,7 +87,7 @@ def recorded(model, tokenizer, o):
     ids = sample.request(tokenizer, model, **wish, length=o["length"])
     x = torch.tensor([ids] * o["num_samples"], device=model.device)  # (N, L)
     policy = sample.SAMPLERS[o["sampler"]]((x == model.mask_id).cpu(), o)
-    require(not isinstance(policy, Remasking), rule)
+    require(not policy.remasks, rule)
     recorder = Recorder(tokenizer, x, model.mask_id, o)
     _, info = sample.sample(model, x, progress=True, on_call=recorder, **o)
     about = f"A recorded sample of a model of {model.n_parameters():,} parameters: {o['sampler']}, "
