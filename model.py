@@ -24,6 +24,7 @@ It is not told the time, for what it predicts does not depend on it (diffusion.p
 What makes it fast: the last block (attention_at) and the head compute masked positions alone.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ import torch.nn.functional as F
 
 from config import Table, choose
 from lib import fused
+from lib.cache import OrderCache
 
 DEFAULTS = {
     "n_layer": 0,  # blocks; 0 here and in the next two: train.py's dial says it (lib/budget.py)
@@ -193,76 +195,12 @@ class Block(nn.Module):
         return y.transpose(1, 2).reshape(B * L, D).index_select(0, masked_idx)
 
 
-class Cache:
-    """Keys and values of one block of a causal network, for at most `length` positions."""
-
-    def __init__(self, length):
-        self.length, self.n, self.k, self.v = length, 0, None, None
-
-    def append(self, k, v):
-        if self.k is None:
-            shape = (*k.shape[:2], self.length, k.shape[3])
-            self.k, self.v = k.new_empty(shape), v.new_empty(shape)  # (B, H, length, d) each
-        start, self.n = self.n, self.n + k.shape[2]
-        self.k[:, :, start : self.n], self.v[:, :, start : self.n] = k, v
-        return self.k[:, :, : self.n], self.v[:, :, : self.n]
-
-
 class Streams(NamedTuple):
     """How a block of an `order` network reads."""
 
     n: int  # clean tokens; the others are queries
     read: object  # (q (B, H, T, d), k and v (2, B, H, n + Q, d)) -> what each q reads (B, H, T, d)
     last: bool  # the last block, of which queries alone are wanted
-
-
-class OrderCache:
-    """Keys and values of the clean tokens that an `order` network has read, for B sequences.
-
-    What is read later changes none. A call's queries have places behind, until the next call.
-    """
-
-    def __init__(self, model, B):
-        self.layers, self.length = [None] * len(model.blocks), 0
-        self.count = torch.zeros(B, dtype=torch.long)  # (B,) clean tokens of each sequence
-
-    def look(self, rows, n_new, shape, device):
-        """Prepare a call of sequences rows (b,): append the first n_new (b,) of n tokens, ask Q."""
-        (n, Q), before = shape, self.count[rows, None]  # (b, 1)
-        self.count[rows] += n_new
-        now = self.count[rows, None]  # (b, 1)
-        # It grows by 32 places, the last of which is for waste: few sizes, so few kernels.
-        self.length = max(self.length, 32 * (1 + (int(now.max()) + Q) // 32))
-        place = torch.arange(self.length)
-        own = before + place[:n]  # (b, n)
-        kept = torch.where(place[:n] < n_new[:, None], own, self.length - 1)  # (b, n)
-        slot = torch.cat([kept, now + place[:Q]], dim=1)  # (b, n + Q) where keys and values go
-        limit = torch.cat([own + 1, now.expand(-1, Q)], dim=1)  # (b, n + Q) what comes before
-        seen = (place < limit[..., None]) | (place == slot[..., None])  # and itself
-        whole = torch.equal(rows, torch.arange(len(self.count)))
-        self.seen, self.slot, index = fused.moved(device, seen[:, None], slot, rows)
-        self.part, self.index = slice(None) if whole else index, index[:, None]  # no copy of all
-
-    def read(self, layer):
-        """The `read` of one block's Streams."""
-
-        def read_cached(q, kv):
-            kept, (_, _, H, _, d) = self.layers[layer], kv.shape
-            if kept is None:
-                kept = kv.new_zeros(2, len(self.count), H, 0, d)  # (2, B, H, length, d)
-            if kept.shape[3] < self.length:
-                kept = F.pad(kept, (0, 0, 0, self.length - kept.shape[3]))
-            kept.transpose(2, 3)[:, self.index, self.slot] = kv.transpose(2, 3)
-            self.layers[layer], (k, v) = kept, kept[:, self.part]  # (b, H, length, d) each
-            return fused.attention(q, k, v, seen=self.seen[:, :, -q.shape[2] :])
-
-        return read_cached
-
-
-def to_the_left(keep):
-    """Columns where keep (B, L) holds, then others: (B, n), and how many of them hold: (B,)."""
-    count = keep.sum(1)  # (B,)
-    return (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(count.max())], count
 
 
 class Transformer(nn.Module):
@@ -337,20 +275,20 @@ class Transformer(nn.Module):
         padded = F.pad(h, (0, 0, half, half))  # (B, L + width - 1, D)
         return sum(padded[:, i : i + L] * weight for i, weight in enumerate(self.conv))
 
-    def hidden_in_order(self, clean, places, cache=None):
+    def hidden_in_order(self, clean, places, attend=None):
         """Hidden states (B, Q, D) of the queries of an `order` network.
 
         clean (B, n): ids in the order in which they are unmasked, a start token first. places
-        (B, n + Q): their positions, then those of the queries. Without a cache Q = n, and query k
-        sees the clean tokens 0..k: all terms of a chain rule in one pass. With one that is told
-        what to `look` at, all queries see all that their sequence has.
+        (B, n + Q): their positions, then those of the queries. Here Q = n, and query k sees the
+        clean tokens 0..k: all terms of a chain rule in one pass. With the `attend` of a cache's
+        Reading (lib/cache.py), all queries see all that their sequence has read.
         """
         n, queries = clean.shape[1], places.shape[1] - clean.shape[1]
         asked = torch.full((len(clean), queries), self.mask_id, device=clean.device)  # (B, Q)
         cos, sin = self.cos[places][:, None], self.sin[places][:, None]  # (B, 1, n + Q, d/2) each
         h = self.embed(torch.cat([clean, asked], dim=1))  # (B, n + Q, D)
         for i, block in enumerate(self.blocks):
-            read = fused.attention_in_order if cache is None else cache.read(i)
+            read = functools.partial(attend, i) if attend else fused.attention_in_order
             h = block(h, cos, sin, streams=Streams(n, read, i == len(self.blocks) - 1))
         return self.norm(h)
 
@@ -358,25 +296,20 @@ class Transformer(nn.Module):
         """As `hidden`: it reads visible tokens, left to right, then answers the queries."""
         B, L = x.shape
         idx = torch.arange(B * L) if masked_idx is None else masked_idx.cpu()  # (N,)
-        new = F.pad(x.cpu() != self.mask_id, (1, 0), value=True)  # (B, L + 1)
-        h = self.ask(x, new, idx, OrderCache(self, B), torch.arange(B))  # (N, D)
+        visible, slots = x.cpu() != self.mask_id, torch.arange(B)  # (B, L), (B,)
+        h = self.ask(x, visible, idx, OrderCache(B, L), slots)  # (N, D)
         return h.view(B, L, -1) if masked_idx is None else h
 
-    def ask(self, x, new, masked_idx, cache, rows):
-        """Hidden states (N, D) at flat positions masked_idx (N,) of x (B, L), rows (B,) of a cache.
+    def ask(self, x, visible, masked_idx, cache, slots):
+        """Hidden states (N, D) at flat positions masked_idx (N,) of x (B, L), in slots of a cache.
 
-        First clean tokens are read where new (B, L + 1), whose first column is a start token. All
-        but x is on the CPU, which works out what is read while the device still does other things.
+        First it reads those tokens of visible (B, L) that an OrderCache does not hold yet in slots
+        (B,). All but x is on the CPU.
         """
-        B, L = x.shape
-        asked = torch.zeros(B * L, dtype=torch.bool).index_fill(0, masked_idx, True).view(B, L)
-        (columns, count), (places, _) = to_the_left(new), to_the_left(asked)  # (B, n), (B, Q)
-        cache.look(rows, count, (columns.shape[1], places.shape[1]), x.device)
-        places = torch.cat([(columns - 1).clamp(min=0), places], dim=1)  # (B, n + Q)
-        query = (asked.cumsum(1) - 1).flatten()[masked_idx]  # (N,)
-        columns, places, row, query = fused.moved(x.device, columns, places, masked_idx // L, query)
-        clean = F.pad(x, (1, 0), value=self.mask_id).gather(1, columns)  # (B, n)
-        return self.hidden_in_order(clean, places, cache)[row, query]  # of (B, Q, D)
+        reading = cache.reading(slots, visible, masked_idx, x.device)
+        clean = F.pad(x, (1, 0), value=self.mask_id).gather(1, reading.columns)  # (B, n)
+        h = self.hidden_in_order(clean, reading.places, reading.attend)  # (B, Q, D)
+        return h[reading.answers]
 
     def head_parameters(self):
         """(weight (V, D), bias (V,) or None) of the head; the mask has no output."""

@@ -13,10 +13,10 @@
 
 What makes it fast: the step at which ancestral and Euler sampling unmask a position does not
 depend on the network (samplers.py, part 1). So all steps are drawn before the first call, and
-those at which a sequence unmasks nothing are skipped: RADD (arXiv 2406.03736, section 3.2) saves
-these calls with a cache, here there is nothing to keep. Each sequence goes to its own next step, a
+those at which a sequence unmasks nothing are skipped. RADD (arXiv 2406.03736, section 3.2) saves
+these calls with a cache; here there is nothing to keep. Each sequence goes to its own next step, a
 finished one makes room for another, and only positions that are due pass the last layer and the
-head. An `order` network (model.py) reads each clean token once, in a cache: Predictor.
+head. An `order` network (model.py) reads each clean token once, into a cache: Predictor.
 
     steps drawn for four positions, -1 being a condition:  [5, -1, 2, 5]
     the calls of that sequence, which are two:             [1, -1, 0, 1]
@@ -27,64 +27,65 @@ import contextlib
 import itertools
 import sys
 import time
+from importlib import import_module
 
 import torch
-import torch.nn.functional as F
 
 import diffusion
 from config import require
 from lib import fused, philox
 from lib import subject as subjects
+from lib.cache import Cache, OrderCache
 from lib.device import can_compile, compile_hidden, wait
 from lib.files import to_json, whole_file
 from lib.log import progress_bar
 from lib.stats import finite
 from lib.text import request, suppress_eos, suppress_tokens, text_of, text_or_file
-from model import Cache, OrderCache
 from samplers import SAMPLERS, calls, entropy_of, on_device
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # what checkpoint.load takes: a run's folder, published weights
     "sampler": "ancestral",  # one of SAMPLERS; a model of examples answers by confidence
-    "steps": 128,  # not of any_order, left_to_right, right_to_left, threshold, entropy_bound
-    "threshold": 0.9,  # of the sampler threshold: tokens as probable as this are unmasked
-    "max_entropy": 0.1,  # of entropy_bound: nats that a call's tokens have, less the largest
-    "eta": 0.05,  # of remask: how likely a token is masked again at a step, at most
-    "temperature": 1.0,  # 0: the likeliest token, as a model of examples answers
+    "steps": 128,  # any_order, left_to_right, right_to_left, threshold, entropy_bound have none
+    "threshold": 0.9,  # for threshold: unmask the tokens that are at least this probable
+    "max_entropy": 0.1,  # for entropy_bound: the most nats that a call's tokens add up to, save one
+    "eta": 0.05,  # for remask: the highest probability to be masked again at a step
+    "temperature": 1.0,  # 0: the likeliest token, which is how a model of examples answers
     "top_k": 0,  # keep the k likeliest tokens; 0: all
     "top_p": 1.0,  # keep the likeliest tokens that hold this much probability
-    "cfg_scale": 0.0,  # guidance by the condition: logits u + (1 + w)(c - u), u without it; 0: off
-    "prompt": "",  # the beginning of each sample; this and the next two also as FILE:PATH
+    "cfg_scale": 0.0,  # guidance by the condition, logits u + (1 + w)(c - u); 0: none
+    "prompt": "",  # the beginning of each sample; like the next two it can be FILE:PATH
     "suffix": "",  # the end of each sample
     "template": "",  # text with gaps: ___12 is a gap of 12 tokens
     "length": 0,  # tokens in a sample, prompt and suffix included; 0: all that the model takes
-    "min_new_tokens": 0,  # of an answer before its eos, at least (models of examples)
-    "num_samples": 4,  # how many times the request is filled; by a model of examples once
+    "min_new_tokens": 0,  # the fewest tokens of an answer before its eos (models of examples)
+    "num_samples": 4,  # how many times the request is filled; a model of examples fills it once
     "batch_size": 16,  # sequences in one network call
-    "compile": False,  # compile the network: pays for many or long samples
+    "compile": False,  # compile the network: it pays for many or long samples
     "watch": False,  # show how the samples emerge, call by call
     "out": "",  # also write the samples to this .jsonl file
 }
-# What the command takes of a model of examples. One token a call as far as the steps reach, the
-# most confident first, each the likeliest token: of new sums of 4 digits 98% were right; 95% in 8
-# calls for 84 tokens, 82% in 4, 88% in 47 by ancestral sampling (experiments/arithmetic.py).
+REQUEST = {"ckpt", "prompt", "suffix", "template", "length", "min_new_tokens", "num_samples"}
+REQUEST |= {"watch", "out", "user_keys"}  # the command's own keys: `sample` takes the others
+# How a model of examples answers unless told otherwise: the likeliest tokens, one in each call as
+# far as the steps reach. 98% of new sums were right, 88% by ancestral (experiments/arithmetic.py).
 ANSWERS = {"sampler": "confidence", "temperature": 0.0, "num_samples": 1}
 DRAWN = "probabilities of drawn tokens"
-LOGITS = 2**24  # that are drawn from at once: in float64 with their copies at most 1 GiB
+LOGITS = 2**24  # how many are drawn from at once: in float64 with their copies at most 1 GiB
 
 
 # ---- 1. The draw ---------------------------------------------------------------------------------
 def categorical(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """Invert the distribution function: logits (N, V), u (N,) uniform -> tokens (N,), their p (N,).
 
-    p is that of the distribution drawn from, after temperature, top_k and top_p: what `confidence`
-    and `threshold` compare. Of temperature 0 it is the network's own.
+    p is the probability in the distribution drawn from, after temperature, top_k and top_p, which
+    `confidence` and `threshold` compare. At temperature 0 it is the network's own.
 
-    In float64. Gumbel noise in float32 cuts the tails, that is, it lowers the temperature unasked
-    (arXiv 2409.02908); here a float32 sum over 50,257 tokens would put steps of 1e-7 where rare
-    tokens have less probability than that. One uniform number a draw, brought by the caller, makes
-    sampling a function of its noise. Logits of nan or infinity are NotFinite where that is known
-    without waiting, on the CPU; from another device their p come as nan.
+    In float64. Gumbel noise in float32 cuts off the tails, which lowers the temperature unasked
+    (arXiv 2409.02908); here a float32 sum over 50,257 tokens would go in steps of 1e-7, and rare
+    tokens have less probability than that. The caller brings one uniform number for each draw, so
+    sampling is a function of its noise. Logits of nan or infinity raise NotFinite on the CPU, where
+    that is known without waiting; on another device their p are nan.
     """
     on_mps = logits.device.type == "mps"  # which has no float64
     logits = (logits.cpu() if on_mps else logits).double()  # (N, V)
@@ -102,9 +103,9 @@ def categorical(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def keep_likely(p, top_k, top_p):
-    """p (N, V) with all but the top_k tokens, and all past the first top_p of the mass, at 0.
+    """p (N, V) with 0 for all but the top_k tokens, and for all past the first top_p of the mass.
 
-    Of equally likely ones the first are kept.
+    Of equally likely tokens the first are kept.
     """
     if 0 < top_k < p.shape[-1]:
         least = p.topk(top_k, dim=-1).values[:, -1:]  # (N, 1)
@@ -119,17 +120,17 @@ def keep_likely(p, top_k, top_p):
 
 
 def draws(model, h, u, suppress, policy, o):
-    """Yield (token, p, entropy, logits) of pieces of n positions, each (piece,) or (piece, V).
+    """Yield (token, p, entropy, logits) of n positions in pieces: (piece,), logits (piece, V).
 
     h: their states, a list of (n, D) as diffusion.guided takes them; u (n,) uniform; suppress (n,)
     or None. A piece has at most LOGITS logits, whose float64 tables are most of the memory here: an
-    adaptive order draws at all masked positions of a batch at once.
+    adaptive sampler draws at all masked positions of a batch at once.
     """
-    for now in fused.chunks(len(u), max(1, LOGITS // model.vocab_size)):
-        logits = diffusion.guided(model, [z[now] for z in h], o["cfg_scale"])  # (piece, V)
+    for piece in fused.chunks(len(u), max(1, LOGITS // model.vocab_size)):
+        logits = diffusion.guided(model, [each[piece] for each in h], o["cfg_scale"])  # (piece, V)
         if suppress is not None:
-            suppress_tokens(logits, suppress[now])
-        token, p = categorical(logits, u[now], o["temperature"], o["top_k"], o["top_p"])
+            suppress_tokens(logits, suppress[piece])
+        token, p = categorical(logits, u[piece], o["temperature"], o["top_k"], o["top_p"])
         yield token, p, entropy_of(logits, policy), logits
 
 
@@ -138,12 +139,12 @@ def draws(model, h, u, suppress, policy, o):
 def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     """Fill every mask_id of x (N, L) and change nothing else -> (tokens (N, L), info).
 
-    options: keys of DEFAULTS (sampler, steps, temperature, top_k, top_p, cfg_scale, batch_size),
-    schedule, seed; UserError for what they cannot be. suppress (N, L): a token that a position must
-    not get, -1 for none. info: nfe (N,) network calls of each sequence, expected_nfe their mean
-    expectation (None: only sampling tells), seconds. A sequence is a pure function of (seed, its
-    place in x): the batch size changes how long it takes, not what comes out (but where an adaptive
-    sampler finds positions equally sure, and rounding decides). A causal network goes left to
+    options: keys of DEFAULTS that are not of REQUEST, schedule, seed; UserError for values they
+    cannot have. suppress (N, L): a token that a position must
+    not get, -1 for none. info: nfe (N,) network calls of each sequence, expected_nfe their expected
+    mean (None: only sampling tells), seconds. A sequence is a pure function of (seed, its place in
+    x): the batch size changes how long it takes, not what comes out (except where an adaptive
+    sampler is equally sure of two positions, and rounding decides). A causal network goes left to
     right. on_call(sequence (n,), position (n,), call (n,), token (n,), p (n,), logits (n, V)), all
     on the CPU, is told of the tokens that each call unmasks.
     """
@@ -177,8 +178,8 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
                 token = torch.where(*fused.moved(token.device, keep), token, model.mask_id)
             flat[at] = token.to(x)
             if on_call:
-                arguments = call.at // L, call.at % L, call.done[call.idx // L], token, p, *logits
-                on_call(*(z[: len(keep)].cpu()[keep] for z in arguments))
+                columns = call.at // L, call.at % L, call.done[call.idx // L], token, p, *logits
+                on_call(*(column[: len(keep)].cpu()[keep] for column in columns))
             bar.update(int(keep.sum()))
     finite(total.cpu(), DRAWN)
     wait(device)
@@ -186,7 +187,7 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
 
 
 def accepted(policy, call, L, p, entropy):
-    """Which of a call's tokens are unmasked: (n,) bool, on the CPU. For p the host has to wait."""
+    """Which of a call's tokens are unmasked: (n,) bool, on the CPU. The host has to wait for p."""
     tables = torch.full((2, len(call.live), L), -1.0, dtype=p.dtype)  # p and entropy
     tables[1] = torch.inf
     pair = torch.stack([p, entropy.to(p)]).cpu()  # (2, n)
@@ -200,96 +201,81 @@ def check_options(o):
     settings.at_least(1, o, "steps", "batch_size")
     settings.at_least(0, o, "temperature", "top_k", "max_entropy", "seed")
     settings.fraction(o, "threshold", "eta")
-    scale, top_p = o["cfg_scale"], o["top_p"]
-    require(-1 <= scale <= 1000, f"cfg_scale must be in -1..1000, not {scale}")
-    require(0 < top_p <= 1, f"top_p must be in (0, 1], not {top_p}")
+    require(-1 <= o["cfg_scale"] <= 1000, f"cfg_scale must be in -1..1000, not {o['cfg_scale']}")
+    require(0 < o["top_p"] <= 1, f"top_p must be in (0, 1], not {o['top_p']}")
 
 
 class Predictor:
     """The states of positions that are due, for diffusion.guided.
 
-    An `order` network reads each clean token once and keeps its keys and values, in one of
-    batch_size slots that a sequence holds until it is done. Guidance has slots of its own.
+    An `order` network reads each clean token once, into a cache with batch_size slots. A sequence
+    holds one until it is done. Guidance reads without the condition into a cache of its own.
     """
 
     def __init__(self, model, cond, policy, o):
         self.model, self.cond, self.policy, self.cfg_scale = model, cond, policy, o["cfg_scale"]
-        self.gaps = ~cond.cpu() if model.config["attention"] == "order" else None
-        self.slots, self.B = {}, min(o["batch_size"], len(cond))  # {sequence: slot}
-        self.caches = []  # [(OrderCache, whether each position was read (B, L + 1))]
+        self.slots, (N, L) = {}, cond.shape  # {sequence: slot}
+        self.B, self.caches = min(o["batch_size"], N), []
         if model.config["attention"] == "order":
-            for _ in range(2 if self.cfg_scale else 1):
-                was_read = torch.zeros(self.B, cond.shape[1] + 1, dtype=torch.bool)  # after a start
-                self.caches.append((OrderCache(model, self.B), was_read))
+            self.gaps = ~cond.cpu()  # (N, L)
+            self.caches = [OrderCache(self.B, L) for _ in range(2 if self.cfg_scale else 1)]
 
     def __call__(self, x, call, live, idx):
         """x (N, L); live (b,) and idx (n,) of the Call on its device -> a list of states (n, D)."""
-        cond = self.cond[live] if self.cfg_scale else None  # (b, L)
+        x, cond = x[live], self.cond[live] if self.cfg_scale else None  # (b, L) each
         if not self.caches:
-            return diffusion.states(self.model, x[live], idx, cond, self.cfg_scale)
-        self.assign(call.live.tolist())
+            return diffusion.states(self.model, x, idx, cond, self.cfg_scale)
         visible = ~self.policy.masked_at(call.live, call.done)  # (b, L) known to the CPU
-        h = [self.read(x[live], visible, call, *self.caches[0])]
+        texts, slots = [(x, visible)], self.slots_of(call.live.tolist())
         if self.cfg_scale:
-            visible &= self.gaps[call.live]
-            x = x[live].masked_fill(cond, self.model.mask_id)  # (b, L)
-            h.append(self.read(x, visible, call, *self.caches[1]))
-        return h
+            without = x.masked_fill(cond, self.model.mask_id)  # (b, L)
+            texts.append((without, visible & self.gaps[call.live]))
+        pairs = zip(texts, self.caches, strict=True)
+        return [self.model.ask(*text, call.idx, cache, slots) for text, cache in pairs]
 
-    def assign(self, live):
-        """Give sequences that are new the slots of those that are done."""
+    def slots_of(self, live):
+        """The slots (b,) of sequences; new ones get those of sequences that are done."""
         self.slots = {n: slot for n, slot in self.slots.items() if n in live}
         free = [slot for slot in range(self.B) if slot not in self.slots.values()]
         for n in (n for n in live if n not in self.slots):
-            slot = self.slots[n] = free.pop(0)
-            for cache, was_read in self.caches:
-                cache.count[slot], was_read[slot] = 0, False
-
-    def read(self, x, visible, call, cache, was_read):
-        """The states (n, D) that the call asks for, of x (b, L), having read what is new in it."""
-        rows = torch.tensor([self.slots[n] for n in call.live.tolist()])  # (b,)
-        visible = F.pad(visible, (1, 0), value=True)  # (b, L + 1)
-        gone = (was_read[rows] & ~visible).any(1)  # (b,) a token was masked again
-        cache.count[rows[gone]], was_read[rows[gone]] = 0, False  # so all is read anew
-        new = visible & ~was_read[rows]  # (b, L + 1)
-        was_read[rows] = visible
-        return self.model.ask(x, new, call.idx, cache, rows)
+            self.slots[n] = free.pop(0)
+            for cache in self.caches:
+                cache.clear(self.slots[n])
+        return torch.tensor([self.slots[n] for n in live])
 
 
 def sample_ar(model, x, o, suppress=None, progress=False):
     """The baseline: fill x (N, L) left to right by a causal network that caches keys and values.
 
-    As sample, without guidance. Prompts may differ in length: what all sequences are given is read
-    in one call, after that each call adds one position, drawn or given.
+    As sample, without guidance. Prompts may differ in length: one call reads what all sequences are
+    given, and each one after that adds a position, drawn or given.
     """
     require(o["cfg_scale"] == 0, "cfg_scale needs a masked diffusion model, not a causal one")
     began, (N, L), draw = time.time(), x.shape, (o["temperature"], o["top_k"], o["top_p"])
     x, masked = x.clone(), (x == model.mask_id).cpu()  # (N, L) each
-    noise = philox.uniforms(o["seed"], 1, range(N), L)  # (N, L)
-    noise, wanted = fused.moved(x.device, noise, masked)
+    noise, wanted = fused.moved(x.device, philox.uniforms(o["seed"], 1, range(N), L), masked)
     suppress = None if suppress is None else suppress.to(x.device)  # (N, L)
     nfe, B = torch.zeros(N, dtype=torch.long), o["batch_size"]  # (N,)
     with progress_bar(progress, -(-N // B) * L, "token") as bar:
-        for now in (slice(start, start + B) for start in range(0, N, B)):
-            y, somewhere = x[now], masked[now].any(0).nonzero().flatten().tolist()  # (b, L) a view
-            if not somewhere:
+        for batch in (slice(start, start + B) for start in range(0, N, B)):
+            y, gaps = x[batch], masked[batch].any(0).nonzero().flatten().tolist()  # (b, L) a view
+            if not gaps:
                 continue
-            first, last = somewhere[0], somewhere[-1]
-            cache = [Cache(L) for _ in model.blocks]
+            cache, first, last = [Cache(L) for _ in model.blocks], gaps[0], gaps[-1]
             start = y.new_full((len(y), 1), model.start_id)  # (b, 1)
             total = 0.0  # of p: looked at when all is drawn, so that no call waits for it
             new = torch.cat([start, y[:, :first]], dim=1)  # (b, 1 + first)
             for i in range(first, last + 1):
                 logits = model.head(model.hidden(new, cache=cache)[:, -1])  # (b, V)
                 if suppress is not None:
-                    suppress_tokens(logits, suppress[now][:, i])
-                token, p = categorical(logits.float(), noise[now][:, i], *draw)  # (b,) each
+                    suppress_tokens(logits, suppress[batch][:, i])
+                token, p = categorical(logits.float(), noise[batch][:, i], *draw)  # (b,) each
                 total = total + p
-                y[:, i] = torch.where(wanted[now, i], token.to(y), y[:, i])
+                y[:, i] = torch.where(wanted[batch, i], token.to(y), y[:, i])
                 new = y[:, i : i + 1]  # (b, 1)
                 bar.update()
             finite(total.cpu(), DRAWN)
-            nfe[now] = last + 1 - first
+            nfe[batch] = last + 1 - first
     wait(x.device)
     expected = float(nfe.double().mean())  # one call a token is what it takes
     return x, {"nfe": nfe, "expected_nfe": expected, "seconds": time.time() - began}
@@ -303,8 +289,8 @@ def check(config, causal):
     check_options(config)
     sampler = config["sampler"]
     if causal:
-        left = sampler == "left_to_right" or "sampler" not in config.get("user_keys", ())
-        require(left, f"this network is causal: it has the sampler left_to_right, not '{sampler}'")
+        suits = sampler == "left_to_right" or "sampler" not in config.get("user_keys", ())
+        require(suits, f"this network is causal: it has the sampler left_to_right, not '{sampler}'")
         between = config["suffix"] or config["template"]
         require(not between, "a causal network cannot see a suffix or fill a template")
         require(not config["watch"], "watch shows masks that fill; this network is causal")
@@ -316,7 +302,7 @@ def main(config):
 
 
 def opened(config):
-    """The Subject of config["ckpt"], compiled if it is to be."""
+    """The Subject of config["ckpt"], compiled if the config says so."""
     subject = subjects.opened(config, reads_text=True)
     check(config, subject.causal)
     if config["compile"] and not subject.causal and can_compile(subject.model.device):
@@ -326,41 +312,47 @@ def opened(config):
 
 def fill(config, subject):
     """Fill num_samples copies of the config's request, save, print and return the records."""
-    model, tokenizer, trained, autocast, _ = subject
+    model, tokenizer, *_ = subject
+    x, suppress, eos_id = requested(config, subject)  # (N, L) each
+    options = {key: config[key] for key in config if key not in REQUEST}
+    on_call = None
+    if config["watch"]:  # the only mode that needs a view
+        on_call = import_module("view.watch").watch(tokenizer, x, model.mask_id, options)
+    with subject.autocast():
+        tokens, info = sample(model, x, suppress, not on_call, on_call, **options)
+    masked, records = (x[0] == model.mask_id).nonzero().flatten().tolist(), []
+    for row, nfe in zip(tokens.tolist(), info["nfe"].tolist(), strict=True):
+        text = text_of(tokenizer, row, masked[0], eos_id)
+        records.append({"text": text, "tokens": row, "nfe": nfe})
+    say(records, info, len(masked), config["out"])
+    return records
+
+
+def requested(config, subject):
+    """What to fill, x (N, L), its `suppress`, and the eos_id that ends a text (-1: all is kept)."""
+    model, tokenizer, trained, *_ = subject
     wish = {key: text_or_file(config[key]) for key in ("prompt", "suffix", "template")}
     length = 0 if wish["template"] else trained.get("example_width", 0)  # examples have one
     ids = request(tokenizer, model, **wish, length=config["length"] or length)
-    x = torch.tensor([ids] * config["num_samples"], device=model.device)  # (N, L)
-    n_new, begin = ids.count(model.mask_id), ids.index(model.mask_id)
-    between = wish["suffix"] or wish["template"]  # what follows a gap is kept
-    eos_id, least = -1 if between else trained.get("eos_id", -1), config["min_new_tokens"]
-    answers = "min_new_tokens is for answers by models of examples, which know an eos"
-    require(eos_id >= 0 or not least, answers)
-    require(least <= n_new, f"min_new_tokens must be at most the {n_new} to fill")
-    suppress = suppress_eos(x, [begin] * len(x), least, eos_id) if least else None
-    options = {key: value for key, value in config.items() if key != "user_keys"}
-    on_call = None
-    if config["watch"]:
-        from view.watch import watch  # what is only looked at is not loaded otherwise
+    x = torch.tensor([ids] * config["num_samples"])  # (N, L)
+    eos_id = -1 if wish["suffix"] or wish["template"] else trained.get("eos_id", -1)
+    begins, least = [ids.index(model.mask_id)] * len(x), config["min_new_tokens"]
+    suppress = suppress_eos(x, begins, least, eos_id) if least else None  # (N, L)
+    return x.to(model.device), suppress, eos_id
 
-        on_call = watch(tokenizer, x, model.mask_id, options)
-    with autocast():
-        tokens, info = sample(model, x, suppress, not on_call, on_call, **options)
 
-    records = []
-    for row, nfe in zip(tokens.tolist(), info["nfe"].tolist(), strict=True):
-        records.append({"text": text_of(tokenizer, row, begin, eos_id), "tokens": row, "nfe": nfe})
-    if config["out"]:
-        with whole_file(config["out"]) as path, open(path, "w", encoding="utf8") as file:
+def say(records, info, n_new, out):
+    """Print the records and what they took; also write them to the file `out`, if there is one."""
+    if out:
+        with whole_file(out) as path, open(path, "w", encoding="utf8") as file:
             file.writelines(to_json(record) + "\n" for record in records)
     for i, record in enumerate(records, start=1):
         print(f"---- sample {i}: {record['nfe']} network calls\n{record['text']}")
     nfe, expected, seconds = info["nfe"].double().mean(), info["expected_nfe"], info["seconds"]
     expected = "" if expected is None else f", expected {expected:.1f}"
     print(f"---- NFE {nfe:.1f} a sequence{expected} for {n_new} masked tokens;", end="")
-    speed = f"{n_new * len(records) / max(seconds, 1e-6):.0f} tokens/s"
-    print(f" {seconds:.2f} s for {len(records)} samples of {len(ids)} tokens, {speed}")
-    return records
+    L, speed = len(records[0]["tokens"]), n_new * len(records) / max(seconds, 1e-6)
+    print(f" {seconds:.2f} s for {len(records)} samples of {L} tokens, {speed:.0f} tokens/s")
 
 
 def suited(config, trained):
@@ -371,12 +363,19 @@ def suited(config, trained):
 
 
 def command(config):
-    """main, with ANSWERS; in a terminal, without a prompt in the command, it asks for prompts."""
+    """main, with ANSWERS; in a terminal, without a request in the command, it asks for prompts."""
     subject = opened(config)
     config = suited(config, subject.trained)
     wishes = {"prompt", "suffix", "template", "num_samples", "out"} & {*config["user_keys"]}
-    if wishes or not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):
+    if wishes:
         return fill(config, subject)
+    if all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):
+        return converse(config, subject)
+    return fill(config, subject)
+
+
+def converse(config, subject):
+    """Ask for prompts and continue each, until there are no more."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  so that lines can be edited
     print("Write a prompt (none: a free sample); Ctrl-D ends.")

@@ -1,7 +1,7 @@
 """What the scripts need and a reader of the method need not open.
 
-Checkpoints and weight formats, processes and devices, the optimizer, the fused loss, the log,
-files. Nothing here imports train, sample, samplers or evaluate.
+Checkpoints and weight formats, processes and devices, the optimizer, the fused loss, caches of
+keys and values, the log, files. Nothing here imports train, sample, samplers or evaluate.
 """
 
 import config  # noqa: F401 (first of all: from here on Ctrl-C is one line)

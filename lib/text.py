@@ -11,9 +11,9 @@ from lib.stats import mean_half, plus_minus
 
 
 def text_or_file(text):
-    """What a text of the command line says: itself, or the file of FILE:PATH.
+    """What a text of the command line says: itself, or what the file of FILE:PATH holds.
 
-    Less the newline that ends the file, which editors put there unasked.
+    The newline that ends a file is left out, for editors put it there unasked.
     """
     if not text.startswith("FILE:"):
         return text
@@ -84,15 +84,22 @@ def by_token(tokenizer, ids, nats):
 
 
 def suppress_eos(x, begins, least, eos_id):
-    """`suppress` of sample: no eos_id at the `least` positions from begins[i] on, x (N, L)."""
+    """`suppress` of sample: no eos_id at the `least` positions from begins[i] on, x (N, L).
+
+    UserError where the model knows no eos, or has no room for so many tokens.
+    """
+    answers = "min_new_tokens is for answers by models of examples, which know an eos"
+    require(eos_id >= 0, answers)
     suppress = torch.full(x.shape, -1)  # (N, L)
     for row, begin in zip(suppress, begins, strict=True):
+        room = len(row) - begin
+        require(least <= room, f"min_new_tokens must be at most the {room} to fill")
         row[begin : begin + least] = eos_id
     return suppress
 
 
 def text_of(tokenizer, ids, begin=0, eos_id=-1):
-    """The text of a sample; with eos_id up to the first one from position `begin` on."""
+    """The text of a sample; with an eos_id, up to the first one from position `begin` on."""
     if eos_id < 0:
         return tokenizer.decode(ids)
     stop = ids.index(eos_id, begin) if eos_id in ids[begin:] else len(ids)
@@ -100,7 +107,7 @@ def text_of(tokenizer, ids, begin=0, eos_id=-1):
 
 
 def suppress_tokens(logits, tokens):
-    """Take one token away from each row, in place: logits (N, V), tokens (N,), -1 for none."""
+    """Rule one token out of each row, in place: logits (N, V), tokens (N,), -1 for none."""
     column = tokens[:, None].clamp(min=0)  # (N, 1)
     kept = logits.gather(1, column)  # (N, 1)
     logits.scatter_(1, column, kept.masked_fill(tokens[:, None] >= 0, -torch.inf))

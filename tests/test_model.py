@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion import nelbo
 from lib import fused
+from lib.cache import Cache
 from lib.device import flops_per_token
-from model import Cache, Transformer, rotary_tables, rotate
+from model import Transformer, rotary_tables, rotate
 
 B, L, V = 3, 10, 7
 VARIANTS = [

@@ -18,8 +18,9 @@ import samplers
 import train
 from config import UserError
 from data import examples, tokenizer
+from lib.cache import OrderCache
 from lib.parallel import Team
-from model import OrderCache, Transformer
+from model import Transformer
 
 V, L = 3, 4
 X0 = states(V, L)  # (V^L, L)
@@ -43,13 +44,11 @@ def tiny(V=V, L=L, attention="order", dtype=torch.float64, **keys):
 
 
 def arrivals_logits(model, ids, places, asked):
-    """Logits of positions `asked`, all clean tokens being read anew in the order of arrival."""
-    cache = OrderCache(model, 1)
-    n = 1 + len(ids)
-    cache.look(torch.arange(1), torch.tensor([n]), (n, len(asked)), "cpu")
-    clean = torch.tensor([[model.mask_id, *ids]])  # (1, n)
-    h = model.hidden_in_order(clean, torch.tensor([[0, *places, *asked]]), cache)  # (1, Q, D)
-    return model.head(h[0])  # (Q, V)
+    """Logits of positions `asked` after tokens that are read in the order of arrival, uncached."""
+    clean = torch.tensor([[model.mask_id, *ids]] * len(asked))  # (Q, n)
+    rows = [[0, *places] + [i] * clean.shape[1] for i in asked]
+    h = model.hidden_in_order(clean, torch.tensor(rows))  # (Q, n, D)
+    return model.head(h[:, -1])  # (Q, V) of the last query, which sees all
 
 
 # ---- One pass is an exact chain rule -------------------------------------------------------------
@@ -85,11 +84,9 @@ def test_nothing_later_changes_an_earlier_key_or_value_bit_for_bit():
     model, (a, b) = tiny(L=8, dtype=torch.float32), torch.randint(V, (2, 1, 8))
     b[:, :5], caches = a[:, :5], []
     for x in (a, b):
-        cache = OrderCache(model, 1)
-        cache.look(torch.arange(1), torch.tensor([9]), (9, 1), "cpu")
-        clean = torch.cat([torch.full((1, 1), model.mask_id), x], dim=1)  # (1, 9)
-        model.hidden_in_order(clean, torch.tensor([[0, *range(8), 7]]), cache)
-        caches.append(cache.layers)
+        cache, one = OrderCache(1, 8), torch.arange(1)
+        model.ask(x, torch.ones(1, 8, dtype=torch.bool), one, cache, one)
+        caches.append(cache.layers.values())
     assert not torch.equal(a, b)
     for first, second in zip(*caches, strict=True):
         assert torch.equal(first[:, :, :, :6], second[:, :, :, :6])  # start token and five tokens

@@ -306,17 +306,17 @@ def test_a_model_of_examples_answers_as_measured_best_unless_it_is_told_otherwis
         return plain(*arguments, **options)
 
     monkeypatch.setattr(decoding, "sample", spy)
-    keys = ("sampler", "temperature", "num_samples", "steps")
-    for kind, words, wanted in (
-        ("text", [], ("ancestral", 1.0, 4, 128)),
-        ("examples", [], ("confidence", 0.0, 1, 128)),
-        ("examples", ["--sampler=ancestral", "--num_samples=4"], ("ancestral", 0.0, 4, 128)),
-        ("examples", ["--temperature=1"], ("confidence", 1.0, 1, 128)),
-        ("causal", [], ("ancestral", 0.0, 1, 128)),  # left to right, whatever the sampler
+    keys = ("sampler", "temperature", "steps")
+    for kind, words, wanted, n in (
+        ("text", [], ("ancestral", 1.0, 128), 4),
+        ("examples", [], ("confidence", 0.0, 128), 1),
+        ("examples", ["--sampler=ancestral", "--num_samples=4"], ("ancestral", 0.0, 128), 4),
+        ("examples", ["--temperature=1"], ("confidence", 1.0, 128), 1),
+        ("causal", [], ("ancestral", 0.0, 128), 1),  # left to right, whatever the sampler
     ):
         records = command(checkpoints[kind], *words)
         options = options_seen.pop()
-        assert tuple(options[key] for key in keys) == wanted and len(records) == wanted[2]
+        assert tuple(options[key] for key in keys) == wanted and len(records) == n
         assert len(records[0]["tokens"]) == (BLOCK if kind == "text" else 9)
 
 

@@ -1,0 +1,110 @@
+"""Keys and values that are kept from one network call to the next.
+
+- Cache: of one block of a causal network, which reads from left to right.
+- OrderCache: of all blocks of an `order` network, which reads in the order of unmasking. It knows
+  what each sequence has read, so it is told what is visible and works out what is new.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from lib import fused
+
+
+class Cache:
+    """Keys and values of one block of a causal network, for at most `length` positions."""
+
+    def __init__(self, length):
+        self.length, self.n, self.k, self.v = length, 0, None, None
+
+    def append(self, k, v):
+        """Store those of the next positions, (B, H, new, d) each -> all so far (B, H, n, d)."""
+        if self.k is None:
+            shape = (*k.shape[:2], self.length, k.shape[3])
+            self.k, self.v = k.new_empty(shape), v.new_empty(shape)  # (B, H, length, d) each
+        start, self.n = self.n, self.n + k.shape[2]
+        self.k[:, :, start : self.n], self.v[:, :, start : self.n] = k, v
+        return self.k[:, :, : self.n], self.v[:, :, : self.n]
+
+
+class Reading(NamedTuple):
+    """One call of an `order` network: each of b sequences reads n clean tokens and Q queries."""
+
+    columns: torch.Tensor  # (b, n) the clean tokens, as columns of [start token; x]
+    places: torch.Tensor  # (b, n + Q) the positions of the clean tokens, then of the queries
+    answers: tuple  # (row (N,), query (N,)) in (b, Q) of the positions that are asked for
+    attend: object  # (layer, q, kv) -> what q reads there: model.Streams.read, but for the layer
+
+
+class OrderCache:
+    """Keys and values of the clean tokens that sequences of L tokens have read, in B slots.
+
+    What is read later changes none. Queries are stored behind them, until the next call.
+    """
+
+    def __init__(self, B, L):
+        self.layers, self.length = {}, 0  # {layer: (2, B, H, length, d)}
+        self.was_read = torch.zeros(B, 1 + L, dtype=torch.bool)  # a start token, each position
+
+    def clear(self, slots):
+        """Make slots (b,) ready for other sequences, which have read nothing."""
+        self.was_read[slots] = False
+
+    def reading(self, slots, visible, masked_idx, device):
+        """The Reading of sequences in slots (b,): what is new of visible (b, L), then queries.
+
+        masked_idx (N,): flat positions in (b, L) that are asked for. All of it is on the CPU, which
+        plans a call while the device still computes. Where a token that was read is masked again,
+        the slot is read anew.
+        """
+        (b, L), visible = visible.shape, F.pad(visible, (1, 0), value=True)  # (b, 1 + L)
+        self.clear(slots[(self.was_read[slots] & ~visible).any(1)])
+        new = visible & ~self.was_read[slots]  # (b, 1 + L)
+        self.was_read[slots] = visible
+        asked = torch.zeros(b * L, dtype=torch.bool).index_fill(0, masked_idx, True).view(b, L)
+        (columns, n_new), (places, _) = to_the_left(new), to_the_left(asked)  # (b, n), (b, Q)
+        where, seen = self.layout(visible.sum(1), n_new, columns.shape[1], places.shape[1])
+        places = torch.cat([(columns - 1).clamp(min=0), places], dim=1)  # (b, n + Q)
+        query = (asked.cumsum(1) - 1).flatten()[masked_idx]  # (N,)
+        all_slots = torch.equal(slots, torch.arange(len(self.was_read)))
+        tensors = columns, places, masked_idx // L, query, slots, where, seen
+        columns, places, row, query, slots, where, seen = fused.moved(device, *tensors)
+        part = slice(None) if all_slots else slots  # no copy of all
+        attend = functools.partial(self.attend, part, (slots[:, None], where), seen)
+        return Reading(columns, places, (row, query), attend)
+
+    def layout(self, count, n_new, n, Q):
+        """Where n tokens and Q queries are stored (b, n + Q); what they see (b, 1, n + Q, length).
+
+        count (b,): clean tokens of each sequence. The last n_new (b,) are new: so many of the n.
+        """
+        count, n_new = count[:, None], n_new[:, None]  # (b, 1) each
+        # It grows by 32 entries, the last of which is for waste: few sizes, so few kernels.
+        self.length = max(self.length, 32 * (1 + (int(count.max()) + Q) // 32))
+        entry = torch.arange(self.length)
+        own = count - n_new + entry[:n]  # (b, n)
+        kept = torch.where(entry[:n] < n_new, own, self.length - 1)  # (b, n)
+        where = torch.cat([kept, count + entry[:Q]], dim=1)  # (b, n + Q)
+        limit = torch.cat([own + 1, count.expand(-1, Q)], dim=1)  # (b, n + Q) all before are seen
+        seen = (entry < limit[..., None]) | (entry == where[..., None])  # and itself
+        return where, seen[:, None]
+
+    def attend(self, part, stored, seen, layer, q, kv):
+        """Store kv (2, b, H, n + Q, d) in a layer; what q (b, H, T, d) reads there (b, H, T, d)."""
+        kept, (slots, where), (_, _, H, _, d) = self.layers.get(layer), stored, kv.shape
+        if kept is None:
+            kept = kv.new_zeros(2, len(self.was_read), H, 0, d)  # (2, B, H, length, d)
+        if kept.shape[3] < self.length:
+            kept = F.pad(kept, (0, 0, 0, self.length - kept.shape[3]))
+        kept.transpose(2, 3)[:, slots, where] = kv.transpose(2, 3)
+        self.layers[layer], (k, v) = kept, kept[:, part]  # (b, H, length, d) each
+        return fused.attention(q, k, v, seen=seen[:, :, -q.shape[2] :])
+
+
+def to_the_left(keep):
+    """Columns where keep (B, L) holds, then others: (B, n), and how many of them hold: (B,)."""
+    count = keep.sum(1)  # (B,)
+    return (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(count.max())], count
