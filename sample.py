@@ -6,6 +6,7 @@
     python sample.py --ckpt=out/pydocs --prompt=FILE:prompt.txt           of several lines
     python sample.py --ckpt=out/pydocs --template="The ___12 of a list."  a gap of 12 tokens
     python sample.py --ckpt=out/pairs --prompt="Who?" --cfg_scale=0.8     guided by its prompt
+    echo "The list" | python sample.py --prompt=FILE:/dev/stdin           a pipe is read only so
 
 - Whatever is not masked is a condition and never changes: a prompt, the text around a gap.
 - A network call gives p(x0_i | visible) at the positions that are due; each is drawn from it.
@@ -140,7 +141,7 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     """Fill every mask_id of x (N, L) and change nothing else -> (tokens (N, L), info).
 
     options: keys of DEFAULTS that are not of REQUEST, schedule, seed; UserError for values they
-    cannot have. suppress (N, L): a token that a position must
+    cannot have, or where the sampler leaves masks. suppress (N, L): a token that a position must
     not get, -1 for none. info: nfe (N,) network calls of each sequence, expected_nfe their expected
     mean (None: only sampling tells), seconds. A sequence is a pure function of (seed, its place in
     x): the batch size changes how long it takes, not what comes out (except where an adaptive
@@ -181,7 +182,9 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
                 columns = call.at // L, call.at % L, call.done[call.idx // L], token, p, *logits
                 on_call(*(column[: len(keep)].cpu()[keep] for column in columns))
             bar.update(int(keep.sum()))
-    finite(total.cpu(), DRAWN)
+    total, left = torch.stack([total, (x == model.mask_id).sum().to(total.device)]).tolist()
+    finite(total, DRAWN)
+    require(not left, f"the sampler '{o['sampler']}' must unmask all, but leaves {left:.0f} tokens")
     wait(device)
     return x, {"nfe": nfe, "expected_nfe": policy.expected_nfe, "seconds": time.time() - began}
 
@@ -371,6 +374,8 @@ def command(config):
         return fill(config, subject)
     if all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):
         return converse(config, subject)
+    free = "no prompt, and no terminal to ask for one, so these are free samples"
+    print(f"{free}; a prompt from a pipe: --prompt=FILE:/dev/stdin", file=sys.stderr)
     return fill(config, subject)
 
 

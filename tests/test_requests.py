@@ -280,11 +280,16 @@ def test_on_a_terminal_it_asks_nothing_of_who_has_said_what_to_do(wish, checkpoi
     assert code == 0 and "> " not in shown and "---- sample 1:" in shown
 
 
-def test_without_a_terminal_it_writes_free_samples_as_ever(checkpoints):
+def test_without_a_terminal_stdin_is_read_only_if_it_is_named(checkpoints):
     command = [sys.executable, "sample.py", "--device=cpu", f"--ckpt={checkpoints['text']}"]
-    keys = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 60}
-    done = subprocess.run(command, input="the list\n", check=True, **keys)
+    keys = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 60, "check": True}
+    silent, never_written = os.pipe()  # open as long as this test runs
+    with open(silent), open(never_written, "w"):
+        done = subprocess.run(command, stdin=silent, **keys)
     assert done.stdout.count("---- sample") == 4 and "> " not in done.stdout
+    assert "no prompt, and no terminal" in done.stderr and done.stderr.count("--prompt=FILE:") == 1
+    done = subprocess.run([*command, "--prompt=FILE:/dev/stdin"], input="the list\n", **keys)
+    assert done.stdout.count("calls\nthe list") == 4 and "no terminal" not in done.stderr
 
 
 # ---- What suits answers --------------------------------------------------------------------------

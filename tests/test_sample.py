@@ -283,6 +283,16 @@ def test_unknown_samplers_and_options_are_user_errors_also_from_python(options, 
     assert says in str(error.value)
 
 
+def test_a_sampler_that_leaves_a_mask_is_named_in_a_user_error(arbitrary, monkeypatch):
+    def lazy(masked, o):
+        step = torch.where(masked, 0, -1).index_fill(1, torch.tensor([1]), -1)  # (N, L)
+        return samplers.FixedOrder(step, o["seed"])
+
+    monkeypatch.setitem(SAMPLERS, "lazy", lazy)
+    with pytest.raises(UserError, match="the sampler 'lazy' must unmask all, but leaves 2 tokens"):
+        sample(arbitrary, EMPTY.repeat(2, 1), "lazy")
+
+
 def test_options_that_are_left_out_are_the_defaults_of_the_program():
     model = network_of()
     x = requests_for(model, 12)
