@@ -6,7 +6,7 @@ It is not told the time, for what it predicts does not depend on it (diffusion.p
 - It predicts in place: the output at a masked position is about that position. Nothing is shifted.
 - attention=full sees both sides: masked diffusion as in both papers. One unmasked token changes
   every hidden state, so nothing can be kept from one call to the next.
-- attention=causal sees the left: the autoregressive baseline (ARM), with a cache.
+- attention=causal sees the left: the autoregressive baseline (ARM), with a cache (lib/cache.py).
 - attention=order is any-order generation with a cache: clean tokens are read in the order in which
   they are unmasked, each seeing itself and those before; a *query*, the mask at some position, sees
   the clean tokens so far and itself. What comes later changes no earlier key or value, so a cache
@@ -42,14 +42,14 @@ DEFAULTS = {
     "n_embd": 0,  # width D; a head has n_embd / n_head of it, an even number
     "block_size": 128,  # the longest sequence
     "vocab_size": 0,  # V, without the mask; train.py takes it from the data
-    "attention": "full",  # one of ATTENTIONS; ar has causal, any_order full or order
+    "attention": "full",  # one of ATTENTIONS; ar needs causal, any_order full or order
     "norm": "rms",  # one of NORMS
     "mlp": "gelu",  # one of MLPS
     "mlp_width": 0,  # inside the MLP; 0: 4 * n_embd
-    "bias": False,  # in norms, MLP and head (never in attention), as RADD has them
+    "bias": False,  # in norms, MLPs and the head, as RADD has them; never in attention
     "qk_norm": True,  # RMS-normalise queries and keys
-    "conv": 0,  # with full: width of a convolution over embedded tokens, an odd number; 0: none
-    "zero_init": "all",  # one of ZERO_INITS; starts at zero: head (RADD); all: what blocks add too
+    "conv": 0,  # width (odd) of a convolution over embedded tokens, for full attention; 0: none
+    "zero_init": "all",  # one of ZERO_INITS; which output matrices start at zero (RADD: head)
     "dropout": 0.0,  # after attention and after the MLP
     "rotary_bf16": False,  # round the rotary tables to bfloat16, as SMDM's weights expect
     "start_id": -1,  # the token that stands before the first one of a causal network; -1: the mask
@@ -92,7 +92,7 @@ MLPS = Table(  # (activation, whether it is that of a gate)
     swiglu=(F.silu, True),
     relu2=(fused.relu2, False),
 )
-ZERO_INITS = Table(  # how the names of weights end that start at zero
+ZERO_INITS = Table(  # the ends of the names of those weights that start at zero
     "zero_init",
     none=(),
     head=("unembed.weight",),
@@ -154,8 +154,8 @@ class Block(nn.Module):
     def attention_in_order(self, z, cos, sin, streams):
         """z (B, n + Q, D), n clean tokens, then Q queries -> the same, or of the queries alone.
 
-        Clean tokens are read by all that come later, a query by none but itself. Only queries are
-        needed of the last block.
+        Clean tokens are read by all that come later, a query by none but itself. Of the last block
+        only the queries are needed.
         """
         (B, T, _), (n, read, last) = z.shape, streams
         qkv = self.qkv(z).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
@@ -248,7 +248,7 @@ class Transformer(nn.Module):
                 yield name, torch.full(parameter.shape, float(one))
 
     def hidden(self, x, masked_idx=None, cache=None):
-        """Hidden states: x (B, L) -> (B, L, D); at flat, different indices masked_idx (N,): (N, D).
+        """Hidden states: x (B, L) -> (B, L, D); at distinct flat indices masked_idx (N,): (N, D).
 
         With a `cache`, a list of one Cache a block, a causal network goes on from what they hold.
         """
@@ -283,8 +283,8 @@ class Transformer(nn.Module):
         clean tokens 0..k: all terms of a chain rule in one pass. With the `attend` of a cache's
         Reading (lib/cache.py), all queries see all that their sequence has read.
         """
-        n, queries = clean.shape[1], places.shape[1] - clean.shape[1]
-        asked = torch.full((len(clean), queries), self.mask_id, device=clean.device)  # (B, Q)
+        n, Q = clean.shape[1], places.shape[1] - clean.shape[1]
+        asked = torch.full((len(clean), Q), self.mask_id, device=clean.device)  # (B, Q)
         cos, sin = self.cos[places][:, None], self.sin[places][:, None]  # (B, 1, n + Q, d/2) each
         h = self.embed(torch.cat([clean, asked], dim=1))  # (B, n + Q, D)
         for i, block in enumerate(self.blocks):

@@ -42,7 +42,7 @@ class Reading(NamedTuple):
 class OrderCache:
     """Keys and values of the clean tokens that sequences of L tokens have read, in B slots.
 
-    What is read later changes none. Queries are stored behind them, until the next call.
+    What is read later changes none of them. A call's queries are stored behind, until the next.
     """
 
     def __init__(self, B, L):
@@ -79,7 +79,7 @@ class OrderCache:
     def layout(self, count, n_new, n, Q):
         """Where n tokens and Q queries are stored (b, n + Q); what they see (b, 1, n + Q, length).
 
-        count (b,): clean tokens of each sequence. The last n_new (b,) are new: so many of the n.
+        count (b,): clean tokens of each sequence, the last n_new (b,) of which are the first of n.
         """
         count, n_new = count[:, None], n_new[:, None]  # (b, 1) each
         # It grows by 32 entries, the last of which is for waste: few sizes, so few kernels.
