@@ -172,7 +172,7 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
             drawn = draws(model, h, u, None if suppress is None else suppress[at], policy, o)
             drawn = [piece if on_call else piece[:3] for piece in drawn]  # logits for on_call
             token, p, entropy, *logits = map(torch.cat, zip(*drawn, strict=True))  # (n,) each
-            total = total + p[: len(call.at)].sum()  # looked at in the end: no call waits for it
+            total = total + p[: len(call.at)].sum()  # looked at in the end, so no call waits
             keep = torch.ones(len(call.at), dtype=torch.bool)  # (n,) what is unmasked
             if not policy.known:
                 keep = accepted(policy, call, L, p, entropy)
@@ -266,7 +266,7 @@ def sample_ar(model, x, o, suppress=None, progress=False):
                 continue
             cache, first, last = [Cache(L) for _ in model.blocks], gaps[0], gaps[-1]
             start = y.new_full((len(y), 1), model.start_id)  # (b, 1)
-            total = 0.0  # of p: looked at when all is drawn, so that no call waits for it
+            total = 0.0  # the sum of p, looked at when all is drawn, so that no call waits for it
             new = torch.cat([start, y[:, :first]], dim=1)  # (b, 1 + first)
             for i in range(first, last + 1):
                 logits = model.head(model.hidden(new, cache=cache)[:, -1])  # (b, V)

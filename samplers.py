@@ -77,14 +77,14 @@ def expected_nfe(r, L):
 class Policy:
     """What the loop asks about sequences live (b,), each of which has done (b,) network calls.
 
-    A subclass says what is masked and what is due, and sets `seed`. One whose calls are all known
-    sets `nfe` (N,), their number; any other says what is unfinished and what it accepts.
+    A subclass says what is masked and what is due, and sets the `seed` of its noise. One that knows
+    all calls sets `nfe` (N,), their number; another says what is unfinished and what it accepts.
     """
 
     known = True  # all calls are known before the first, and what is due is unmasked
     remasks = False  # a token can be masked again
     by_entropy = False  # `accept` needs entropies; elsewhere they are 0
-    expected_nfe = None  # mean calls of a sequence, where they are known without sampling
+    expected_nfe = None  # mean calls of a sequence; None: only sampling tells
 
     def unfinished(self, done):
         """Which sequences need another call, having had done (N,)."""
@@ -99,12 +99,12 @@ class Policy:
         raise NotImplementedError
 
     def noise(self, live, done):
-        """(b, L) uniform numbers, others at every call: a position may be drawn again and again."""
+        """Uniform numbers (b, L), new at every call: a position may be drawn more than once."""
         L, pairs = self.due(live, done).shape[1], zip(live.tolist(), done.tolist(), strict=True)
         return torch.cat([philox.uniforms(self.seed, 2 + call, [n], L) for n, call in pairs])
 
     def accept(self, live, done, p, entropy):
-        """Which of the tokens drawn are kept (b, L); see Adaptive. The loop asks unless `known`."""
+        """Which of the tokens drawn are kept (b, L). The loop asks where `known` is False."""
         return self.due(live, done)
 
 
@@ -114,8 +114,8 @@ class FixedOrder(Policy):
     def __init__(self, unmask_step, seed, expected_nfe=None):
         self.step, self.call = unmask_step, step_to_call(unmask_step)  # (N, L) each
         self.nfe = self.call.max(1).values + 1  # (N,)
-        known = float(self.nfe.double().mean())  # where the order alone is drawn
-        self.expected_nfe = known if expected_nfe is None else expected_nfe
+        mean = float(self.nfe.double().mean())  # what is expected where the order alone is drawn
+        self.expected_nfe = mean if expected_nfe is None else expected_nfe
         self.u = philox.uniforms(seed, 1, range(len(unmask_step)), unmask_step.shape[1])  # (N, L)
 
     def masked_at(self, live, done):
@@ -125,7 +125,7 @@ class FixedOrder(Policy):
         return self.call[live] == done[:, None]
 
     def noise(self, live, done):
-        """(b, L) uniform numbers: one a position, which is drawn once."""
+        """Uniform numbers (b, L), one for each position, which is drawn once."""
         return self.u[live]
 
 
