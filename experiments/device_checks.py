@@ -139,7 +139,7 @@ def head(part, dtype):
         model = copy.deepcopy(model).to(device, wide)
         leaf, w = (z.to(device, wide).requires_grad_() for z in (h, weight))  # (N, D), (N,)
         if not outcomes:
-            loss, _, ce = diffusion.cross_entropy(model, leaf, target, w.detach(), plain=True)
+            loss, _, ce = diffusion.plain_cross_entropy(model, leaf, target, w.detach())
         else:
             with team.autocast():
                 loss, _, ce = diffusion.cross_entropy(model, leaf, target.to(device), w.detach())

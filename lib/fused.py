@@ -26,7 +26,7 @@ def masked_indices(mask, multiple=1):
 
 
 def cross_entropy(h, head, target, weight, normalised=True, chunk=0, row_loss=None):
-    """diffusion.cross_entropy without (N, V) logits in memory: (loss, terms (N,), CE (N,)).
+    """diffusion.plain_cross_entropy without (N, V) logits: (loss, terms (N,), CE (N,)).
 
     h (N, D), head: (weight (V, D), bias (V,) or None), target (N,), weight (N,). chunk: so many
     positions at a time, at most; 0: head_chunk. row_loss: a compiled cross_entropy_and_grad.
