@@ -2,7 +2,7 @@
 
     python evaluate.py --ckpt=out/pydocs                                  its own data, held out
     python evaluate.py --ckpt=out/pydocs --text="The list is sorted."     token by token
-    python evaluate.py --ckpt=out/pydocs --precision=0.002 --draws=256    draws until it is so sharp
+    python evaluate.py --ckpt=out/pydocs --precision=0.002 --draws=256    to within 0.002 nats
 
 - A masked diffusion model has a bound (NELBO: negative evidence lower bound), estimated from draws
   of the corruption; a causal one has an exact number. Conditional likelihood, -log p(answer |
@@ -21,12 +21,15 @@
 
   An `order` network has all terms of a chain rule in one pass, so one row a draw there.
 
-- Two intervals are printed, mean +- Student's t times an error. The draws: how far would the number
-  for this text move with other draws? sqrt(sum_s var_s / R) / sum l, var_s the variance of the R
-  sets of sequence s, l_s its tokens; S (R - 1) degrees of freedom; --precision is about it. The
-  text: how far with other text of the same kind? sqrt(S/(S - 1) sum (n_s - r l_s)^2) / sum l for
-  nats n_s and the mean r = sum n / sum l of S sequences; S - 1 degrees of freedom. It includes the
-  noise of the draws; blocks of one document count as independent.
+- Two intervals are printed, each the mean +- Student's t times an error. S sequences have l_s
+  tokens and n_s nats, the mean over R sets of draws; r = sum n / sum l.
+
+    of the draws     How far would other draws move the number for this text? With the variance
+                     var_s of the R sets: sqrt(sum_s var_s / R) / sum l, S (R - 1) degrees of
+                     freedom. --precision is about this one.
+    of the text      How far would other text of the same kind move it? By
+                     sqrt(S/(S - 1) sum (n_s - r l_s)^2) / sum l, S - 1 degrees of freedom. It has
+                     the noise of the draws in it; blocks of one document count as independent.
 
 What makes it fast: draws of a set are stratified in antithetic pairs (u, 1 - u), each with noise of
 its own: an eighth of the calls of independent ones for the same interval. Sets are independent.
@@ -52,22 +55,22 @@ from lib.stats import certainty, finite, mean_over_sets, report, t95
 from lib.text import by_token
 
 DEFAULTS = {
-    "ckpt": "out/pydocs",  # whatever checkpoint.load takes
+    "ckpt": "out/pydocs",  # anything that checkpoint.load takes
     "data": "",  # a prepared folder; empty: the one that the checkpoint learnt from
-    "text": "",  # in place of data: a sentence (or FILE:PATH) that is scored token by token
+    "text": "",  # a sentence (or FILE:PATH) to score token by token, in place of data
     "split": "val",  # the part of the folder that is evaluated
-    "estimator": "any_order",  # one of ESTIMATORS (SMDM: lambda_dce); a causal one is exact anyway
-    "draws": 16,  # for each sequence; the most of them where precision is given
-    "strata": 4,  # draws stratified together (1: independent); for orders the K of one bound
-    "precision": 0.0,  # draw until within +- this many nats per token, 95%; 0: all draws
+    "estimator": "any_order",  # one of ESTIMATORS (SMDM: lambda_dce); a causal network needs none
+    "draws": 16,  # draws for each sequence; where precision is given, the largest number of them
+    "strata": 4,  # draws that are stratified together (1: independent); orders: the K of one bound
+    "precision": 0.0,  # stop at an interval of +- this many nats per token, 95%; 0: take all draws
     "sequences": 0,  # how many blocks, evenly spaced over the split; 0: all
     "block_size": 0,  # tokens in a block; 0: the model's block_size
     "protocol": "whole",  # whole (a last, shorter block counts) | radd (it is left out, as there)
     "batch_size": 32,  # rows in one network call
-    "ema": True,  # use the averaged weights where the checkpoint has them
+    "ema": True,  # use the averaged weights if the checkpoint has them
 }
 
-SURE = 100  # degrees of freedom before an error is trusted: a few may be small by chance
+SURE = 100  # degrees of freedom from which an error is trusted: with few it may be small by chance
 
 
 # ---- 1. Estimators: what a row of the network masks, and what it counts --------------------------
@@ -321,13 +324,13 @@ def check(config):
     check_options(config)
     settings.at_least(0, config, "sequences", "block_size")
     draws, K, estimator = (config[key] for key in ("draws", "strata", "estimator"))
-    whole = f"{estimator} takes whole sets: draws {draws} must be a multiple of strata {K}"
-    require(draws % K == 0 or not ESTIMATORS[estimator].mean_of_p, whole)
+    uneven = f"{estimator} takes whole sets: draws {draws} must be a multiple of strata {K}"
+    require(draws % K == 0 or not ESTIMATORS[estimator].mean_of_p, uneven)
 
 
-def opened(config, reads_text=False):
+def load_subject(config, reads_text=False):
     """The Subject of config["ckpt"]; UserError where the estimator needs a scale that it lacks."""
-    subject = subjects.opened(config, reads_text)
+    subject = subjects.load_subject(config, reads_text)
     scaled = config["estimator"] != "t_dse" or subject.trained.get("objective") == "t_dse"
     advice = "was not trained with t_dse, so its scores have no scale; use --estimator=t_dce"
     require(scaled, f"{config['ckpt']} {advice}")
@@ -375,7 +378,7 @@ def score(config, subject):
 def main(config):
     """Evaluate config["ckpt"] on config["text"] or config["data"]; return the result, a dict."""
     check(config)
-    subject = opened(config, reads_text=bool(config["text"]))
+    subject = load_subject(config, reads_text=bool(config["text"]))
     if config["text"]:
         return score(config, subject)
     folder = subjects.folder_of(config, subject)

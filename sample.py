@@ -312,12 +312,12 @@ def check(config, causal):
 
 def main(config):
     """Load a checkpoint, fill num_samples copies of the request, print and return the records."""
-    return fill(config, opened(config))
+    return fill(config, load_subject(config))
 
 
-def opened(config):
+def load_subject(config):
     """The Subject of config["ckpt"], compiled if it is to be."""
-    subject = subjects.opened(config, reads_text=True)
+    subject = subjects.load_subject(config, reads_text=True)
     check(config, subject.causal)
     if config["compile"] and not subject.causal and can_compile(subject.model.device):
         compile_hidden(subject.model, subject.model.device)
@@ -372,7 +372,7 @@ def suited(config, trained):
 
 def command(config):
     """main, with ANSWERS; in a terminal, without a prompt in the command, it asks for prompts."""
-    subject = opened(config)
+    subject = load_subject(config)
     config = suited(config, subject.trained)
     wishes = {"prompt", "suffix", "template", "num_samples", "out"} & {*config["user_keys"]}
     if wishes or not all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):
