@@ -56,7 +56,7 @@ DEFAULTS = {
     "init_from": "",  # start with weights and model keys of this checkpoint; block_size may grow
     "resume": True,  # go on from out_dir/ckpt.pt; False: begin anew, and keep the old run in old_1
     "objective": "any_order",  # one of OBJECTIVES; ar is the causal baseline
-    "loss_weight": "sqrt",  # one of LOSS_WEIGHTS; how training weighs a mask (attention=full)
+    "loss_weight": "sqrt",  # one of LOSS_WEIGHTS; weighs masked tokens in training (attention=full)
     "mask_rate": "uniform",  # one of MASK_RATES; how masking rates are drawn (attention=full)
     "order": "uniform",  # one of ORDERS; how unmasking orders are drawn (attention=order)
     "order_p": 0.5,  # mixture: how often it is left to right; local: how far a token may stray
@@ -110,8 +110,8 @@ class Batch(NamedTuple):
     n_real: int = 0  # answers up to their first eos: what all nats of the NELBO are divided by
 
     def inputs(self):
-        """The arguments of diffusion.Loss by name."""
-        return {name: getattr(self, name) for name in self._fields if name[:2] != "n_"}
+        """The arguments of diffusion.Loss by name: all but the counts."""
+        return {name: getattr(self, name) for name in self._fields[:-2]}
 
     def each(self, move):
         """The batch with every tensor moved."""
@@ -331,10 +331,7 @@ def save(config, tokenizer, clock, model, ema, optimizers, team):
 
 # ---- 4. The recipe -------------------------------------------------------------------------------
 def main(config):
-    """Train as config says; return the last evaluation, a dict of report, or None.
-
-    Raises UserError.
-    """
+    """Train as config says -> the last evaluation, a dict of report, or None. Raises UserError."""
     config = settings.completed(config, settings, diffusion, network, sys.modules[__name__])
     team = parallel.join(config)
     with resume.alone(config, team):  # a second start with this out_dir is refused
@@ -342,7 +339,7 @@ def main(config):
 
 
 def train(config, team):
-    """main, once out_dir is this run's."""
+    """The recipe, once out_dir is this run's alone."""
     # How the run begins: anew, from other weights, or from where it stopped.
     config, state = resume.begin(config, team)
     path = resume.checkpoint_path(config)
@@ -367,6 +364,7 @@ def train(config, team):
     result, stopped = None, False
     with Stop() as stop, log, parallel.together(path, team), contextlib.closing(batches):
         for step in clock:
+            # One step: forward, loss.backward(), and a move of the weights.
             spent = clock.spent()
             *losses, skipped = train_step(
                 config, step - 1, batches, loss_of, optimizers, team, spent
@@ -377,6 +375,7 @@ def train(config, team):
                 update_ema(ema, model, config["ema"], step)
             log.step(losses[0])
 
+            # Now and then, and at the end: wait for the device, log, evaluate, save.
             last = clock.tick(config["log_interval"])
             if step % config["log_interval"] == 0 or last or (stop.signal and team.world == 1):
                 (loss, nelbo), stopped, memory = parallel.agree(losses, stop.signal, team)
