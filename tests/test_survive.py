@@ -38,7 +38,7 @@ from config import UserError
 from data import loader, writer
 from data.tokenizer import Char
 from experiments import results, survive, two_hosts
-from lib import checkpoint
+from lib import checkpoint, resume
 from lib.budget import Clock
 from lib.log import Log
 from lib.parallel import Team
@@ -122,7 +122,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_with_room_it_is_resumed(data, 
 
 def test_a_full_disk_under_the_log_is_one_line(data, tmp_path):
     blocks = loader.Blocks(loader.Tokens(data, "train"), 16, 1)
-    config = config_of(data, tmp_path, vocab_size=blocks.tokens.vocab_size, attention="full")
+    config, _ = resume.begin(config_of(data, tmp_path), Team())
     model = network.Transformer(config)
     full = Log(config, model, blocks, Clock(config, None, Team()), Team())
     (tmp_path / "log.jsonl").unlink()
