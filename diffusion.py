@@ -24,8 +24,7 @@ sigma_bar is the total noise up to t; the factor is then exp(-sigma_bar) / (1 - 
 Times the m'/(1 - m) of above it is the rate of going back: a masked token is unmasked at the rate
 m'/m, which no network has to say, and becomes v by the conditional. Hence the network needs no time
 input; it fills any gap, for any visible set is a condition that it was trained on; and training is
-a weighted cross-entropy. Likelihoods are in nats. The uniform numbers of a draw are arguments (u,
-noise), so that it can be repeated.
+a weighted cross-entropy. Likelihoods are in nats. A draw is given its uniform numbers (u, noise).
 
 The sampler and the estimator `any_order` draw from, and bound, what this objective trains.
 """
@@ -266,7 +265,7 @@ def summed(values, masked_idx, x0):
 
 
 class Loss(torch.nn.Module):
-    """What training differentiates: the arguments of nelbo, ar_nll or order_nll -> as these."""
+    """What training differentiates: the arguments of nelbo, ar_nll or order_nll -> (loss, nats)."""
 
     def __init__(self, model, objective):
         super().__init__()
@@ -274,7 +273,8 @@ class Loss(torch.nn.Module):
 
     def forward(self, x0, mask=None, weight=None, masked_idx=None, order=None, bound=None):
         if order is not None:
-            return order_nll(self.model, x0, order, weight)
+            loss, terms = order_nll(self.model, x0, order, weight)
+            return loss, terms.sum(1)
         if "causal" in self.objective.attention:
             return ar_nll(self.model, x0, mask, weight, masked_idx)
         return nelbo(self.model, x0, mask, weight, masked_idx, self.objective.normalised, bound)
