@@ -24,11 +24,9 @@ sigma_bar is the total noise up to t; the factor is then exp(-sigma_bar) / (1 - 
 Times the m'/(1 - m) of above it is the rate of going back: a masked token is unmasked at the rate
 m'/m, which no network has to say, and becomes v by the conditional. Hence the network needs no time
 input; it fills any gap, for any visible set is a condition that it was trained on; and training is
-a weighted cross-entropy. Likelihoods are in nats. The uniform numbers of a draw are arguments (u,
-noise), so that it can be repeated.
+a weighted cross-entropy. Likelihoods are in nats. A draw is given its uniform numbers (u, noise).
 
-The objective `any_order` masks k tokens, k uniform; the sampler and the estimator of this name draw
-from what it trains, and bound it. attention=order is a network, trained on ORDERS (below).
+The sampler and the estimator `any_order` draw from, and bound, what this objective trains.
 """
 
 import math
@@ -68,28 +66,29 @@ SCHEDULES = Table("schedule", of_schedule, loglinear=loglinear, cosine=cosine, g
 
 
 # ---- 2. Objectives are data: which positions are masked, and the loss weight of a masked token ---
+# Why the sum over k is a bound. Along a random order, the chain rule -log p = sum_k CE(k-th token |
+# those before it) is a likelihood. While k tokens are masked, the next one is any of the k, so its
+# expected cost is h_k, the mean CE of the masked tokens: the bound is h_1 + ... + h_L. One draw
+# takes one k, uniformly, so its h_k counts L times: L h_k = L/k * (sum of CE over the k masked
+# tokens). By hand, for L = 3: with weights 3, 3/2, 1 it is (3 h_1 + 3/2 * 2 h_2 + 1 * 3 h_3)/3.
 #
-# Along a random order, the chain rule -log p = sum_k CE(k-th token | those before it) is a
-# likelihood. While k tokens are masked, the next one is any of the k, so its expected cost is h_k,
-# the mean CE of the k masked tokens. The bound is h_1 + ... + h_L. One draw takes one k, uniformly,
-# so its h_k counts L times: L h_k = L/k * (sum of CE over the k masked tokens). By hand, L = 3:
-# k = 1, 2, 3 with probability 1/3 and weights 3, 3/2, 1 is (3 h_1 + 3/2 * 2 h_2 + 1 * 3 h_3) / 3.
-#   Masking each token with probability lam ~ U(0, 1) makes k uniform on 0..L: probability 1/(L + 1)
-# each; and given k the mean of 1/lam is (L + 1)/k (lam is then Beta(k + 1, L - k + 1)): k brings
-# 1/(L + 1) * (L + 1)/k * k h_k = h_k, the same. (L times the mean over each sequence's own masked
-# tokens is right for k uniform on 1..L only: under lam an empty mask counts as 0, so it is L/(L +
-# 1) of the bound. One mean over all masked tokens of a batch weighs a sequence by its k: L sum_k k
-# h_k / sum_k k.) A schedule only renames lam = m(t), d lam/lam = m'(t)/m(t) dt. So all have one
-# expectation, t_dse where its scores add up to 1: RADD eq. 3.7. They differ in noise, least in
-# any_order: k alone fixes its weight, where 1/lam varies given k, and it draws no empty mask. t_dse
-# (denoising score entropy) is what SEDD trained, t_dce the same for a network that is normalised,
-# and with lambda_dce no schedule is left to choose.
-#   What it bounds is -log of the model's p(x0), the mean over orders of the products of the chain
-# rule, which is what the sampler any_order draws from: it averages log p over orders, and the log
-# of an average is larger (Jensen's inequality), unless all orders give x0 the same p, as the true
-# conditionals do. -log of the mean of p over several orders is nearer: evaluate.py, estimator
-# `orders`. Any other weight that depends on k alone has the same optimum (every h_k is least, for a
-# network that can have them all) but is no bound: experiments/loss_audit.py.
+# Why all objectives are this bound, RADD eq. 3.7. Masking each token with probability lam ~ U(0, 1)
+# makes k uniform on 0..L, 1/(L + 1) each; given k, lam is Beta(k + 1, L - k + 1), and 1/lam has the
+# mean (L + 1)/k: so k brings 1/(L + 1) * (L + 1)/k * k h_k = h_k again. A schedule only renames
+# lam = m(t), d lam/lam = m'(t)/m(t) dt; lambda_dce leaves none to choose. t_dse (denoising score
+# entropy, trained by SEDD) is the same where its scores add up to 1, as in t_dce. They differ in
+# noise. any_order has least: k fixes its weight, where 1/lam varies given k, and no mask is empty.
+#
+# What is bounded: -log of the model's p(x0), the mean over orders of the chain rule's products,
+# which is the law of the sampler any_order. The bound averages log p over orders, and the log of an
+# average is larger (Jensen's inequality), unless all orders give x0 the same p, as the true
+# conditionals do. -log of the mean of p over several orders is nearer (evaluate.py, `orders`).
+#
+# What other weights do. L times the mean over each sequence's own masked tokens is right for k
+# uniform on 1..L only: under lam an empty mask counts as 0, so it is L/(L + 1) of the bound. One
+# mean over all masked tokens of a batch weighs a sequence by its k: L sum_k k h_k / sum_k k. Any
+# other weight by k alone, as 2 sqrt(L/k) in train.py, has the same optimum (every h_k is least, for
+# a network that can have them all) but gives no bound: experiments/loss_audit.py.
 class Objective(NamedTuple):
     draw: object  # (u (B,), noise (B, L), n, schedule) -> (mask (B, L) bool, weight (B,))
     normalised: bool = True  # False: the output is a score, not log-probabilities
@@ -141,8 +140,8 @@ def draw_mask(objective, u, noise, schedule=loglinear, prompt=None):
     return mask & (noise < torch.inf), weight
 
 
-# An `order` network (model.py) is trained on orders in place of masks: in one pass it predicts each
-# token of x0 from those before it in the order, all L terms of the chain rule at once.
+# With attention=order a network (model.py) is trained on orders in place of masks: in one pass it
+# predicts each token of x0 from those before it in the order, all L terms of the chain rule.
 ORDERS = Table(  # from noise and place (B, L) in [0, 1), coin (B, 1): numbers, sorted to an order
     "order",
     of_order,
@@ -185,24 +184,24 @@ def stratified_uniforms(seed, step, position, batch_size, L):
 
 
 # ---- 4. The bound: one weighted cross-entropy ----------------------------------------------------
-def cross_entropy(model, h, target, weight, normalised=True, plain=False):
+def plain_cross_entropy(model, h, target, weight, normalised=True):
     """The loss from h (N, D): (sum of weight * terms, terms (N,), CE (N,)), in nats.
 
     Only the sum has a gradient. Terms are CE; of scores (1 - m)/m e^logit that need not add up
     (normalised=False: t_dse, score entropy: SEDD, arXiv 2310.16834, RADD eq. 2.11) they are
-    -logit[target] + sum_v e^logit_v - 1, never less than CE, and least at e^logit = p, too (the
-    factor is in the weight m'/m). Unless plain, lib/fused.py takes some positions at a time and
-    keeps, instead of their logits, the gradients of h and head that these lead to: never (N, V)
-    numbers.
+    -logit[target] + sum_v e^logit_v - 1 >= CE, least at e^logit = p, too (m'/m has the factor).
     """
-    if not plain:
-        head, row_loss = model.head_parameters(), model.row_loss
-        return fused.cross_entropy(h, head, target, weight, normalised, row_loss=row_loss)
     logits = model.head(h).to(fused.wide(h.dtype))  # (N, V)
     at_target = logits.gather(-1, target[:, None]).squeeze(-1)  # (N,)
     ce = logits.logsumexp(-1) - at_target  # (N,)
     terms = ce if normalised else logits.exp().sum(-1) - 1 - at_target  # (N,)
     return (weight * terms).sum(), terms.detach(), ce.detach()
+
+
+def cross_entropy(model, h, target, weight, normalised=True):
+    """plain_cross_entropy, a part of the positions at a time: no (N, V) logits are ever kept."""
+    head, row_loss = model.head_parameters(), model.row_loss
+    return fused.cross_entropy(h, head, target, weight, normalised, row_loss=row_loss)
 
 
 def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, bound=None):
@@ -238,10 +237,10 @@ def ar_nll(model, x0, mask=None, weight=None, masked_idx=None):
 
 
 def order_nll(model, x0, order, weight=None):
-    """Exact -log p(x0) along an order, of an `order` network: all L terms in one pass. As nelbo.
+    """Exact -log p(x0) along an order, of an `order` network: (loss, its L terms (B, L)).
 
-    order[b, k] (B, L) is the position that is unmasked k-th; weight (B, L): of the k-th term, or 1.
-    Averaged over uniform orders it is the any_order bound; no draw of k adds noise.
+    order[b, k] (B, L) is the position that is unmasked k-th, terms[b, k] its CE times weight (B, L)
+    or 1, no gradient. Averaged over uniform orders their sum is the any_order bound: no k is drawn.
     """
     B, L = x0.shape
     target = x0.gather(1, order)  # (B, L) in the order in which they are unmasked
@@ -250,7 +249,7 @@ def order_nll(model, x0, order, weight=None):
     h = model.hidden_in_order(clean, places).flatten(0, 1)  # (B*L, D)
     w = h.new_ones(B * L) if weight is None else weight.flatten().to(h.dtype)  # (B*L,)
     loss, ce, _ = cross_entropy(model, h, target.flatten(), w)
-    return loss, (w * ce).view(B, L).sum(1)
+    return loss, (w * ce).view(B, L)
 
 
 def counted(x0, mask, weight, masked_idx=None):
@@ -266,7 +265,7 @@ def summed(values, masked_idx, x0):
 
 
 class Loss(torch.nn.Module):
-    """What training differentiates: the arguments of nelbo, ar_nll or order_nll -> as these."""
+    """What training differentiates: the arguments of nelbo, ar_nll or order_nll -> (loss, nats)."""
 
     def __init__(self, model, objective):
         super().__init__()
@@ -274,7 +273,8 @@ class Loss(torch.nn.Module):
 
     def forward(self, x0, mask=None, weight=None, masked_idx=None, order=None, bound=None):
         if order is not None:
-            return order_nll(self.model, x0, order, weight)
+            loss, terms = order_nll(self.model, x0, order, weight)
+            return loss, terms.sum(1)
         if "causal" in self.objective.attention:
             return ar_nll(self.model, x0, mask, weight, masked_idx)
         return nelbo(self.model, x0, mask, weight, masked_idx, self.objective.normalised, bound)
@@ -292,9 +292,9 @@ def states(model, x, masked_idx, cond, cfg_scale=0.0):
 def guided(model, h, cfg_scale=0.0):
     """Logits (N, V), guided by the condition, from `states`: of all positions or a part of them.
 
-    Unsupervised classifier-free guidance (SMDM, arXiv 2410.18514): u + (1 + cfg_scale)(c - u) leans
-    towards what the condition makes likelier. c are the network's logits, u (unconditional) those
-    with the condition masked, too, which it knows without fine-tuning: 0 is c alone, -1 is u.
+    Unsupervised classifier-free guidance (SMDM, arXiv 2410.18514): uncond + (1 + cfg_scale) * (c -
+    uncond) leans towards what the condition makes likelier: c are the network's logits, uncond
+    those with the condition masked too, known without fine-tuning. 0 is c alone, -1 uncond alone.
     """
-    c, *u = model.head(torch.cat(h)).float().chunk(len(h))  # (N, V) each
-    return u[0] + (1 + cfg_scale) * (c - u[0]) if u else c
+    c, *uncond = model.head(torch.cat(h)).float().chunk(len(h))  # (N, V) each
+    return uncond[0] + (1 + cfg_scale) * (c - uncond[0]) if uncond else c

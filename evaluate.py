@@ -2,7 +2,7 @@
 
     python evaluate.py --ckpt=out/pydocs                                  its own data, held out
     python evaluate.py --ckpt=out/pydocs --text="The list is sorted."     token by token
-    python evaluate.py --ckpt=out/pydocs --precision=0.002 --draws=256    draws until it is so sharp
+    python evaluate.py --ckpt=out/pydocs --precision=0.002 --draws=256    to within 0.002 nats
 
 - A masked diffusion model has a bound (NELBO: negative evidence lower bound), estimated from draws
   of the corruption; a causal one has an exact number. Conditional likelihood, -log p(answer |
@@ -21,12 +21,15 @@
 
   An `order` network has all terms of a chain rule in one pass, so one row a draw there.
 
-- Two intervals are printed, mean +- Student's t times an error. The draws: how far would the number
-  for this text move with other draws? sqrt(sum_s var_s / R) / sum l, var_s the variance of the R
-  sets of sequence s, l_s its tokens; S (R - 1) degrees of freedom; --precision is about it. The
-  text: how far with other text of the same kind? sqrt(S/(S - 1) sum (n_s - r l_s)^2) / sum l for
-  nats n_s and the mean r = sum n / sum l of S sequences; S - 1 degrees of freedom. It includes the
-  noise of the draws; blocks of one document count as independent.
+- Two intervals are printed, each the mean +- Student's t times an error. S sequences have l_s
+  tokens and n_s nats, the mean over R sets of draws; r = sum n / sum l.
+
+    of the draws     How far would other draws move the number for this text? With the variance
+                     var_s of the R sets: sqrt(sum_s var_s / R) / sum l, S (R - 1) degrees of
+                     freedom. --precision is about this one.
+    of the text      How far would other text of the same kind move it? By
+                     sqrt(S/(S - 1) sum (n_s - r l_s)^2) / sum l, S - 1 degrees of freedom. It has
+                     the noise of the draws in it; blocks of one document count as independent.
 
 What makes it fast: draws of a set are stratified in antithetic pairs (u, 1 - u), each with noise of
 its own: an eighth of the calls of independent ones for the same interval. Sets are independent.
@@ -38,7 +41,6 @@ import sys
 import time
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -48,27 +50,27 @@ from data import ngram
 from lib import fused
 from lib import subject as subjects
 from lib.log import progress_bar
-from lib.rows import batches, random_numbers
+from lib.rows import Requests, batches, random_numbers
 from lib.stats import certainty, finite, mean_over_sets, report, t95
 from lib.text import by_token
 
 DEFAULTS = {
-    "ckpt": "out/pydocs",  # whatever checkpoint.load takes
+    "ckpt": "out/pydocs",  # anything that checkpoint.load takes
     "data": "",  # a prepared folder; empty: the one that the checkpoint learnt from
-    "text": "",  # in place of data: a sentence (or FILE:PATH) that is scored token by token
+    "text": "",  # a sentence (or FILE:PATH) to score token by token, in place of data
     "split": "val",  # the part of the folder that is evaluated
-    "estimator": "any_order",  # one of ESTIMATORS (SMDM: lambda_dce); a causal one is exact anyway
-    "draws": 16,  # for each sequence; the most of them where precision is given
-    "strata": 4,  # draws stratified together (1: independent); for orders the K of one bound
-    "precision": 0.0,  # draw until within +- this many nats per token, 95%; 0: all draws
+    "estimator": "any_order",  # one of ESTIMATORS (SMDM: lambda_dce); a causal network needs none
+    "draws": 16,  # draws for each sequence; where precision is given, the largest number of them
+    "strata": 4,  # draws that are stratified together (1: independent); orders: the K of one bound
+    "precision": 0.0,  # stop at an interval of +- this many nats per token, 95%; 0: take all draws
     "sequences": 0,  # how many blocks, evenly spaced over the split; 0: all
     "block_size": 0,  # tokens in a block; 0: the model's block_size
     "protocol": "whole",  # whole (a last, shorter block counts) | radd (it is left out, as there)
     "batch_size": 32,  # rows in one network call
-    "ema": True,  # use the averaged weights where the checkpoint has them
+    "ema": True,  # use the averaged weights if the checkpoint has them
 }
 
-SURE = 100  # degrees of freedom before an error is trusted: a few may be small by chance
+SURE = 100  # degrees of freedom from which an error is trusted: with few it may be small by chance
 
 
 # ---- 1. Estimators: what a row of the network masks, and what it counts --------------------------
@@ -119,15 +121,16 @@ def importance_sampled(objective, draw, m):
     return mask, (weight * p_some)[:, None] * mask  # (b, W) each
 
 
-def random_order(draw):
-    """The turn of each token in a chain rule: (b, W), of prompts anything."""
-    return draw.noise.masked_fill(draw.place < 0, torch.inf).argsort(1).argsort(1)
+def along(name):
+    """Draw -> order (b, W) of this name in diffusion.ORDERS, prompts first."""
+    return lambda draw: diffusion.draw_order(name, draw.noise, None, prompt=draw.prompt)
 
 
-def one_term(draw, rank):
-    """Term `turn` of the chain rule along an order; rank (b, W) is the turn of each token."""
-    answer, turn = draw.place >= 0, draw.turn[:, None]  # (b, W), (b, 1)
-    return (rank >= turn) & answer, ((rank == turn) & answer).double()  # (b, W) each
+def one_term(draw, order):
+    """Term `turn` of the chain rule along an order (b, W), prompts first: a row masks the rest."""
+    turns = order.argsort(1) - draw.prompt[:, None]  # (b, W) of each token, negative in the prompt
+    turn = draw.turn[:, None]  # (b, 1)
+    return turns >= turn, (turns == turn).double()  # (b, W) each
 
 
 def ar(draw):
@@ -137,29 +140,29 @@ def ar(draw):
 
 class Estimator(NamedTuple):
     row: object = None  # Draw -> (mask (b, W) bool, weight (b, W)); None: a term of a chain rule
-    rank: object = None  # Draw -> turns (b, W) of that chain rule: a row each, or one pass (order)
+    order: object = None  # Draw -> order (b, W) of that chain rule, in which prompts come first
     exact: bool = False  # nothing is drawn
     mean_of_p: bool = False  # a set says -log(mean of p), not the mean of -log p
     normalised: bool = True  # False: the output is a score, not log-probabilities
 
     def row_of(self, draw):
         """What a row masks (b, W) bool, and the weight (b, W) of what it counts."""
-        return self.row(draw) if self.row else one_term(draw, self.rank(draw))
+        return self.row(draw) if self.row else one_term(draw, self.order(draw))
 
 
 ESTIMATORS = Table(
     "estimator",
-    lambda entry: "" if entry.row or entry.rank else "has neither row nor rank",
-    any_order=Estimator(any_order, random_order),  # the latter for an `order` network
+    lambda entry: "" if entry.row or entry.order else "has neither row nor order",
+    any_order=Estimator(any_order, along("uniform")),  # the latter for an `order` network
     lambda_dce=Estimator(lambda_dce),
     t_dce=Estimator(t_dce),
     t_dse=Estimator(t_dce, normalised=False),
-    chain=Estimator(rank=random_order),
-    orders=Estimator(rank=random_order, mean_of_p=True),
-    left_to_right=Estimator(rank=lambda draw: draw.place, exact=True),
-    right_to_left=Estimator(rank=lambda draw: draw.place[:, -1:] - draw.place, exact=True),
+    chain=Estimator(order=along("uniform")),
+    orders=Estimator(order=along("uniform"), mean_of_p=True),
+    left_to_right=Estimator(order=along("left_to_right"), exact=True),
+    right_to_left=Estimator(order=along("right_to_left"), exact=True),
 )
-AR = Estimator(ar, ESTIMATORS["left_to_right"].rank, exact=True)  # of causal networks
+AR = Estimator(ar, along("left_to_right"), exact=True)  # of causal networks
 
 
 def estimator_of(model, name):
@@ -170,53 +173,44 @@ def estimator_of(model, name):
 
 # ---- 2. A set of draws for many requests, in full batches ----------------------------------------
 @torch.no_grad()
-def set_nats(model, requests, o, number=0, size=1):
-    """Set `number` of `size` draws for each request -> (nats (N, size), {"rows", "calls"} it took).
+def set_nats(model, requests, o, number=0, size=1, progress=False):
+    """Set `number` of `size` draws for Requests -> (nats (N, size), {"rows", "calls"} it took).
 
-    requests: N pairs (prompt ids, answer ids); o: the options, as `merged` has them.
+    o: the options, as `merged` has them.
     """
     _, estimator = estimator_of(model, o["estimator"])
-    plain = not (o["cfg_scale"] or o["pad_to"])
-    one_pass = plain and estimator.rank is not None and model.config["attention"] == "order"
-    groups = torch.arange(len(requests)) if o["groups"] is None else torch.as_tensor(o["groups"])
-    lengths = np.array([[len(p), len(a)] for p, a in requests], int).reshape(-1, 2)  # (N, 2)
+    one_pass = requests.in_one_pass(model, estimator)
+    lengths, groups = requests.lengths(), requests.own_groups()  # (N, 2) prompts, answers; (N,)
     turns = lengths[:, 1] if estimator.row is None and not one_pass else lengths[:, 1].clip(max=1)
-    nats, cost = torch.zeros(len(requests), size, dtype=torch.float64), {"rows": 0, "calls": 0}
-    rows = []  # ((request, draw), nats) of the rows of a call, (b,) each
-    with progress_bar(o["progress"], nats.numel(), "draw") as bar:
+    nats, cost = torch.zeros(len(lengths), size, dtype=torch.float64), {"rows": 0, "calls": 0}
+    calls = []  # ((request, draw), nats) of the rows of each, (b,) each
+    with progress_bar(progress, nats.numel(), "draw") as bar:
         for i, k, turn in batches(lengths.sum(1), turns, size, o["batch_size"]):  # (b,) each
-            x0 = np.stack([np.concatenate(requests[j]).astype(np.int64) for j in i])  # (b, W)
-            x0, prompt = torch.from_numpy(x0), torch.from_numpy(lengths[i, 0])  # (b, W), (b,)
+            x0, prompt = requests.rows(i)  # (b, W), (b,)
             u, noise = random_numbers(o["seed"], number, groups[i], k, size, x0.shape[1])
             draw = Draw(u, noise, turn, prompt, diffusion.SCHEDULES[o["schedule"]])
             draw = draw._replace(noise=noise.gather(1, draw.place.clamp(min=0)))  # by its place
-            if one_pass:
-                row_nats = nats_in_order(model, x0, draw, estimator.rank(draw))  # (b,)
-            else:
-                mask, weight = estimator.row_of(draw)  # (b, W) each
-                fill = (0, max(0, o["pad_to"] - x0.shape[1]))
-                x0 = F.pad(x0, fill, value=model.mask_id)  # (b, W + fill)
-                mask, weight, cond = (F.pad(z, fill) for z in (mask, weight, draw.place < 0))
-                guidance = (cond, o["cfg_scale"]) if o["cfg_scale"] else ()
-                row_nats = nats_of_rows(model, x0, mask, weight, estimator, *guidance)  # (b,)
-            rows.append(((torch.from_numpy(i), k), row_nats))  # the host waits for no call
-            cost["rows"] += len(x0) * (2 if one_pass or o["cfg_scale"] else 1)
+            row_nats = nats_of_call(model, requests, estimator, x0, draw)  # (b,)
+            calls.append(((torch.from_numpy(i), k), row_nats))  # the host waits for no call
+            cost["rows"] += len(x0) * (2 if one_pass or requests.cfg_scale else 1)
             cost["calls"] += 1
             bar.update(int((turn == 0).sum()))
-    for index, row_nats in rows:
+    for index, row_nats in calls:
         nats.index_put_(index, row_nats.cpu().double(), accumulate=True)
     return nats, cost
 
 
-def nats_in_order(model, x0, draw, rank, counted=None):
-    """-log p(answer) along the order of rank (b, W), prompts first, in one pass: (b,).
-
-    counted (b, W): which of the terms, in their order; without it those of the answer.
-    """
-    place = draw.place  # (b, W)
-    order = torch.where(place < 0, place - place.shape[1], rank).argsort(1)  # (b, W)
-    answer = torch.arange(x0.shape[1]) >= draw.prompt[:, None] if counted is None else counted
-    return diffusion.order_nll(model, *fused.moved(model.device, x0, order, answer))[1]
+def nats_of_call(model, requests, estimator, x0, draw):
+    """What each row (b, W) counts, in nats: (b,). One network call."""
+    if requests.in_one_pass(model, estimator):
+        arguments = x0, estimator.order(draw), draw.place >= 0  # (b, W) each; prompts come first
+        return diffusion.order_nll(model, *fused.moved(model.device, *arguments))[1].sum(1)
+    mask, weight = estimator.row_of(draw)  # (b, W) each
+    fill = (0, max(0, requests.pad_to - x0.shape[1]))
+    x0 = F.pad(x0, fill, value=model.mask_id)  # (b, W + fill)
+    mask, weight, cond = (F.pad(each, fill) for each in (mask, weight, draw.place < 0))
+    guidance = (cond, requests.cfg_scale) if requests.cfg_scale else ()
+    return nats_of_rows(model, x0, mask, weight, estimator, *guidance)
 
 
 def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
@@ -230,9 +224,9 @@ def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
         return diffusion.nelbo(model, x0, mask, weight, idx, estimator.normalised)[1]
     x, (cond,) = torch.where(mask, model.mask_id, x0), fused.moved(model.device, cond)  # (b, W)
     h, target, ces = diffusion.states(model, x, idx, cond, cfg_scale), x0.flatten()[idx], []
-    for now in fused.chunks(len(target), fused.head_chunk(model.vocab_size, model.device)):
-        logits = diffusion.guided(model, [z[now] for z in h], cfg_scale)  # (chunk, V)
-        ces.append(F.cross_entropy(logits, target[now], reduction="none"))
+    for span in fused.chunks(len(target), fused.head_chunk(model.vocab_size, model.device)):
+        logits = diffusion.guided(model, [states[span] for states in h], cfg_scale)  # (chunk, V)
+        ces.append(F.cross_entropy(logits, target[span], reduction="none"))
     return diffusion.summed(weight.flatten()[idx] * torch.cat(ces), idx, x0)
 
 
@@ -243,11 +237,11 @@ def of_set(estimator, nats):
 
 
 # ---- 3. Answers after prompts, and whole texts ---------------------------------------------------
-def merged(options, **rest):
-    """`options` over the DEFAULTS, UserError for what they cannot be; with the rest."""
+def merged(options):
+    """`options` over the DEFAULTS; UserError for what they cannot be."""
     o = settings.options(options, settings, diffusion, sys.modules[__name__])
     check_options(o)
-    return o | rest
+    return o
 
 
 def check_options(o):
@@ -258,13 +252,14 @@ def check_options(o):
 def answer_nats(model, requests, groups=None, cfg_scale=0.0, pad_to=0, progress=False, **options):
     """-log p(answer | prompt) of each request: N pairs (prompt ids, answer ids) -> (N,) float64.
 
-    By one stratified set of `draws`. groups (N,) ints: requests of one group share their random
-    numbers, so that the options of one question compare with little noise. pad_to: rows are filled
-    up to it with masks. options: estimator, draws, batch_size, schedule, seed.
+    By one stratified set of `draws`. groups, cfg_scale, pad_to: as in Requests; the options of one
+    question are a group, so that they compare with little noise. options: estimator, draws,
+    batch_size, schedule, seed.
     """
-    o = merged(options, groups=groups, cfg_scale=cfg_scale, pad_to=pad_to, progress=progress)
+    o, requests = merged(options), Requests(requests, groups, cfg_scale, pad_to)
     _, estimator = estimator_of(model, o["estimator"])
-    nats, _ = set_nats(model, requests, o, 0, 1 if estimator.exact else o["draws"])  # (N, draws)
+    size = 1 if estimator.exact else o["draws"]
+    nats, _ = set_nats(model, requests, o, size=size, progress=progress)  # (N, size)
     return of_set(estimator, nats)
 
 
@@ -277,20 +272,20 @@ def estimate(model, requests, lengths=None, progress=False, **options):
     token, rows and calls of the network, seconds.
     """
     began = time.time()
-    o = merged(options, groups=None, cfg_scale=0.0, pad_to=0, progress=progress)
+    o = merged(options)
     _, estimator = estimator_of(model, o["estimator"])
-    requests = [r if isinstance(r, tuple) else (r[:0], r) for r in requests]
-    n_tokens = sum(len(answer) for _, answer in requests) if lengths is None else sum(lengths)
+    requests = Requests([r if isinstance(r, tuple) else (r[:0], r) for r in requests])
+    n_tokens = sum(len(answer) for _, answer in requests.pairs) if lengths is None else sum(lengths)
     draws = 1 if estimator.exact else o["draws"]
     sizes = [min(o["strata"], draws - first) for first in range(0, draws, o["strata"])]
     sets, info = [], {"rows": 0, "calls": 0}
     for number, size in enumerate(sizes):
-        nats, cost = set_nats(model, requests, o, number, size)  # (S, size)
+        nats, cost = set_nats(model, requests, o, number, size, progress)  # (S, size)
         sets.append(of_set(estimator, nats))
         info = {key: info[key] + cost[key] for key in cost}
         mean, error = mean_over_sets(torch.stack(sets, 1), sizes[: number + 1])  # (S,), a float
         error = 0.0 if estimator.exact else error / max(1, n_tokens)
-        freedom = len(requests) * number
+        freedom = len(requests.pairs) * number
         half = error * t95(freedom) if error else 0.0
         if half < o["precision"] and (error == 0 or freedom >= SURE):
             break
@@ -306,18 +301,20 @@ def token_nats(model, ids, **options):
     """
     o = merged(options)
     name, estimator = estimator_of(model, o["estimator"])
-    require(estimator.rank and not estimator.mean_of_p, f"{name} has no tokens' nats; try chain")
+    require(estimator.order and not estimator.mean_of_p, f"{name} has no tokens' nats; try chain")
     L, K = len(ids), 1 if estimator.exact else o["draws"]
+    one_pass = model.config["attention"] == "order"  # a row has all terms of a draw
     nats = torch.zeros(K, L, dtype=torch.float64)
-    for row in torch.arange(K * L).split(o["batch_size"]):
-        k, turn, zero = row // L, row % L, torch.zeros_like(row)  # (b,) each
-        draw = Draw(*random_numbers(o["seed"], 0, zero, k, K, L), turn, zero, None)
-        x0, turns = torch.as_tensor(ids).expand(len(row), L), estimator.rank(draw)  # (b, L)
-        if model.config["attention"] == "order":
-            row_nats = nats_in_order(model, x0, draw, turns, F.one_hot(turn, L))  # (b,)
+    for row in torch.arange(K if one_pass else K * L).split(o["batch_size"]):
+        k, turn = (row, row * 0) if one_pass else (row // L, row % L)  # (b,) each
+        draw = Draw(*random_numbers(o["seed"], 0, row * 0, k, K, L), turn, row * 0, None)
+        x0, order = torch.as_tensor(ids).expand(len(row), L), estimator.order(draw)  # (b, L) each
+        if one_pass:
+            terms = diffusion.order_nll(model, *fused.moved(model.device, x0, order))[1]  # (b, L)
         else:
-            row_nats = nats_of_rows(model, x0, *one_term(draw, turns), estimator)  # (b,)
-        nats[k, turns.argsort(1)[torch.arange(len(row)), turn]] = row_nats.cpu().double()
+            terms = nats_of_rows(model, x0, *one_term(draw, order), estimator)[:, None]  # (b, 1)
+            order = order.gather(1, turn[:, None])  # (b, 1)
+        nats[k[:, None], order] = terms.cpu().double()
     return finite(nats, "log-likelihoods")
 
 
@@ -327,13 +324,13 @@ def check(config):
     check_options(config)
     settings.at_least(0, config, "sequences", "block_size")
     draws, K, estimator = (config[key] for key in ("draws", "strata", "estimator"))
-    whole = f"{estimator} takes whole sets: draws {draws} must be a multiple of strata {K}"
-    require(draws % K == 0 or not ESTIMATORS[estimator].mean_of_p, whole)
+    uneven = f"{estimator} takes whole sets: draws {draws} must be a multiple of strata {K}"
+    require(draws % K == 0 or not ESTIMATORS[estimator].mean_of_p, uneven)
 
 
-def opened(config, reads_text=False):
+def load_subject(config, reads_text=False):
     """The Subject of config["ckpt"]; UserError where the estimator needs a scale that it lacks."""
-    subject = subjects.opened(config, reads_text)
+    subject = subjects.load_subject(config, reads_text)
     scaled = config["estimator"] != "t_dse" or subject.trained.get("objective") == "t_dse"
     advice = "was not trained with t_dse, so its scores have no scale; use --estimator=t_dce"
     require(scaled, f"{config['ckpt']} {advice}")
@@ -381,7 +378,7 @@ def score(config, subject):
 def main(config):
     """Evaluate config["ckpt"] on config["text"] or config["data"]; return the result, a dict."""
     check(config)
-    subject = opened(config, reads_text=bool(config["text"]))
+    subject = load_subject(config, reads_text=bool(config["text"]))
     if config["text"]:
         return score(config, subject)
     folder = subjects.folder_of(config, subject)

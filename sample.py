@@ -301,12 +301,12 @@ def check(config, causal):
 
 def main(config):
     """Load a checkpoint, fill num_samples copies of the request, print and return the records."""
-    return fill(config, opened(config))
+    return fill(config, load_subject(config))
 
 
-def opened(config):
+def load_subject(config):
     """The Subject of config["ckpt"], compiled if the config says so."""
-    subject = subjects.opened(config, reads_text=True)
+    subject = subjects.load_subject(config, reads_text=True)
     check(config, subject.causal)
     if config["compile"] and not subject.causal and can_compile(subject.model.device):
         compile_hidden(subject.model, subject.model.device)
@@ -367,7 +367,7 @@ def suited(config, trained):
 
 def command(config):
     """main, with ANSWERS; in a terminal, without a request in the command, it asks for prompts."""
-    subject = opened(config)
+    subject = load_subject(config)
     config = suited(config, subject.trained)
     wishes = {"prompt", "suffix", "template", "num_samples", "out"} & {*config["user_keys"]}
     if wishes:

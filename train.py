@@ -35,83 +35,87 @@ import diffusion
 import evaluate
 import model as network
 import sample
-from data import examples, loader, tokenizer
+from data import examples, loader
+from data.tokenizer import from_meta
+from diffusion import OBJECTIVES, ORDERS  # noqa: F401  (DEFAULTS names ORDERS)
 from lib import checkpoint, fused, parallel, philox, resume
 from lib.budget import Clock, with_dial
-from lib.device import matmul_flops
 from lib.files import Stop
-from lib.log import Log, flops_of_step
-from lib.optim import learning_rate, make_optimizers, update_ema
+from lib.log import Log
+from lib.optim import clip_gradient, learning_rate, make_optimizers, set_learning_rate, update_ema
 from lib.stats import NotFinite, not_finite, report
 from lib.weighting import LOSS_WEIGHTS, MASK_RATES
 
 DEFAULTS = {
-    "max_minutes": 0.0,  # of training in all; 0: no limit, and 10 where max_iters is 0 too
+    "max_minutes": 0.0,  # training time in all; 0: no limit, or 10 minutes if max_iters is 0 too
     "max_iters": 0,  # optimizer steps in all; 0: no limit
-    "depth": 0,  # the dial: shape, batch and rate follow (lib/budget.py); 0: the machine picks it
-    "size": "",  # of SMDM's table (lib/formats.SIZES), as 170M: the shape and kind of the network
+    "depth": 0,  # the dial for shape, batch and rate (lib/budget.py); 0: as this machine allows
+    "size": "",  # a row of SMDM's table (lib/formats.SIZES), as 170M: shape and kind of the network
     "data": "data/pydocs",  # a prepared folder
-    "out_dir": "out/pydocs",  # checkpoint and log go here
-    "init_from": "",  # begin with weights and model keys of this checkpoint; block_size may grow
-    "resume": True,  # go on from out_dir/ckpt.pt; False: begin anew, the old run is kept in old_1
+    "out_dir": "out/pydocs",  # the checkpoint and the log go here
+    "init_from": "",  # start with weights and model keys of this checkpoint; block_size may grow
+    "resume": True,  # go on from out_dir/ckpt.pt; False: begin anew, and keep the old run in old_1
     "objective": "any_order",  # one of OBJECTIVES; ar is the causal baseline
-    "loss_weight": "sqrt",  # one of LOSS_WEIGHTS; of a masked token (attention=full) in training
-    "mask_rate": "uniform",  # one of MASK_RATES; how often each share is masked (attention=full)
-    "order": "uniform",  # one of ORDERS; with attention=order
-    "order_p": 0.5,  # of mixture: the share of left to right; of local: how far tokens stray
-    "prompt_drop": 0.0,  # chance that an example's prompt is masked, for guidance (SMDM: 0.1)
-    "random_length": 0.0,  # chance that a step's sequences are cut to a random length (SMDM: 0.01)
-    "batch_size": 0,  # sequences a step, over all processes; 0: by the width (lib/budget.py)
-    "micro_batch_size": 0,  # of these a process takes so many at once; 0: its whole share
+    "loss_weight": "sqrt",  # one of LOSS_WEIGHTS; weighs masked tokens in training (attention=full)
+    "mask_rate": "uniform",  # one of MASK_RATES; how masking rates are drawn (attention=full)
+    "order": "uniform",  # one of ORDERS; how unmasking orders are drawn (attention=order)
+    "order_p": 0.5,  # mixture: how often it is left to right; local: how far a token may stray
+    "prompt_drop": 0.0,  # the chance that an example's prompt is masked, for guidance (SMDM: 0.1)
+    "random_length": 0.0,  # the chance that a step has a random, shorter length (SMDM: 0.01)
+    "batch_size": 0,  # sequences in a step, over all processes; 0: by the width (lib/budget.py)
+    "micro_batch_size": 0,  # how many of them a process takes at once; 0: the whole of its share
     "optimizer": "muon",  # adamw | muon (for the matrices of the blocks, AdamW for the rest)
-    "learning_rate": 0.0,  # of both (Muon's updates have the size of AdamW's); 0: by the width
-    "min_lr": 0.0,  # where the decay ends
-    "warmup_iters": 20,
+    "learning_rate": 0.0,  # of AdamW and Muon alike, whose updates are of one size; 0: by the width
+    "min_lr": 0.0,  # the learning rate at the end of the decay
+    "warmup_iters": 20,  # steps in which the learning rate grows to its full value
     "lr_decay": "linear",  # cosine | linear | constant
-    "decay_start": 0.3,  # the part of the run, of its steps or minutes, before the decay begins
+    "decay_start": 0.3,  # the part of the run, in steps or minutes, after which the decay begins
     "beta1": 0.9,
     "beta2": 0.95,
-    "weight_decay": 0.0,  # of matrices; decay_all: of every parameter
-    "decay_all": False,  # as SMDM does
-    "grad_clip": 1.0,  # largest norm of the gradient; 0: no clipping
-    "ema": 0.0,  # decay of an exponential moving average of the weights, used instead; 0: none
-    "skip_nonfinite": False,  # skip a step whose gradient is not finite, in place of ending the run
+    "weight_decay": 0.0,  # of the matrices; with decay_all, of every parameter
+    "decay_all": False,  # let the weights of norms and the biases decay too, as SMDM does
+    "grad_clip": 1.0,  # the largest norm of a gradient; 0: no clipping
+    "ema": 0.0,  # decay of a moving average of the weights, which is used in their place; 0: none
+    "skip_nonfinite": False,  # skip a step whose gradient is not finite; False: it ends the run
     "compile": True,  # torch.compile: starts later, then faster; needs a C++ compiler on the CPU
-    "recompute": False,  # compute each block again for its gradient: slower, and less memory
+    "recompute": False,  # compute each block again for its gradient: slower, but with less memory
     "parallel": "ddp",  # ddp (each process has the network) | fsdp (a part of it); under torchrun
-    "log_interval": 10,  # steps between log entries; stop and clock are looked at as often
+    "log_interval": 10,  # steps between log entries; the clock and a stop are looked at as often
     "save_interval": 0,  # steps between two checkpoints; 0: one at each evaluation
-    "keep": 1,  # how many checkpoints are kept; above 1 the last ones stay as ckpt_STEP.pt, too
-    "eval_interval": 0,  # steps between two evaluations; 0: ten a run, in a tenth of its minutes
-    "eval_sequences": 64,  # held-out blocks that are evaluated each time
+    "keep": 1,  # how many checkpoints to keep; above 1 the last ones also stay as ckpt_STEP.pt
+    "eval_interval": 0,  # steps between two evaluations; 0: ten in a run, in a tenth of its minutes
+    "eval_sequences": 64,  # the number of held-out blocks in an evaluation
     "eval_draws": 4,  # draws of the corruption for each of them
-    "show_sample": True,  # print one free sample at each evaluation
-    "wandb": "",  # log to this project of wandb too
-    "tensorboard": False,  # log to out_dir/tensorboard too
-    "profile": 0,  # follow this many steps with torch's profiler, and write out_dir/trace.json
+    "show_sample": True,  # print one unconditional sample at each evaluation
+    "wandb": "",  # the project of wandb that gets the log, too
+    "tensorboard": False,  # write the log to out_dir/tensorboard, too
+    "profile": 0,  # how many steps torch's profiler records in out_dir/trace.json
 }
 
-OBJECTIVES, ORDERS = diffusion.OBJECTIVES, diffusion.ORDERS
 # Random numbers that are no batch's: positions of their own, which no batch reaches.
 STREAMS = {"length": 2**62, "dropout": 2**62 + 1, "prompt_drop": 2**61, "order": 2**60}
 
 
 # ---- 1. A batch ----------------------------------------------------------------------------------
 class Batch(NamedTuple):
-    """What a micro-step learns from."""
+    """What a micro-step learns from: the arguments of diffusion.Loss, then two counts."""
 
     x0: torch.Tensor  # (b, L) clean tokens
-    mask: torch.Tensor | None  # (b, L) bool; None (of ar): every token counts
-    weight: torch.Tensor | None  # (b,) or (b, L)
-    masked_idx: torch.Tensor | None  # (N,) flat indices of what counts
-    n_tokens: int  # of the whole global batch: what the sum of all losses is divided by
-    n_real: int  # of it answers up to their first eos: what all nats of the NELBO are divided by
+    mask: torch.Tensor | None = None  # (b, L) bool; None (of ar): every token counts
+    weight: torch.Tensor | None = None  # (b,) or (b, L)
+    masked_idx: torch.Tensor | None = None  # (N,) flat indices of what counts
     order: torch.Tensor | None = None  # (b, L) for an `order` network, in place of a mask
     bound: torch.Tensor | None = None  # as weight: of the NELBO, where that of the loss is another
+    n_tokens: int = 0  # of the whole global batch: what the sum of all losses is divided by
+    n_real: int = 0  # answers up to their first eos: what all nats of the NELBO are divided by
+
+    def inputs(self):
+        """The arguments of diffusion.Loss by name: all but the counts."""
+        return {name: getattr(self, name) for name in self._fields[:-2]}
 
     def each(self, move):
         """The batch with every tensor moved."""
-        return Batch(*(move(z) if torch.is_tensor(z) else z for z in self))
+        return Batch(*(move(field) if torch.is_tensor(field) else field for field in self))
 
 
 def make_batch(config, dataset, step, position):
@@ -125,16 +129,16 @@ def make_batch(config, dataset, step, position):
     if coin < config["random_length"]:
         x0 = x0[:, : 1 + int(length * x0.shape[1])]  # (b, L)
     L = x0.shape[1]
-    n = config["batch_size"] * L
+    counts = dict.fromkeys(("n_tokens", "n_real"), config["batch_size"] * L)
     if OBJECTIVES[config["objective"]].draw is None:
-        return Batch(x0, None, None, None, n, n)
+        return Batch(x0, **counts)
     if config["attention"] == "order":
-        return Batch(x0, None, None, None, n, n, draw_training_order(config, step, position, L))
+        return Batch(x0, order=draw_training_order(config, step, position, L), **counts)
     mask, weight, bound = draw_training_mask(config, step, position, L)  # (b, L), (b,) each
     # Each pair of any_order masks L + 1 positions, so N is the same in every step.
     static = config["objective"] == "any_order" and len(position) % 2 == 0
     masked_idx = fused.masked_indices(mask, multiple=16 if static else 128)  # (N,)
-    return Batch(x0, mask, weight.float(), masked_idx, n, n, bound=bound.float())
+    return Batch(x0, mask, weight.float(), masked_idx, bound=bound.float(), **counts)
 
 
 def draw_training_mask(config, step, position, L, prompt=None):
@@ -178,13 +182,14 @@ def make_example_batch(config, dataset, step, position):
     own = [STREAMS["prompt_drop"] + p for p in position]
     coin = philox.uniforms(config["seed"], step, own, 1)  # (b, 1)
     dropped = (coin < config["prompt_drop"]) & in_prompt  # (b, L)
-    whole = dataset.index(first, range(config["batch_size"]))  # (B,) of the global batch
-    n = [int(dataset.counted(whole, padding).sum()) for padding in (not causal, False)]
+    all_rows = dataset.index(first, range(config["batch_size"]))  # (B,) of the global batch
+    n_tokens, n_real = (int(dataset.counted(all_rows, pad).sum()) for pad in (not causal, False))
+    counts = {"n_tokens": n_tokens, "n_real": n_real}
     if config["attention"] == "order":
-        order = draw_training_order(config, step, position, L, prompt)  # (b, L)
-        return Batch(x0, None, (~in_prompt).float(), None, *n, order)  # prompts come first
+        order = draw_training_order(config, step, position, L, prompt)  # (b, L) prompts come first
+        return Batch(x0, weight=(~in_prompt).float(), order=order, **counts)
     masked_idx = fused.masked_indices(mask, multiple=128)  # (N,)
-    return Batch(x0, mask | dropped, weight, masked_idx, *n, bound=bound)
+    return Batch(x0, mask | dropped, weight, masked_idx, bound=bound, **counts)
 
 
 def make_batches(config, dataset, team, start=0):
@@ -231,37 +236,35 @@ def train_step(config, step, batches, loss_of, optimizers, team, spent=0.0):
     """One optimizer step on this process's next micro-batches -> (loss, NELBO, skipped).
 
     Loss and NELBO are in nats a token, and stay on the device. skipped: the gradient was not finite
-    and, with skip_nonfinite, the weights stay as they are. The learning rate grows over
-    warmup_iters steps, stays, and falls from decay_start of the run on (lr_decay) to min_lr at the
-    end, of its steps or of its minutes, of which `spent` is the used part: whichever is further.
+    and, with skip_nonfinite, the weights stay as they are. spent: the part of max_minutes that is
+    used, which the learning rate follows as it does the steps.
     """
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config, spent)
-    if config["dropout"]:
-        stream = philox.uniforms(config["seed"], step, [STREAMS["dropout"] + team.rank], 1)
-        torch.manual_seed(int(stream * 2**53))
+    set_learning_rate(optimizers, learning_rate(step, config, spent))
+    seed_dropout(config, step, team)
     (share, micro), cuda = shares(config, team), team.device.type == "cuda"
     total = nelbo = 0.0
     for first in range(0, share, micro):
-        batch = next(batches).each(lambda z: z.to(team.device, non_blocking=cuda))
+        batch = next(batches).each(lambda tensor: tensor.to(team.device, non_blocking=cuda))
         with parallel.accumulate(loss_of, last=first + micro == share):
             with team.autocast():
-                loss, nats = loss_of(*batch[:4], batch.order, batch.bound)
+                loss, nats = loss_of(**batch.inputs())
             loss = loss * (team.world / batch.n_tokens)  # gradients are averaged over the processes
             loss.backward()
         total += loss.detach()
         nelbo += nats.sum() * (team.world / batch.n_real)
-    skipped = False
-    if config["grad_clip"] or config["skip_nonfinite"]:
-        norm = torch.nn.utils.clip_grad_norm_(loss_of.parameters(), config["grad_clip"] or math.inf)
-        if config["skip_nonfinite"]:  # the norm is that of all processes, so they decide alike
-            skipped = not parallel.whole(norm, keep=True).isfinite().item()
+    skipped = clip_gradient(config, loss_of.parameters())
     for optimizer in optimizers:
         if not skipped:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return total, nelbo, skipped
+
+
+def seed_dropout(config, step, team):
+    """Let each process draw its own dropout, the same whenever this step is taken."""
+    if config["dropout"]:
+        stream = philox.uniforms(config["seed"], step, [STREAMS["dropout"] + team.rank], 1)
+        torch.manual_seed(int(stream * 2**53))
 
 
 # ---- 3. Now and then -----------------------------------------------------------------------------
@@ -280,7 +283,7 @@ def evaluate_part(config, model, val, team):
     return report([nats_of[i] for i in range(len(val.requests))], val.counts, val.bytes_per_token)
 
 
-def evaluate_now(config, model, ema, text, val, team, log):
+def evaluate_now(config, model, ema, tokenizer, val, team, log):
     """Evaluate and show a sample, on the screen and in the log -> a dict of report, or None."""
     step, best, result = log.clock.step, (ema or model).eval(), None
     if val:
@@ -290,15 +293,15 @@ def evaluate_now(config, model, ema, text, val, team, log):
         log.say(f"step {step}: {line}")
         log.write({"step": step} | result)
     if config["show_sample"]:  # by all processes: with fsdp none of them can alone
-        log.say(f"---- a sample\n{one_sample(config, best, text, val, team)}\n----")
+        log.say(f"---- a sample\n{one_sample(config, best, tokenizer, val, team)}\n----")
     model.train()
     log.clock.look(evaluated=True)
     log.restart(step)
     return result
 
 
-def one_sample(config, model, text, val, team):
-    """The text of one sample, which begins with the first held-out prompt, of text an empty one."""
+def one_sample(config, model, tokenizer, val, team):
+    """One sample as text; it begins with the first held-out prompt, if there are prompts."""
     prompt = val.requests[0][0] if val else ()
     L = config["example_width"] or config["block_size"]
     x = torch.full((1, L), model.mask_id, device=team.device)  # (1, L)
@@ -308,15 +311,15 @@ def one_sample(config, model, text, val, team):
     with team.autocast():
         ids = sample.sample(model, x, **options)[0][0].tolist()
     parallel.release(model)
-    return sample.text_of(text, ids, len(prompt), config["eos_id"])
+    return sample.text_of(tokenizer, ids, len(prompt), config["eos_id"])
 
 
-def save(config, text, clock, model, ema, optimizers, team):
+def save(config, tokenizer, clock, model, ema, optimizers, team):
     """Write the checkpoint, all processes together; UserError for weights that are not finite."""
     path, step = resume.checkpoint_path(config), clock.step
     clock.look()
-    state = {"config": config, "tokenizer": text.meta(), "step": step, "minutes": clock.minutes}
-    state |= {"model": model.state_dict()}
+    state = {"config": config, "tokenizer": tokenizer.meta(), "step": step}
+    state |= {"minutes": clock.minutes, "model": model.state_dict()}
     state |= {"ema": ema and ema.state_dict(), "optimizer": [o.state_dict() for o in optimizers]}
     state = parallel.whole(state, keep=team.rank == 0)
     if team.rank == 0:
@@ -328,10 +331,7 @@ def save(config, text, clock, model, ema, optimizers, team):
 
 # ---- 4. The recipe -------------------------------------------------------------------------------
 def main(config):
-    """Train as config says; return the last evaluation, a dict of report, or None.
-
-    Raises UserError.
-    """
+    """Train as config says -> the last evaluation, a dict of report, or None. Raises UserError."""
     config = settings.completed(config, settings, diffusion, network, sys.modules[__name__])
     team = parallel.join(config)
     with resume.alone(config, team):  # a second start with this out_dir is refused
@@ -339,13 +339,13 @@ def main(config):
 
 
 def train(config, team):
-    """main, once out_dir is this run's."""
+    """The recipe, once out_dir is this run's alone."""
     # How the run begins: anew, from other weights, or from where it stopped.
     config, state = resume.begin(config, team)
     path = resume.checkpoint_path(config)
 
     # Data: blocks of text, or examples, to learn from, and held-out ones to evaluate.
-    text = tokenizer.from_meta(loader.read_meta(config["data"])["tokenizer"])
+    tokenizer = from_meta(loader.read_meta(config["data"])["tokenizer"])
     dataset, val = examples.open_data(config)
 
     # The network and recipe that fit the time, the machine and the text, where they are not given.
@@ -358,13 +358,13 @@ def train(config, team):
     if team.device.type != "cpu":  # there a thread beside the step would only take turns with it
         batches = loader.prefetch(batches)
 
-    flops, peak = flops_of_step(config, model, dataset), matmul_flops(team.device, team.autocast)
     clock = Clock(config, state, team)
-    log = Log(config, dataset, clock, flops, peak * team.world, is_main=team.rank == 0)
+    log = Log(config, model, dataset, clock, team)
     log.say_start(model, dataset, val, "averaged" if ema else "raw")
     result, stopped = None, False
     with Stop() as stop, log, parallel.together(path, team), contextlib.closing(batches):
         for step in clock:
+            # One step: forward, loss.backward(), and a move of the weights.
             spent = clock.spent()
             *losses, skipped = train_step(
                 config, step - 1, batches, loss_of, optimizers, team, spent
@@ -375,6 +375,7 @@ def train(config, team):
                 update_ema(ema, model, config["ema"], step)
             log.step(losses[0])
 
+            # Now and then, and at the end: wait for the device, log, evaluate, save.
             last = clock.tick(config["log_interval"])
             if step % config["log_interval"] == 0 or last or (stop.signal and team.world == 1):
                 (loss, nelbo), stopped, memory = parallel.agree(losses, stop.signal, team)
@@ -383,10 +384,10 @@ def train(config, team):
                 log.speed(step, loss, nelbo, learning_rate(step - 1, config, spent), memory)
 
             if clock.due(config["eval_interval"], share=0.1):
-                result = evaluate_now(config, model, ema, text, val, team, log)
+                result = evaluate_now(config, model, ema, tokenizer, val, team, log)
 
             if clock.due(config["save_interval"] or config["eval_interval"]) or stopped:
-                save(config, text, clock, model, ema, optimizers, team)
+                save(config, tokenizer, clock, model, ema, optimizers, team)
                 log.restart(step)
             if stopped:
                 log.say(f"stopped and saved {path} at step {step}; the same command resumes it")

@@ -159,7 +159,7 @@ def main(config):
     """Ask config["ckpt"] the questions of config["set"], print how and the accuracy -> a dict."""
     check(config)
     questions, path = sets.read(config["set"], config["from"], config["limit"])
-    subject = evaluate.opened(config, reads_text=True)
+    subject = evaluate.load_subject(config, reads_text=True)
     check_network(config, subject, "cfg_scale", "pad_to")
     began, model, L = time.time(), subject.model, subject.model.block_size
     require(config["pad_to"] <= L, f"pad_to must be at most the block's {L} tokens")

@@ -194,7 +194,7 @@ def check(config):
 def main(config):
     """Run the tasks on config["ckpt"], print the harness's table; return its results, a dict."""
     check(config)
-    subject = evaluate.opened(config, reads_text=True)
+    subject = evaluate.load_subject(config, reads_text=True)
     choice.check_network(config, subject, "cfg_scale")
     lm_eval, LM, TaskManager = packages()
     manager = TaskManager(include_path=config["include_path"] or None)

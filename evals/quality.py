@@ -97,7 +97,7 @@ class Checkpoint:
 
     def __init__(self, config):
         config = evaluate.DEFAULTS | config | {"ckpt": config["judge"]}
-        self.subject = evaluate.opened(config, reads_text=True)
+        self.subject = evaluate.load_subject(config, reads_text=True)
         tokenizer = self.subject.tokenizer
         self.encode, self.decode = tokenizer.encode, tokenizer.decode
         self.vocab_size, self.block_size = tokenizer.vocab_size, self.subject.model.block_size

@@ -43,8 +43,10 @@ def main(config):
     own = {"data", "split"} & set(config.get("user_keys", ()))
     require(not own, f"--{min(own, default='')} is for evaluate.py: zero-shot sets have their own")
     folders = prepared(config["sets"])
-    keep(config["out"], finished(config["out"]))  # a file that cannot be read or written is an
-    subject = evaluate.opened(config)  # error now, not after the first set; so is what does not fit
+    # A file that cannot be read or written is an error now, not after the first set; so is a
+    # folder that does not fit.
+    keep(config["out"], finished(config["out"]))
+    subject = evaluate.load_subject(config)
     for folder in folders.values():
         open_text(config, subject, folder, "test")
     weights, rows = digest(subject.model), []

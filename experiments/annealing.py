@@ -220,7 +220,7 @@ def write_text(config, subject, noise, steps):
 def trained_part(config, steps):
     """(rows of the table, figures) of samples by ckpt."""
     judge = quality.open_judge(quality.DEFAULTS | config)
-    subject = evaluate.opened(evaluate.DEFAULTS | config, reads_text=True)
+    subject = evaluate.load_subject(evaluate.DEFAULTS | config, reads_text=True)
     require(not subject.causal, f"{config['ckpt']} is causal: it has no mask to draw")
     rows, figures = [], {}
 

@@ -54,7 +54,7 @@ def main(config):
     began = time.time()
     limit, seeds = (8, 3) if config["quick"] else (config["limit"], config["seeds"])
     questions, _ = sets.read(config["set"], config["from"], limit)
-    subject = evaluate.opened(evaluate.DEFAULTS | config, reads_text=True)
+    subject = evaluate.load_subject(evaluate.DEFAULTS | config, reads_text=True)
     model = subject.model
     asked = choice.requests_of(questions, subject.tokenizer, model.start_id, model.block_size)
     requests, own_groups, _, _ = asked

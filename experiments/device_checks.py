@@ -116,7 +116,7 @@ def loss_and_gradients(config, team, engine=None):
     dataset = SimpleNamespace(batch=lambda *_: some_tokens(config))
     batch = train.make_batch(config, dataset, 0, range(B)).each(lambda z: z.to(team.device))
     with team.autocast():
-        loss, _ = loss_of(*batch[:4], batch.order)
+        loss, _ = loss_of(**batch.inputs())
     (loss / batch.n_tokens).backward()
     gradients = {name: parallel.gathered(p.grad) for name, p in model.named_parameters()}
     return gradients | {"loss": loss}
@@ -139,7 +139,7 @@ def head(part, dtype):
         model = copy.deepcopy(model).to(device, wide)
         leaf, w = (z.to(device, wide).requires_grad_() for z in (h, weight))  # (N, D), (N,)
         if not outcomes:
-            loss, _, ce = diffusion.cross_entropy(model, leaf, target, w.detach(), plain=True)
+            loss, _, ce = diffusion.plain_cross_entropy(model, leaf, target, w.detach())
         else:
             with team.autocast():
                 loss, _, ce = diffusion.cross_entropy(model, leaf, target.to(device), w.detach())

@@ -143,9 +143,9 @@ def choose_scale(find, items):
     return line | {"gain": gain, "half": 1.96 * error}, curve
 
 
-def opened(config):
+def load_subject(config):
     """((model, tokenizer, autocast), held-out text) of ckpt and data; UserError for a bad pair."""
-    subject, ckpt = subjects.opened(config, reads_text=True), config["ckpt"]
+    subject, ckpt = subjects.load_subject(config, reads_text=True), config["ckpt"]
     model, tokenizer, trained, autocast, _ = subject
     advice = "guidance masks the context, so it needs attention=full"
     require(trained["attention"] == "full", f"{ckpt} has {trained['attention']}: {advice}")
@@ -185,7 +185,7 @@ def main(config):
         config |= {k: v for k, v in QUICK.items() if k not in config.get("user_keys", ())}
     settings.at_least(2, config, "words")
     settings.at_least(0, config, "max_iters")
-    net, source = opened(config)
+    net, source = load_subject(config)
     model, tokenizer, autocast = net
     L, rng = model.block_size, random.Random(config["seed"])
     items = {place: clozes(source, L, config["words"], place, rng) for place in PATTERNS}

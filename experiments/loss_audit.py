@@ -208,9 +208,9 @@ def exact_terms(joint):
 
 def masks_of(L, number, seed):
     """For each k the L // k groups of k that a random permutation is cut into: (R, L), k (R,)."""
-    rank = philox.uniforms(seed, number, range(L), L).argsort(1).argsort(1)  # (L, L)
+    turns = philox.uniforms(seed, number, range(L), L).argsort(1).argsort(1)  # (L, L)
     sizes = range(1, L + 1)
-    masks = [rank[k - 1] // k == torch.arange(L // k)[:, None] for k in sizes]  # (L // k, L) each
+    masks = [turns[k - 1] // k == torch.arange(L // k)[:, None] for k in sizes]  # (L // k, L) each
     return torch.cat(masks), torch.tensor([k for k in sizes for _ in range(L // k)])
 
 

@@ -146,8 +146,8 @@ def spelled(values):
 def even(masked, o):
     """A random order, the same number of tokens in each of `steps` calls."""
     u = philox.uniforms(o["seed"], 0, range(len(masked)), masked.shape[1])  # (N, L)
-    rank = u.masked_fill(~masked, 2).argsort(1).argsort(1)  # (N, L) conditions last
-    call = rank * o["steps"] // masked.sum(1, keepdim=True)  # (N, L)
+    turns = u.masked_fill(~masked, 2).argsort(1).argsort(1)  # (N, L) conditions last
+    call = turns * o["steps"] // masked.sum(1, keepdim=True)  # (N, L)
     return samplers.FixedOrder(torch.where(masked, call, -1), o["seed"])
 
 

@@ -27,7 +27,7 @@ import train
 from data import writer
 from data.tokenizer import Char
 from experiments import results
-from lib import checkpoint
+from lib import checkpoint, log
 
 DEFAULTS = {
     "kills": 100,  # how many processes are killed
@@ -51,7 +51,7 @@ def live(config, progress):
     torch.set_num_threads(1)
     # The lock of tqdm is between processes, and outlives those that are killed.
     tqdm.set_lock(threading.RLock())
-    train.matmul_flops = lambda *_: 1e9  # the speed of the machine does not matter here
+    log.matmul_flops = lambda *_: 1e9  # the speed of the machine does not matter here
     step_of, save = train.train_step, checkpoint.save
 
     def train_step(config, step, *rest):

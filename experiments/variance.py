@@ -127,7 +127,7 @@ def main(config):
     """Print, write and return the variance of each method's rows, and what an interval takes."""
     settings.at_least(2, config, "sequences", "draws")
     config = config | ({"draws": 16, "sequences": 4} if config["quick"] else {})
-    subject = evaluate.opened(evaluate.DEFAULTS | config)
+    subject = evaluate.load_subject(evaluate.DEFAULTS | config)
     exact = f"{config['ckpt']} is causal: its likelihood is exact and needs no draws"
     require(not subject.causal, exact)
     tokens, L = loader.Tokens(config["data"], config["split"]), subject.model.block_size

@@ -30,7 +30,8 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save_file
 
 from config import UserError, choose, require
-from data import download, tokenizer
+from data import download
+from data.tokenizer import Unavailable, from_meta
 from lib import formats
 from lib.files import is_utf8, to_json, whole_file
 from lib.stats import not_finite
@@ -135,10 +136,9 @@ def is_ours(state):
 
 def check_parts(state, file):
     """Raise UserError for the first part that no run can be resumed from."""
-    step, meta, ema = (state.get(key) for key in ("step", "tokenizer", "ema"))
+    step, minutes, meta, ema = map(state.get, ("step", "minutes", "tokenizer", "ema"))
     broken = f"{file}: no run can be resumed from its"
     require(type(step) is int and step >= 0, f"{broken} step")
-    minutes = state["minutes"]
     require(type(minutes) is float and 0 <= minutes < math.inf, f"{broken} minutes")
     is_text = meta is None or is_dict(meta, str, lambda value: isinstance(value, str))
     require(is_text, f"{broken} tokenizer")
@@ -342,14 +342,14 @@ def tokenizer_of(meta, V, where):
     if meta is None:
         return None
     try:
-        text = tokenizer.from_meta(meta)
-    except tokenizer.Unavailable:
+        tokenizer = from_meta(meta)
+    except Unavailable:
         return None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    message = f"its tokenizer has a vocabulary of {text.vocab_size}, its network one of {V}"
-    require(text.vocab_size == V, f"{where}: {message}")
-    return text
+    message = f"its tokenizer has a vocabulary of {tokenizer.vocab_size}, its network one of {V}"
+    require(tokenizer.vocab_size == V, f"{where}: {message}")
+    return tokenizer
 
 
 # ---- 3. Export -----------------------------------------------------------------------------------

@@ -18,15 +18,15 @@ def wide(dtype):
 def masked_indices(mask, multiple=1):
     """Flat indices (N,) of masked positions, then of visible ones (weight 0) up to a multiple."""
     flat = mask.flatten()  # (B*L,)
-    n = -(-int(flat.sum()) // multiple) * multiple  # few distinct N: few compiled programs
-    return (~flat).to(torch.uint8).argsort(stable=True)[:n]
+    N = -(-int(flat.sum()) // multiple) * multiple  # few distinct N: few compiled programs
+    return (~flat).to(torch.uint8).argsort(stable=True)[:N]
 
 
 # ---- Head and cross-entropy ----------------------------------------------------------------------
 
 
 def cross_entropy(h, head, target, weight, normalised=True, chunk=0, row_loss=None):
-    """diffusion.cross_entropy without (N, V) logits in memory: (loss, terms (N,), CE (N,)).
+    """diffusion.plain_cross_entropy without (N, V) logits: (loss, terms (N,), CE (N,)).
 
     h (N, D), head: (weight (V, D), bias (V,) or None), target (N,), weight (N,). chunk: so many
     positions at a time, at most; 0: head_chunk. row_loss: a compiled cross_entropy_and_grad.
@@ -37,9 +37,9 @@ def cross_entropy(h, head, target, weight, normalised=True, chunk=0, row_loss=No
         return FusedCrossEntropy.apply(h, *head, target, weight, chunk, (row_loss, normalised))
     dtype, pieces = product_dtype(h), []
     W, bias = head_for_products(*head, dtype)
-    for now in chunks(len(h), chunk):
-        logits = F.linear(h[now].to(dtype), W, bias)  # (chunk, V)
-        pieces.append(row_loss(logits, target[now], None, normalised)[:2])
+    for span in chunks(len(h), chunk):
+        logits = F.linear(h[span].to(dtype), W, bias)  # (chunk, V)
+        pieces.append(row_loss(logits, target[span], None, normalised)[:2])
     terms, ce = map(torch.cat, zip(*pieces, strict=True))  # (N,) each
     return (weight * terms).sum(), terms, ce
 
@@ -54,10 +54,10 @@ def head_chunk(V, device):
     return max(256, 2 ** (27 if device.type == "cuda" else 22) // V)
 
 
-def chunks(n, most):
-    """Slices of n positions, alike but for the last, of `most` at most; one where n is 0."""
-    count = max(1, -(-n // most))
-    size = -(-n // count)
+def chunks(N, most):
+    """Slices of N positions, alike but for the last, of `most` at most; one where N is 0."""
+    count = max(1, -(-N // most))
+    size = -(-N // count)
     return [slice(i * size, (i + 1) * size) for i in range(count)]
 
 
@@ -106,8 +106,8 @@ def compiled_row_loss():
     program = torch.compile(cross_entropy_and_grad)
 
     def row_loss(logits, target, weight, normalised):
-        for z in filter(torch.is_tensor, (logits, target, weight)):
-            torch._dynamo.maybe_mark_dynamic(z, 0)
+        for tensor in filter(torch.is_tensor, (logits, target, weight)):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return program(logits, target, weight, normalised)
 
     return row_loss
@@ -135,12 +135,12 @@ class FusedCrossEntropy(torch.autograd.Function):
         dW = torch.zeros_like(W_cast, dtype=wide(W.dtype))  # (V, D)
         dbias = None if bias is None else torch.zeros_like(dW[:, 0])  # (V,)
         pieces = []
-        for now in chunks(len(h), chunk):
-            part = h[now].to(dtype)  # (chunk, D)
+        for span in chunks(len(h), chunk):
+            part = h[span].to(dtype)  # (chunk, D)
             grad = F.linear(part, W_cast, bias_cast)  # (chunk, V) the logits, then their gradient
             # (chunk,), (chunk,), (chunk, V)
-            *piece, grad = row_loss(grad, target[now], weight[now], normalised)
-            dh[now] = grad @ W_cast
+            *piece, grad = row_loss(grad, target[span], weight[span], normalised)
+            dh[span] = grad @ W_cast
             add_product(dW, grad.T, part)
             if dbias is not None:
                 dbias += grad.sum(0, dtype=dbias.dtype)
@@ -155,7 +155,7 @@ class FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale, _terms, _ce):
         dh, dW, dbias = ctx.saved_tensors
-        grads = [None if z is None else z * scale for z in (dh, dW, dbias)]
+        grads = [None if grad is None else grad * scale for grad in (dh, dW, dbias)]
         return *grads, None, None, None, None
 
 
@@ -218,7 +218,7 @@ def attention_in_order(q, kv):
 
 
 def gelu(h):
-    """GELU in its tanh form. tanh(z) = 2 sigmoid(2z) - 1, and fused that takes 0.4 of the time."""
+    """GELU in its tanh form. tanh(h) = 2 sigmoid(2h) - 1, and fused that takes 0.4 of the time."""
     if torch.compiler.is_compiling():
         return h * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (h + 0.044715 * h * h * h))
     return F.gelu(h, approximate="tanh")
@@ -240,6 +240,6 @@ def moved(device, *tensors):
     """
     kind = torch.device(device).type
     if kind == "cuda":
-        return [z.pin_memory().to(device, non_blocking=True) for z in tensors]
+        return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
     stays = torch.float64 if kind == "mps" else None
-    return [z if z.dtype == stays else z.to(device) for z in tensors]
+    return [tensor if tensor.dtype == stays else tensor.to(device) for tensor in tensors]

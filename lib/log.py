@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from config import UserError
 from lib.checkpoint import set_aside
-from lib.device import nominal_flops, step_flops
+from lib.device import matmul_flops, nominal_flops, step_flops
 from lib.files import optional, to_json, whole_file
 from lib.resume import seen
 
@@ -24,24 +24,25 @@ MORE = "give more --max_minutes, or --compile=False"
 
 
 class Log:
-    """Only the first process (is_main) says anything. flops: of a step; peak: of all, a second.
+    """Only the first process (is_main) says anything. clock: the budget.Clock of the run."""
 
-    clock: the budget.Clock of the run.
-    """
-
-    def __init__(self, config, dataset, clock, flops, peak, is_main):
-        self.config, self.flops, self.peak, self.is_main = config, flops, peak, is_main
+    def __init__(self, config, model, dataset, clock, team):
+        self.config, self.is_main = config, team.rank == 0
+        self.flops = flops_of_step(config, model, dataset)
+        self.peak = matmul_flops(team.device, team.autocast) * team.world  # of all, a second
         self.tokens = config["batch_size"] * mean_length(config, dataset)  # of a step
         self.path = Path(config["out_dir"]) / "log.jsonl"
         self.clock, self.start, self.skipped, self.sinks = clock, clock.start, 0, []
         self.began, self.fifth, self.held_out = time.perf_counter(), None, []  # [(nats, step)]
         self.opened = contextlib.ExitStack()
-        if is_main:
+        if self.is_main:
             self.begin()
-        self.profiler = profiler(config["profile"] * is_main, self.path.with_name("trace.json"))
+        self.profiler = profiler(
+            config["profile"] * self.is_main, self.path.with_name("trace.json")
+        )
         total = config["max_iters"] or None  # where time decides, `speed` knows more
         steps = {"total": total, "initial": self.start, "unit": "step"}
-        self.bar = tqdm(**steps, disable=bar_is_off(is_main))
+        self.bar = tqdm(**steps, disable=bar_is_off(self.is_main))
         self.restart(self.start)
 
     def begin(self):
@@ -145,8 +146,8 @@ class Log:
         if self.clock.spent() >= 1 and made < 10:
             self.say(f"{made} steps in {self.minutes()}, most of it compilation; {MORE}")
         elif self.held_out and self.held_out[-1][0] > best + 0.05:
-            now = f"with {best:.3f} nats at step {step}, and has {self.held_out[-1][0]:.3f} now"
-            self.say(f"held-out text was best {now}: fewer steps, or more text, are better")
+            then = f"with {best:.3f} nats at step {step}, and has {self.held_out[-1][0]:.3f} now"
+            self.say(f"held-out text was best {then}: fewer steps, or more text, are better")
 
     def skip(self, step):
         """A step's gradient was not finite, and it was skipped."""

@@ -1,4 +1,4 @@
-"""What a step does with the gradient: AdamW and Muon, the learning rate, the EMA of the weights.
+"""What a step does with the gradient: clipping, AdamW, Muon, the learning rate, the EMA.
 
 Muon is gradient descent whose step has, in each matrix, the same size in every direction (Jordan et
 al. 2024): the momentum U S V' of a matrix is replaced by about U V'. torch.optim.Muon gives the
@@ -105,6 +105,22 @@ def learning_rate(step, config, spent=0.0):
     done = min(1.0, max(0.0, done, (spent - late) / max(1e-9, 1 - late)))  # 0..1
     shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     return floor + (peak - floor) * choose("lr_decay", config["lr_decay"], shapes)
+
+
+def clip_gradient(config, parameters):
+    """Clip the gradient to a norm of grad_clip; say whether skip_nonfinite skips this step."""
+    if not (config["grad_clip"] or config["skip_nonfinite"]):
+        return False
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config["grad_clip"] or math.inf)
+    if not config["skip_nonfinite"]:
+        return False  # the host need not wait for the norm
+    return not parallel.whole(norm, keep=True).isfinite().item()  # of all processes: they agree
+
+
+def set_learning_rate(optimizers, rate):
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
 
 
 @torch.no_grad()

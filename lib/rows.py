@@ -1,10 +1,39 @@
 """Rows of the network for many requests: their random numbers, and full batches of them."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
 import diffusion
 from lib.philox import distinct_uniforms
+
+
+class Requests(NamedTuple):
+    """N pairs (prompt ids, answer ids), and how they are put to the network."""
+
+    pairs: list
+    groups: object = None  # (N,) ints: those of one group share random numbers; None: each its own
+    cfg_scale: float = 0.0  # guidance by the prompt
+    pad_to: int = 0  # rows are filled up to this width with masks
+
+    def in_one_pass(self, model, estimator):
+        """Whether a row has all terms of a chain rule: an `order` network, as they are."""
+        in_order = model.config["attention"] == "order" and estimator.order is not None
+        return in_order and not (self.cfg_scale or self.pad_to)
+
+    def lengths(self):
+        """Tokens of each prompt and answer: (N, 2), in numpy."""
+        return np.array([[len(p), len(a)] for p, a in self.pairs], int).reshape(-1, 2)
+
+    def own_groups(self):
+        """The group of each: (N,)."""
+        return torch.as_tensor(range(len(self.pairs)) if self.groups is None else self.groups)
+
+    def rows(self, i):
+        """The clean tokens (b, W) of requests i (b,), alike in length, and their prompts' (b,)."""
+        x0 = np.stack([np.concatenate(self.pairs[j]).astype(np.int64) for j in i])  # (b, W)
+        return torch.from_numpy(x0), torch.tensor([len(self.pairs[j][0]) for j in i])
 
 
 def random_numbers(seed, number, place, draw, size, n):

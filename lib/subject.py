@@ -26,7 +26,7 @@ class Subject(NamedTuple):
         return self.trained["attention"] == "causal"
 
 
-def opened(config, reads_text=False, cast=True):
+def load_subject(config, reads_text=False, cast=True):
     """The Subject that config["ckpt"] names; reads_text: UserError where it has no tokenizer.
 
     cast: its matrices once, to the dtype of products; without it they stay as they were saved.

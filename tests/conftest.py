@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import diffusion
-import train
 
 ROOT = Path(__file__).resolve().parent.parent
 V, L = 3, 4
@@ -135,7 +134,7 @@ def arbitrary():
 @pytest.fixture
 def one_thread(monkeypatch):
     """One thread, so that sums have one order; and no time spent on measuring the machine."""
-    monkeypatch.setattr(train, "matmul_flops", lambda *_: 1e9)
+    monkeypatch.setattr("lib.log.matmul_flops", lambda *_: 1e9)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

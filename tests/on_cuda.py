@@ -265,7 +265,7 @@ def test_an_estimate_is_that_of_the_cpu_and_waits_only_when_all_is_asked(
     plain = evaluate.answer_nats(model, requests, **options)
     waits.clear()
     assert same(evaluate.answer_nats(twin, requests, **options), plain)
-    in_order = attention == "order" and not evaluate.ESTIMATORS[estimator].rank
+    in_order = attention == "order" and not evaluate.ESTIMATORS[estimator].order
     assert in_order or {line.split(":")[1].strip() for line in waits} == {"evaluate.py"}
     if attention == "full":
         guided = options | {"cfg_scale": 0.5, "pad_to": 12}

@@ -460,7 +460,7 @@ def test_any_run_is_resumed_or_refused_in_one_line(place, prepared, data, log):
     (folder / "log.jsonl").write_bytes(log)
     given = [f"--{key}={value}" for key, value in (SMALL | RUN).items()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "matmul_flops", lambda *_: 1.0)
+        patch.setattr("lib.log.matmul_flops", lambda *_: 1.0)
         command("train", [*given, f"--data={prepared}", f"--out_dir={folder}"])
 
 

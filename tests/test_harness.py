@@ -200,7 +200,7 @@ def test_an_answer_as_long_as_the_block_is_cut_and_not_its_prompt(tmp_path, atte
     monkeypatch.setattr(sample, "sample", spy)
     config = settings.options({"steps": 2}, settings, diffusion, harness)
     given = evaluate.DEFAULTS | settings.DEFAULTS | FLOAT32
-    subject = evaluate.opened(given | {"ckpt": str(save_model(tmp_path, attention))})
+    subject = evaluate.load_subject(given | {"ckpt": str(save_model(tmp_path, attention))})
     requests = [(p, {"until": [], "max_gen_toks": n}) for p, (n, _) in prompts.items()]
     requests = [SimpleNamespace(args=pair) for pair in requests]
     texts = harness.generated(subject, config, cuts, requests)
@@ -211,7 +211,7 @@ def test_an_answer_as_long_as_the_block_is_cut_and_not_its_prompt(tmp_path, atte
 
 
 def test_what_a_block_cuts_of_contexts_and_continuations_is_counted(tmp_path):
-    subject = evaluate.opened(
+    subject = evaluate.load_subject(
         evaluate.DEFAULTS | settings.DEFAULTS | FLOAT32 | {"ckpt": str(save_model(tmp_path))}
     )
     config, cuts = (

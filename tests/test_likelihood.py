@@ -16,6 +16,7 @@ from evaluate import (
     ESTIMATORS,
     Draw,
     Estimator,
+    Requests,
     answer_nats,
     estimate,
     merged,
@@ -42,8 +43,8 @@ def nats_of(model, blocks, **options):
 
 def one_set(model, requests, size, number=0, **options):
     """What set `number` of `size` draws says of each request: (N,)."""
-    o = merged(options, groups=None, cfg_scale=0.0, pad_to=0, progress=False)
-    nats, _ = set_nats(model, requests, o, number, size)  # (N, size)
+    o = merged(options)
+    nats, _ = set_nats(model, Requests(requests), o, number, size)  # (N, size)
     return of_set(ESTIMATORS[o["estimator"]], nats)
 
 
@@ -55,13 +56,16 @@ def row_of(estimator, u, noise, turn, prompt, schedule="loglinear"):
 
 @pytest.fixture
 def order(monkeypatch):
-    """order(name, rank): from now on an estimator is the chain rule along the order of `rank`.
+    """order(name, turns): from now on an estimator is the chain rule along the order of `turns`.
 
-    rank takes a Draw to the turn of each token (b, W).
+    turns takes a Draw to the turn of each token (b, W), of prompts anything.
     """
 
-    def register(name, rank):
-        estimator = Estimator(rank=rank, exact=True)
+    def register(name, turns):
+        def prompts_first(draw):
+            return turns(draw).masked_fill(draw.place < 0, -1).argsort(dim=1, stable=True)
+
+        estimator = Estimator(order=prompts_first, exact=True)
         monkeypatch.setitem(ESTIMATORS, name, estimator)
 
     return register

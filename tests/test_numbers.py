@@ -311,7 +311,7 @@ def test_a_process_whose_part_is_nan_still_meets_the_others(data, tmp_path, monk
 def test_nothing_has_the_likelihood_1_whatever_stands_before_it(data, tmp_path):
     run(data, tmp_path, max_iters=2)
     keys = {"ckpt": str(tmp_path), "dtype": "float32"}
-    subject = evaluate.opened(evaluate.DEFAULTS | settings.DEFAULTS | keys)
+    subject = evaluate.load_subject(evaluate.DEFAULTS | settings.DEFAULTS | keys)
     config = settings.options({"draws": 2}, settings, diffusion, harness)
     args = [("the ", ""), ("", ""), ("the cat", ""), ("the", " cat")]
     requests = [SimpleNamespace(args=pair, task_name="t", doc_id=i) for i, pair in enumerate(args)]

@@ -59,7 +59,7 @@ def arrivals_logits(model, ids, places, asked):
 def test_along_every_order_the_probabilities_of_all_texts_add_up_to_one(variant):
     model = tiny(**variant)
     for order in ORDERS[::5]:
-        _, nats = diffusion.order_nll(model, X0, order.expand(len(X0), L))  # (V^L,)
+        nats = diffusion.order_nll(model, X0, order.expand(len(X0), L))[1].sum(1)  # (V^L,)
         assert (-nats).exp().sum().item() == pytest.approx(1, abs=1e-5)
         assert nats.std() > 0.1
 
@@ -69,14 +69,14 @@ def test_along_every_order_the_probabilities_of_all_texts_add_up_to_one(variant)
 def test_one_pass_equals_a_call_for_each_token(variant):
     model, x0 = tiny(**variant), X0[::7]
     for order in ORDERS[::4].tolist():
-        _, nats = diffusion.order_nll(model, x0, torch.tensor(order).expand(len(x0), L))
-        for row, total in zip(x0.tolist(), nats.tolist(), strict=True):
-            separate = 0.0
+        _, terms = diffusion.order_nll(model, x0, torch.tensor(order).expand(len(x0), L))
+        for row, in_one_pass in zip(x0.tolist(), terms.tolist(), strict=True):
+            separate = []
             for k, i in enumerate(order):
                 before = order[:k]
                 logits = arrivals_logits(model, [row[j] for j in before], before, [i])
-                separate -= logits[0].log_softmax(-1)[row[i]].item()
-            assert total == pytest.approx(separate, abs=1e-5)
+                separate.append(-logits[0].log_softmax(-1)[row[i]].item())
+            assert in_one_pass == pytest.approx(separate, abs=1e-5)
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def test_the_fused_attention_of_both_streams_is_that_of_a_table_in_bfloat16_too(
 def test_the_loss_is_the_plain_formula_with_its_gradient():
     model, x0 = tiny(), X0[5:9]
     order = ORDERS[[3, 7, 11, 20]]
-    loss, nats = diffusion.order_nll(model, x0, order)
+    loss, terms = diffusion.order_nll(model, x0, order)
     loss.backward()
     fused = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
@@ -132,7 +132,7 @@ def test_the_loss_is_the_plain_formula_with_its_gradient():
     ce = -model.head(h).log_softmax(-1).gather(-1, target[..., None]).squeeze(-1)  # (4, L)
     ce.sum().backward()
     plain = [p.grad for p in model.parameters() if p.grad is not None]
-    assert torch.allclose(nats.double(), ce.sum(1), atol=1e-5)
+    assert torch.allclose(terms.double(), ce, atol=1e-5) and not terms.requires_grad
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(fused, plain, strict=True))
 
 
@@ -143,7 +143,7 @@ def test_the_loss_is_the_plain_formula_with_its_gradient():
 def test_the_any_order_estimate_is_the_mean_over_all_orders_one_row_a_draw():
     model, blocks = tiny(), [row.numpy() for row in X0[10:14]]
     exact = torch.stack(
-        [diffusion.order_nll(model, X0[10:14], order.expand(4, L))[1] for order in ORDERS]
+        [diffusion.order_nll(model, X0[10:14], order.expand(4, L))[1].sum(1) for order in ORDERS]
     ).double()  # (24, 4)
     nats, info = evaluate.estimate(model, blocks, draws=4000, strata=1, batch_size=4000)
     error = exact.std(0) / 4000**0.5  # (4,)
@@ -254,7 +254,7 @@ def test_the_law_of_the_left_to_right_sampler_is_the_chain_rule():
     x = torch.full((n, 3), model.mask_id)
     tokens, _ = decoding.sample(model, x, sampler="left_to_right", batch_size=n)
     texts = states(2, 3)  # (8, 3)
-    _, nats = diffusion.order_nll(model, texts, torch.arange(3).expand(8, 3))
+    nats = diffusion.order_nll(model, texts, torch.arange(3).expand(8, 3))[1].sum(1)  # (8,)
     counted = (tokens[:, None] == texts).all(-1).sum(0).double()  # (8,)
     expected = n * (-nats.detach().double()).exp()  # (8,)
     assert ((counted - expected) ** 2 / expected).sum() < 24.3  # chi-square, 7 degrees, 0.001

@@ -218,7 +218,7 @@ def test_the_nelbo_of_an_order_network_is_the_chain_rule_along_orders(in_order):
     order = torch.where(place < prompt, place - L, noise).argsort(1)
     weight = (order >= prompt).float()
     with torch.no_grad():
-        nats = diffusion.order_nll(model, torch.tensor([ids] * draws), order, weight)[1]
+        nats = diffusion.order_nll(model, torch.tensor([ids] * draws), order, weight)[1].sum(1)
     ask = """(ids, places, noise) => [...nelbo(network, ids, places, noise.length,
       (stream, i) => (stream === -1 ? 0 : noise[-2 - stream][i]))]
       .map((terms) => terms.map(({ place, weight, ce }) => [place, weight * ce]))"""

@@ -12,6 +12,7 @@ import torch
 from test_train import MODULES, TEXT, config_of, log, losses, run, same, state_of, words
 
 import config as settings
+import lib.log
 import train
 from config import UserError
 from data import writer
@@ -115,7 +116,7 @@ def work(rank, world, port, folder, jobs):
     """One of `world` processes: does the jobs one after the other, (name, command line) each."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    train.matmul_flops = lambda *_: 1e9
+    lib.log.matmul_flops = lambda *_: 1e9
     torch.set_num_threads(1)
     with (
         open(folder / f"out_{rank}_of_{world}", "w") as out,

@@ -376,7 +376,7 @@ def test_smdm_finetuning_batches_and_losses_are_those_of_train_py(
     batch = train.make_batch(config, dataset, 0, range(4))
     x = torch.where(batch.mask, MASK, batch.x0)  # (B, L)
     assert torch.equal(x, case[name]["network_input"].long())
-    loss = diffusion.Loss(model, "lambda_dce")(*batch[:4])[0] / batch.n_tokens
+    loss = diffusion.Loss(model, "lambda_dce")(**batch.inputs())[0] / batch.n_tokens
     loss.backward()
     as_published(loss.item(), case[name]["loss"])
     as_published(
@@ -395,7 +395,7 @@ def test_smdm_causal_finetuning_losses_and_gradients_are_those_of_train_py(smdm,
     for i in range(4):
         model.start_id = int(case["data"][i, 0])
         batch = train.make_batch(config, dataset, 0, range(i, i + 1))
-        loss = diffusion.Loss(model, "ar")(*batch[:4])[0] / batch.n_tokens
+        loss = diffusion.Loss(model, "ar")(**batch.inputs())[0] / batch.n_tokens
         loss.backward()
         total += loss.item()
     as_published(total, case["sft_ar"]["loss"])

@@ -32,12 +32,13 @@ from test_train import (
 )
 
 import config as settings
+import model as network
 import train
 from config import UserError
 from data import loader, writer
 from data.tokenizer import Char
 from experiments import results, survive, two_hosts
-from lib import checkpoint
+from lib import checkpoint, resume
 from lib.budget import Clock
 from lib.log import Log
 from lib.parallel import Team
@@ -121,8 +122,9 @@ def test_a_full_disk_ends_the_run_in_one_line_and_with_room_it_is_resumed(data, 
 
 def test_a_full_disk_under_the_log_is_one_line(data, tmp_path):
     blocks = loader.Blocks(loader.Tokens(data, "train"), 16, 1)
-    config = config_of(data, tmp_path)
-    full = Log(config, blocks, Clock(config, None, Team()), 1.0, 1.0, is_main=True)
+    config, _ = resume.begin(config_of(data, tmp_path), Team())
+    model = network.Transformer(config)
+    full = Log(config, model, blocks, Clock(config, None, Team()), Team())
     (tmp_path / "log.jsonl").unlink()
     (tmp_path / "log.jsonl").symlink_to("/dev/full")
     with full, pytest.raises(UserError, match=r"cannot write .*log.jsonl: No space left on device"):
@@ -247,10 +249,10 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path):
 # ---- Several processes ---------------------------------------------------------------------------
 
 PROGRAM = """
-import os, pathlib, signal, sys, time, train, config, diffusion, model
+import os, pathlib, signal, sys, time, train, config, diffusion, model, lib.log
 here, step_of = pathlib.Path(sys.argv.pop(1)), train.train_step
 mine = here / f"ended_{os.environ['RANK']}"
-train.matmul_flops = lambda *_: 1e9
+lib.log.matmul_flops = lambda *_: 1e9
 
 def train_step(config, step, *rest):
     if step == 8 and os.environ["RANK"] == "1" and not mine.exists():

@@ -140,9 +140,9 @@ def test_an_entry_that_lacks_a_part_says_so_at_its_first_use(table, entry, lacks
             table["mine"]
 
 
-def test_an_estimator_without_a_row_or_a_rank_says_so(monkeypatch):
+def test_an_estimator_without_a_row_or_an_order_says_so(monkeypatch):
     monkeypatch.setitem(evaluate.ESTIMATORS, "mine", evaluate.Estimator(exact=True))
-    with pytest.raises(UserError, match="the estimator 'mine' has neither row nor rank"):
+    with pytest.raises(UserError, match="the estimator 'mine' has neither row nor order"):
         evaluate.answer_nats(MODEL, REQUESTS, estimator="mine")
 
 

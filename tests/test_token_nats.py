@@ -57,6 +57,21 @@ def test_the_tokens_of_a_text_cost_together_what_the_text_does(name, attention):
     assert torch.allclose(parts, nats, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["left_to_right", "chain"])
+def test_an_order_network_tells_all_tokens_of_a_draw_in_one_pass(name, monkeypatch):
+    model, ids, passed = trained("order"), torch.tensor([0, 2, 1, 1, 2]), []
+    order_nll = diffusion.order_nll
+    monkeypatch.setattr(diffusion, "order_nll", lambda *a: passed.append(a) or order_nll(*a))
+    nats = token_nats(model, ids, estimator=name, draws=6, seed=4, batch_size=4)  # (draws, 5)
+    assert [len(x0) for _, x0, _ in passed] == ([1] if name == "left_to_right" else [4, 2])
+    orders = torch.cat([order for *_, order in passed])  # (draws, 5)
+    for terms, order in zip(nats, orders, strict=True):  # each term by a pass of its own
+        for k, i in enumerate(order):
+            weight = torch.zeros(1, 5).index_fill(1, torch.tensor([k]), 1.0)
+            alone = order_nll(model, ids[None], order[None], weight)[0].item()
+            assert terms[i].item() == pytest.approx(alone, rel=1e-5)
+
+
 def test_what_has_no_tokens_of_its_own_is_refused():
     for name in ("lambda_dce", "t_dce", "orders"):
         with pytest.raises(UserError, match=f"{name} has no tokens' nats; try chain"):

@@ -24,7 +24,7 @@ import model as network
 import sample
 from config import require
 from lib.files import to_json, whole_file
-from lib.subject import opened
+from lib.subject import load_subject
 from lib.text import text_or_file
 from view.watch import Recorder
 
@@ -97,7 +97,7 @@ def recorded(model, tokenizer, o):
 
 def made(config, make):
     """make(model, tokenizer, the keys of sample.py) of what config["ckpt"] names."""
-    subject = opened(config, reads_text=True, cast=False)  # the page holds weights as they are
+    subject = load_subject(config, reads_text=True, cast=False)  # weights as they were saved
     keys = settings.defaults_of([settings, diffusion, sample])
     config = sample.suited(config, subject.trained)
     sample.check(config, causal=False)  # of a causal network `make` has more to say
