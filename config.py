@@ -169,26 +169,24 @@ def at_home(key, value):
 
 
 @functools.cache
-def key_lines(module):
-    """The lines of a module's DEFAULTS block: a key is documented by the line that defines it."""
-    return re.search(r"^DEFAULTS = \{\n(.*?)^\}", inspect.getsource(module), re.S | re.M)[
-        1
-    ].splitlines()
+def key_block(module):
+    """The text of a module's DEFAULTS: a key is documented by the line that defines it."""
+    return re.search(r"^DEFAULTS = \{\n(.*?)^\}", inspect.getsource(module), re.S | re.M)[1]
 
 
 def allowed(module):
     """The values that keys can have, {key: list}, as the comments of DEFAULTS list them.
 
-    `# a | b (why) | c; more` or `# one of TABLE`, a dict or list of the module.
+    `# a | b (why) | c; more` or `# one of TABLE`, a dict or list of the module. They are read from
+    there because a reader and --help look there: so what is said and what is checked are one.
     """
     values = {}
-    for line in key_lines(module):
-        if found := re.match(r'\s*"(\w+)": ".*?",\s*# (.*)', line):
-            listed = re.sub(r" *\(.*?\)", "", found[2]).split(";")[0]  # without what is in brackets
-            if table := re.match(r"one of ([A-Z_]+)", listed):
-                values[found[1]] = list(getattr(module, table[1]))
-            elif re.fullmatch(r"\w+( \| \w+)+", listed):
-                values[found[1]] = listed.split(" | ")
+    for key, comment in re.findall(r'^ *"(\w+)": ".*?",  # (.*)', key_block(module), re.M):
+        listed = re.sub(r" \(.*?\)", "", comment).split(";")[0]  # without remarks
+        if table := re.fullmatch(r"one of (\w+)", listed):
+            values[key] = list(getattr(module, table[1]))
+        elif re.fullmatch(r"\w+( \| \w+)+", listed):
+            values[key] = listed.split(" | ")
     return values
 
 
@@ -259,8 +257,9 @@ def read_preset(path):
 def parse(argv, *modules):
     """One config dict: the modules' DEFAULTS < preset files < --key=value; `--key` alone is True.
 
-    config["user_keys"] lists the keys that the user set, so that a resumed run can tell a wish from
-    a default. Raises UserError for an unknown key, a wrong type or value, a missing preset.
+    config["user_keys"] is {key: where}, the keys that the user set and whether by `--key` or in
+    `PRESET: key`, so that a program can tell a wish from a default. Raises UserError for an unknown
+    key, a wrong type or value, a missing preset.
     """
     defaults, items = defaults_of(modules), []
     for arg in argv:
@@ -276,21 +275,18 @@ def parse(argv, *modules):
                 f"'{arg}' is neither a preset (configs/NAME.py) nor --key=value",
             )
             items += [(f"{arg}: {key}", key, value) for key, value in read_preset(arg).items()]
-    return merge(items, *modules) | {"user_keys": sorted({key for _, key, _ in items})}
+    return merge(items, *modules) | {"user_keys": {key: where for where, key, _ in items}}
 
 
 def help_text(*modules):
     """Each module's own DEFAULTS block; `one of TABLE` is followed by the table's names."""
     blocks = []
     for module in modules:
-        lines = [f"keys of {Path(inspect.getfile(module)).name}:", *key_lines(module)]
-        for key, values in allowed(module).items():
-            names = lambda found, values=values: f"{found[0]}: {' | '.join(values)}"  # noqa: E731
-            lines = [
-                re.sub(r"one of [A-Z_]+", names, line) if f'"{key}"' in line else line
-                for line in lines
-            ]
-        blocks.append("\n".join(lines) + "\n")
+        block = key_block(module)
+        for table in set(re.findall(r"# one of (\w+)", block)):
+            names = " | ".join(getattr(module, table))
+            block = re.sub(rf"# one of {table}\b", f"# one of {table}: {names}", block)
+        blocks.append(f"keys of {Path(inspect.getfile(module)).name}:\n{block}")
     return "\n".join(blocks)
 
 
@@ -322,13 +318,14 @@ def ready_streams():
 def system_error(error):
     """The message of an OSError, for one line; "" where only the reader of the output is gone."""
     windows = sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None
-    unread = isinstance(error, BrokenPipeError) or windows
+    unread, what = isinstance(error, BrokenPipeError) or windows, ""
     try:
         sys.stdout.flush()
     except OSError:  # again at Python's own end, unless all else goes nowhere
+        what = "cannot write the output: "
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return "" if unread else first_line(error)
+    return "" if unread else what + first_line(error)
 
 
 def run(main, *modules):
@@ -369,8 +366,8 @@ def run(main, *modules):
             file=sys.stderr,
         )
         sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{script}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:  # it may say what was saved
+        print(f"\n{script}: interrupted{f'; {error}' * bool(str(error))}", file=sys.stderr)
         sys.exit(130)
 
 

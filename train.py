@@ -36,7 +36,7 @@ import evaluate
 import model as network
 import sample
 from data import examples, loader, tokenizer
-from lib import checkpoint, fused, parallel, philox, resume
+from lib import checkpoint, fused, optim, parallel, philox, resume
 from lib.budget import Clock, with_dial
 from lib.device import matmul_flops
 from lib.files import Stop
@@ -63,11 +63,11 @@ DEFAULTS = {
     "random_length": 0.0,  # chance that a step's sequences are cut to a random length (SMDM: 0.01)
     "batch_size": 0,  # sequences a step, over all processes; 0: by the width (lib/budget.py)
     "micro_batch_size": 0,  # of these a process takes so many at once; 0: its whole share
-    "optimizer": "muon",  # adamw | muon (for the matrices of the blocks, AdamW for the rest)
+    "optimizer": "muon",  # one of OPTIMIZERS; muon is for the blocks' matrices, AdamW for the rest
     "learning_rate": 0.0,  # of both (Muon's updates have the size of AdamW's); 0: by the width
     "min_lr": 0.0,  # where the decay ends
     "warmup_iters": 20,
-    "lr_decay": "linear",  # cosine | linear | constant
+    "lr_decay": "linear",  # one of LR_DECAYS
     "decay_start": 0.3,  # the part of the run, of its steps or minutes, before the decay begins
     "beta1": 0.9,
     "beta2": 0.95,
@@ -92,6 +92,7 @@ DEFAULTS = {
 }
 
 OBJECTIVES, ORDERS = diffusion.OBJECTIVES, diffusion.ORDERS
+OPTIMIZERS, LR_DECAYS = optim.OPTIMIZERS, optim.LR_DECAYS
 # Random numbers that are no batch's: positions of their own, which no batch reaches.
 STREAMS = {"length": 2**62, "dropout": 2**62 + 1, "prompt_drop": 2**61, "order": 2**60}
 

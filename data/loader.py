@@ -66,7 +66,7 @@ def describes_tokens(meta):
     return (
         all(type(n) is int and 0 < n < 2**63 for n in numbers)
         and V < 2**32
-        and isinstance(meta["tokenizer"], dict)
+        and isinstance(meta["tokenizer"]["kind"], str)
         and meta["dtype"] == id_type(V).name
     )
 
@@ -82,7 +82,9 @@ class Tokens:
     def __init__(self, folder, split):
         self.folder, self.meta = Path(folder), read_meta(folder)
         splits = self.meta["splits"]
-        require(split in splits, f"{folder} has no split '{split}', only {', '.join(splits)}")
+        others = f", only {', '.join(splits)}"  # train.py cannot choose
+        others = others if split == "train" else f"; choose --split={' or --split='.join(splits)}"
+        require(split in splits, f"{folder} has no split '{split}'{others}")
         self.dtype = np.dtype(self.meta["dtype"])
         self.vocab_size = self.meta["vocab_size"]
         self.paths = shards(folder, split)

@@ -21,7 +21,7 @@ import torch
 
 import config as settings
 from config import UserError
-from lib.files import optional, to_json, whole_file
+from lib.files import append_line, optional, to_json, whole_file
 
 DEFAULTS = {
     "quick": False,  # a short form, to see that it runs: its figures mean little
@@ -82,8 +82,7 @@ def keep(path, record):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-    with open(path, "a", encoding="utf8") as file:
-        file.write("\n" * torn + to_json(record) + "\n")
+    append_line(path, "\n" * torn + to_json(record))
 
 
 def mark(*parts):

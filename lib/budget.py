@@ -23,12 +23,12 @@ import model as network
 from lib import parallel
 from lib.device import matmul_flops
 from lib.log import flops_of_step
+from lib.optim import OPTIMIZERS
 
 DEPTHS = range(2, 33)  # what the machine can pick
 TOKENS = 20  # to read for each parameter of the blocks
 UTILISATION = 0.4  # part of the machine's speed in matrix products that training has
 READINGS = 30  # of a text, after which a larger network may learn it by heart (a guess)
-RATES = {"muon": 1e-2, "adamw": 4e-3}  # learning rates up to a width of 96
 MINUTES = 10.0  # of a run that is told neither max_iters nor max_minutes
 
 now = time.perf_counter
@@ -83,7 +83,8 @@ def filled(config):
     chosen["n_head"] = config["n_head"] or -(-D // 64)
     sequences = 4096 * D / 96 / (config.get("example_width") or config["block_size"])
     chosen["batch_size"] = config["batch_size"] or max(16, 2 ** round(math.log2(sequences)))
-    rate = RATES[config["optimizer"]] * min(1, 96 / D) ** 0.5 * (0.1 if config["init_from"] else 1)
+    rate, _ = OPTIMIZERS[config["optimizer"]]
+    rate *= min(1, 96 / D) ** 0.5 * (0.1 if config["init_from"] else 1)
     chosen["learning_rate"] = config["learning_rate"] or rate
     return config | chosen
 

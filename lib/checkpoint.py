@@ -39,8 +39,9 @@ from model import Transformer, rotary_tables
 DEFAULTS = {
     "ckpt": "",  # what to export: a folder, a file or a Hub name
     "to": "",  # the folder that gets config.json and model.safetensors
-    "format": "nanomdm",  # nanomdm | radd | smdm
+    "format": "nanomdm",  # one of FORMATS
 }
+FORMATS = formats.NAMES
 
 # ---- 1. Our own checkpoint -----------------------------------------------------------------------
 
@@ -242,9 +243,9 @@ def locate(path):
     for name in names:
         if os.path.isfile(Path(path, name)):
             return Path(path, name)
-    others = [other.name for other in Path(path).glob("*.safetensors") if os.path.isfile(other)]
-    others = ", ".join(sorted(others)) or "no other .safetensors"
-    raise UserError(f"no checkpoint in folder {path}: none of {', '.join(names)}, but {others}")
+    others = sorted(str(file) for file in Path(path).glob("*.safetensors") if os.path.isfile(file))
+    advice = f"; name the file that is meant: {' or '.join(others)}" * bool(others)
+    raise UserError(f"no checkpoint in folder {path}: it has no file {' or '.join(names)}{advice}")
 
 
 def from_hub(name):
@@ -298,12 +299,13 @@ def skeleton(config, n_tensors, where):
     for key, (low, high) in limits.items():
         message = f"{where}: {key} must be from {low} to {high}, not {config[key]}"
         require(low <= config[key] <= high, message)
-    D, H, n_layer = (config[key] for key in ("n_embd", "n_head", "n_layer"))
+    n_layer = config["n_layer"]
     require(n_layer <= n_tensors, f"{where}: {n_layer} layers, but only {n_tensors} tensors")
-    odd = f"{where}: a width of {D} does not divide into {H} heads of an even size"
-    require(D % (2 * H) == 0, odd)
-    with torch.device("meta"):
-        return Transformer(config)
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def ema_by_name(ema, model, file):
@@ -360,7 +362,7 @@ def export(ckpt, to, format):
 
     Raises UserError where the model does not suit the format, or the system cannot write.
     """
-    choose("format", format, formats.NAMES)
+    choose("format", format, FORMATS)
     model, _, config = load(ckpt)
     refuse_misfit(config, format, ckpt)
     weights = formats.to_format(model.state_dict(), config, format)
@@ -390,7 +392,7 @@ def main(config):
     """The command `export`."""
     ckpt, to, format = (config[key] for key in DEFAULTS)
     usage = "usage: python -m lib.checkpoint export --ckpt=... --to=DIR --format"
-    require(ckpt and to, f"{usage}={'|'.join(formats.NAMES)}")
+    require(ckpt and to, f"{usage}={'|'.join(FORMATS)}")
     export(ckpt, to, format)
     print(f"wrote {to}/config.json and {to}/model.safetensors ({format})")
 

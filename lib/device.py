@@ -12,6 +12,7 @@ import time
 
 import torch
 
+import config as settings
 from config import choose, first_line, require
 from lib.fused import product_dtype
 
@@ -22,13 +23,13 @@ def machine(config):
     `with autocast():` runs matrix products in that dtype. Raises UserError for a device that is
     unknown or not here.
     """
+    config = settings.completed(config, settings)
     require(0 <= config["seed"] < 2**63, f"seed must be from 0 to 2^63 - 1, not {config['seed']}")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     available["cpu"] = True
     name = config["device"]
     if name == "auto":
         name = next(kind for kind in available if available[kind])
-    choose("dtype", config["dtype"], ["auto", "float32", "bfloat16"])
     kind = name.split(":")[0]
     is_here = choose("device", kind, available)
     require(re.fullmatch(r"\w+(:\d+)?", name), f"device must be like cpu or cuda:1, not '{name}'")

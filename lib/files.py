@@ -24,22 +24,47 @@ from config import UserError, first_line, require
 def whole_file(path):
     """Yield a temporary path beside `path` that takes its name once the block is done.
 
-    So a file is whole or not there. Raises UserError where the system cannot write (no space, no
-    permission); the old file, if any, is untouched. A process that is killed in the block leaves
-    the temporary file behind; see sweep.
+    So a file is whole or not there. What is no file, as /dev/stdout, is written to as it is. Raises
+    UserError where the system cannot write (no space, no permission); the old file, if any, is
+    untouched. A process that is killed in the block leaves the temporary file behind; see sweep.
     """
-    path = Path(path)
-    require(path.name, f"cannot write {path}: it is a folder")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}.tmp")
+    path, mark = Path(path), f"{os.getpid()}.{secrets.token_hex(3)}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        replace(temporary, path)
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        with new_folder(path.parent):
+            temporary = path.with_name(f".{path.name}.{mark}.tmp")
+            try:
+                yield temporary
+                replace(temporary, path)
+            finally:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Make a folder, with its parents; those that are still empty after the block go again."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        for place in made:
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+
+def append_line(path, line):
+    """Append a line to a text file; UserError where the system cannot write."""
+    try:
+        with open(path, "a", encoding="utf8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def replace(source, target):
@@ -107,14 +132,16 @@ def only_one(folder, key):
     process, however that ends. Raises UserError where another has the folder; key chooses another.
     Where there are no locks (on some network drives) a line says so, and the block goes on.
     """
-    folder, path = Path(folder), Path(folder, ".lock")
-    try:
-        made = [place for place in (folder, *folder.parents) if not place.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        file, locked = open_locked(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    try:
+    path = Path(folder, ".lock")
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(new_folder(path.parent))
+            file, locked = open_locked(path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        held.enter_context(file)
+        if locked is not False:
+            held.callback(remove, path, file)
         file.seek(0)
         owner = file.readline(200).strip()
         others = f"{folder} is in use by {owner or 'another process'}"
@@ -125,13 +152,6 @@ def only_one(folder, key):
             print(alone, file=sys.stderr)
         name_owner(file)
         yield bool(locked)
-    finally:
-        if locked is not False:
-            remove(path, file)
-        file.close()
-        for place in made:  # a folder made for nothing; one that holds anything stays
-            with contextlib.suppress(OSError):
-                place.rmdir()
 
 
 def open_locked(path):

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import UserError
+from lib.bar import bar_is_off
 from lib.checkpoint import set_aside
 from lib.device import nominal_flops, step_flops
-from lib.files import optional, to_json, whole_file
+from lib.files import append_line, optional, to_json, whole_file
 from lib.resume import seen
 
 MORE = "give more --max_minutes, or --compile=False"
@@ -159,11 +159,7 @@ class Log:
         if not self.is_main:
             return
         numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float))}
-        try:
-            with open(self.path, "a", encoding="utf8") as file:
-                file.write(to_json(entry) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+        append_line(self.path, to_json(entry))
         part = "val" if "nats_per_token" in entry else "train"
         if part == "val":
             self.held_out.append((entry["nats_per_token"], entry["step"]))
@@ -200,16 +196,6 @@ class Log:
     def restart(self, step):
         """Start the clock anew: what came before, an evaluation say, is not training time."""
         self.last_time, self.last_step = time.perf_counter(), step
-
-
-def bar_is_off(shown):
-    """tqdm's `disable` for a bar that is to be shown on a terminal alone: none goes into a file."""
-    return not shown or not sys.stderr or None
-
-
-def progress_bar(shown, total, unit):
-    """A bar that leaves nothing behind."""
-    return tqdm(total=total, unit=unit, disable=bar_is_off(shown), leave=False)
 
 
 def step_of(line):

@@ -11,8 +11,18 @@ import math
 
 import torch
 
-from config import choose
+from config import Table
 from lib import parallel
+
+OPTIMIZERS = Table(  # {name: (learning rate up to a width of 96, whether Muon moves matrices)}
+    "optimizer", adamw=(4e-3, False), muon=(1e-2, True)
+)
+LR_DECAYS = Table(  # {name: part of the decay that is over -> part of the learning rate that stays}
+    "lr_decay",
+    cosine=lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    linear=lambda done: 1 - done,
+    constant=lambda done: 1.0,
+)
 
 # a x + b x^3 + c x^5: five times, it takes singular values from (0, 1] to 0.7..1.2.
 POLYNOMIAL = (3.4445, -4.7750, 2.0315)
@@ -75,9 +85,9 @@ def make_optimizers(config, model):
     Matrices alone decay, or all (decay_all).
     """
     muon, decayed, plain = [], [], []
-    choose("optimizer", config["optimizer"], ["adamw", "muon"])
+    _, has_muon = OPTIMIZERS[config["optimizer"]]
     for name, p in model.named_parameters():
-        if config["optimizer"] == "muon" and name.startswith("blocks.") and p.dim() == 2:
+        if has_muon and name.startswith("blocks.") and p.dim() == 2:
             muon.append(p)
         else:
             (decayed if p.dim() == 2 or config["decay_all"] else plain).append(p)
@@ -103,8 +113,7 @@ def learning_rate(step, config, spent=0.0):
     start = max(warmup, late * end)
     done = (step - start) / max(1, end - start) if end else 0.0
     done = min(1.0, max(0.0, done, (spent - late) / max(1e-9, 1 - late)))  # 0..1
-    shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return floor + (peak - floor) * choose("lr_decay", config["lr_decay"], shapes)
+    return floor + (peak - floor) * LR_DECAYS[config["lr_decay"]](done)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError, choose, require
+from config import UserError, require
 from lib import fused
 from lib.device import can_compile, keep_memory, machine, peak_memory
 
@@ -53,7 +53,6 @@ def join(config):
 
     UserError for one card that all would share.
     """
-    choose("parallel", config["parallel"], ["ddp", "fsdp"])
     world, rank, local_rank = launched(os.environ)
     wish, several = config["device"], world > 1 and torch.cuda.is_available()
     own = "under torchrun each process takes a card of its own: use --device=cuda"

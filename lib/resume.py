@@ -28,6 +28,15 @@ from diffusion import OBJECTIVES
 from lib import checkpoint, files, formats, parallel
 from lib.parallel import ANEW
 
+# {key: (the attention of the networks that heed it, the value that says what all others do)}
+HEEDED_BY = {
+    "prompt_drop": ("full", 0.0),
+    "mask_rate": ("full", "uniform"),
+    "loss_weight": ("full", "bound"),
+    "order": ("order", "uniform"),
+    "order_p": ("order", None),
+}
+
 
 def checkpoint_path(config):
     return Path(config["out_dir"]) / "ckpt.pt"
@@ -37,7 +46,8 @@ def checkpoint_path(config):
 def alone(config, team):
     """Inside the block out_dir is this run's alone, and free of what killed runs left half-written.
 
-    The first process sees to it for all. UserError, on all, where another run has the folder.
+    The first process sees to it for all. UserError, on all, where another run has the folder. Where
+    Ctrl-C ends the block at once, its KeyboardInterrupt says what was saved and how to go on.
     """
     refused = ""
     with contextlib.ExitStack() as held:
@@ -49,7 +59,14 @@ def alone(config, team):
             refused = str(error)
         refused = parallel.gather(refused, team)[0]
         require(not refused, refused)
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            path, without = checkpoint_path(config), " without --resume=False"
+            saved = f"{path} is as it was saved last, and the same command resumes it"
+            saved += without * (not config["resume"])
+            nothing = "nothing was saved yet, and the same command begins again"
+            raise KeyboardInterrupt(saved if path.is_file() else nothing) from None
 
 
 def begin(config, team):
@@ -67,13 +84,20 @@ def begin(config, team):
     steps = parallel.gather(state["step"] if state else 0, team)
     apart = f"the processes do not see the same {path}"
     require(len(set(steps)) == 1, f"{apart}; out_dir must be a folder that all of them share")
-    check(config, team.world)
-    config = with_data(config, state, source)
-    before = state["config"]["block_size"] if state else config["block_size"]
-    if before != config["block_size"] and team.rank == 0:
-        why = "positions are rotary, so the network takes any number of them"
-        print(f"block_size {before} of {source} becomes {config['block_size']}: {why}")
+    check(config)
+    config = with_attention(with_data(config, state, source), state, source)
+    if state and team.rank == 0:
+        say_changes(config, state, source)
     return config, state
+
+
+def say_changes(config, state, source):
+    """Say what is no longer as the checkpoint has it: block_size, or what the user resumes with."""
+    own = config.get("user_keys", {}).keys() - {"init_from", "out_dir", "resume"}
+    before, keys = state["config"], own if "optimizer" in state else {"block_size"}
+    pairs = [(key, before[key], config[key]) for key in sorted(keys & before.keys())]
+    changes = ", ".join(f"{key} {a} -> {b}" for key, a, b in pairs if a != b)
+    print(f"{source} goes on with other settings: {changes}\n" * bool(changes), end="")
 
 
 def starting_point(config, path):
@@ -119,30 +143,24 @@ def learn_characters(state, source, meta, team):
 def with_size(config):
     """The config with the model keys of its `size`; UserError if the user set one differently."""
     shape = formats.size_config(config["size"]) if config["size"] else {}
-    user_keys = config.get("user_keys", ())
-    for key in (key for key in shape if key in user_keys):
+    user_keys = config.get("user_keys", {})
+    for key in shape.keys() & user_keys:
         conflict = f"size {config['size']} has {key}={shape[key]}, not {config[key]}"
         require(config[key] == shape[key], conflict)
-    return config | shape | {"user_keys": sorted({*user_keys, *shape})}
+    return config | shape | {"user_keys": dict.fromkeys(shape, "--size") | user_keys}
 
 
 def with_saved(config, state, source):
     """The config with the model keys of the state, and of a resumed run its objective."""
-    saved, resumed = state["config"], "optimizer" in state
-    free = set() if resumed else {"block_size"} & {*config.get("user_keys", ())}
-    keys = [*network.DEFAULTS, "depth", *["objective"] * resumed]
-    keys = [key for key in keys if key not in free]
-    saved = {"depth": 0} | saved  # older ones have none
+    saved, resumed = {"depth": 0} | state["config"], "optimizer" in state  # old: no depth
+    keys = {*network.DEFAULTS, "depth"} | ({"objective"} if resumed else set())
+    user_keys = config.get("user_keys", {})
+    keys -= set() if resumed else {"block_size"} & user_keys.keys()
     advice = ANEW if resumed else "init_from takes a model as it is"
-    require(set(keys) <= saved.keys(), f"{source} does not say how its model was made; {advice}")
-    for key in (key for key in config.get("user_keys", ()) if key in keys):
+    require(keys <= saved.keys(), f"{source} does not say how its model was made; {advice}")
+    for key in (key for key in user_keys if key in keys):
         conflict = f"{source} was trained with {key}={saved[key]}, not {config[key]}"
         require(config[key] == saved[key], f"{conflict}; {advice}")
-    objective = config["objective"]
-    is_right = resumed or saved["attention"] in OBJECTIVES[objective].attention
-    wanted = " or ".join(OBJECTIVES[objective].attention)
-    has = f"{source} has attention={saved['attention']}"
-    require(is_right, f"{has}, but {objective} trains a network with attention={wanted}")
     return config | {key: saved[key] for key in keys}
 
 
@@ -151,13 +169,13 @@ def with_data(config, state, source):
     data, meta = config["data"], loader.read_meta(config["data"])
     V, (width, eos_id) = meta["vocab_size"], examples.layout(data, meta)
     if state:
-        known = state["tokenizer"] in (None, meta["tokenizer"])
+        same = state["tokenizer"] in (None, meta["tokenizer"])
         other = f"{source} was trained with another tokenizer than {data} has"
-        require(known, f"{other}; prepare the data again with --tokenizer={source}")
+        require(same, f"{other}; prepare the data again with --tokenizer={source}")
         other = f"{source} has a vocabulary of {config['vocab_size']}, {data} one of {V}"
         require(config["vocab_size"] == V, other)
     resumed = state and "optimizer" in state
-    if not (resumed or "block_size" in config.get("user_keys", ())):
+    if not (resumed or "block_size" in config.get("user_keys", {})):
         L, tokens = config["block_size"], meta["splits"].get("train", {"tokens": 1})["tokens"]
         laid_out = meta.get("block_size")
         own = max(width, L) if state else width or min(L, tokens)
@@ -167,64 +185,59 @@ def with_data(config, state, source):
     require(width or not drop, f"{data} is text without prompts, so prompt_drop must be 0")
     require(not (width and cut), f"{data} is examples with prompts, so random_length must be 0")
     require(width <= L, f"{data} has examples of {width} tokens, block_size is only {L}")
-    known = OBJECTIVES[config["objective"]].attention
-    attention = config["attention"] if config["attention"] in known else known[0]
-    alone = f"conv is for attention=full; with {attention} it must be 0"
-    require(attention == "full" or not config["conv"], alone)
-    config = config | {"vocab_size": V, "attention": attention}
-    return config | {"example_width": width, "eos_id": eos_id}
+    return config | {"vocab_size": V, "example_width": width, "eos_id": eos_id}
 
 
-def check(config, world):
+def with_attention(config, state, source):
+    """The config with the attention that its objective trains.
+
+    UserError for another one that the checkpoint has or the user wants, and for a key of the
+    command line that such a network does not heed. (A preset may have it for other networks.)
+    """
+    objective, attention = config["objective"], config["attention"]
+    known, user_keys = OBJECTIVES[objective].attention, config.get("user_keys", {})
+    trains = f"trains a network with attention={' or '.join(known)}"
+    if state:
+        has = f"{source} has attention={attention}"
+        require(attention in known, f"{has}, but {objective} {trains}")
+    elif "attention" in user_keys:
+        require(attention in known, f"objective '{objective}' {trains}, not {attention}")
+    elif attention not in known:
+        attention = known[0]
+    for key, (wanted, nothing) in HEEDED_BY.items():
+        is_wish = user_keys.get(key, "").startswith("--") and config[key] != nothing
+        idle = f"{key} is for networks with attention={wanted}; leave it out"
+        require(attention == wanted or not is_wish, idle)
+    return config | {"attention": attention}
+
+
+def check(config):
     """Raise UserError for settings that cannot be trained."""
     at_least(1, config, "block_size", "log_interval", "eval_sequences", "eval_draws", "keep")
     at_least(0, config, "max_iters", "max_minutes", "depth", "n_layer", "n_head", "n_embd")
     at_least(0, config, "batch_size", "micro_batch_size", "warmup_iters", "learning_rate")
     at_least(0, config, "weight_decay", "grad_clip", "mlp_width", "head_padding", "min_lr")
-    at_least(0, config, "save_interval", "eval_interval", "profile", "conv")
+    at_least(0, config, "save_interval", "eval_interval", "profile", "conv", "order_p")
     for key in ("n_layer", "n_embd", "block_size", "mlp_width"):
         require(config[key] <= 2**20, f"{key} must be at most {2**20}, not {config[key]}")
     require(config["depth"] <= 256, f"depth must be at most 256, not {config['depth']}")
     require(max(config["beta1"], config["beta2"]) < 1, "beta1 and beta2 must be less than 1")
     fraction(config, "dropout", "ema", "decay_start", "random_length", "prompt_drop")
     fraction(config, "beta1", "beta2", *["order_p"] * (config["order"] == "mixture"))
-    at_least(0, config, "order_p")
-    objective = config["objective"]  # perhaps a checkpoint's
-    attention = OBJECTIVES[objective].attention
-    clash = "attention" in config.get("user_keys", ()) and config["attention"] not in attention
-    trains = f"objective '{objective}' trains a network with attention={' or '.join(attention)}"
-    require(not clash, f"{trains}, not {config['attention']}")
-    dropped = config["prompt_drop"] and config.get("attention") == "order"
-    require(not dropped, "prompt_drop is for networks with attention=full; leave it out")
-    conv = config["conv"]
-    require(conv == 0 or conv % 2 == 1, f"conv must be 0 or an odd number, not {conv}")
-    drops = OBJECTIVES[objective].draw is None and config["prompt_drop"]
-    require(not drops, f"prompt_drop needs a masked diffusion objective, not {objective}")
-    kind = config.get("attention")
-    for key, wanted in {"order": "order", "order_p": "order", "mask_rate": "full"}.items():
-        idle = key in config.get("user_keys", ()) and kind != wanted
-        require(not idle, f"{key} is for networks with attention={wanted}; leave it out")
 
 
 def settle(config, state, world):
     """The config, dial turned, with `ahead`: of a resumed run whose batch_size has changed.
 
-    Raises UserError for a network or a batch that cannot be divided as it has to be.
+    Raises UserError for a batch that cannot be divided among the processes.
     """
-    check_shape(config, world)
-    if not state or "optimizer" not in state:
-        return config | {"ahead": 0}
-    step, B = state["step"], config["batch_size"]
-    return config | {"ahead": seen({"batch_size": B} | state["config"], step) - step * B}
-
-
-def check_shape(config, world):
-    """Raise UserError for a network or a batch that cannot be divided as it has to be."""
-    D, H = config["n_embd"], config["n_head"]
-    require(D % (2 * H) == 0, f"n_embd {D} must be a multiple of 2 * n_head = {2 * H}")
     B, micro = config["batch_size"], config["micro_batch_size"] or config["batch_size"] // world
     parts = f"{world} processes x micro_batch_size {micro}"
     require(micro and B % (world * micro) == 0, f"batch_size {B} must be a multiple of {parts}")
+    if not state or "optimizer" not in state:
+        return config | {"ahead": 0}
+    step = state["step"]
+    return config | {"ahead": seen({"batch_size": B} | state["config"], step) - step * B}
 
 
 def load_optimizers(optimizers, saved):

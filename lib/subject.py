@@ -69,9 +69,8 @@ def open_text(config, subject, folder, split):
     require(most >= L, f"block_size must be at most the model's {most}, not {L}")
     has = f"{folder} has a vocabulary of {tokens.vocab_size}"
     require(tokens.vocab_size == V, f"{has}, {ckpt} one of {V}")
-    known = subject.trained["tokenizer"]
-    alphabet_fits = not known or known["kind"] != "char" or known == tokens.meta["tokenizer"]
-    require(alphabet_fits, f"{folder} has another alphabet than {ckpt}")
+    same = subject.trained["tokenizer"] in (None, tokens.meta["tokenizer"])
+    require(same, f"{folder} has another tokenizer than {ckpt}")
     require(width <= most, f"{folder} has examples of {width} tokens, {ckpt} reads {most}")
     loader.fits(tokens, width or L)
     if width:  # the bound of each answer, given its prompt

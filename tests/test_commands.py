@@ -284,7 +284,10 @@ BAD = {
     "samples into a folder": ([*SAMPLE, "--out=data", "--steps=1"], "cannot write data"),
     # Evaluation
     "estimator": ([*EVALUATE, "--estimator=ar"], "unknown estimator 'ar'"),
-    "split": ([*EVALUATE, "--split=test"], "data has no split 'test', only train, val"),
+    "split": (
+        [*EVALUATE, "--split=test"],
+        "data has no split 'test'; choose --split=train or --split=val",
+    ),
     "draws": ([*EVALUATE, "--draws=0"], "draws must be 1 or more, not 0"),
     "long block": (
         [*EVALUATE, "--block_size=99"],

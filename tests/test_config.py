@@ -78,10 +78,11 @@ def test_defaults_give_way_to_presets_and_both_to_the_command_line_in_its_order(
     a = preset(tmp_path, "# why\n{'steps': 20, 'name': 'b',  # and why\n 'width': 4}", "a.py")
     b = preset(tmp_path, "{'name': 'c'}", "b.py")
     other = made(tmp_path, 'DEFAULTS = {\n    "width": 3,\n}\n')
-    assert parse([], MODULE, other) == DEFAULTS | {"width": 3, "user_keys": []}
+    assert parse([], MODULE, other) == DEFAULTS | {"width": 3, "user_keys": {}}
     expected = {"steps": 30, "rate": 0.5, "fast": False, "name": "c", "width": 4}
     config = parse([a, b, "--steps=30"], MODULE, other)
-    assert config == expected | {"user_keys": ["name", "steps", "width"]}
+    own = {"steps": "--steps", "name": f"{b}: name", "width": f"{a}: width"}
+    assert config == expected | {"user_keys": own}
     assert parse(["--name=z", a], MODULE, other)["name"] == "b"
     assert parse(["--steps=1", "--steps=2"], MODULE)["steps"] == 2
 
@@ -149,7 +150,7 @@ def test_a_literal_takes_the_type_of_the_default(tmp_path):
 
 def test_a_boolean_key_alone_means_true_and_any_other_wants_a_value():
     assert parse(["--fast"], MODULE)["fast"] is True
-    assert parse(["--fast"], MODULE)["user_keys"] == ["fast"]
+    assert parse(["--fast"], MODULE)["user_keys"] == {"fast": "--fast"}
     assert parse(["--fast", "--fast=False"], MODULE)["fast"] is False
     for key in ("steps", "rate", "name"):
         assert refusal(parse, [f"--{key}"], MODULE) == f"write --{key}=VALUE, not '--{key}'"
@@ -336,7 +337,7 @@ def test_every_default_is_a_value_that_the_command_line_can_give(program):
     modules = modules_of(program)
     defaults = defaults_of(modules)
     config = parse([f"--{key}={value}" for key, value in defaults.items()], *modules)
-    assert config == defaults | {"user_keys": sorted(defaults)}
+    assert config == defaults | {"user_keys": {key: f"--{key}" for key in defaults}}
 
 
 @pytest.mark.parametrize("program", ["train", "sample", "evaluate", "lib.checkpoint"])
@@ -355,7 +356,7 @@ def test_help_prints_every_key_with_its_default_and_its_comment(program):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
 def test_every_preset_of_the_repository_fits_the_training_script(path):
     config = parse([str(path)], *modules_of("train"))
-    assert config["user_keys"] == sorted(read_preset(path))
+    assert config["user_keys"].keys() == read_preset(path).keys()
 
 
 # ---- Running a program ---------------------------------------------------------------------------
