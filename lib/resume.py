@@ -62,10 +62,9 @@ def alone(config, team):
         try:
             yield
         except KeyboardInterrupt:
-            path, without = checkpoint_path(config), " without --resume=False"
-            saved = f"{path} is as it was saved last, and the same command resumes it"
-            saved += without * (not config["resume"])
-            nothing = "nothing was saved yet, and the same command begins again"
+            path, wish = checkpoint_path(config), " with --resume" * (not config["resume"])
+            saved = f"{path} is as it was saved last; the same command{wish} resumes it"
+            nothing = "nothing was saved yet; the same command begins again"
             raise KeyboardInterrupt(saved if path.is_file() else nothing) from None
 
 

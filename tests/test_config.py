@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -428,9 +429,20 @@ def test_ctrl_c_is_exit_code_130_and_a_mistake_of_ours_is_not_hidden(monkeypatch
     def interrupted(config):
         raise KeyboardInterrupt
 
-    assert outcome(monkeypatch, capsys, interrupted)[0] == 130
+    assert outcome(monkeypatch, capsys, interrupted) == (130, "", "\nprogram.py: interrupted\n")
     with pytest.raises(ZeroDivisionError):
         outcome(monkeypatch, capsys, lambda config: 1 / 0)
+
+
+@pytest.mark.parametrize("path", ["/dev/full", "/dev/stdout"])
+def test_what_is_no_file_is_written_to_and_never_replaced(path, monkeypatch):
+    before = os.stat(path)
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("a device was replaced"))
+    end = UserError if path == "/dev/full" else None
+    with pytest.raises(end, match="cannot write /dev/full: No space") if end else nullcontext():
+        with whole_file(path) as file, open(file, "w") as out:
+            out.write("\n")
+    assert os.stat(path).st_ino == before.st_ino
 
 
 # ---- Files out -----------------------------------------------------------------------------------

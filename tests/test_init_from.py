@@ -115,9 +115,9 @@ def test_a_run_that_has_begun_goes_on_whatever_it_began_with(data, tmp_path):
 def test_a_resumed_run_says_what_of_its_recipe_is_changed(data, tmp_path, capsys):
     out = small(data, tmp_path / "out")
     capsys.readouterr()
-    keys = {"max_iters": 3, "eval_interval": 2, "batch_size": 8, "loss_weight": "constant"}
+    keys = {"max_iters": 3, "eval_interval": 2, "batch_size": 4, "loss_weight": "constant"}
     run(data, out, **keys)
-    changes = "batch_size 4 -> 8, loss_weight bound -> constant, max_iters 2 -> 3"
+    changes = "batch_size 8 -> 4, loss_weight bound -> constant, max_iters 2 -> 3"
     line = f"{out}/ckpt.pt goes on with other settings: {changes}\n"
     assert capsys.readouterr().out.startswith(line)
     run(data, out, **keys)
