@@ -1,4 +1,4 @@
-"""Files that are whole or not there, JSON, a folder that one program has, a stop obeyed in time."""
+"""Files that are whole or absent, JSON, a folder for one program at a time, a stop in time."""
 
 import contextlib
 import errno
@@ -22,11 +22,11 @@ from config import UserError, first_line, require
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Yield a temporary path beside `path` that takes its name once the block is done.
+    """Yield a temporary path that is renamed to `path` after the block: it is whole or absent.
 
-    So a file is whole or not there. What is no file, as /dev/stdout, is written to as it is. Raises
-    UserError where the system cannot write (no space, no permission); the old file, if any, is
-    untouched. A process that is killed in the block leaves the temporary file behind; see sweep.
+    Something that is no file, such as /dev/null, is written to directly. Raises UserError where the
+    system cannot write (no space, no permission), and then leaves the old file as it was. A process
+    that is killed in the block leaves the temporary file behind; see sweep.
     """
     path, mark = Path(path), f"{os.getpid()}.{secrets.token_hex(3)}"
     try:
@@ -68,7 +68,7 @@ def append_line(path, line):
 
 
 def replace(source, target):
-    """os.replace; Windows refuses it while another program reads `target`, so it is tried again."""
+    """os.replace, tried again because Windows refuses it while another program reads `target`."""
     for wait in (0.01, 0.1, 0.4, 1.5):
         with contextlib.suppress(PermissionError):
             return os.replace(source, target)
@@ -77,12 +77,12 @@ def replace(source, target):
 
 
 def to_json(value, **options):
-    """JSON that any parser reads: nan and infinity, for which it has no word, are null."""
+    """JSON that any parser reads: nan and infinity, which it cannot express, become null."""
     return json.dumps(without_nan(value), allow_nan=False, **options)
 
 
 def without_nan(value):
-    """The value with None for every float in it that is not finite."""
+    """The value with None in place of every float in it that is not finite."""
     if isinstance(value, dict):
         return {key: without_nan(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -91,15 +91,15 @@ def without_nan(value):
 
 
 def is_utf8(file):
-    """Whether the name of a file is: torch maps none into memory whose name is other bytes."""
+    """Whether the name of a file is UTF-8: torch cannot map others into memory."""
     return not re.search("[\udc80-\udcff]", str(file))
 
 
 def optional(name, wanted):
-    """The module `name` of an optional package; UserError where it is not there or does not load.
+    """The module `name` of an optional package; UserError where it is missing or does not load.
 
-    wanted: how the message begins, what needs it. A folder that only has the package's name, as
-    the one that wandb leaves where it ran, is none.
+    wanted: what needs it, the beginning of the message. A folder that happens to have the package's
+    name, such as the one that wandb leaves where it ran, does not count.
     """
     package = name.rpartition(".")[2]
     try:
@@ -109,16 +109,17 @@ def optional(name, wanted):
         return module
     except ImportError:
         raise UserError(f"{wanted} needs one more package: pip install {package}") from None
-    except Exception as error:  # one that was built for other versions can raise anything
+    except Exception as error:  # a package built for other versions can raise anything
         broken = f"needs {package}, which does not load here ({first_line(error)})"
         raise UserError(f"{wanted} {broken}") from None
 
 
 def sweep(folder, *names):
-    """Remove what processes killed in whole_file have left of these files, which none writes."""
-    for torn in (torn for name in names for torn in Path(folder).glob(f".{name}.[0-9]*.tmp")):
-        with contextlib.suppress(OSError):
-            torn.unlink()
+    """Remove what killed processes left of these files in whole_file; no other may be at work."""
+    for name in names:
+        for torn in Path(folder).glob(f".{name}.[0-9]*.tmp"):
+            with contextlib.suppress(OSError):
+                torn.unlink()
 
 
 # ---- 2. One program a folder ---------------------------------------------------------------------
@@ -126,11 +127,11 @@ def sweep(folder, *names):
 
 @contextlib.contextmanager
 def only_one(folder, key):
-    """Inside the block `folder` is this program's alone; yields whether the system sees to that.
+    """Keep other programs out of `folder` during the block; yields whether the system does so.
 
-    Who has it stands in folder/.lock. The lock on that file is the system's and ends with its
-    process, however that ends. Raises UserError where another has the folder; key chooses another.
-    Where there are no locks (on some network drives) a line says so, and the block goes on.
+    The file folder/.lock names its owner. The lock on it is the system's and ends with the process,
+    however that ends. Raises UserError, which advises another --key=, while another program has the
+    folder. Where there are no locks (on some network drives) a line says so, and the block runs.
     """
     path = Path(folder, ".lock")
     with contextlib.ExitStack() as held:
@@ -155,19 +156,19 @@ def only_one(folder, key):
 
 
 def open_locked(path):
-    """(the file, open, whether it is locked now): lock tells which."""
+    """(the open file, what `lock` returned for it)."""
     for _ in range(9):
         file = open(path, "a+", encoding="utf8", errors="replace")  # noqa: SIM115 (only_one closes)
         locked = lock(file)
         with contextlib.suppress(OSError):
             if locked is False or os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
-        file.close()  # whoever had it took it away in between
+        file.close()  # its owner has removed it in between
     return file, locked
 
 
 def name_owner(file):
-    """Make the lock file say whose it is."""
+    """Write into the lock file whose it is."""
     with contextlib.suppress(OSError):  # a full disk does not matter here
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -176,7 +177,7 @@ def name_owner(file):
 
 
 def remove(path, file):
-    """Remove an open file; where it has to be closed first, as on Windows, it is."""
+    """Remove an open file, which Windows allows only once it is closed."""
     try:
         path.unlink()
     except PermissionError:
@@ -188,9 +189,9 @@ def remove(path, file):
 
 
 def lock(file, wait=False):
-    """Lock a file until it is closed -> True; False where another has it, None where none can.
+    """Lock a file until it is closed: True; False if another process has it; None without locks.
 
-    wait: until no other has it.
+    wait: wait until no other has it.
     """
     try:
         import fcntl
@@ -204,7 +205,7 @@ def lock(file, wait=False):
 
 
 def lock_on_windows(file, wait):
-    """The same by a lock on one byte, as far behind what others read of the file as it goes."""
+    """lock, by a lock on one byte so far behind the text that others can still read that."""
     try:
         import msvcrt
     except ImportError:
@@ -232,10 +233,10 @@ def lock_on_windows(file, wait):
 class Stop:
     """Note Ctrl-C, SIGTERM or the end of the terminal, so that the loop can finish and save.
 
-    A second Ctrl-C is not held back. In a thread, which gets no signals, there is nothing to note.
+    A second Ctrl-C interrupts at once. In a thread, which gets no signals, nothing is noted.
     """
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # no system has all
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # no system has all of them
     signal = 0
 
     def __enter__(self):
@@ -244,7 +245,7 @@ class Stop:
             numbers = []
         self.before = {number: signal.getsignal(number) for number in numbers}
         for number, handler in self.before.items():
-            if handler != signal.SIG_IGN or number == signal.SIGINT:  # nohup goes on without one
+            if handler != signal.SIG_IGN or number == signal.SIGINT:  # SIGHUP stays ignored (nohup)
                 signal.signal(number, self.note)
         return self
 

@@ -1,19 +1,19 @@
-"""How a run begins: anew, from other weights (init_from), or from where it stopped (resume).
+"""How a run begins: anew, with the weights of another (init_from), or where it stopped (resume).
 
-Who wins, key by key:
+Which of them decides a key:
 
-  the shape of the network (model.DEFAULTS)   the checkpoint that is resumed or taken by init_from,
-  and, when resumed, the objective            else the command, else the dial (lib/budget.py);
-                                              another value that the user set is an error
-  vocab_size, example_width, eos_id           the data
-  attention                                   the objective
-  block_size                                  as the shape, but after init_from it may be another:
-                                              positions are rotary; a new network gets the width of
-                                              examples, the blocks that a text is laid out in, or
-                                              the length of a text that is shorter
-  batch_size                                  the command; the data go on where they were (`ahead`)
-  all else                                    the command, then the preset, then the default: a
-                                              resumed run may change its recipe on the way
+  model.DEFAULTS, the shape   the checkpoint, where there is one, also the objective of a resumed
+                              run: another value that the user set is an error. Of a new network
+                              the command, then the dial (lib/budget.py)
+  attention                   of a new network the objective
+  block_size                  as the shape, but the user may change it with init_from, because
+                              positions are rotary. Of a new network the data: the width of
+                              examples, the blocks that a text is laid out in, or the length of a
+                              text that is shorter
+  vocab_size, example_width, eos_id   the data
+  all others                  the command, then the preset, then the default: a resumed run may
+                              change its recipe, and says so. With another batch_size it goes on at
+                              the same place in the data (`ahead`)
 """
 
 import contextlib
@@ -28,8 +28,8 @@ from diffusion import OBJECTIVES
 from lib import checkpoint, files, formats, parallel
 from lib.parallel import ANEW
 
-# {key: (the attention of the networks that heed it, the value that says what all others do)}
-HEEDED_BY = {
+# {key: (the attention of the networks that use it, the value that the others are trained by)}
+USED_BY = {
     "prompt_drop": ("full", 0.0),
     "mask_rate": ("full", "uniform"),
     "loss_weight": ("full", "bound"),
@@ -44,10 +44,10 @@ def checkpoint_path(config):
 
 @contextlib.contextmanager
 def alone(config, team):
-    """Inside the block out_dir is this run's alone, and free of what killed runs left half-written.
+    """Keep other runs out of out_dir during the block, and sweep up half-written files.
 
-    The first process sees to it for all. UserError, on all, where another run has the folder. Where
-    Ctrl-C ends the block at once, its KeyboardInterrupt says what was saved and how to go on.
+    The first process does so for all. Raises UserError in every process where another run has the
+    folder. A KeyboardInterrupt that ends the block says what was saved, and how to go on.
     """
     refused = ""
     with contextlib.ExitStack() as held:
@@ -69,10 +69,10 @@ def alone(config, team):
 
 
 def begin(config, team):
-    """(config, state): the config that the run has, and the checkpoint.save state it begins from.
+    """(config, state): the config of the run, and what checkpoint.read gave of where it begins.
 
-    state is None for a run that begins from nothing. Raises UserError for settings that cannot be
-    trained, or that do not go together.
+    state is None for a new network; it has no "optimizer" where only the weights are taken
+    (init_from). Raises UserError for settings that cannot be trained or do not go together.
     """
     path = checkpoint_path(config)
     state, source = starting_point(config, path)
@@ -100,12 +100,12 @@ def say_changes(config, state, source):
 
 
 def starting_point(config, path):
-    """(state, its name): that of the checkpoint `path`, of init_from, or (None, "")."""
+    """(state, its name) of the checkpoint `path` or of init_from; (None, "") for a new network."""
     if config["resume"] and path.is_file():
         return checkpoint.read(path), path
-    kept = checkpoint.kept_beside(path) if config["resume"] else {}
-    if kept:
-        advice = f"copy {kept[max(kept)]} to {path} to resume, or {ANEW}"
+    older = checkpoint.kept_beside(path) if config["resume"] else {}
+    if older:
+        advice = f"copy {older[max(older)]} to {path} to resume, or {ANEW}"
         raise UserError(f"no {path}, but checkpoints of the run are beside it; {advice}")
     if not config["init_from"]:
         return None, ""
@@ -115,20 +115,20 @@ def starting_point(config, path):
 
 
 def seen(config, step):
-    """How many sequences the run has seen before `step`, also with other batch sizes before."""
+    """How many sequences a run has seen before `step`, whatever its batch sizes were."""
     return config.get("ahead", 0) + step * config["batch_size"]
 
 
 def learn_characters(state, source, meta, team):
-    """Give a network to begin with rows for characters that the data have behind its alphabet.
+    """Give the network of init_from rows for characters that the data add to its alphabet.
 
-    They begin as the mean of the others. data.tokenizer.named makes such alphabets.
+    A new row begins as the mean of the others. data.tokenizer.named makes such alphabets.
     """
-    known, wanted = state["tokenizer"], meta["tokenizer"]
-    chars = known and known["kind"] == wanted["kind"] == "char"
-    if not chars or not wanted["alphabet"].startswith(known["alphabet"]):
+    old, wanted = state["tokenizer"], meta["tokenizer"]
+    are_chars = old and old["kind"] == wanted["kind"] == "char"
+    if not are_chars or not wanted["alphabet"].startswith(old["alphabet"]):
         return
-    V, n = len(known["alphabet"]), len(wanted["alphabet"])
+    V, n = len(old["alphabet"]), len(wanted["alphabet"])
     for name in {"embed.weight", "unembed.weight", "unembed.bias"} & state["model"].keys():
         w = state["model"][name]  # (V + 1, D), (V or more, D) or (V or more,)
         new = w[:V].mean(0, keepdim=True).expand(n - V, *w.shape[1:])
@@ -150,7 +150,10 @@ def with_size(config):
 
 
 def with_saved(config, state, source):
-    """The config with the model keys of the state, and of a resumed run its objective."""
+    """The config with the model keys of the state and, if the run resumes, its objective.
+
+    UserError where the user set one differently.
+    """
     saved, resumed = {"depth": 0} | state["config"], "optimizer" in state  # old: no depth
     keys = {*network.DEFAULTS, "depth"} | ({"objective"} if resumed else set())
     user_keys = config.get("user_keys", {})
@@ -164,7 +167,7 @@ def with_saved(config, state, source):
 
 
 def with_data(config, state, source):
-    """The config with what the data say; UserError where the two do not go together."""
+    """The config with what the data decide; UserError where the data do not suit it."""
     data, meta = config["data"], loader.read_meta(config["data"])
     V, (width, eos_id) = meta["vocab_size"], examples.layout(data, meta)
     if state:
@@ -190,8 +193,8 @@ def with_data(config, state, source):
 def with_attention(config, state, source):
     """The config with the attention that its objective trains.
 
-    UserError for another one that the checkpoint has or the user wants, and for a key of the
-    command line that such a network does not heed. (A preset may have it for other networks.)
+    UserError for another one that the checkpoint has or the user wants, and for a key on the
+    command line that such a network does not use. (A preset may have it for other networks.)
     """
     objective, attention = config["objective"], config["attention"]
     known, user_keys = OBJECTIVES[objective].attention, config.get("user_keys", {})
@@ -203,7 +206,7 @@ def with_attention(config, state, source):
         require(attention in known, f"objective '{objective}' {trains}, not {attention}")
     elif attention not in known:
         attention = known[0]
-    for key, (wanted, nothing) in HEEDED_BY.items():
+    for key, (wanted, nothing) in USED_BY.items():
         is_wish = user_keys.get(key, "").startswith("--") and config[key] != nothing
         idle = f"{key} is for networks with attention={wanted}; leave it out"
         require(attention == wanted or not is_wish, idle)
@@ -226,9 +229,10 @@ def check(config):
 
 
 def settle(config, state, world):
-    """The config, dial turned, with `ahead`: of a resumed run whose batch_size has changed.
+    """The config with `ahead`, the sequences that a resumed run has seen beyond step * batch_size.
 
-    Raises UserError for a batch that cannot be divided among the processes.
+    They are not 0 once batch_size has changed. Raises UserError for a batch that cannot be divided
+    among the processes.
     """
     B, micro = config["batch_size"], config["micro_batch_size"] or config["batch_size"] // world
     parts = f"{world} processes x micro_batch_size {micro}"
@@ -240,7 +244,7 @@ def settle(config, state, world):
 
 
 def load_optimizers(optimizers, saved):
-    """Give optimizers the state of a checkpoint, but not its settings: these are the config's.
+    """Give the optimizers their state in a checkpoint, but keep the settings of the config.
 
     Raises UserError where the state does not fit.
     """

@@ -1,4 +1,4 @@
-"""Requests: text in, text out."""
+"""Text to the ids of a request, and the ids of a sample to text."""
 
 import os
 import re
@@ -11,9 +11,9 @@ from lib.stats import mean_half, plus_minus
 
 
 def text_or_file(text):
-    """What a text of the command line says: itself, or the file of FILE:PATH.
+    """A text of the command line, or the text of a file for FILE:PATH.
 
-    Less the newline that ends the file, which editors put there unasked.
+    The newline at the end of a file is dropped, for editors add it unasked.
     """
     if not text.startswith("FILE:"):
         return text
@@ -22,20 +22,20 @@ def text_or_file(text):
 
 
 def encode(tokenizer, model, text, start=True):
-    """The ids of a text; one at the very beginning follows the tokenizer's bos, if it has one.
+    """The ids of a text; at the start of a sequence they follow the tokenizer's bos, if any.
 
-    So did every document in training. A causal network whose start_id is that bos reads it anyway.
+    Every document did so in training. A causal network whose start_id is that bos reads it anyway.
     """
     bos = [tokenizer.bos] if start and tokenizer.bos not in (None, model.start_id) else []
     return bos + tokenizer.encode(text, start) if text else []
 
 
 def request(tokenizer, model, prompt="", suffix="", template="", length=0):
-    """One request as a list of ids, mask_id where a token is wanted; UserError if it cannot be met.
+    """A request as a list of ids, with mask_id where a token is wanted; UserError if impossible.
 
-    Where the token of a word holds the space before it (BPE), the space before a gap is left to
-    what fills the gap: in training hardly any stood alone. The prompts of a model of examples are
-    taken as they are, as in training.
+    Where the token of a word includes the space before it (BPE), the space before a gap is left to
+    the tokens that fill the gap, for hardly any stood alone in training. The prompt of a model of
+    examples is taken literally, as it was in training.
     """
     block, verbatim = model.block_size, model.config.get("example_width")
 
@@ -70,7 +70,7 @@ def request(tokenizer, model, prompt="", suffix="", template="", length=0):
 
 
 def by_token(tokenizer, ids, nats):
-    """The nats (draws, L) of the tokens ids (L,) as a dict and as a table."""
+    """The nats (draws, L) of each token of ids (L,), as a dict and as the text of a table."""
     mean = nats.mean(0).tolist()
     total, half = mean_half(nats.sum(1))
     texts = [tokenizer.table[i].decode("utf8", "replace") for i in ids]
@@ -84,7 +84,7 @@ def by_token(tokenizer, ids, nats):
 
 
 def suppress_eos(x, begins, least, eos_id):
-    """`suppress` of sample: no eos_id at the `least` positions from begins[i] on, x (N, L)."""
+    """The `suppress` (N, L) that forbids eos_id in the `least` positions from begins[i] on."""
     suppress = torch.full(x.shape, -1)  # (N, L)
     for row, begin in zip(suppress, begins, strict=True):
         row[begin : begin + least] = eos_id
@@ -92,7 +92,7 @@ def suppress_eos(x, begins, least, eos_id):
 
 
 def text_of(tokenizer, ids, begin=0, eos_id=-1):
-    """The text of a sample; with eos_id up to the first one from position `begin` on."""
+    """The text of a sample, which ends before the first eos_id from position `begin` on."""
     if eos_id < 0:
         return tokenizer.decode(ids)
     stop = ids.index(eos_id, begin) if eos_id in ids[begin:] else len(ids)
@@ -100,7 +100,7 @@ def text_of(tokenizer, ids, begin=0, eos_id=-1):
 
 
 def suppress_tokens(logits, tokens):
-    """Take one token away from each row, in place: logits (N, V), tokens (N,), -1 for none."""
+    """Forbid a token in each row of logits (N, V), in place: tokens (N,), -1 for none."""
     column = tokens[:, None].clamp(min=0)  # (N, 1)
-    kept = logits.gather(1, column)  # (N, 1)
-    logits.scatter_(1, column, kept.masked_fill(tokens[:, None] >= 0, -torch.inf))
+    logit = logits.gather(1, column)  # (N, 1)
+    logits.scatter_(1, column, logit.masked_fill(tokens[:, None] >= 0, -torch.inf))

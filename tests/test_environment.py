@@ -286,7 +286,7 @@ def test_a_cache_of_the_compiler_that_cannot_be_made_is_one_line(tmp_path, monke
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "cache"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    line = f"{folder} cannot be made (Not a directory), so TORCHINDUCTOR_CACHE_DIR is not heeded\n"
+    line = f"{folder} cannot be made (Not a directory), so TORCHINDUCTOR_CACHE_DIR is ignored\n"
     for said in (line, ""):  # once
         device.machine(settings.DEFAULTS | {"device": "cpu"})
         assert capsys.readouterr().err == said
