@@ -106,6 +106,13 @@ def write(config, name, figures, text, plots=None, script=None):
         plot(folder / f"{name}{ending}.png", functools.partial(draw, figures=figures))
 
 
+def wilson(share, n):
+    """The 95% interval (low, high) of a share of n by Wilson's score; it lies within 0..1."""
+    z = 1.96
+    middle, half = share + z**2 / (2 * n), z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+
+
 # ---- Plots ---------------------------------------------------------------------------------------
 
 

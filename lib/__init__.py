@@ -1,7 +1,8 @@
 """What the scripts need and a reader of the method need not open.
 
 Checkpoints and weight formats, processes and devices, the optimizer, the fused loss, the log,
-files. Nothing here imports train, sample, samplers or evaluate.
+files. Nothing here imports train, sample, samplers or evaluate. What makes networks or runs
+(checkpoint, formats, budget, resume) imports model, and resume and rows import diffusion.
 """
 
 import config  # noqa: F401 (first of all: from here on Ctrl-C is one line)

@@ -74,13 +74,6 @@ def t95(freedom):
     return 1.96 + sum(c / freedom**k for k, c in terms) if enough else math.inf
 
 
-def wilson(share, n):
-    """The 95% interval (low, high) of a share of n by Wilson's score; it lies within 0..1."""
-    z = 1.96
-    middle, half = share + z**2 / (2 * n), z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
-    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
-
-
 def plus_minus(half, form=".4f", sign="+-"):
     """An error, or half an interval, as text to follow the value; "" if it is unknown."""
     return f" {sign} {half:{form}}" if half is not None and math.isfinite(half) else ""
