@@ -82,9 +82,7 @@ class Tokens:
     def __init__(self, folder, split):
         self.folder, self.meta = Path(folder), read_meta(folder)
         splits = self.meta["splits"]
-        others = f", only {', '.join(splits)}"  # train.py cannot choose
-        others = others if split == "train" else f"; choose --split={' or --split='.join(splits)}"
-        require(split in splits, f"{folder} has no split '{split}'{others}")
+        require(split in splits, f"{folder} has no split '{split}', only {', '.join(splits)}")
         self.dtype = np.dtype(self.meta["dtype"])
         self.vocab_size = self.meta["vocab_size"]
         self.paths = shards(folder, split)

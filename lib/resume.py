@@ -143,7 +143,7 @@ def with_size(config):
     """The config with the model keys of its `size`; UserError if the user set one differently."""
     shape = formats.size_config(config["size"]) if config["size"] else {}
     user_keys = config.get("user_keys", {})
-    for key in shape.keys() & user_keys:
+    for key in (key for key in shape if key in user_keys):
         conflict = f"size {config['size']} has {key}={shape[key]}, not {config[key]}"
         require(config[key] == shape[key], conflict)
     return config | shape | {"user_keys": dict.fromkeys(shape, "--size") | user_keys}
@@ -155,9 +155,9 @@ def with_saved(config, state, source):
     UserError where the user set one differently.
     """
     saved, resumed = {"depth": 0} | state["config"], "optimizer" in state  # old: no depth
-    keys = {*network.DEFAULTS, "depth"} | ({"objective"} if resumed else set())
-    user_keys = config.get("user_keys", {})
-    keys -= set() if resumed else {"block_size"} & user_keys.keys()
+    keys, user_keys = {*network.DEFAULTS, "depth"}, config.get("user_keys", {})
+    keys |= {"objective"} if resumed else set()
+    keys -= {"block_size"} if not resumed and "block_size" in user_keys else set()
     advice = ANEW if resumed else "init_from takes a model as it is"
     require(keys <= saved.keys(), f"{source} does not say how its model was made; {advice}")
     for key in (key for key in user_keys if key in keys):

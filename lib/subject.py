@@ -64,7 +64,10 @@ def folder_of(config, subject):
 
 def open_text(config, subject, folder, split):
     """(meta, HeldOut, block size) of a split of a prepared folder; UserError if it does not fit."""
-    tokens, ckpt = loader.Tokens(folder, split), config["ckpt"]
+    splits, ckpt = loader.read_meta(folder)["splits"], config["ckpt"]
+    choices = f"choose --split={' or --split='.join(splits)}"
+    require(split in splits, f"{folder} has no split '{split}'; {choices}")
+    tokens = loader.Tokens(folder, split)
     most, V = subject.model.block_size, subject.model.vocab_size
     L, width = config["block_size"] or most, examples.layout(folder, tokens.meta)[0]
     require(most >= L, f"block_size must be at most the model's {most}, not {L}")
@@ -74,18 +77,13 @@ def open_text(config, subject, folder, split):
     require(same, f"{folder} has another tokenizer than {ckpt}")
     require(width <= most, f"{folder} has examples of {width} tokens, {ckpt} reads {most}")
     loader.fits(tokens, width or L)
-    if width:  # the bound of each answer, given its prompt
-        network = subject.causal, subject.model.start_id
-        part = examples.held_out(folder, split, L, config["sequences"], network)
-        return tokens.meta, part, L
     ends = {"whole": len(tokens), "radd": len(tokens) // L * L}
     end = choose("protocol", config["protocol"], ends)
     short = f"{folder} {split} has {len(tokens)} tokens, no whole block of {L}"
-    require(end, f"{short}; try --protocol=whole")
-    blocks = loader.in_order(tokens, L, config["sequences"], end)
-    counts = tokens.meta["splits"][split]
-    size = counts["bytes"] / counts["tokens"]
-    return tokens.meta, examples.HeldOut(blocks, list(map(len, blocks)), size), L
+    require(width or end, f"{short}; try --protocol=whole")
+    network = subject.causal, subject.model.start_id
+    part = examples.held_out(folder, split, L, config["sequences"], network, end)
+    return tokens.meta, part, L
 
 
 def evaluated(result, split, meta, protocol):
