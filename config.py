@@ -326,13 +326,24 @@ def system_error(error):
     return "" if unread else what + first_line(error)
 
 
+def memory_error(error):
+    """The one-line message of an error about a full memory; "" for any other error."""
+    size = r"allocate [\d.]+ ?\w+|(?:allocate|size calculation) [^.,(]*\w"
+    wanted = re.search(size, str(error))
+    full = wanted or re.search("out of memory|ALLOC_FAILED", str(error))  # by CUDA, by cuBLAS
+    if not (full or isinstance(error, MemoryError)):
+        return ""
+    cannot = f" (cannot {wanted[0]})" if wanted else ""
+    return f"not enough memory{cannot}; a smaller batch, micro-batch, block or network needs less"
+
+
 def run(main, *modules):
     """Run main(config) as a command, with --help.
 
     A UserError, a full memory or an error of the system becomes one line and exit code 2. Ctrl-C is
     exit code 130; 141 says that nobody reads the output any more (head), as after SIGPIPE.
     """
-    script = Path(sys.argv[0]).name
+    script, code = Path(sys.argv[0]).name, 2
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     ready_streams()
@@ -343,27 +354,21 @@ def run(main, *modules):
             print(help_text(*modules))
         else:
             main(parse(sys.argv[1:], *modules))
-        sys.stdout.flush()
+        return sys.stdout.flush()
     except UserError as error:
-        print(f"{script}: {error}".replace("\n", "\\n"), file=sys.stderr)
-        sys.exit(2)
+        message = str(error).replace("\n", "\\n")
     except OSError as error:
         message = system_error(error)
-        print(f"{script}: {message}\n" * bool(message), end="", file=sys.stderr)
-        sys.exit(2 if message else 141)
+        code = 2 if message else 141
     except (MemoryError, RuntimeError) as error:  # torch raises either for a full memory
-        size = r"allocate [\d.]+ ?\w+|(?:allocate|size calculation) [^.,(]*\w"
-        wanted = re.search(size, str(error))
-        full = wanted or re.search("out of memory|ALLOC_FAILED", str(error))  # by CUDA, by cuBLAS
-        if not (full or isinstance(error, MemoryError)):
+        message = memory_error(error)
+        if not message:
             raise
-        wanted = f" (cannot {wanted[0]})" if wanted else ""
-        advice = "a smaller batch, micro-batch, block or network needs less"
-        print(f"{script}: not enough memory{wanted}; {advice}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt as error:  # which may say what was saved
-        print(f"\n{script}: interrupted{f'; {error}' * bool(str(error))}", file=sys.stderr)
-        sys.exit(130)
+        print(file=sys.stderr)
+        message, code = f"interrupted{f'; {error}' * bool(str(error))}", 130
+    print(f"{script}: {message}\n" * bool(message), end="", file=sys.stderr)
+    sys.exit(code)
 
 
 if (

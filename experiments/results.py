@@ -21,7 +21,7 @@ import torch
 
 import config as settings
 from config import UserError
-from lib.files import append_line, optional, to_json, whole_file
+from lib.files import optional, to_json, whole_file, writing
 
 DEFAULTS = {
     "quick": False,  # a short form, to see that it runs: its figures mean little
@@ -82,7 +82,8 @@ def keep(path, record):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-    append_line(path, "\n" * torn + to_json(record))
+    with writing(path), open(path, "a", encoding="utf8") as file:
+        file.write("\n" * torn + to_json(record) + "\n")
 
 
 def mark(*parts):

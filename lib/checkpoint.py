@@ -245,8 +245,9 @@ def locate(path):
         if os.path.isfile(Path(path, name)):
             return Path(path, name)
     others = sorted(str(file) for file in Path(path).glob("*.safetensors") if os.path.isfile(file))
+    listed = f"{', '.join(names[:-1])} or {names[-1]}"
     advice = f"; name the file that is meant: {' or '.join(others)}" * bool(others)
-    raise UserError(f"no checkpoint in folder {path}: it has no file {' or '.join(names)}{advice}")
+    raise UserError(f"no checkpoint in folder {path}: it has no {listed}{advice}")
 
 
 def from_hub(name):

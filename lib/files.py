@@ -28,19 +28,26 @@ def whole_file(path):
     system cannot write (no space, no permission), and then leaves the old file as it was. A process
     that is killed in the block leaves the temporary file behind; see sweep.
     """
-    path, mark = Path(path), f"{os.getpid()}.{secrets.token_hex(3)}"
-    try:
+    path = Path(path)
+    with writing(path):
         if path.exists() and not path.is_file():
             yield path
             return
         with new_folder(path.parent):
-            temporary = path.with_name(f".{path.name}.{mark}.tmp")
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}.tmp")
             try:
                 yield temporary
                 replace(temporary, path)
             finally:
                 with contextlib.suppress(OSError):
                     temporary.unlink()
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Make an OSError of the block a UserError that names the file or folder `path`."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
@@ -56,15 +63,6 @@ def new_folder(folder):
         for place in made:
             with contextlib.suppress(OSError):
                 place.rmdir()
-
-
-def append_line(path, line):
-    """Append a line to a text file; UserError where the system cannot write."""
-    try:
-        with open(path, "a", encoding="utf8") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def replace(source, target):
@@ -135,11 +133,9 @@ def only_one(folder, key):
     """
     path = Path(folder, ".lock")
     with contextlib.ExitStack() as held:
-        try:
+        with writing(path):
             held.enter_context(new_folder(path.parent))
             file, locked = open_locked(path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
         held.enter_context(file)
         if locked is not False:
             held.callback(remove, path, file)

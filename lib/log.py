@@ -17,7 +17,7 @@ from tqdm import tqdm
 from lib.bar import bar_is_off
 from lib.checkpoint import set_aside
 from lib.device import nominal_flops, step_flops
-from lib.files import append_line, optional, to_json, whole_file
+from lib.files import optional, to_json, whole_file, writing
 from lib.resume import seen
 
 MORE = "give more --max_minutes, or --compile=False"
@@ -156,7 +156,8 @@ class Log:
         if not self.is_main:
             return
         numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float))}
-        append_line(self.path, to_json(entry))
+        with writing(self.path), open(self.path, "a", encoding="utf8") as file:
+            file.write(to_json(entry) + "\n")
         part = "val" if "nats_per_token" in entry else "train"
         if part == "val":
             self.held_out.append((entry["nats_per_token"], entry["step"]))

@@ -197,15 +197,15 @@ def with_attention(config, state, source):
     command line that such a network does not use. (A preset may have it for other networks.)
     """
     objective, attention = config["objective"], config["attention"]
-    known, user_keys = OBJECTIVES[objective].attention, config.get("user_keys", {})
-    trains = f"trains a network with attention={' or '.join(known)}"
+    suited, user_keys = OBJECTIVES[objective].attention, config.get("user_keys", {})
+    trains = f"trains a network with attention={' or '.join(suited)}"
     if state:
         has = f"{source} has attention={attention}"
-        require(attention in known, f"{has}, but {objective} {trains}")
+        require(attention in suited, f"{has}, but {objective} {trains}")
     elif "attention" in user_keys:
-        require(attention in known, f"objective '{objective}' {trains}, not {attention}")
-    elif attention not in known:
-        attention = known[0]
+        require(attention in suited, f"objective '{objective}' {trains}, not {attention}")
+    elif attention not in suited:
+        attention = suited[0]
     for key, (wanted, nothing) in USED_BY.items():
         is_wish = user_keys.get(key, "").startswith("--") and config[key] != nothing
         idle = f"{key} is for networks with attention={wanted}; leave it out"

@@ -162,8 +162,8 @@ def test_a_pickle_of_strange_tensors_is_refused(smdm, change, message):
 
 
 def test_files_and_folders_without_a_checkpoint_are_refused(tmp_path, smdm):
-    names = "ckpt.pt or model.safetensors or pytorch_model.bin or checkpoints-meta/checkpoint.pth"
-    message = "no checkpoint in folder {}: it has no file " + names
+    names = "ckpt.pt, model.safetensors, pytorch_model.bin or checkpoints-meta/checkpoint.pth"
+    message = "no checkpoint in folder {}: it has no " + names
     assert refusal(tmp_path) == message.format(tmp_path)
     files = f"{smdm}/ar.safetensors or {smdm}/mdm.safetensors"
     assert refusal(smdm) == f"{message.format(smdm)}; name the file that is meant: {files}"
@@ -179,7 +179,7 @@ def test_paths_that_lead_nowhere_are_refused(tmp_path):
     (tmp_path / "model.safetensors").symlink_to("model.safetensors")
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "pipe")
-    assert refusal(tmp_path).startswith(f"no checkpoint in folder {tmp_path}: it has no file")
+    assert refusal(tmp_path).startswith(f"no checkpoint in folder {tmp_path}: it has no ckpt.pt")
     for path in (
         tmp_path / "loop",
         tmp_path / "model.safetensors",
