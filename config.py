@@ -1,12 +1,12 @@
-"""The config dictionary, and the errors that a user can cause.
+"""The config dictionary, and errors that a user can cause.
 
     python train.py configs/pydocs.py --learning_rate=1e-3 --compile
 
 - A key is defined once, with its default and a comment, in a dict DEFAULTS at the top of the file
   that uses it.
 - A program's config is one flat dict: the DEFAULTS of its files < a preset file < the command line.
-- The values that a key can have stand in its comment, `a | b | c` or `one of TABLE`, and are
-  checked against it.
+- The values that a key can have are listed in its comment, as `a | b | c` or `one of TABLE`, and
+  nowhere else: the check reads them there.
 - A mistake of the user is a UserError: one line that says what would be right, and exit code 2.
 """
 
@@ -27,17 +27,17 @@ import traceback
 from pathlib import Path
 
 DEFAULTS = {
-    "device": "auto",  # auto (cuda, then mps, then cpu), cpu, mps, cuda, or one card: cuda:1
+    "device": "auto",  # cpu, mps, cuda or one card (cuda:1); auto: cuda if there is one, mps, cpu
     "dtype": "auto",  # auto (bfloat16 where the hardware multiplies it) | float32 | bfloat16
-    "seed": 1337,  # every random draw is a function of this
+    "seed": 1337,  # every random draw is a function of the seed
 }
 
-# The keys that name a file or a folder, or several with commas between them: ~ is the home there.
+# The keys whose value is a path, or several separated by commas; in it ~ is the home folder.
 PATHS = {"ckpt", "data", "folder", "from", "gpt2", "include_path", "init_from", "input", "judge"}
 PATHS |= {"out_dir", "page", "preset", "reference", "results", "rows", "runs", "samples", "svg"}
 PATHS |= {"out", "to", "tokenizer", "val"}
 
-RENAMED = {  # keys of earlier versions: a command may name them, a checkpoint hold them
+RENAMED = {  # keys of earlier versions, for old commands and checkpoints
     "causal": "attention",
     "cfg": "cfg_scale",
     "min_tokens": "min_new_tokens",
@@ -48,12 +48,11 @@ RENAMED = {  # keys of earlier versions: a command may name them, a checkpoint h
     "unused_rows": "head_padding",
 }
 
-
 ROOT = Path(__file__).resolve().parent
 
 
 class UserError(Exception):
-    """A user error: its message is one line, what is wrong with which key and what is right."""
+    """A mistake of the user. The one-line message says what is wrong, and what would be right."""
 
 
 def require(condition, message):
@@ -62,43 +61,44 @@ def require(condition, message):
         raise UserError(message)
 
 
-def nearest(name, known):
-    """The tail of a message about an unknown name: what was meant, or the list of what exists."""
-    known = sorted(str(each) for each in known if str(each))
-    if RENAMED.get(name) in known:
-        return f"; did you mean '{RENAMED[name]}'?"
-    close = [] if name in RENAMED else difflib.get_close_matches(str(name), known, n=1)
-    listed = ", ".join(known) or "nothing"
+def nearest(name, names):
+    """The end of a message about an unknown name: the likely one of `names`, or all of them."""
+    names = sorted(str(each) for each in names if str(each))
+    if name in RENAMED:
+        close = [RENAMED[name]] * (RENAMED[name] in names)
+    else:
+        close = difflib.get_close_matches(str(name), names, n=1)
+    listed = ", ".join(names) or "nothing"
     return f"; did you mean '{close[0]}'?" if close else f"; there is: {listed}"
 
 
 def choose(key, value, options):
-    """options[value] (of a dict) or value (in a list); UserError names the nearest one."""
+    """options[value] of a dict, or the value itself from a list; UserError if it is not there."""
     if not (isinstance(value, str) and value in options):
         raise UserError(f"unknown {key} '{value}'{nearest(str(value), options)}")
     return options[value] if isinstance(options, dict) else value
 
 
 class Table(dict):
-    """{name: entry}, all there is of one kind; to add one is to add one entry.
+    """A dict {name: entry} of all things of one kind, to which one is added by adding an entry.
 
-    An unknown name is a UserError wherever it is looked up. So is an entry that lacks something, at
-    the first look: lacking(entry) -> what, in words, or "".
+    Looking up an unknown name is a UserError. So is looking up a faulty entry: lacking(entry) says
+    at the first look-up what is wrong with it, in words, or "".
     """
 
     def __init__(self, kind, lacking=None, /, **entries):
         super().__init__(entries)
-        self.kind, self.lacking, self.whole = kind, lacking, {}
+        self.kind, self.lacking, self.checked = kind, lacking, {}
 
     def __getitem__(self, name):
         entry = super().__getitem__(choose(self.kind, name, list(self)))
-        if self.lacking and self.whole.get(name, self) is not entry:
+        if self.lacking and self.checked.get(name, self) is not entry:
             try:
                 problem = self.lacking(entry)
             except Exception as error:  # an entry may hold anything
                 problem = f"fails with {type(error).__name__}: {error}"
             require(not problem, f"the {self.kind} '{name}' {problem}")
-            self.whole[name] = entry
+            self.checked[name] = entry
         return entry
 
 
@@ -115,16 +115,16 @@ def fraction(config, *keys):
 
 
 def first_line(error):
-    """What an error says, in short, or else its kind."""
-    said = str(error).strip().splitlines()
-    return said[0][:200] if said else type(error).__name__
+    """The first line of an error's message, shortened, or its type where there is no message."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 # ---- One key -------------------------------------------------------------------------------------
 
 
 def shown(value):
-    """The value for a message, in short: a file can hold what would fill the memory."""
+    """The value as text for a message, shortened: a file can hold one that fills the memory."""
     try:
         return reprlib.repr(value)
     except ValueError:  # more digits than Python writes
@@ -132,10 +132,11 @@ def shown(value):
 
 
 def typed(key, value, default):
-    """The value in the type of its default: text is parsed, a literal checked, or UserError."""
+    """The value in the type of its default: text is parsed, a literal is checked, or UserError."""
     if isinstance(default, str):
+        # without the characters that no file name can have
         plain = isinstance(value, str) and not re.search("[\0\ud800-\udc7f\udd00-\udfff]", value)
-        require(plain, f"{key} must be text, not {shown(value)}")  # no file can be called otherwise
+        require(plain, f"{key} must be text, not {shown(value)}")
         return value
     if isinstance(default, bool):
         words = {"true": True, "1": True, "false": False, "0": False}
@@ -149,46 +150,43 @@ def typed(key, value, default):
     if isinstance(default, float):
         require(math.isfinite(number), f"{key} must be a number, not {shown(value)}")
         return number
-    require(
-        number.is_integer(), f"{key} must be a whole number, not {shown(value)}"
-    )  # False also for nan and infinity
+    integral = number.is_integer()  # False for nan and infinity, too
+    require(integral, f"{key} must be a whole number, not {shown(value)}")
     return int(number if isinstance(value, str) and re.search("[.eE]", value) else value)
 
 
 def at_home(key, value):
-    """The path, or paths, of a key with ~ as the home folder; UserError where there is none."""
+    """The path, or paths, of a key with ~ replaced by the home folder; UserError without one."""
 
-    def whole(found):
-        path = os.path.expanduser(found[0])
-        is_name = path == found[0] and not os.path.lexists(path)
-        message = f"{key}: no home folder {found[0]}; a folder that is called so is ./{found[0]}"
+    def expanded(match):
+        path = os.path.expanduser(match[0])
+        is_name = path == match[0] and not os.path.lexists(path)
+        message = f"{key}: no home folder {match[0]}; a folder with that name is ./{match[0]}"
         require(not is_name, message)
         return path
 
-    return re.sub(r"(?<![^,])~[^,]*", whole, value)
+    return re.sub(r"(?<![^,])~[^,]*", expanded, value)
 
 
 @functools.cache
-def key_lines(module):
-    """The lines of a module's DEFAULTS block: a key is documented by the line that defines it."""
-    return re.search(r"^DEFAULTS = \{\n(.*?)^\}", inspect.getsource(module), re.S | re.M)[
-        1
-    ].splitlines()
+def key_block(module):
+    """The text of a module's DEFAULTS: a key is documented by the line that defines it."""
+    return re.search(r"^DEFAULTS = \{\n(.*?)^\}", inspect.getsource(module), re.S | re.M)[1]
 
 
 def allowed(module):
     """The values that keys can have, {key: list}, as the comments of DEFAULTS list them.
 
-    `# a | b (why) | c; more` or `# one of TABLE`, a dict or list of the module.
+    A comment is `# a | b (remark) | c; remark` or `# one of TABLE`, a dict or list of the module.
+    Readers and --help look there, so the check does, too: a second list could become another one.
     """
     values = {}
-    for line in key_lines(module):
-        if found := re.match(r'\s*"(\w+)": ".*?",\s*# (.*)', line):
-            listed = re.sub(r" *\(.*?\)", "", found[2]).split(";")[0]  # without what is in brackets
-            if table := re.match(r"one of ([A-Z_]+)", listed):
-                values[found[1]] = list(getattr(module, table[1]))
-            elif re.fullmatch(r"\w+( \| \w+)+", listed):
-                values[found[1]] = listed.split(" | ")
+    for key, comment in re.findall(r'^ *"(\w+)": ".*?",  # (.*)', key_block(module), re.M):
+        listed = re.sub(r" \(.*?\)", "", comment).split(";")[0]  # without remarks
+        if table := re.fullmatch(r"one of (\w+)", listed):
+            values[key] = list(getattr(module, table[1]))
+        elif re.fullmatch(r"\w+( \| \w+)+", listed):
+            values[key] = listed.split(" | ")
     return values
 
 
@@ -196,18 +194,17 @@ def allowed(module):
 
 
 def defaults_of(modules):
-    """The DEFAULTS of several modules in one dict; a key has one home."""
+    """The DEFAULTS of several modules in one dict; no two may define the same key."""
     keys = [key for module in modules for key in module.DEFAULTS]
-    assert len(keys) == len(set(keys)), (
-        f"defined twice: {sorted({key for key in keys if keys.count(key) > 1})}"
-    )
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    assert not twice, f"defined twice: {twice}"
     return {key: value for module in modules for key, value in module.DEFAULTS.items()}
 
 
 def merge(items, *modules):
-    """The modules' DEFAULTS overridden by items (what to call it, key, value), in their order.
+    """The modules' DEFAULTS overridden by items (its name in a message, key, value), in order.
 
-    Raises UserError for an unknown key, and for a value that it cannot have.
+    Raises UserError for an unknown key, or a value that the key cannot have.
     """
     config = defaults_of(modules)
     listed = {key: values for module in modules for key, values in allowed(module).items()}
@@ -223,20 +220,23 @@ def merge(items, *modules):
 
 
 def options(given, *modules):
-    """A call's keyword options over the modules' DEFAULTS: `sample(model, x, steps=8)`."""
+    """The keyword options of a call merged over the DEFAULTS, as in `sample(model, x, steps=8)`."""
     return merge([(key, key, value) for key, value in given.items()], *modules)
 
 
 def completed(config, *modules):
-    """A config that was made in Python over the DEFAULTS, checked as a command's; others stay."""
-    known = defaults_of(modules)
-    return config | options({key: config[key] for key in config if key in known}, *modules)
+    """A config that was made in Python, merged over the DEFAULTS and checked as a command's is.
+
+    Keys that no module defines stay as they are.
+    """
+    own = config.keys() & defaults_of(modules)
+    return config | options({key: config[key] for key in own}, *modules)
 
 
 def read_preset(path):
-    """A preset file is one Python dict literal; it is read, never executed.
+    """The dict of a preset file, one Python dict literal, which is read and never executed.
 
-    One that is not in the working directory is looked for in this repository.
+    A file that is not found from the working directory is looked for in this repository.
     """
     path = Path(at_home("preset", str(path)))
     if not os.path.isfile(path) and os.path.isfile(ROOT / path):  # called from another folder
@@ -249,18 +249,17 @@ def read_preset(path):
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         why = str(error).splitlines() or ["nested too deeply"]  # a MemoryError says nothing
         raise UserError(f"{path} must hold one Python dict literal ({why[0]})") from None
-    require(
-        isinstance(preset, dict),
-        f"{path} must hold one Python dict literal, not a {type(preset).__name__}",
-    )
+    kind = type(preset).__name__
+    require(kind == "dict", f"{path} must hold one Python dict literal, not a {kind}")
     return preset
 
 
 def parse(argv, *modules):
-    """One config dict: the modules' DEFAULTS < preset files < --key=value; `--key` alone is True.
+    """The config of a command line: the DEFAULTS < preset files < --key=value; --key is True.
 
-    config["user_keys"] lists the keys that the user set, so that a resumed run can tell a wish from
-    a default. Raises UserError for an unknown key, a wrong type or value, a missing preset.
+    config["user_keys"] says which keys the user set, and where: {key: "--key" or "FILE: key"}. So a
+    program can tell a wish from a default. Raises UserError for an unknown key, a wrong type or
+    value, or a missing preset.
     """
     defaults, items = defaults_of(modules), []
     for arg in argv:
@@ -271,26 +270,21 @@ def parse(argv, *modules):
             require(equals or alone, f"write --{key}=VALUE, not '{arg}'")
             items.append((f"--{key}", key, True if alone else value))
         else:
-            require(
-                arg.endswith(".py"),
-                f"'{arg}' is neither a preset (configs/NAME.py) nor --key=value",
-            )
+            neither = f"'{arg}' is neither a preset (configs/NAME.py) nor --key=value"
+            require(arg.endswith(".py"), neither)
             items += [(f"{arg}: {key}", key, value) for key, value in read_preset(arg).items()]
-    return merge(items, *modules) | {"user_keys": sorted({key for _, key, _ in items})}
+    return merge(items, *modules) | {"user_keys": {key: where for where, key, _ in items}}
 
 
 def help_text(*modules):
-    """Each module's own DEFAULTS block; `one of TABLE` is followed by the table's names."""
+    """The text of each module's DEFAULTS, with the names of TABLE added behind `one of TABLE`."""
     blocks = []
     for module in modules:
-        lines = [f"keys of {Path(inspect.getfile(module)).name}:", *key_lines(module)]
-        for key, values in allowed(module).items():
-            names = lambda found, values=values: f"{found[0]}: {' | '.join(values)}"  # noqa: E731
-            lines = [
-                re.sub(r"one of [A-Z_]+", names, line) if f'"{key}"' in line else line
-                for line in lines
-            ]
-        blocks.append("\n".join(lines) + "\n")
+        block = key_block(module)
+        for table in set(re.findall(r"# one of (\w+)", block)):
+            names = " | ".join(getattr(module, table))
+            block = re.sub(rf"# one of {table}\b", f"# one of {table}: {names}", block)
+        blocks.append(f"keys of {Path(inspect.getfile(module)).name}:\n{block}")
     return "\n".join(blocks)
 
 
@@ -298,8 +292,8 @@ def help_text(*modules):
 
 
 def interrupted(number, frame):
-    """Ctrl-C: ends one of our programs in one line while it imports, and is as ever elsewhere."""
-    script = Path(sys.argv[0])  # -m while a package is being found
+    """The handler of Ctrl-C until a program runs: while one of ours imports, end it in one line."""
+    script = Path(sys.argv[0])  # "-m" while Python looks for the package
     ours = script.name == "-m" or (script.suffix == ".py" and ROOT in script.resolve().parents[:3])
     frames = (outer.f_code.co_filename for outer, _ in traceback.walk_stack(frame))
     if not (ours and any("importlib" in name for name in frames)):
@@ -309,35 +303,47 @@ def interrupted(number, frame):
 
 
 def ready_streams():
-    """Give closed streams a sink, replace characters that a stream lacks, flush every line."""
+    """Open closed streams, replace characters that a stream cannot encode, flush every line."""
     for name, mode in {"stdin": "r", "stdout": "w", "stderr": "w"}.items():
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf8"))  # noqa: SIM115
-        elif mode == "w" and hasattr(stream, "reconfigure"):  # a notebook's has none
+        elif mode == "w" and hasattr(stream, "reconfigure"):  # those of a notebook lack it
             plain = stream.errors in ("strict", "surrogateescape")
             stream.reconfigure(errors="replace" if plain else stream.errors, line_buffering=True)
 
 
 def system_error(error):
-    """The message of an OSError, for one line; "" where only the reader of the output is gone."""
+    """The one-line message of an OSError; "" if it says that whoever read the output is gone."""
     windows = sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None
-    unread = isinstance(error, BrokenPipeError) or windows
+    unread, what = isinstance(error, BrokenPipeError) or windows, ""
     try:
         sys.stdout.flush()
-    except OSError:  # again at Python's own end, unless all else goes nowhere
+    except OSError:  # Python would raise it again as it ends, unless the output goes nowhere
+        what = "cannot write the output: "
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return "" if unread else first_line(error)
+    return "" if unread else what + first_line(error)
+
+
+def memory_error(error):
+    """The one-line message of an error about a full memory; "" for any other error."""
+    size = r"allocate [\d.]+ ?\w+|(?:allocate|size calculation) [^.,(]*\w"
+    wanted = re.search(size, str(error))
+    full = wanted or re.search("out of memory|ALLOC_FAILED", str(error))  # by CUDA, by cuBLAS
+    if not (full or isinstance(error, MemoryError)):
+        return ""
+    cannot = f" (cannot {wanted[0]})" if wanted else ""
+    return f"not enough memory{cannot}; a smaller batch, micro-batch, block or network needs less"
 
 
 def run(main, *modules):
     """Run main(config) as a command, with --help.
 
-    A UserError, full memory or a system error is one line and exit code 2; Ctrl-C is 130; a reader
-    of the output that is gone (head) is 141, as by SIGPIPE.
+    A UserError, a full memory or an error of the system becomes one line and exit code 2. Ctrl-C is
+    exit code 130; 141 says that nobody reads the output any more (head), as after SIGPIPE.
     """
-    script = Path(sys.argv[0]).name
+    script, code = Path(sys.argv[0]).name, 2
     if signal.getsignal(signal.SIGINT) is interrupted:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     ready_streams()
@@ -348,30 +354,21 @@ def run(main, *modules):
             print(help_text(*modules))
         else:
             main(parse(sys.argv[1:], *modules))
-        sys.stdout.flush()
+        return sys.stdout.flush()
     except UserError as error:
-        print(f"{script}: {error}".replace("\n", "\\n"), file=sys.stderr)
-        sys.exit(2)
+        message = str(error).replace("\n", "\\n")
     except OSError as error:
         message = system_error(error)
-        print(f"{script}: {message}\n" * bool(message), end="", file=sys.stderr)
-        sys.exit(2 if message else 141)
-    except (MemoryError, RuntimeError) as error:  # torch says it by either
-        wanted = re.search(
-            r"allocate [\d.]+ ?\w+|(?:allocate|size calculation) [^.,(]*\w", str(error)
-        )
-        full = wanted or re.search("out of memory|ALLOC_FAILED", str(error))  # CUDA's, cuBLAS's
-        if not (full or isinstance(error, MemoryError)):
+        code = 2 if message else 141
+    except (MemoryError, RuntimeError) as error:  # torch raises either for a full memory
+        message = memory_error(error)
+        if not message:
             raise
-        advice = "a smaller batch, micro-batch, block or network needs less"
-        print(
-            f"{script}: not enough memory{f' (cannot {wanted[0]})' if wanted else ''}; {advice}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{script}: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as error:  # which may say what was saved
+        print(file=sys.stderr)
+        message, code = f"interrupted{f'; {error}' * bool(str(error))}", 130
+    print(f"{script}: {message}\n" * bool(message), end="", file=sys.stderr)
+    sys.exit(code)
 
 
 if (

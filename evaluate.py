@@ -49,7 +49,7 @@ from config import Table, require
 from data import ngram
 from lib import fused
 from lib import subject as subjects
-from lib.log import progress_bar
+from lib.bar import progress_bar
 from lib.rows import Requests, batches, random_numbers
 from lib.stats import certainty, finite, mean_over_sets, report, t95
 from lib.text import by_token

@@ -32,7 +32,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from config import Table, choose
+from config import Table, choose, require
 from lib import fused
 from lib.cache import OrderCache
 
@@ -208,23 +208,23 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, V = config["n_embd"], config["vocab_size"]
-        assert D % config["n_head"] == 0 and (D // config["n_head"]) % 2 == 0
-        choose("attention", config["attention"], ATTENTIONS)
+        D, H, V, conv = (config[key] for key in ("n_embd", "n_head", "vocab_size", "conv"))
+        require(D % (2 * H) == 0, f"n_embd {D} must be a multiple of 2 * n_head = {2 * H}")
+        full = choose("attention", config["attention"], ATTENTIONS) == "full"
+        odd = f"conv must be 0, or with attention=full an odd number, not {conv}"
+        require(conv == 0 or (full and conv % 2 == 1), odd)
         self.config = config
         self.block_size, self.vocab_size, self.mask_id = config["block_size"], V, V
         self.start_id = V if config["start_id"] < 0 else config["start_id"]
         self.row_loss = None  # of lib/fused.py, which lib/parallel.py may compile
-        empty = torch.empty(V + 1, D)  # (V + 1, D), drawn below, with all others
-        self.embed = nn.Embedding.from_pretrained(empty, freeze=False)
-        assert not config["conv"] or (config["attention"] == "full" and config["conv"] % 2 == 1)
-        self.conv = nn.Parameter(torch.empty(config["conv"], D)) if config["conv"] else None
+        self.embed = nn.Embedding.from_pretrained(torch.empty(V + 1, D), freeze=False)  # see below
+        self.conv = nn.Parameter(torch.empty(conv, D)) if conv else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config["n_layer"]))
         self.norm = NORMS[config["norm"]](config)
         self.unembed = nn.Linear(D, V + config["head_padding"], bias=config["bias"])
         for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
-            self.register_buffer(name, table.to(empty.device), persistent=False)
-        if not empty.is_meta:  # there is nothing to draw there, and trying costs a second
+            self.register_buffer(name, table.to(self.embed.weight.device), persistent=False)
+        if not self.embed.weight.is_meta:  # nothing to draw there, and trying costs a second
             with torch.no_grad():
                 for name, value in self.initial_weights():
                     self.get_parameter(name).copy_(value)

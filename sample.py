@@ -36,10 +36,10 @@ import diffusion
 from config import require
 from lib import fused, philox
 from lib import subject as subjects
+from lib.bar import progress_bar
 from lib.cache import Cache, OrderCache
 from lib.device import can_compile, compile_hidden, wait
 from lib.files import to_json, whole_file
-from lib.log import progress_bar
 from lib.stats import finite
 from lib.text import request, suppress_eos, suppress_tokens, text_of, text_or_file
 from samplers import SAMPLERS, calls, entropy_of, on_device

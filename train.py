@@ -37,8 +37,8 @@ import model as network
 import sample
 from data import examples, loader
 from data.tokenizer import from_meta
-from diffusion import OBJECTIVES, ORDERS  # noqa: F401  (DEFAULTS names ORDERS)
-from lib import checkpoint, fused, parallel, philox, resume
+from diffusion import OBJECTIVES
+from lib import checkpoint, fused, optim, parallel, philox, resume
 from lib.budget import Clock, with_dial
 from lib.files import Stop
 from lib.log import Log
@@ -64,11 +64,11 @@ DEFAULTS = {
     "random_length": 0.0,  # the chance that a step has a random, shorter length (SMDM: 0.01)
     "batch_size": 0,  # sequences in a step, over all processes; 0: by the width (lib/budget.py)
     "micro_batch_size": 0,  # how many of them a process takes at once; 0: the whole of its share
-    "optimizer": "muon",  # adamw | muon (for the matrices of the blocks, AdamW for the rest)
+    "optimizer": "muon",  # one of OPTIMIZERS; muon is for the blocks' matrices, AdamW for the rest
     "learning_rate": 0.0,  # of AdamW and Muon alike, whose updates are of one size; 0: by the width
     "min_lr": 0.0,  # the learning rate at the end of the decay
     "warmup_iters": 20,  # steps in which the learning rate grows to its full value
-    "lr_decay": "linear",  # cosine | linear | constant
+    "lr_decay": "linear",  # one of LR_DECAYS
     "decay_start": 0.3,  # the part of the run, in steps or minutes, after which the decay begins
     "beta1": 0.9,
     "beta2": 0.95,
@@ -91,7 +91,8 @@ DEFAULTS = {
     "tensorboard": False,  # write the log to out_dir/tensorboard, too
     "profile": 0,  # how many steps torch's profiler records in out_dir/trace.json
 }
-
+# Tables that DEFAULTS names, for config.py to find them here.
+ORDERS, OPTIMIZERS, LR_DECAYS = diffusion.ORDERS, optim.OPTIMIZERS, optim.LR_DECAYS
 # Random numbers that are no batch's: positions of their own, which no batch reaches.
 STREAMS = {"length": 2**62, "dropout": 2**62 + 1, "prompt_drop": 2**61, "order": 2**60}
 

@@ -19,7 +19,7 @@ import requests
 from tqdm import tqdm
 
 from config import UserError, require
-from lib.files import lock
+from lib.files import lock, new_folder
 
 TRIES = 5  # failures in a row, without a new byte between them, before it gives up
 LONGEST_WAIT = 60  # seconds between two tries, whatever the server asks for
@@ -54,38 +54,42 @@ def fetch(url, path, sha256=None, size=None, headers=None, first_wait=1.0, stop=
     threading.Event); CannotWrite where the system cannot.
     """
     path, stop = Path(path), stop or threading.Event()
-    part = path.with_name(path.name + ".part")
     wanted = {"hash": sha256, "size": size}  # completed by what the server states
     try:
-        if is_expected(path, **wanted):
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        require(not part.is_symlink(), f"{part} is a symbolic link: it is not written through")
-        with open(part, "ab") as file:
-            lock(file, wait=True)  # of several processes that want the file, one downloads
-            if is_expected(path, **wanted):
-                return path
-            left = file.seek(0, os.SEEK_END)  # bytes that an interrupted run left
-            download(url, file, wanted, headers or {}, first_wait, stop)
-            if left and not (wanted["hash"] and is_expected(part, **wanted)):
-                file.truncate(0)  # nothing but a hash can tell that those bytes belong here
-                download(url, file, wanted, headers or {}, first_wait, stop)
-            if not is_expected(part, **wanted):
-                file.truncate(0)
-                raise UserError(f"{url} is not the expected file: its length or hash is wrong")
-            with contextlib.suppress(PermissionError):  # Windows moves no open file
-                os.replace(part, path)
-                return path
-        os.replace(part, path)
+        if not is_expected(path, **wanted):
+            with new_folder(path.parent):
+                fetch_missing(url, path, wanted, headers or {}, first_wait, stop)
     except requests.RequestException as error:  # its kind alone: the rest may hold the headers sent
         raise UserError(f"cannot fetch {url}: {type(error).__name__}") from None
     except OSError as error:
         raise CannotWrite(f"cannot write {path}: {error.strerror or error}") from None
+    return path
+
+
+def fetch_missing(url, path, wanted, headers, first_wait, stop):
+    """fetch for a file that is not there, into an existing folder; it grows as `path`.part."""
+    part = path.with_name(path.name + ".part")
+    require(not part.is_symlink(), f"{part} is a symbolic link: it is not written through")
+    try:
+        with open(part, "ab") as file:
+            lock(file, wait=True)  # of several processes that want the file, one downloads
+            if is_expected(path, **wanted):
+                return
+            left = file.seek(0, os.SEEK_END)  # bytes that an interrupted run left
+            download(url, file, wanted, headers, first_wait, stop)
+            if left and not (wanted["hash"] and is_expected(part, **wanted)):
+                file.truncate(0)  # nothing but a hash can tell that those bytes belong here
+                download(url, file, wanted, headers, first_wait, stop)
+            if not is_expected(part, **wanted):
+                file.truncate(0)
+                raise UserError(f"{url} is not the expected file: its length or hash is wrong")
+            with contextlib.suppress(PermissionError):  # Windows moves no open file
+                return os.replace(part, path)
+        os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):
             if not wanted["hash"] or part.stat().st_size == 0:
                 part.unlink()
-    return path
 
 
 def is_expected(path, hash, size):

@@ -268,8 +268,8 @@ def open_data(config):
     return dataset, held_out(folder, "val", L, config["eval_sequences"], network)
 
 
-def held_out(folder, split, block_size, n, network):
-    """n blocks or examples of a split, evenly spread, 0 for all: HeldOut.
+def held_out(folder, split, block_size, n, network, end=None):
+    """n blocks (of the text up to `end`) or examples of a split, evenly spread, 0 for all: HeldOut.
 
     network: (causal, start_id).
     """
@@ -280,7 +280,7 @@ def held_out(folder, split, block_size, n, network):
         n_tokens = part.counted(range(part.n), padding=False).sum()
     else:
         tokens = loader.Tokens(folder, split)
-        blocks = loader.in_order(tokens, block_size, n)
+        blocks = loader.in_order(tokens, block_size, n, end)
         requests, counts = [(x[:0], x) for x in blocks], [len(x) for x in blocks]
         n_tokens = len(tokens)
     return HeldOut(requests, counts, meta["splits"][split]["bytes"] / n_tokens)

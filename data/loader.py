@@ -66,7 +66,7 @@ def describes_tokens(meta):
     return (
         all(type(n) is int and 0 < n < 2**63 for n in numbers)
         and V < 2**32
-        and isinstance(meta["tokenizer"], dict)
+        and isinstance(meta["tokenizer"]["kind"], str)
         and meta["dtype"] == id_type(V).name
     )
 

@@ -203,7 +203,7 @@ def build(kind, texts):
 
 def characters(texts):
     """The set of characters of an iterable of texts."""
-    bar = tqdm(texts, desc="collecting characters", unit=" documents", disable=None)
+    bar = tqdm(texts, "collecting characters", unit=" documents", leave=False, disable=None)
     return set(itertools.chain.from_iterable(bar))
 
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 from config import UserError, require
 from data import loader
 from data import tokenizer as tokenizers
-from lib.files import only_one, to_json, whole_file
+from lib.files import only_one, to_json, whole_file, writing
 
 SHARD = 100_000_000  # tokens in a shard, the last one aside
 FEW = 1000  # documents or prompts, of which a hash may hold out none, or far too many
@@ -141,13 +141,11 @@ def replacing(folder):
     Raises UserError where the system cannot write, or another program prepares the folder.
     """
     building = Path(folder, ".preparing")
-    with only_one(folder, "out"):
+    with only_one(folder, "out"), writing(folder):
         try:
             shutil.rmtree(building, ignore_errors=True)  # what a killed run left
             building.mkdir()
             yield building
-        except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
         finally:
             shutil.rmtree(building, ignore_errors=True)
 

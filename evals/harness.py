@@ -105,7 +105,8 @@ def log_p_of_continuations(subject, config, cuts, requests):
     pairs = [choice.fit(*pair, L) for pair in whole]
     cuts["continuations"] += len(pairs)
     cuts["continuations cut short"] += sum(len(answer) > L for _, answer in whole)
-    cuts["contexts without their beginning"] += lacking(whole, pairs)
+    both = zip(whole, pairs, strict=True)
+    cuts["contexts without their beginning"] += sum(len(a) > len(b) for (a, _), (b, _) in both)
     keys = options(config, "estimator", "draws", "schedule", "cfg_scale")
     groups = [request.doc_id for request in requests]
     nats = evaluate.answer_nats(model, pairs, groups, **keys)  # (N,)
@@ -116,11 +117,6 @@ def log_p_of_continuations(subject, config, cuts, requests):
     keys = options(config, "cfg_scale")
     greedy[alone] = choice.decoded(model, [pairs[i] for i in alone], **keys)
     return list(zip((0.0 - nats).tolist(), greedy.tolist(), strict=True))
-
-
-def lacking(whole, pairs):
-    """How many prompts of pairs (prompt, answer) are shorter than in `whole`."""
-    return sum(len(a) > len(b) for (a, _), (b, _) in zip(whole, pairs, strict=True))
 
 
 def log_p_of_texts(subject, config, requests):
@@ -137,12 +133,6 @@ def log_p_of_texts(subject, config, requests):
     return log_p
 
 
-def room(prompt, wanted, block_size):
-    """(the prompt, tokens of an answer) that a block holds: the prompt goes first."""
-    n = max(1, min(wanted, block_size - len(prompt)))
-    return prompt[max(0, len(prompt) + n - block_size) :], n
-
-
 def generated(subject, config, cuts, requests):
     """generate_until: (context, wish) -> [text].
 
@@ -154,7 +144,8 @@ def generated(subject, config, cuts, requests):
         context, wish = request.args
         whole = examples.encode(tokenizer, "a request", context)
         wanted = wish.get("max_gen_toks", config["max_new_tokens"])
-        prompt, n = room(whole, wanted, model.block_size)
+        n = max(1, min(wanted, model.block_size - len(whole)))  # the prompt goes first
+        prompt, _ = choice.fit(whole, range(n), model.block_size)
         cuts["answers"] += 1
         cuts["answers cut short"] += n < wanted
         cuts["prompts without their beginning"] += len(prompt) < len(whole)

@@ -74,15 +74,10 @@ def distinct(tokens, n):
     return len(set(grams)) / max(1, len(grams)) if grams else 1.0
 
 
-def repetition(tokens):
-    """The part of the 4-grams that have been there before, in [0, 1)."""
-    return 1 - distinct(tokens, 4)
-
-
 VARIETY = {
     "entropy, nats": entropy,
     **{f"distinct-{n}": functools.partial(distinct, n=n) for n in (1, 2, 3)},
-    "repetition": repetition,
+    "repetition": lambda tokens: 1 - distinct(tokens, 4),
     "length": len,
 }
 

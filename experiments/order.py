@@ -83,7 +83,8 @@ def run_config(config, name, seed):
     mine |= {"seed": seed, "max_iters": steps, "eval_interval": steps, "show_sample": False}
     mine |= {"out_dir": str(Path(config["folder"], words.replace(" ", "_"))), "save_interval": 200}
     mine |= {key: config[key] for key in ("device", "dtype")} | {"compile": not config["quick"]}
-    return mine | {"user_keys": sorted({"seed", "max_iters", "attention", *KINDS[name]})}
+    own = ("seed", "max_iters", "attention", *KINDS[name])
+    return mine | {"user_keys": dict.fromkeys(own, "")}
 
 
 def measured(config, name, seed):

@@ -21,7 +21,7 @@ import torch
 
 import config as settings
 from config import UserError
-from lib.files import optional, to_json, whole_file
+from lib.files import optional, to_json, whole_file, writing
 
 DEFAULTS = {
     "quick": False,  # a short form, to see that it runs: its figures mean little
@@ -82,7 +82,7 @@ def keep(path, record):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-    with open(path, "a", encoding="utf8") as file:
+    with writing(path), open(path, "a", encoding="utf8") as file:
         file.write("\n" * torn + to_json(record) + "\n")
 
 
@@ -105,6 +105,13 @@ def write(config, name, figures, text, plots=None, script=None):
         path.write_text(f"Made by `{command}`.\n\n{text}", encoding="utf8")
     for ending, draw in (plots or {}).items():
         plot(folder / f"{name}{ending}.png", functools.partial(draw, figures=figures))
+
+
+def wilson(share, n):
+    """The 95% interval (low, high) of a share of n by Wilson's score; it lies within 0..1."""
+    z = 1.96
+    middle, half = share + z**2 / (2 * n), z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
 
 
 # ---- Plots ---------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ from data.loader import spread
 from experiments import guidance, results, runs
 from experiments.berglund import TASKS, Words, compose, names_of, read, validating
 from lib import checkpoint
-from lib.stats import FEWEST, t95, wilson
+from lib.stats import FEWEST, t95
 
 DEFAULTS = {
     "from": "",  # a folder with Berglund's .jsonl files; empty: downloaded to data/reversal/raw
@@ -258,7 +258,7 @@ def interval(percents, n):
     are others in every seed: for them it is too wide.)
     """
     p, k = mean(percents) / 100, len(percents)
-    low, high = (100 * z for z in wilson(p, n))
+    low, high = (100 * z for z in results.wilson(p, n))
     of_seeds = t95(k - 1) * stdev(percents) / k**0.5 if k >= FEWEST else 0.0
     low, high = 100 * p - hypot(100 * p - low, of_seeds), 100 * p + hypot(high - 100 * p, of_seeds)
     return max(0.0, low), min(100.0, high)

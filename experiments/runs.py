@@ -180,7 +180,7 @@ class Runs:
         mine |= {"save_interval": -(-steps // POINTS), "keep": POINTS, "show_sample": False}
         mine |= {"eval_interval": -(-steps // 10), "device": config["device"]}
         mine |= {"eval_interval": 30, "eval_sequences": 4} if config["quick"] else {}
-        return mine | {"compile": mine["compile"] and not config["quick"], "user_keys": []}
+        return mine | {"compile": mine["compile"] and not config["quick"], "user_keys": {}}
 
     def train(self, data, keys, flops, seed, within=contextlib.nullcontext):
         """The folder of a run, which is trained first where it has not been; None: no time.

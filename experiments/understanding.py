@@ -51,7 +51,7 @@ from data.tokenizer import from_meta
 from evals import choice
 from experiments import guidance, orders, papers, results, runs
 from lib import checkpoint
-from lib.stats import t95, wilson
+from lib.stats import t95
 
 DEFAULTS = {
     "data": "data/corpus",  # a prepared folder of bytes
@@ -178,7 +178,7 @@ def row_of(name, questions, whole, scores):
         if seeds:
             rights[kind] = np.mean([each["right"] for each in seeds], 0)  # (n,)
             mean = float(rights[kind].mean())
-            low, high = wilson(mean, n)
+            low, high = results.wilson(mean, n)
             row[kind] = f"{100 * mean:.1f} ({100 * low:.0f} to {100 * high:.0f})"
             figures |= {f"{name}, {kind}": 100 * mean, f"{name}, {kind}, low": 100 * low}
             figures |= {f"{name}, {kind}, high": 100 * high}

@@ -1,6 +1,6 @@
-"""What a run may cost and what it is spent on: the clock, and the dial that picks the network.
+"""The budget of a run: the dial that picks a network to fit it, and the clock that spends it.
 
-The dial is one number, `depth`. All that is 0 in the config follows from it:
+The dial is one number, `depth`. The keys that are 0 in the config follow from it:
 
   n_layer        depth
   n_embd         16 * depth up to 6 layers, 64 * round(depth^2 / 24) above: 96, 192, 384 at 6, 9, 12
@@ -9,9 +9,9 @@ The dial is one number, `depth`. All that is 0 in the config follows from it:
   learning_rate  1e-2 (adamw: 4e-3) up to a width of 96, beyond it falling with its square root; a
                  tenth of that with init_from
 
-and a depth of 0 is the largest one that can read 20 tokens for each parameter of its blocks: in
-max_minutes at 40% of the speed that this machine has in matrix products, in max_iters steps, and in
-30 readings of the text. (20 as in arXiv 2203.15556; LOG.md has the check of this rule.)
+A depth of 0 means the largest depth at which training reads 20 tokens for each parameter of the
+blocks (arXiv 2203.15556) within max_minutes, at 40% of this machine's speed in matrix products,
+within max_iters steps, and within 30 readings of the text. LOG.md has the check of this rule.
 """
 
 import math
@@ -23,13 +23,13 @@ import model as network
 from lib import parallel
 from lib.device import matmul_flops
 from lib.log import flops_of_step
+from lib.optim import OPTIMIZERS
 
-DEPTHS = range(2, 33)  # what the machine can pick
-TOKENS = 20  # to read for each parameter of the blocks
-UTILISATION = 0.4  # part of the machine's speed in matrix products that training has
-READINGS = 30  # of a text, after which a larger network may learn it by heart (a guess)
-RATES = {"muon": 1e-2, "adamw": 4e-3}  # learning rates up to a width of 96
-MINUTES = 10.0  # of a run that is told neither max_iters nor max_minutes
+DEPTHS = range(2, 33)  # those that the rule chooses from
+TOKENS = 20  # read for each parameter of the blocks
+UTILISATION = 0.4  # the share of the machine's speed in matrix products that training reaches
+READINGS = 30  # of the text, after which a larger network may learn it by heart (a guess)
+MINUTES = 10.0  # of a run that is given neither max_iters nor max_minutes
 
 now = time.perf_counter
 
@@ -38,7 +38,7 @@ now = time.perf_counter
 
 
 def with_dial(config, dataset, team):
-    """The config with all that the dial says in place of zeros; the first process prints it."""
+    """The config with its zeros replaced by what the dial says; the first process prints that."""
     why, dial = "", ("n_layer", "n_embd", "n_head", "batch_size", "learning_rate")
     if not (config["max_iters"] or config["max_minutes"]):
         config = config | {"max_minutes": MINUTES}
@@ -59,7 +59,10 @@ def with_dial(config, dataset, team):
 
 
 def fitting_depth(config, dataset, operations):
-    """The largest of DEPTHS whose blocks get TOKENS a parameter. operations: of the run; 0: any."""
+    """The largest of DEPTHS at which the blocks get TOKENS a parameter.
+
+    operations: how many the run can do in its minutes; 0: they are not limited.
+    """
     best = DEPTHS[0]
     for depth in DEPTHS:
         mine = filled(config | {"depth": depth})
@@ -76,14 +79,15 @@ def fitting_depth(config, dataset, operations):
 
 
 def filled(config):
-    """The config with what follows from its depth, and from its width, in place of zeros."""
+    """The config with its zeros replaced by what follows from its depth and width."""
     depth, chosen = config["depth"], {}
     chosen["n_layer"] = config["n_layer"] or depth
     chosen["n_embd"] = D = config["n_embd"] or width(depth)
     chosen["n_head"] = config["n_head"] or -(-D // 64)
     sequences = 4096 * D / 96 / (config.get("example_width") or config["block_size"])
     chosen["batch_size"] = config["batch_size"] or max(16, 2 ** round(math.log2(sequences)))
-    rate = RATES[config["optimizer"]] * min(1, 96 / D) ** 0.5 * (0.1 if config["init_from"] else 1)
+    rate, _ = OPTIMIZERS[config["optimizer"]]
+    rate *= min(1, 96 / D) ** 0.5 * (0.1 if config["init_from"] else 1)
     chosen["learning_rate"] = config["learning_rate"] or rate
     return config | chosen
 
@@ -96,18 +100,19 @@ def width(depth):
 
 
 class Clock:
-    """How much of a run is over, of its steps (max_iters) and of its minutes (max_minutes).
+    """How much of a run is over, in steps (max_iters) and in minutes (max_minutes).
 
-    Minutes are those of all starts of the run, compilation and evaluations included. Iterating over
-    the clock counts the steps that are left. Where minutes are limited, several processes `look` at
-    the clock together and take the latest of theirs: so they agree on learning rate and end.
+    The minutes of earlier starts of the run count, and so do compilation and evaluations. Iterating
+    over the clock yields the steps that are left. Where minutes are limited, all processes `look`
+    at their clocks together and take the latest time, so that they agree on the learning rate and
+    on the end.
     """
 
     def __init__(self, config, state, team):
         self.limits, self.team = (config["max_iters"], config["max_minutes"]), team
         self.start = self.step = state["step"] if state else 0
         self.before = self.minutes = state.get("minutes", 0.0) if state else 0.0
-        self.began, self.evaluating = now(), 0.0  # evaluating: minutes
+        self.began, self.evaluating = now(), 0.0  # evaluating: minutes spent so
         self.tenth, self.last = 0, self.done() >= 1
 
     def __iter__(self):
@@ -117,30 +122,30 @@ class Clock:
             yield self.step
 
     def tick(self, interval):
-        """Say whether this step is the last; several processes look every `interval` steps."""
+        """Whether this step is the last. Several processes look only every `interval` steps."""
         if self.team.world == 1 or self.step % interval == 0:
             self.look()
         self.last = self.done() >= 1
         return self.last
 
     def look(self, evaluated=False):
-        """Read the clock; `evaluated` says that an evaluation has just ended."""
+        """Read the clock. evaluated: the time since the last look went into an evaluation."""
         before, minutes = self.minutes, self.before + (now() - self.began) / 60
         self.minutes = max(parallel.gather(minutes, self.team)) if self.limits[1] else minutes
         self.evaluating += (self.minutes - before) * evaluated
 
     def spent(self):
-        """The part of the minutes that is used; 0 where they are not limited."""
+        """The share of the minutes that is used; 0 where they are not limited."""
         return self.minutes / self.limits[1] if self.limits[1] else 0.0
 
     def done(self):
-        """The part of the run that is over."""
+        """The share of the run that is over, of its steps or minutes, whichever is larger."""
         return max(self.step / self.limits[0] if self.limits[0] else 0.0, self.spent())
 
     def due(self, interval, share=1.0):
-        """Whether what is done every `interval` steps, or for 0 ten times a run, is due now.
+        """Whether something is due that happens every `interval` steps; 0: ten times a run.
 
-        share: the part of the minutes, where they are limited, that evaluations may have taken.
+        share: of the minutes, if these are limited, it is put off once evaluations have taken more.
         """
         if self.last or interval:
             return self.last or self.step % interval == 0

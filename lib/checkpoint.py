@@ -2,11 +2,11 @@
 
     python -m lib.checkpoint export --ckpt=out/pydocs --to=DIR --format=nanomdm
 
-`load` takes all that --ckpt may name and tells what it is by what it finds there: an out_dir of
-train.py, a folder with config.json and model.safetensors (ours, RADD's or SMDM's), a folder of
-RADD's trainer, a single .safetensors, .pth or .bin file, or a Hub name such as
-JingyangOu/radd-t-dce or nieshen/SMDM/mdm_safetensors/mdm-170M-100e18.safetensors.
-What the formats call their tensors and settings is in formats.py. Nothing in a file is executed.
+`load` takes all that --ckpt may name, and finds out what it is: an out_dir of train.py, a folder
+with config.json and model.safetensors (ours, RADD's or SMDM's), a folder of RADD's trainer, a
+single .safetensors, .pth or .bin file, or a Hub name such as JingyangOu/radd-t-dce or
+nieshen/SMDM/mdm_safetensors/mdm-170M-100e18.safetensors. The names that the formats give to tensors
+and settings are in formats.py. Nothing in a file is executed.
 """
 
 import sys
@@ -39,9 +39,10 @@ from model import Transformer, rotary_tables
 
 DEFAULTS = {
     "ckpt": "",  # what to export: a folder, a file or a Hub name
-    "to": "",  # the folder that gets config.json and model.safetensors
-    "format": "nanomdm",  # nanomdm | radd | smdm
+    "to": "",  # the folder that config.json and model.safetensors are written to
+    "format": "nanomdm",  # one of FORMATS
 }
+FORMATS = formats.NAMES
 
 # ---- 1. Our own checkpoint -----------------------------------------------------------------------
 
@@ -49,31 +50,31 @@ DEFAULTS = {
 def save(path, state, keep=1):
     """Write {config, tokenizer, model, ema, optimizer, step, minutes} whole or not at all.
 
-    With keep > 1 the last `keep` also stay as NAME_STEP.pt; the newest of them is the file `path`
-    by another name, or a copy where files cannot have two.
+    With keep > 1 the last `keep` checkpoints also stay as NAME_STEP.pt. The newest of these is a
+    hard link to `path`, or a copy where the file system has no links.
     """
     with whole_file(path) as temporary:
         try:
             torch.save(state, temporary)
-        except RuntimeError:  # what torch makes of an OSError
+        except RuntimeError:  # torch raises it in place of an OSError
             raise UserError(f"cannot write {path}; is the disk full?") from None
-        with open(temporary, "r+b") as file:  # Windows syncs what may be written only
-            os.fsync(file)  # on the disk before it takes the place of the last one
+        with open(temporary, "r+b") as file:  # Windows syncs only files opened for writing
+            os.fsync(file)  # it must be on the disk before it takes the place of the last one
     if keep > 1:
         with whole_file(path.with_name(f"{path.stem}_{state['step']}.pt")) as temporary:
             try:
                 os.link(path, temporary)
             except (OSError, AttributeError):  # a file system, or a Python, without links
                 shutil.copyfile(path, temporary)
-        kept = kept_beside(path)
-        last = sorted(step for step in kept if step <= state["step"])[-keep:]
-        for step in kept.keys() - set(last):  # later ones, too: a run resumed earlier remakes them
+        files = kept_beside(path)
+        last = sorted(step for step in files if step <= state["step"])[-keep:]
+        for step in files.keys() - set(last):  # and later ones, which a run that went back remakes
             with contextlib.suppress(OSError):
-                kept[step].unlink()
+                files[step].unlink()
 
 
 def require_sound(sound, what, path):
-    """Raise UserError unless `sound`: what is not, and where the run's last checkpoint is."""
+    """Raise UserError unless `sound`; it says `what` is wrong, and names the last checkpoint."""
     last = f"the last good checkpoint is {path}" if path.is_file() else "nothing was saved before"
     require(sound, f"{what}; {last}")
 
@@ -86,9 +87,9 @@ def kept_beside(path):
 
 
 def set_aside(path):
-    """Move the checkpoints of a run, `path` and beside it, and its log to a folder of their own.
+    """Move the checkpoints and the log of the run at `path` to a new folder old_1, old_2 or so on.
 
-    -> that folder, old_1, old_2 ..., or None where there is no checkpoint. UserError if it cannot.
+    Returns that folder, or None where there is no checkpoint. UserError where it cannot be done.
     """
     try:
         checkpoints = [file for file in (path, *kept_beside(path).values()) if file.is_file()]
@@ -106,19 +107,19 @@ def set_aside(path):
 
 
 def read(path):
-    """The dict that `save` wrote to `path`, a file or its folder, with today's names of the keys.
+    """The dict that `save` wrote to `path`, a file or its folder, with the keys' present names.
 
     Tensors stay on disk until they are used. Raises UserError where the file is missing, damaged or
-    not ours, or lacks what a run is resumed from. An older checkpoint is never taken in its place
-    unasked: a damaged file may be the first sign of a damaged disk.
+    not ours, or lacks something that a run needs to resume. An older checkpoint never takes its
+    place silently: a damaged file may be the first sign of a damaged disk.
     """
     file = Path(path, "ckpt.pt") if os.path.isdir(path) else Path(path)
     require(os.path.isfile(file), f"no checkpoint {file}")
     try:
         state = unpickle(file)
     except UserError as error:
-        kept = sorted(kept_beside(file).items())
-        others = [other for _, other in kept if not os.path.samefile(other, file)]
+        older = sorted(kept_beside(file).items())
+        others = [other for _, other in older if not os.path.samefile(other, file)]
         advice = f"; copy {others[-1]} over it to resume from there" if others else ""
         raise UserError(f"{error}{advice}") from None
     require(is_ours(state), f"{file} is not a checkpoint of train.py: it has no config and model")
@@ -135,7 +136,7 @@ def is_ours(state):
 
 
 def check_parts(state, file):
-    """Raise UserError for the first part that no run can be resumed from."""
+    """Raise UserError for the first part of a state from which no run can be resumed."""
     step, minutes, meta, ema = map(state.get, ("step", "minutes", "tokenizer", "ema"))
     broken = f"{file}: no run can be resumed from its"
     require(type(step) is int and step >= 0, f"{broken} step")
@@ -153,7 +154,7 @@ def check_parts(state, file):
 
 
 def is_optimizer_state(part):
-    """Whether it is {"state": {number: {name: tensor}}, "param_groups": [{"params": numbers}]}."""
+    """Whether it is {"state": {int: {name: tensor}}, "param_groups": [{"params": [int, ...]}]}."""
     if not isinstance(part, dict) or not isinstance(part.get("param_groups"), list):
         return False
     for group in part["param_groups"]:
@@ -164,7 +165,7 @@ def is_optimizer_state(part):
 
 
 def is_dict(part, key, test):
-    """Whether it is a dict whose keys are of the type `key` and whose values pass the test."""
+    """Whether it is a dict with keys of the type `key` and values that pass the test."""
     return isinstance(part, dict) and all(isinstance(k, key) and test(v) for k, v in part.items())
 
 
@@ -173,7 +174,7 @@ def are_weights(part):
 
 
 def is_plain(w):
-    """Whether it is a tensor of floating-point numbers, every one of which is in its file."""
+    """Whether it is an ordinary tensor of floating-point numbers, all of which are stored."""
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     if not (isinstance(w, torch.Tensor) and w.dtype in floats and w.layout == torch.strided):
         return False
@@ -181,10 +182,10 @@ def is_plain(w):
 
 
 def unpickle(file):
-    """torch.load of data alone; UserError for damage, and for code, which is never run."""
+    """torch.load without running code; UserError for a file that is damaged or contains code."""
     try:
-        zipped = zipfile.is_zipfile(file)  # all but the oldest; only these can be memory-mapped
-        # Windows replaces no file that is mapped.
+        zipped = zipfile.is_zipfile(file)  # as all but torch's oldest format, which no mmap reads
+        # Windows cannot replace a file that is mapped.
         mapped = zipped and is_utf8(file) and sys.platform != "win32"
         if zipped:
             with zipfile.ZipFile(file) as archive:
@@ -192,7 +193,7 @@ def unpickle(file):
                 bomb = size > os.path.getsize(file)  # torch stores without compression
                 require(not bomb and archive.testzip() is None, "a size or a checksum is wrong")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles that torch did not write
+            warnings.simplefilter("ignore")  # those about pickles that torch did not write
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can raise anything
         code = re.search(r"GLOBAL (\S+)", str(error))
@@ -205,13 +206,13 @@ def unpickle(file):
 
 
 def load(path, device="cpu", ema=True):
-    """(model, tokenizer or None, config) of all that the top of this file names.
+    """(model, tokenizer or None, config) of anything that the top of this file names.
 
-    The model is in eval mode on `device`; ema takes averaged weights where there are some. Weights
-    are float32: those of another precision are converted, float32 on the CPU stays in the pages of
-    its file, without a second copy. A tokenizer that cannot be built here (no package, no network)
-    is None. config has the keys that built the model, "objective" and the tokenizer's meta, for
-    ours all that it was trained with. Raises UserError for what is damaged or of another shape.
+    The model is on `device` in eval mode, with averaged weights if `ema` and there are some.
+    Weights become float32; float32 on the CPU is read from its file without a second copy. The
+    tokenizer is None if it cannot be built here (no package, no network). config has the model's
+    keys, "objective" and the tokenizer's meta, and for our own checkpoints all that the model was
+    trained with. Raises UserError for a file that is damaged or has other shapes than it says.
     """
     file = locate(path)
     state = read_tensors(file)
@@ -235,20 +236,21 @@ def load(path, device="cpu", ema=True):
 
 
 def locate(path):
-    """The file of weights that a path or a Hub name stands for; in a folder, ours goes first."""
+    """The file of weights that a path or a Hub name stands for; in a folder ours comes first."""
     if not os.path.isdir(path):
         return Path(path) if os.path.isfile(path) else from_hub(str(path))
     names = ["ckpt.pt", "model.safetensors", "pytorch_model.bin", "checkpoints-meta/checkpoint.pth"]
     for name in names:
         if os.path.isfile(Path(path, name)):
             return Path(path, name)
-    others = [other.name for other in Path(path).glob("*.safetensors") if os.path.isfile(other)]
-    others = ", ".join(sorted(others)) or "no other .safetensors"
-    raise UserError(f"no checkpoint in folder {path}: none of {', '.join(names)}, but {others}")
+    others = sorted(str(file) for file in Path(path).glob("*.safetensors") if os.path.isfile(file))
+    listed = f"{', '.join(names[:-1])} or {names[-1]}"
+    advice = f"; name the file that is meant: {' or '.join(others)}" * bool(others)
+    raise UserError(f"no checkpoint in folder {path}: it has no {listed}{advice}")
 
 
 def from_hub(name):
-    """Fetch OWNER/REPO (config.json, weights) or OWNER/REPO/FILE -> the path of the weights."""
+    """Download OWNER/REPO (config.json and weights) or OWNER/REPO/FILE; the path of the weights."""
     owner, *rest = name.split("/")
     like_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name) and owner != "out"
     missing = f"no checkpoint {name}: no such file or folder"
@@ -264,15 +266,15 @@ def from_hub(name):
 
 
 def read_tensors(file):
-    """The dict in a file, whose first bytes tell what it is: safetensors, or a pickle."""
+    """The dict in a file, which by its first bytes is safetensors or a pickle."""
     try:
-        with open(file, "rb") as opened:
-            head = opened.read(9)
-        if head[8:] == b"{":  # safetensors: a header in JSON behind its length
+        with open(file, "rb") as stream:
+            head = stream.read(9)
+        if head[8:] == b"{":  # safetensors: the length of a header, then the header, in JSON
             if not is_utf8(file):
                 return load_bytes(Path(file).read_bytes())
-            with safe_open(file, "pt") as opened:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            with safe_open(file, "pt") as tensors:
+                return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {file}: {error}") from None
     state, message = unpickle(file), f"{file} is not a checkpoint: it holds a"
@@ -281,45 +283,46 @@ def read_tensors(file):
 
 
 def recognise(weights, file):
-    """The format: the one whose name the embedding has."""
-    known = {formats.published("embed.weight", format): format for format in formats.NAMES}
+    """The name of the format, which is told by its name of the embedding."""
+    embeddings = {formats.published("embed.weight", format): format for format in formats.NAMES}
     only_tensors = is_dict(weights, str, lambda w: isinstance(w, torch.Tensor))
-    format = next((known[name] for name in known if only_tensors and name in weights), None)
-    wanted = f"it must be tensors only, with one named {' or '.join(known)}"
-    require(format, f"{file} holds no model known here: {wanted}")
-    return format
+    found = [embeddings[name] for name in embeddings if only_tensors and name in weights]
+    wanted = f"it must be tensors only, with one named {' or '.join(embeddings)}"
+    require(found, f"{file} holds no model known here: {wanted}")
+    return found[0]
 
 
 def skeleton(config, n_tensors, where):
-    """The network without memory for its weights; UserError for sizes that none can have."""
+    """The network of a config, without memory for weights; UserError for impossible sizes."""
     limits = dict.fromkeys(formats.SIZE_KEYS, (1, 2**20))
     limits |= {"mlp_width": (0, 2**20), "head_padding": (0, 2**20)}
     limits |= {"dropout": (0, 1), "start_id": (-1, config["vocab_size"])}
     for key, (low, high) in limits.items():
         message = f"{where}: {key} must be from {low} to {high}, not {config[key]}"
         require(low <= config[key] <= high, message)
-    D, H, n_layer = (config[key] for key in ("n_embd", "n_head", "n_layer"))
+    n_layer = config["n_layer"]
     require(n_layer <= n_tensors, f"{where}: {n_layer} layers, but only {n_tensors} tensors")
-    odd = f"{where}: a width of {D} does not divide into {H} heads of an even size"
-    require(D % (2 * H) == 0, odd)
-    with torch.device("meta"):
-        return Transformer(config)
+    try:
+        with torch.device("meta"):
+            return Transformer(config)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def ema_by_name(ema, model, file):
-    """RADD's averaged weights by name: its trainer leaves a list in the order of the parameters."""
+    """{name: averaged weight}: RADD's trainer saves these as a list in the parameters' order."""
     names = [formats.published(name, "radd") for name, _ in model.named_parameters()]
     shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
-    whole = isinstance(shadow, list) and [type(w) for w in shadow] == [torch.Tensor] * len(names)
-    require(whole, f"{file}: ema must have shadow_params, a list of {len(names)} tensors")
+    fits = isinstance(shadow, list) and [type(w) for w in shadow] == [torch.Tensor] * len(names)
+    require(fits, f"{file}: ema must have shadow_params, a list of {len(names)} tensors")
     return dict(zip(names, shadow, strict=True))
 
 
 def load_weights(model, weights, format, file):
-    """Make `weights` those of the skeleton; UserError where a name, a shape or a type is wrong."""
+    """Give the skeleton its weights; UserError for a wrong name, shape, type or value."""
     names, config, frequency = model.state_dict(), model.config, formats.FREQUENCY
     expected = formats.to_format(names, config, format)
-    if frequency not in weights:  # no parameter, so not among the averages of RADD's trainer
+    if frequency not in weights:  # averages of RADD's trainer lack it, since it is no parameter
         expected.pop(frequency, None)
     shapes = [{name: tuple(w.shape) for name, w in part.items()} for part in (weights, expected)]
     for name in expected | weights:
@@ -334,11 +337,11 @@ def load_weights(model, weights, format, file):
     name = not_finite(weights)
     require(not name, f"{file}: the tensor {name} holds nan or infinity")
     model.load_state_dict(formats.from_format(weights, names, config, format), assign=True)
-    model.cos, model.sin = rotary_tables(config)  # (block_size, d/2) each; in no file
+    model.cos, model.sin = rotary_tables(config)  # (block_size, d/2) each, which no file holds
 
 
 def tokenizer_of(meta, V, where):
-    """The tokenizer of a meta; None where it cannot be built here; UserError where it is wrong."""
+    """The tokenizer of a meta; None if it cannot be built here; UserError if the meta is wrong."""
     if meta is None:
         return None
     try:
@@ -356,11 +359,11 @@ def tokenizer_of(meta, V, where):
 
 
 def export(ckpt, to, format):
-    """Write config.json and model.safetensors (float32) to folder `to`, as the format has them.
+    """Write config.json and model.safetensors (float32) in a format to the folder `to`.
 
-    Raises UserError where the model does not suit the format, or the system cannot write.
+    Raises UserError where the format cannot express the model, or the system cannot write.
     """
-    choose("format", format, formats.NAMES)
+    choose("format", format, FORMATS)
     model, _, config = load(ckpt)
     refuse_misfit(config, format, ckpt)
     weights = formats.to_format(model.state_dict(), config, format)
@@ -370,12 +373,12 @@ def export(ckpt, to, format):
         config_file.write_text(text, encoding="ascii")
         try:
             save_file({name: w.contiguous() for name, w in weights.items()}, weights_file)
-        except SafetensorError as error:  # what safetensors makes of an OSError
+        except SafetensorError as error:  # safetensors raises it in place of an OSError
             raise UserError(f"cannot write {paths[1]}: {error}") from None
 
 
 def refuse_misfit(config, format, ckpt):
-    """Raise UserError for the first thing about a model that the format has no place for."""
+    """Raise UserError for the first thing about a model that the format cannot express."""
     limits = {key: [value] for key, value in formats.FIXED[format].items()}
     limits |= {"mlp_width": [4 * config["n_embd"], 0]} if format == "radd" else {}
     for key, values in limits.items():
@@ -390,7 +393,7 @@ def main(config):
     """The command `export`."""
     ckpt, to, format = (config[key] for key in DEFAULTS)
     usage = "usage: python -m lib.checkpoint export --ckpt=... --to=DIR --format"
-    require(ckpt and to, f"{usage}={'|'.join(formats.NAMES)}")
+    require(ckpt and to, f"{usage}={'|'.join(FORMATS)}")
     export(ckpt, to, format)
     print(f"wrote {to}/config.json and {to}/model.safetensors ({format})")
 

@@ -1,4 +1,4 @@
-"""The machine: which device computes, in which dtype, how fast, and how its memory is kept."""
+"""The machine: the device and dtype of computations, its speed, its memory and its compiler."""
 
 import contextlib
 import ctypes
@@ -12,23 +12,24 @@ import time
 
 import torch
 
+import config as settings
 from config import choose, first_line, require
 from lib.fused import product_dtype
 
 
 def machine(config):
-    """(device, autocast) from the keys device and dtype.
+    """(device, autocast) for the keys device and dtype.
 
     `with autocast():` runs matrix products in that dtype. Raises UserError for a device that is
-    unknown or not here.
+    unknown or missing.
     """
+    config = settings.completed(config, settings)
     require(0 <= config["seed"] < 2**63, f"seed must be from 0 to 2^63 - 1, not {config['seed']}")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     available["cpu"] = True
     name = config["device"]
     if name == "auto":
         name = next(kind for kind in available if available[kind])
-    choose("dtype", config["dtype"], ["auto", "float32", "bfloat16"])
     kind = name.split(":")[0]
     is_here = choose("device", kind, available)
     require(re.fullmatch(r"\w+(:\d+)?", name), f"device must be like cpu or cuda:1, not '{name}'")
@@ -46,7 +47,7 @@ def machine(config):
 
 
 def multiplies_bfloat16(kind):
-    """Whether the hardware multiplies bfloat16 fast, in place of emulating it."""
+    """Whether the hardware multiplies bfloat16 fast and does not emulate it."""
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu
@@ -62,9 +63,9 @@ def dtype_name(autocast, device):
 
 
 def cast_products(model, autocast):
-    """Cast a network's matrices to the dtype of autocast, so that no call casts them again.
+    """Cast a network's matrices to the dtype of autocast once, so that no call has to.
 
-    From then on it only predicts, inside autocast.
+    After that the network can only predict, and only inside autocast.
     """
     with autocast():
         dtype = product_dtype(torch.empty(0, device=model.device))
@@ -74,10 +75,10 @@ def cast_products(model, autocast):
 
 
 def keep_memory(keep=True):
-    """Freed memory stays with the process (glibc only): large tensors need no fresh pages.
+    """Let the process keep freed memory (glibc only), so that large tensors need no fresh pages.
 
-    Without it up to a third of a training step on the CPU goes into page faults. keep=False gives
-    large ones back.
+    Otherwise page faults take up to a third of a training step on the CPU. keep=False returns the
+    memory of large tensors to the system.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -86,49 +87,48 @@ def keep_memory(keep=True):
 
 
 def check_cache():
-    """Ignore a compiler cache folder that cannot be made: torch would fail on it."""
+    """Ignore TORCHINDUCTOR_CACHE_DIR where it cannot be made, for torch would fail."""
     if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             why = f"{folder} cannot be made ({error.strerror})"
-            print(f"{why}, so TORCHINDUCTOR_CACHE_DIR is not heeded", file=sys.stderr)
+            print(f"{why}, so TORCHINDUCTOR_CACHE_DIR is ignored", file=sys.stderr)
             del os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
 @functools.cache
 def can_compile(device):
-    """Whether torch.compile works here: tried once, and where it does not, a line says why.
+    """Whether torch.compile works here: it is tried once, and a line says why it does not.
 
-    It may lack a compiler, Python's headers, triton, or a cache that it may write. Without it all
-    is only slower.
+    It may lack a compiler, Python's headers, triton, or a cache folder. Without torch.compile
+    everything works, but more slowly.
     """
     try:
         if device.type not in ("cpu", "cuda"):
-            raise NotImplementedError(f"it is new on {device.type}")
+            raise NotImplementedError(f"it is too new on {device.type}")
         if device.type == "cuda" and not importlib.util.find_spec("triton"):
             raise ImportError("triton is missing")
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
         return True
-    except Exception as error:  # of any part of it
-        cause = re.search(r".*\berror: .*", str(error))  # what the C++ compiler says
+    except Exception as error:  # it can raise anything
+        cause = re.search(r".*\berror: .*", str(error))  # the message of the C++ compiler
         why = cause[0].strip()[:200] if cause else first_line(error)
         if os.environ.get("RANK", "0") == "0":  # one process speaks for all
-            print(
-                f"torch.compile does not work here, so nothing is compiled: {why}", file=sys.stderr
-            )
+            said = "torch.compile does not work here, so nothing is compiled"
+            print(f"{said}: {why}", file=sys.stderr)
         return False
 
 
 def compile_hidden(model, device, graphs=True):
-    """Compile what a sampler calls. graphs: on CUDA a call is one CUDA graph, where sizes stay."""
+    """Compile what a sampler calls. graphs: calls of a size that repeats become CUDA graphs."""
     options = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
     options = options if graphs and device.type == "cuda" else {}
     model.hidden = torch.compile(model.hidden, options=options)
 
 
 def wait(device):
-    """Wait until the device has done what it was told: a GPU works on after a call."""
+    """Wait until the device has finished: a call returns while a GPU still computes."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -136,7 +136,7 @@ def wait(device):
 
 
 def peak_memory(device):
-    """The most memory that this process has held so far, in MiB: on its card, else altogether."""
+    """The most memory that this process has held so far, in MiB: of its card, or of the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
@@ -147,11 +147,11 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-PRODUCTS = {"cpu": 1024, "cuda": 8192, "mps": 4096}  # the n of n x n matrices that keep it busy
+PRODUCTS = {"cpu": 1024, "cuda": 8192, "mps": 4096}  # n x n matrices of this n keep it busy
 
 
 def matmul_flops(device, autocast, seconds=0.3):
-    """Operations a second of a plain matrix product here and now: utilisation is a part of it."""
+    """Operations a second that a plain matrix product reaches here, the peak for utilisation."""
     n = PRODUCTS[device.type]
     a = torch.randn(n, n, device=device)  # (n, n)
     with autocast():
@@ -165,11 +165,11 @@ def matmul_flops(device, autocast, seconds=0.3):
             wait(device)
             best = min(best, (time.perf_counter() - start) / 4)
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # peak_memory is that of what follows
+        torch.cuda.reset_peak_memory_stats(device)  # peak_memory shall not count these matrices
     return 2 * n**3 / best
 
 
-NOMINAL = {  # operations a second in bfloat16, dense, by the data sheets; the first name that fits
+NOMINAL = {  # dense operations a second in bfloat16, by data sheets; the first matching name counts
     "B200": 2250e12,
     "H200|GH200": 989e12,
     "H100 NVL": 835e12,
@@ -185,19 +185,19 @@ NOMINAL = {  # operations a second in bfloat16, dense, by the data sheets; the f
 
 
 def nominal_flops(device):
-    """(name of the card, its operations a second by NOMINAL); None each where that is unknown."""
+    """(name of the card, its operations a second by NOMINAL), either of them None if unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     stated = (flops for key, flops in NOMINAL.items() if name and re.search(rf"\b({key})\b", name))
     return name, next(stated, None)
 
 
 def flops_per_token(model, L, head_share=1.0):
-    """Multiply-adds x 2 of the matrix products of one forward pass, per token of a sequence of L.
+    """Operations (2 a multiply-add) of the matrix products of a forward pass, per token of L.
 
-    head_share: the part of the positions that leave the last block (masked ones, more than two a
-    sequence). Their output projection, MLP and head (and query, unless causal) are counted, those
-    of the others are not, but the attention of all is. Training costs three times this (arXiv
-    2204.02311, appendix B).
+    head_share: the share of positions that leave the last block (masked ones, more than two a
+    sequence). Of that block's output projection and MLP (and query, unless causal) and of the head
+    only theirs are counted, of its attention everybody's. Training costs three times as much
+    (arXiv 2204.02311, appendix B).
     """
     config, block = model.config, model.blocks[0]
     D, n_layer, attention = config["n_embd"], config["n_layer"], config["attention"]
@@ -213,9 +213,9 @@ def flops_per_token(model, L, head_share=1.0):
 
 
 def step_flops(model, sequences, L, share=1.0):
-    """Operations of a training step on so many sequences of L: forward and backward.
+    """Operations of a training step, forward and backward, on so many sequences of length L.
 
-    share: the part of the tokens that can count; of these half are masked where attention is full.
+    share: of the tokens, how many can count; with attention=full half of these are masked.
     """
     share *= 0.5 if model.config["attention"] == "full" else 1.0
     return 3 * flops_per_token(model, L, share) * sequences * L

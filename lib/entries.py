@@ -1,14 +1,14 @@
-"""What an entry of a table in diffusion.py lacks, in words: found out when it is first used.
+"""Checks of the entries of diffusion.py's tables: each says in words what an entry lacks.
 
-In float64, and within a few milliseconds: config.Table asks. One entry is all it takes, there or in
-a script before it calls train.main:
+config.Table runs them at an entry's first use, in float64 and a few milliseconds. To add a
+schedule, an order or an objective takes one entry, there or in a script before it calls train.main:
 
     import diffusion
 
     # m(t), the probability that a token is masked at time t, and its slope m'(t)
     diffusion.SCHEDULES["square"] = lambda t: (t**2, 2 * t)
 
-    # numbers (B, L) whose order is the order, from noise and place (B, L), coin (B, 1) and order_p
+    # numbers (B, L) to sort positions by, from noise and place (B, L), coin (B, 1) and order_p
     diffusion.ORDERS["ends_first"] = lambda noise, place, coin, p: 0.1 * noise - abs(place - 0.5)
 
 
@@ -24,11 +24,9 @@ a script before it calls train.main:
 
 import torch
 
-from model import ATTENTIONS
-
 
 def of_schedule(schedule):
-    """t (T,) -> (m, m') (T,) each: m grows from 0 to 1, and m' is its slope."""
+    """It must be t (T,) -> (m (T,), m' (T,)), where m grows from 0 to 1 and m' is its slope."""
     t, h = torch.linspace(0.01, 0.99, 50, dtype=torch.float64), 1e-5  # (50,)
     pair = schedule(t)
     if not (isinstance(pair, tuple) and len(pair) == 2):
@@ -47,7 +45,7 @@ def of_schedule(schedule):
 
 
 def of_order(order):
-    """(noise (B, L), place (B, L), coin (B, 1), p) -> numbers (B, L), sorted into an order."""
+    """It must be (noise (B, L), place (B, L), coin (B, 1), p) -> numbers (B, L) to sort by."""
     noise = torch.linspace(0, 0.9, 15, dtype=torch.float64).view(3, 5)  # (3, 5)
     place, coin = (torch.arange(5) / 5).expand(3, 5), noise[:, :1]  # (3, 5), (3, 1)
     key = order(noise, place, coin, 0.5)
@@ -57,13 +55,14 @@ def of_order(order):
 
 
 def of_objective(objective):
-    """A draw whose weights make the bound: each number of masked tokens brings its mean CE once.
+    """Its draw must have the weights of the bound: h_k, the mean CE of k masked tokens, once each.
 
-    By quadrature for three tokens, with a schedule that is no line, without a prompt and behind
-    one: E[weight; i masked, k in all] = 1/3 for each i and k. u is v^3, since weights are like 1/u.
+    For three tokens, that is, E[weight; i masked, k masked in all] = 1/3 for all i and k. This is
+    checked by quadrature, with a curved schedule, without a prompt and behind one. u is v^3, since
+    weights grow as 1/u.
     """
-    if not (isinstance(objective.attention, tuple) and {*objective.attention} <= {*ATTENTIONS}):
-        return f"must have an attention that is a tuple of {', '.join(ATTENTIONS)}"
+    if not (isinstance(objective.attention, tuple) and objective.attention):
+        return "must have an attention that is a tuple of one or more of model.ATTENTIONS"
     if objective.draw is None:
         causal = objective.attention == ("causal",)
         return "" if causal else "has no draw, which a network that is not causal needs"

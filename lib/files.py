@@ -1,4 +1,4 @@
-"""Files that are whole or not there, JSON, a folder that one program has, a stop obeyed in time."""
+"""Files that are whole or absent, JSON, a folder for one program at a time, a stop in time."""
 
 import contextlib
 import errno
@@ -22,28 +22,51 @@ from config import UserError, first_line, require
 
 @contextlib.contextmanager
 def whole_file(path):
-    """Yield a temporary path beside `path` that takes its name once the block is done.
+    """Yield a temporary path that is renamed to `path` after the block: it is whole or absent.
 
-    So a file is whole or not there. Raises UserError where the system cannot write (no space, no
-    permission); the old file, if any, is untouched. A process that is killed in the block leaves
-    the temporary file behind; see sweep.
+    Something that is no file, such as /dev/null, is written to directly. Raises UserError where the
+    system cannot write (no space, no permission), and then leaves the old file as it was. A process
+    that is killed in the block leaves the temporary file behind; see sweep.
     """
     path = Path(path)
-    require(path.name, f"cannot write {path}: it is a folder")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}.tmp")
+    with writing(path):
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        with new_folder(path.parent):
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(3)}.tmp")
+            try:
+                yield temporary
+                replace(temporary, path)
+            finally:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Make an OSError of the block a UserError that names the file or folder `path`."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        replace(temporary, path)
+        yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Make a folder, with its parents; those that are still empty after the block go again."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        for place in made:
+            with contextlib.suppress(OSError):
+                place.rmdir()
 
 
 def replace(source, target):
-    """os.replace; Windows refuses it while another program reads `target`, so it is tried again."""
+    """os.replace, tried again because Windows refuses it while another program reads `target`."""
     for wait in (0.01, 0.1, 0.4, 1.5):
         with contextlib.suppress(PermissionError):
             return os.replace(source, target)
@@ -52,12 +75,12 @@ def replace(source, target):
 
 
 def to_json(value, **options):
-    """JSON that any parser reads: nan and infinity, for which it has no word, are null."""
+    """JSON that any parser reads: nan and infinity, which it cannot express, become null."""
     return json.dumps(without_nan(value), allow_nan=False, **options)
 
 
 def without_nan(value):
-    """The value with None for every float in it that is not finite."""
+    """The value with None in place of every float in it that is not finite."""
     if isinstance(value, dict):
         return {key: without_nan(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -66,15 +89,15 @@ def without_nan(value):
 
 
 def is_utf8(file):
-    """Whether the name of a file is: torch maps none into memory whose name is other bytes."""
+    """Whether the name of a file is UTF-8: torch cannot map others into memory."""
     return not re.search("[\udc80-\udcff]", str(file))
 
 
 def optional(name, wanted):
-    """The module `name` of an optional package; UserError where it is not there or does not load.
+    """The module `name` of an optional package; UserError where it is missing or does not load.
 
-    wanted: how the message begins, what needs it. A folder that only has the package's name, as
-    the one that wandb leaves where it ran, is none.
+    wanted: what needs it, the beginning of the message. A folder that happens to have the package's
+    name, such as the one that wandb leaves where it ran, does not count.
     """
     package = name.rpartition(".")[2]
     try:
@@ -84,16 +107,17 @@ def optional(name, wanted):
         return module
     except ImportError:
         raise UserError(f"{wanted} needs one more package: pip install {package}") from None
-    except Exception as error:  # one that was built for other versions can raise anything
+    except Exception as error:  # a package built for other versions can raise anything
         broken = f"needs {package}, which does not load here ({first_line(error)})"
         raise UserError(f"{wanted} {broken}") from None
 
 
 def sweep(folder, *names):
-    """Remove what processes killed in whole_file have left of these files, which none writes."""
-    for torn in (torn for name in names for torn in Path(folder).glob(f".{name}.[0-9]*.tmp")):
-        with contextlib.suppress(OSError):
-            torn.unlink()
+    """Remove what killed processes left of these files in whole_file; no other may be at work."""
+    for name in names:
+        for torn in Path(folder).glob(f".{name}.[0-9]*.tmp"):
+            with contextlib.suppress(OSError):
+                torn.unlink()
 
 
 # ---- 2. One program a folder ---------------------------------------------------------------------
@@ -101,20 +125,20 @@ def sweep(folder, *names):
 
 @contextlib.contextmanager
 def only_one(folder, key):
-    """Inside the block `folder` is this program's alone; yields whether the system sees to that.
+    """Keep other programs out of `folder` during the block; yields whether the system does so.
 
-    Who has it stands in folder/.lock. The lock on that file is the system's and ends with its
-    process, however that ends. Raises UserError where another has the folder; key chooses another.
-    Where there are no locks (on some network drives) a line says so, and the block goes on.
+    The file folder/.lock names its owner. The lock on it is the system's and ends with the process,
+    however that ends. Raises UserError, which advises another --key=, while another program has the
+    folder. Where there are no locks (on some network drives) a line says so, and the block runs.
     """
-    folder, path = Path(folder), Path(folder, ".lock")
-    try:
-        made = [place for place in (folder, *folder.parents) if not place.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        file, locked = open_locked(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    try:
+    path = Path(folder, ".lock")
+    with contextlib.ExitStack() as held:
+        with writing(path):
+            held.enter_context(new_folder(path.parent))
+            file, locked = open_locked(path)
+        held.enter_context(file)
+        if locked is not False:
+            held.callback(remove, path, file)
         file.seek(0)
         owner = file.readline(200).strip()
         others = f"{folder} is in use by {owner or 'another process'}"
@@ -125,29 +149,22 @@ def only_one(folder, key):
             print(alone, file=sys.stderr)
         name_owner(file)
         yield bool(locked)
-    finally:
-        if locked is not False:
-            remove(path, file)
-        file.close()
-        for place in made:  # a folder made for nothing; one that holds anything stays
-            with contextlib.suppress(OSError):
-                place.rmdir()
 
 
 def open_locked(path):
-    """(the file, open, whether it is locked now): lock tells which."""
+    """(the open file, what `lock` returned for it)."""
     for _ in range(9):
         file = open(path, "a+", encoding="utf8", errors="replace")  # noqa: SIM115 (only_one closes)
         locked = lock(file)
         with contextlib.suppress(OSError):
             if locked is False or os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
-        file.close()  # whoever had it took it away in between
+        file.close()  # its owner has removed it in between
     return file, locked
 
 
 def name_owner(file):
-    """Make the lock file say whose it is."""
+    """Write into the lock file whose it is."""
     with contextlib.suppress(OSError):  # a full disk does not matter here
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -156,7 +173,7 @@ def name_owner(file):
 
 
 def remove(path, file):
-    """Remove an open file; where it has to be closed first, as on Windows, it is."""
+    """Remove an open file, which Windows allows only once it is closed."""
     try:
         path.unlink()
     except PermissionError:
@@ -168,9 +185,9 @@ def remove(path, file):
 
 
 def lock(file, wait=False):
-    """Lock a file until it is closed -> True; False where another has it, None where none can.
+    """Lock a file until it is closed: True; False if another process has it; None without locks.
 
-    wait: until no other has it.
+    wait: wait until no other has it.
     """
     try:
         import fcntl
@@ -184,7 +201,7 @@ def lock(file, wait=False):
 
 
 def lock_on_windows(file, wait):
-    """The same by a lock on one byte, as far behind what others read of the file as it goes."""
+    """lock, by a lock on one byte so far behind the text that others can still read that."""
     try:
         import msvcrt
     except ImportError:
@@ -212,10 +229,10 @@ def lock_on_windows(file, wait):
 class Stop:
     """Note Ctrl-C, SIGTERM or the end of the terminal, so that the loop can finish and save.
 
-    A second Ctrl-C is not held back. In a thread, which gets no signals, there is nothing to note.
+    A second Ctrl-C interrupts at once. In a thread, which gets no signals, nothing is noted.
     """
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # no system has all
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # no system has all of them
     signal = 0
 
     def __enter__(self):
@@ -224,7 +241,7 @@ class Stop:
             numbers = []
         self.before = {number: signal.getsignal(number) for number in numbers}
         for number, handler in self.before.items():
-            if handler != signal.SIG_IGN or number == signal.SIGINT:  # nohup goes on without one
+            if handler != signal.SIG_IGN or number == signal.SIGINT:  # SIGHUP stays ignored (nohup)
                 signal.signal(number, self.note)
         return self
 

@@ -1,4 +1,4 @@
-"""The formats of weights: what we, RADD and SMDM call tensors and settings.
+"""The formats of weights: the names that we, RADD and SMDM give to tensors and settings.
 
 lib/checkpoint.py reads and writes the files.
 """
@@ -13,11 +13,11 @@ import torch
 import model as network
 from config import RENAMED, Table, UserError, allowed, choose, require, shown, typed
 
-# What a file means that leaves a model key out: the default at the time.
+# The default of the time, for a file that does not mention the key.
 OLD = {"norm": "layer", "bias": True, "qk_norm": False, "zero_init": "none"}
 MODEL = network.DEFAULTS | OLD
 
-# ---- 1. Tensors: a table of names each, and one function each way --------------------------------
+# ---- 1. Tensors: a table of names for each format, and one function each way ---------------------
 
 # fmt: off
 NAMES = Table(  # model.py's name of a module or tensor -> the published one
@@ -36,28 +36,28 @@ NAMES = Table(  # model.py's name of a module or tensor -> the published one
     },
 )
 # fmt: on
-FREQUENCY = "rotary_emb.inv_freq"  # RADD's files hold the rotary frequencies beside the weights
+FREQUENCY = "rotary_emb.inv_freq"  # RADD's files hold the rotary frequencies, too
 
 
 def published(name, format):
-    """model.py's name of a tensor -> its name in a format."""
+    """The name that a format gives to a tensor of model.py."""
     names = NAMES[format]
     parts = "|".join(map(re.escape, names)) or "(?!)"
     return re.sub(rf"(?<![^.])({parts})(?![^.])", lambda part: names[part[0]], name)
 
 
 def to_format(weights, config, format):
-    """model.py's tensors -> a format's tensors."""
+    """The tensors {name: tensor} of model.py as a format has them."""
     D, d = config["n_embd"], config["n_embd"] // config["n_head"]
     out = {}
     for name, w in weights.items():
         if format == "smdm" and name.endswith("qkv.weight"):
-            # One head after the other: its q, k, v.
+            # SMDM has q, k and v of the first head, then those of the next one.
             w = w.reshape(3, -1, d, D).transpose(0, 1).reshape(-1, D)  # (3D, D)
         if format == "smdm" and name == "embed.weight" and config["attention"] == "causal":
-            w = w[:-1]  # (V, D): there is no mask to read
+            w = w[:-1]  # (V, D): its causal network cannot read the mask
         if format == "radd" and name.startswith("unembed") and not config["head_padding"]:
-            w = torch.cat([w, torch.zeros_like(w[:1])])  # (V + 1, D) or (V + 1,): one for the mask
+            w = torch.cat([w, torch.zeros_like(w[:1])])  # (V + 1, D) or (V + 1,), with the mask's
         out[published(name, format)] = w
     if format == "radd":
         out[FREQUENCY] = network.rotary_frequency(config)  # (d/2,)
@@ -65,7 +65,7 @@ def to_format(weights, config, format):
 
 
 def from_format(weights, names, config, format):
-    """A format's tensors -> those that model.py calls `names`, in float32: to_format's inverse."""
+    """The inverse of to_format: the tensors that model.py calls `names`, in float32."""
     D, d = config["n_embd"], config["n_embd"] // config["n_head"]
     out = {}
     for name in names:
@@ -80,9 +80,9 @@ def from_format(weights, names, config, format):
 
 # ---- 2. Settings ---------------------------------------------------------------------------------
 
-RADD = {"norm": "layer", "mlp": "gelu", "bias": True, "rotary_bf16": False}  # a kind of block
+RADD = {"norm": "layer", "mlp": "gelu", "bias": True, "rotary_bf16": False}  # its kind of block
 SMDM = {"norm": "rms", "mlp": "swiglu", "bias": False, "rotary_bf16": True}
-FIXED = {  # the model keys that a format has one value for
+FIXED = {  # the model keys for which a format has only one value
     "nanomdm": {},
     "radd": RADD | {"qk_norm": False, "conv": 0, "attention": "full"},
     "smdm": SMDM | {"qk_norm": False, "conv": 0, "head_padding": 0},
@@ -90,12 +90,12 @@ FIXED = {  # the model keys that a format has one value for
 RADD_SIZES = {"n_layer": "n_blocks", "n_head": "n_heads", "n_embd": "hidden_size"}
 RADD_SIZES |= {"block_size": "length"}  # their names of these settings
 SMDM_FIXED = {"bias": False, "norm_eps": 1e-5, "rotary_percentage": 1.0, "parallel_residual": False}
-SIZE_KEYS = ("vocab_size", "n_layer", "n_head", "n_embd", "block_size")  # a file must give these
-EXAMPLES = {"example_width": 0, "eos_id": -1}  # of a model that has learned prompts and answers
-EXPORTED = (*MODEL, *EXAMPLES, "objective", "schedule", "tokenizer")  # what our exports say
+SIZE_KEYS = ("vocab_size", "n_layer", "n_head", "n_embd", "block_size")  # without a default
+EXAMPLES = {"example_width": 0, "eos_id": -1}  # keys of a model that was trained on examples
+EXPORTED = (*MODEL, *EXAMPLES, "objective", "schedule", "tokenizer")  # the keys of our exports
 TOKENIZERS = {("radd", 50257): {"kind": "gpt2"}, ("smdm", 32000): {"kind": "llama"}}  # (format, V)
 # fmt: off
-SIZES = {  # SMDM's models by parameters less embedding and head: n_layer, n_head, n_embd, mlp_width
+SIZES = {  # SMDM's, by parameters less embedding and head: (n_layer, n_head, n_embd, mlp_width)
     "6M": (6, 4, 256, 1024),        "19M": (8, 6, 384, 1536),       "34M": (8, 8, 512, 2048),
     "48M": (9, 9, 576, 2304),       "66M": (10, 10, 640, 2560),     "75M": (16, 8, 640, 1600),
     "85M": (13, 10, 640, 2560),     "113M": (12, 12, 768, 3072),    "142M": (15, 12, 768, 3072),
@@ -111,16 +111,13 @@ SIZES = {  # SMDM's models by parameters less embedding and head: n_layer, n_hea
 
 
 def size_config(name):
-    """The model keys of SMDM's architecture (arXiv 2410.18514) in a size of its table.
-
-    Raises UserError for an unknown name.
-    """
+    """The model keys of a size of SMDM's architecture (arXiv 2410.18514); UserError if unknown."""
     keys = ("n_layer", "n_head", "n_embd", "mlp_width")
     return SMDM | dict(zip(keys, choose("size", name, SIZES), strict=True))
 
 
 def entry(where, key, value, default):
-    """What a file says of a key, in the type of its default: config.typed, less numbers in text."""
+    """A value in a file in the type of its default: config.typed, but text is no number here."""
     wants_text = isinstance(default, str)
     message = f"{where}: {key} must be {'text' if wants_text else 'a number'}, not {shown(value)}"
     require(isinstance(value, str) == wants_text, message)
@@ -128,7 +125,7 @@ def entry(where, key, value, default):
 
 
 def renamed(raw):
-    """A config of ours with today's names of the keys; attention was causal=True or False."""
+    """A config of ours with the keys' present names; attention was once causal=True or False."""
     raw = {RENAMED.get(key, key): value for key, value in raw.items()}
     if isinstance(raw.get("attention"), bool):
         raw["attention"] = "causal" if raw["attention"] else "full"
@@ -136,7 +133,7 @@ def renamed(raw):
 
 
 def own_config(raw, weights, where, file):
-    """Of our checkpoints and exports: what was saved, each model key in its type."""
+    """The config of our checkpoints and exports: as it was saved, with its model keys checked."""
     raw = renamed(raw)
     saved = MODEL | dict.fromkeys(SIZE_KEYS) | raw
     config = {key: entry(where, key, saved[key], MODEL[key]) for key in MODEL}
@@ -151,7 +148,7 @@ def own_config(raw, weights, where, file):
 
 
 def radd_config(raw, weights, where, file):
-    """Of RADD's files (arXiv 2406.03736): {tokens, noise, model, ...}, in some one level deeper."""
+    """The config of RADD's files (arXiv 2406.03736): {tokens, noise, model, ...}."""
     raw = raw["config"] if "model" not in raw and isinstance(raw.get("config"), dict) else raw
     net = raw.get("model")
     require(isinstance(net, dict), f"{where}: there is no model with its sizes")
@@ -160,16 +157,16 @@ def radd_config(raw, weights, where, file):
         config[ours] = entry(where, f"model.{theirs}", net.get(theirs), 0)
     config["vocab_size"] = entry(where, "tokens", raw.get("tokens"), 0)
     config["dropout"] = entry(where, "model.dropout", net.get("dropout", 0.0), 0.0)
-    # Their network is normalised, also for score entropy (t_DSE): the same as cross-entropy then.
+    # Their network is normalised, so that score entropy (t_DSE) is the same as cross-entropy.
     objectives = {"k_dce": "any_order", "t_dce": "t_dce", "t_dse": "t_dce"}
-    recipe = str(raw.get("training", where)).lower().replace("-", "_")  # or the repository's name
+    recipe = str(raw.get("training", where)).lower().replace("-", "_")  # the path may name it
     names = (ours for theirs, ours in objectives.items() if theirs in recipe)
     schedule = "geometric" if "geometric" in str(raw.get("noise")) else "loglinear"
     return config | {"objective": next(names, "lambda_dce"), "schedule": schedule}
 
 
 def smdm_config(raw, weights, where, file):
-    """Of SMDM's files: what the shapes of the tensors tell; a config.json must agree with them."""
+    """The config of SMDM's files, by the shapes of the tensors; a config.json must agree."""
     names = ["lm_head.weight", "transformer.wte.weight", "transformer.h.0.mlp.swiglu.w1.weight"]
     for name in names:
         matrix = name in weights and weights[name].dim() == 2
@@ -180,8 +177,7 @@ def smdm_config(raw, weights, where, file):
     n_layer = len(set(re.findall(r"^transformer\.h\.(\d+)\.", "\n".join(weights), re.M)))
     n_head = {(size[0], size[2]): size[1] for size in SIZES.values()}.get((n_layer, D))
     unknown = f"{file}: no size of SMDM has {n_layer} layers of width {D}"
-    known = n_head or "n_head" in raw
-    require(known, f"{unknown}, so a config.json beside it has to give n_head")
+    require(n_head or "n_head" in raw, f"{unknown}, so a config.json beside it has to give n_head")
     sizes = {"n_head": n_head, "block_size": 2048, "vocab_size": V}
     sizes = {key: entry(where, key, raw.get(key, sizes[key]), 0) for key in sizes}
     must = {"n_layer": n_layer, "n_embd": D, "intermediate_size": width, "mask_token_id": V}
@@ -200,13 +196,13 @@ CONFIGS = {"nanomdm": own_config, "radd": radd_config, "smdm": smdm_config}
 
 
 def format_config(config, format):
-    """What an export's config.json says."""
+    """The contents of an export's config.json."""
     V, D, schedule = config["vocab_size"], config["n_embd"], config.get("schedule")
     if format == "radd":
         net = {theirs: config[ours] for ours, theirs in RADD_SIZES.items()}
         net |= {"name": "nanomdm", "type": "ddit_wot", "cond_dim": 128, "use_checkpoint": False}
         net |= {"dropout": config["dropout"], "dtype": "float32"}
-        noise = "geometric" if schedule == "geometric" else "loglinear"  # no weight depends on it
+        noise = "geometric" if schedule == "geometric" else "loglinear"  # weights do not need it
         noise = {"type": noise, "sigma_min": 1e-4, "sigma_max": 20}
         return {"tokens": V, "noise": noise, "model": net}
     if format == "smdm":
@@ -218,9 +214,9 @@ def format_config(config, format):
 
 
 def read_settings(file):
-    """(dict, its path) of the settings beside a file of weights; ({}, file) if there are none.
+    """(settings, their path) beside a file of weights; ({}, file) where there are none.
 
-    They are config.json, or .hydra/config.yaml of RADD's trainer.
+    They are in config.json or in .hydra/config.yaml, as RADD's trainer writes it.
     """
     hydra = file.resolve().parent.parent / ".hydra" / "config.yaml"
     beside = (file.with_name("config.json"), hydra)
@@ -237,7 +233,7 @@ def read_settings(file):
 
 
 def read_yaml(text):
-    """Nested `key: value` lines as nested dicts of numbers and text; the rest is skipped."""
+    """Nested dicts of numbers and text from nested `key: value` lines; other lines are skipped."""
     parents = [(-1, {})]  # (indentation, dict), outermost first
     for spaces, key, value in re.findall(r"^( *)(\w+):[ \t]*([^#\n]*)", text, re.M):
         while parents[-1][0] >= len(spaces):

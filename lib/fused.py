@@ -1,9 +1,9 @@
-"""Fast forms of plain formulas, each held to the plain one by tests, and slower to read than it.
+"""Fast forms of plain formulas. They are harder to read, and tests hold them to the plain ones.
 
-- cross_entropy: head and cross-entropy a chunk at a time, the gradient taken on the way forward
+- cross_entropy: head and cross-entropy chunk by chunk, with the gradient taken on the way forward
 - attention: F.scaled_dot_product_attention, or its two products written out where that is faster
-- gelu: its tanh form in fewer operations where it is compiled; relu2: without a power
-- moved: .to(device) that need not wait; masked_indices: of few distinct sizes
+- gelu: its tanh form in fewer operations when compiled; relu2: without a power
+- moved: .to(device) without waiting; masked_indices: in few distinct sizes
 """
 
 import torch
@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 
 def wide(dtype):
-    """The dtype that sums over V are taken in: float32, or float64 where the inputs are."""
+    """The dtype for sums over V: float32, or float64 if the inputs are float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def masked_indices(mask, multiple=1):
-    """Flat indices (N,) of masked positions, then of visible ones (weight 0) up to a multiple."""
+    """Flat indices (N,) of the masked positions, then of visible ones, so that N is a multiple."""
     flat = mask.flatten()  # (B*L,)
     N = -(-int(flat.sum()) // multiple) * multiple  # few distinct N: few compiled programs
     return (~flat).to(torch.uint8).argsort(stable=True)[:N]
@@ -28,8 +28,8 @@ def masked_indices(mask, multiple=1):
 def cross_entropy(h, head, target, weight, normalised=True, chunk=0, row_loss=None):
     """diffusion.plain_cross_entropy without (N, V) logits: (loss, terms (N,), CE (N,)).
 
-    h (N, D), head: (weight (V, D), bias (V,) or None), target (N,), weight (N,). chunk: so many
-    positions at a time, at most; 0: head_chunk. row_loss: a compiled cross_entropy_and_grad.
+    h (N, D), head (weight (V, D), bias (V,) or None), target (N,), weight (N,). chunk: the most
+    positions at a time, 0 for head_chunk. row_loss: a compiled cross_entropy_and_grad.
     """
     chunk = chunk or head_chunk(len(head[0]), h.device)
     row_loss = row_loss or cross_entropy_and_grad
@@ -45,11 +45,11 @@ def cross_entropy(h, head, target, weight, normalised=True, chunk=0, row_loss=No
 
 
 def head_chunk(V, device):
-    """Positions of at most four million logits, on CUDA 128 million, but 256 at least.
+    """The positions at a time: 4 million logits at most, on CUDA 128 million, but 256 positions.
 
-    A CPU wants them in its cache, a GPU large products. 2^27 logits are 0.25 GiB in bfloat16. A
-    training step holds them and their gradients, and a float32 table, 1 GiB in all, unless it is
-    compiled.
+    A CPU wants the logits in its cache, a GPU wants large products. 2^27 logits are 0.25 GiB in
+    bfloat16; a training step holds them, their gradients and, unless it is compiled, a float32
+    table, 1 GiB in all.
     """
     return max(256, 2 ** (27 if device.type == "cuda" else 22) // V)
 
@@ -64,7 +64,7 @@ def chunks(N, most):
 def head_for_products(W, bias, dtype):
     """(weight (V, D), bias (V,) or None) in the dtype of the products, made once for all chunks.
 
-    On CUDA with outputs of -inf up to a multiple of 64: products of an odd width are slow there.
+    On CUDA outputs of -inf fill V up to a multiple of 64, for products of an odd width are slow.
     """
     W, bias = W.to(dtype), None if bias is None else bias.to(dtype)
     more = -len(W) % 64 if W.device.type == "cuda" else 0
@@ -77,10 +77,10 @@ def head_for_products(W, bias, dtype):
 def cross_entropy_and_grad(logits, target, weight, normalised=True):
     """Terms (N,), CE (N,), and the gradient of sum(weight * terms) at the logits (N, V).
 
-    Terms are CE, the gradient weight * (softmax(logits) - onehot(target)). normalised=False: terms
-    are -logit[target] + sum_v e^logit_v - 1, and e^logits take the place of the softmax. weight
-    None: no gradient. One table holds the logits, then their exponentials, then the gradient;
-    compiled, there is none.
+    Terms are CE, and the gradient is weight * (softmax(logits) - onehot(target)). normalised=False:
+    terms are -logit[target] + sum_v e^logit_v - 1, and e^logits take the place of the softmax.
+    weight None: no gradient. One table holds first the logits, then their exponentials, then the
+    gradient; a compiled program needs no table.
     """
     table = logits.to(wide(logits.dtype), copy=True)  # (N, V)
     if normalised:
@@ -93,7 +93,7 @@ def cross_entropy_and_grad(logits, target, weight, normalised=True):
         return terms, ce, None
     w = weight[:, None]  # (N, 1)
     table.mul_(w / total if normalised else w)
-    if torch.compiler.is_compiling():  # compared in passing, where a scatter would need the table
+    if torch.compiler.is_compiling():  # this fuses, where a scatter would need the table
         onehot = torch.arange(table.shape[1], device=table.device) == target[:, None]  # (N, V)
         table = torch.where(onehot, table - w, table)
     else:
@@ -102,7 +102,7 @@ def cross_entropy_and_grad(logits, target, weight, normalised=True):
 
 
 def compiled_row_loss():
-    """cross_entropy_and_grad as one program for any number of rows."""
+    """cross_entropy_and_grad compiled as one program for any number of rows."""
     program = torch.compile(cross_entropy_and_grad)
 
     def row_loss(logits, target, weight, normalised):
@@ -114,17 +114,17 @@ def compiled_row_loss():
 
 
 def product_dtype(h):
-    """The dtype that autocast multiplies h in; it leaves float64 alone."""
+    """The dtype in which autocast multiplies h; it leaves float64 alone."""
     kind = h.device.type
     lower = torch.is_autocast_enabled(kind) and h.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if lower else h.dtype
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """The gradient at the logits needs nothing from upstream but a scalar factor.
+    """All that the gradient at the logits needs from upstream is a scalar factor.
 
-    So each chunk's logits are turned into gradients of h and of the head at once and dropped:
-    (chunk, V) numbers in memory in place of (N, V), and no product done twice.
+    So each chunk of logits is turned into gradients of h and of the head at once, and dropped: that
+    takes (chunk, V) numbers in memory in place of (N, V), and no product is computed twice.
     """
 
     @staticmethod
@@ -145,7 +145,7 @@ class FusedCrossEntropy(torch.autograd.Function):
             if dbias is not None:
                 dbias += grad.sum(0, dtype=dbias.dtype)
             pieces.append(piece)
-            del grad  # or it lives on beside the next logits
+            del grad  # or it would live on beside the next logits
         dW, dbias = dW[: len(W)], None if bias is None else dbias[: len(W)]
         ctx.save_for_backward(dh, dW, dbias)
         terms, ce = map(torch.cat, zip(*pieces, strict=True))  # (N,) each
@@ -160,7 +160,7 @@ class FusedCrossEntropy(torch.autograd.Function):
 
 
 def add_product(total, a, b):
-    """total += a @ b in place. On CUDA the products are not rounded before they are added."""
+    """total += a @ b, in place; on CUDA the products are not rounded before they are added."""
     if total.device.type == "cuda" and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
@@ -173,18 +173,18 @@ def add_product(total, a, b):
 def attention(q, k, v, causal=False, seen=None):
     """Softmax attention: q (B, H, Lq, d), k and v (B, H, Lk, d) -> (B, H, Lq, d).
 
-    causal: the last query stands at the last key, and none looks to the right of its own place.
-    seen (B, 1, Lq, Lk) bool says instead which keys a query looks at.
+    causal: the last query stands at the last key, and no query looks beyond its own place. In its
+    stead seen (B, 1, Lq, Lk) bool says which keys a query looks at.
     """
     Lq, Lk = q.shape[2], k.shape[2]
     plain = q.device.type == "cpu" and q.dtype == torch.bfloat16
     if causal and Lq > 1 and (plain or Lq != Lk):
         seen = torch.ones(Lq, Lk, dtype=torch.bool, device=q.device).tril(Lk - Lq)  # (Lq, Lk)
     if plain:
-        # The kernel of SDPA in bfloat16 is about three times slower on a CPU than its two products
-        # written out. The scale is taken into q (which rounds it once more, unless it is a power of
-        # two): torch.compile has a form of its own for the softmax of a scaled table, which takes
-        # 1.6 times as long.
+        # In bfloat16 on a CPU the kernel of SDPA takes about three times as long as its products
+        # written out. The scale goes into q (which rounds it once more, unless it is a power of
+        # two), because torch.compile treats the softmax of a scaled table in a way of its own that
+        # takes 1.6 times as long.
         score = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).float()  # (B, H, Lq, Lk)
         score = score if seen is None else score.masked_fill(~seen, -torch.inf)
         return score.softmax(-1).to(v.dtype) @ v
@@ -193,10 +193,10 @@ def attention(q, k, v, causal=False, seen=None):
 
 
 def attention_in_order(q, kv):
-    """Attention of a chain rule's 2n tokens, n clean ones and n queries: kv (2, B, H, 2n, d).
+    """Attention among the 2n tokens of a chain rule, n clean ones, then n queries.
 
-    Token number i of both halves sees the clean tokens 0..i, a query itself as well. q (B, H, 2n,
-    d) may hold the queries alone: (B, H, n, d).
+    kv (2, B, H, 2n, d). The i-th token of either half sees the clean tokens 0..i, and a query also
+    itself. q (B, H, 2n, d) may hold the queries alone: (B, H, n, d).
     """
     (k, v), n = kv, kv.shape[3] // 2
     keys, values, own_k, own_v = k[:, :, :n], v[:, :, :n], k[:, :, n:], v[:, :, n:]  # (B, H, n, d)
@@ -212,20 +212,20 @@ def attention_in_order(q, kv):
         tril = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
         seen = torch.cat([tril, torch.eye(n, dtype=torch.bool, device=q.device)], dim=1)  # (n, 2n)
         y = F.scaled_dot_product_attention(asked, k, v, attn_mask=seen)
-    return (
-        y if clean is None else torch.cat([attention(clean, keys, values, causal=True), y], dim=2)
-    )
+    if clean is None:
+        return y
+    return torch.cat([attention(clean, keys, values, causal=True), y], dim=2)
 
 
 def gelu(h):
-    """GELU in its tanh form. tanh(h) = 2 sigmoid(2h) - 1, and fused that takes 0.4 of the time."""
+    """GELU in its tanh form, as tanh(z) = 2 sigmoid(2z) - 1: compiled it takes 0.4 of the time."""
     if torch.compiler.is_compiling():
         return h * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (h + 0.044715 * h * h * h))
     return F.gelu(h, approximate="tanh")
 
 
 def relu2(h):
-    """relu(h)^2, by a product: a power is taken in float32 where CUDA's autocast rules."""
+    """relu(h)^2 as a product, because CUDA's autocast would take a power in float32."""
     h = F.relu(h)
     return h * h
 
@@ -234,7 +234,7 @@ def relu2(h):
 
 
 def moved(device, *tensors):
-    """Tensors of the CPU on the device; to CUDA from pinned memory, so that the host need not wait.
+    """Tensors moved from the CPU to the device; to CUDA from pinned memory, so nobody waits.
 
     MPS has no float64: such a tensor stays where it is.
     """

@@ -1,6 +1,6 @@
-"""What a training run says: a progress bar, lines on the screen, log.jsonl beside the checkpoint.
+"""The log of a training run: progress bar, lines on the screen, log.jsonl beside the checkpoint.
 
-On demand the same goes to wandb or tensorboard, and a trace of a few steps is written for
+On request it also goes to wandb or tensorboard, and a trace of a few steps is written for
 chrome://tracing or perfetto.dev.
 """
 
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import UserError
+from lib.bar import bar_is_off
 from lib.checkpoint import set_aside
 from lib.device import matmul_flops, nominal_flops, step_flops
-from lib.files import optional, to_json, whole_file
+from lib.files import optional, to_json, whole_file, writing
 from lib.resume import seen
 
 MORE = "give more --max_minutes, or --compile=False"
@@ -34,25 +34,25 @@ class Log:
         self.path = Path(config["out_dir"]) / "log.jsonl"
         self.clock, self.start, self.skipped, self.sinks = clock, clock.start, 0, []
         self.began, self.fifth, self.held_out = time.perf_counter(), None, []  # [(nats, step)]
-        self.opened = contextlib.ExitStack()
+        self.resources = contextlib.ExitStack()  # what has to be closed
         if self.is_main:
             self.begin()
         self.profiler = profiler(
             config["profile"] * self.is_main, self.path.with_name("trace.json")
         )
-        total = config["max_iters"] or None  # where time decides, `speed` knows more
+        total = config["max_iters"] or None  # `speed` estimates it where minutes are limited
         steps = {"total": total, "initial": self.start, "unit": "step"}
         self.bar = tqdm(**steps, disable=bar_is_off(self.is_main))
         self.restart(self.start)
 
     def begin(self):
-        """Open the sinks, and drop the entries past `start`, which a resumed run makes again.
+        """Open the sinks, and drop log entries after `start`, which a resumed run makes again.
 
-        A run that begins anew moves an older one aside.
+        A new run first moves an older one aside.
         """
         for key, sink in {"wandb": wandb_sink, "tensorboard": tensorboard_sink}.items():
             if self.config[key]:
-                self.sinks.append(sink(self.config, self.path.parent, self.start, self.opened))
+                self.sinks.append(sink(self.config, self.path.parent, self.start, self.resources))
         lines = []
         if not self.start and (aside := set_aside(self.path.with_name("ckpt.pt"))):
             print(f"the run that was here is kept: --ckpt={aside}")
@@ -63,14 +63,14 @@ class Log:
             temporary.write_text(text, encoding="utf8")
 
     def __enter__(self):
-        self.opened.enter_context(self.bar)
-        self.opened.enter_context(self.profiler)
+        self.resources.enter_context(self.bar)
+        self.resources.enter_context(self.profiler)
         return self
 
     def __exit__(self, *error):
         if self.is_main and error[0] is None:
             self.say_end()
-        return self.opened.__exit__(*error)
+        return self.resources.__exit__(*error)
 
     def say_start(self, model, dataset, val, weights):
         unit = "examples" if self.config["example_width"] else "blocks"
@@ -98,8 +98,8 @@ class Log:
                 self.say(f"it is finished; --out_dir= begins another, {more}")
 
     def say(self, text):
-        """Print it. A run outlives who reads what it says: head, or a terminal that is closed."""
-        if self.is_main and sys.stdout:  # a program with windows has none
+        """Print text, but do not fail once nobody reads it any more (head, a closed terminal)."""
+        if self.is_main and sys.stdout:  # None in a program without a console
             coding = sys.stdout.encoding or "utf8"
             with contextlib.suppress(OSError):
                 self.bar.write(text.encode(coding, "replace").decode(coding))
@@ -109,10 +109,10 @@ class Log:
         return f"{self.clock.minutes:.1f}{f' of {limit:g}' * (limit > 0)} min"
 
     def step(self, loss):
-        """One step of training is done. After the tenth a line says how long the run will be."""
+        """Note that a step is done. After the tenth a line says how long the run will take."""
         self.bar.update()
         made = self.clock.step - self.start
-        if self.is_main and made in (5, 10):  # compiled by the fifth
+        if self.is_main and made in (5, 10):  # by the fifth all is compiled
             loss.item()  # waits for the device
             self.fifth = self.fifth or time.perf_counter()
             if made == 10:
@@ -121,16 +121,13 @@ class Log:
             self.profiler.step()
 
     def pace(self):
-        """Seconds a step, evaluations included, and compilation left out as soon as it is over."""
+        """Seconds a step, with evaluations, and without compilation once that is over."""
         made, now = self.clock.step - self.start, time.perf_counter()
-        return (
-            (now - self.fifth) / (made - 5)
-            if self.fifth and made > 5
-            else (now - self.began) / made
-        )
+        compiled = self.fifth and made > 5
+        return (now - self.fifth) / (made - 5) if compiled else (now - self.began) / made
 
     def say_plan(self, pace):
-        """The line after ten steps, with `pace` seconds a step from now on."""
+        """Print the line after ten steps; pace: the seconds that a step takes from now on."""
         steps, seconds = self.clock.left(pace)
         tokens = (self.clock.step + steps) * self.tokens
         size = f"{self.parameters:,} parameters, {self.tokens:,.0f} tokens a step"
@@ -141,7 +138,7 @@ class Log:
             self.say(f"of {self.minutes()} most were compilation; {MORE}")
 
     def say_end(self):
-        """What is to be known of a run that has ended and did not go as it should."""
+        """Say at the end of a run whether it spent its time or its text badly."""
         made, (best, step) = self.clock.step - self.start, min(self.held_out, default=(0.0, 0))
         if self.clock.spent() >= 1 and made < 10:
             self.say(f"{made} steps in {self.minutes()}, most of it compilation; {MORE}")
@@ -150,21 +147,18 @@ class Log:
             self.say(f"held-out text was best {then}: fewer steps, or more text, are better")
 
     def skip(self, step):
-        """A step's gradient was not finite, and it was skipped."""
+        """Say that a step was skipped because its gradient was not finite."""
         self.skipped += 1
-        kept = f"so the weights stay as they are ({self.skipped} such steps)"
-        self.say(f"step {step}: the gradient is not finite, {kept}")
+        result = f"so the weights stay as they are ({self.skipped} such steps)"
+        self.say(f"step {step}: the gradient is not finite, {result}")
 
     def write(self, entry):
-        """One line of log.jsonl. UserError on a full disk."""
+        """Append an entry, a dict, to log.jsonl and send its numbers to the sinks."""
         if not self.is_main:
             return
         numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float))}
-        try:
-            with open(self.path, "a", encoding="utf8") as file:
-                file.write(to_json(entry) + "\n")
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from None
+        with writing(self.path), open(self.path, "a", encoding="utf8") as file:
+            file.write(to_json(entry) + "\n")
         part = "val" if "nats_per_token" in entry else "train"
         if part == "val":
             self.held_out.append((entry["nats_per_token"], entry["step"]))
@@ -172,10 +166,11 @@ class Log:
             sink(entry["step"], {f"{part}/{key}": value for key, value in numbers.items()})
 
     def speed(self, step, loss, nelbo, rate, memory):
-        """One entry. rate: of learning; memory: MiB of the process that has most.
+        """Write and show an entry about training, with all sequences seen so far.
 
-        loss: as trained; nelbo: of the same batch, by the weights of the bound. tokens, flops: of
-        all sequences seen. mfu: the part of the machine's speed in matrix products that is used.
+        loss: as trained; nelbo: of the same batch, with the weights of the bound. rate: of
+        learning. memory: MiB of the process that has most. mfu, model FLOPs utilisation, is the
+        share of the machine's speed in matrix products that training reaches.
         """
         now = time.perf_counter()
         per_second = (step - self.last_step) / (now - self.last_time)  # steps
@@ -199,22 +194,12 @@ class Log:
         self.restart(step)
 
     def restart(self, step):
-        """Start the clock anew: what came before, an evaluation say, is not training time."""
+        """Begin to measure the speed anew, so that an evaluation before does not count."""
         self.last_time, self.last_step = time.perf_counter(), step
 
 
-def bar_is_off(shown):
-    """tqdm's `disable` for a bar that is to be shown on a terminal alone: none goes into a file."""
-    return not shown or not sys.stderr or None
-
-
-def progress_bar(shown, total, unit):
-    """A bar that leaves nothing behind."""
-    return tqdm(total=total, unit=unit, disable=bar_is_off(shown), leave=False)
-
-
 def step_of(line):
-    """The step of an entry; infinite for a line that a killed process or a full disk has torn."""
+    """The step of a line of log.jsonl; infinite for one that a kill or a full disk has cut off."""
     try:
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -222,7 +207,7 @@ def step_of(line):
 
 
 def flops_of_step(config, model, dataset):
-    """Operations of a training step: forward and backward, of the positions that are predicted."""
+    """Operations of a training step, forward and backward, for the positions that it predicts."""
     share, L = 1.0, dataset.block_size
     if config["example_width"]:
         padding = config["attention"] != "causal"
@@ -232,16 +217,16 @@ def flops_of_step(config, model, dataset):
 
 
 def mean_length(config, dataset):
-    """Tokens of a sequence, in the mean over steps that random_length cuts and those it does not.
+    """The mean number of tokens in a sequence, which random_length cuts in some steps.
 
-    Of examples all, the padding included.
+    In examples padding counts, too.
     """
     L = dataset.block_size
     return L - config["random_length"] * (L - 1) / 2
 
 
 def profiler(steps, path):
-    """A context that follows `steps` steps, after two left out, and writes them to path."""
+    """A context that records `steps` steps after the first two, and writes the trace to path."""
     if not steps:
         return contextlib.nullcontext()
 
@@ -253,17 +238,17 @@ def profiler(steps, path):
     return torch.profiler.profile(schedule=schedule, on_trace_ready=write)
 
 
-def wandb_sink(config, folder, start, opened):
-    """sink(step, numbers) into the project config["wandb"]; the starts of one run are a group."""
+def wandb_sink(config, folder, start, resources):
+    """sink(step, numbers) for the project config["wandb"]; the starts of a run are a group."""
     wandb = optional("wandb", "--wandb")
     name = f"{folder.name} from {start}"
     run = wandb.init(project=config["wandb"], group=folder.name, name=name, config=config)
-    opened.callback(run.finish)
+    resources.callback(run.finish)
     return lambda step, numbers: run.log(numbers, step=step)
 
 
-def tensorboard_sink(config, folder, start, opened):
-    """sink(step, numbers) into out_dir/tensorboard; the entries past `start` are purged."""
+def tensorboard_sink(config, folder, start, resources):
+    """sink(step, numbers) for out_dir/tensorboard; it purges the entries after `start`."""
     SummaryWriter = optional("torch.utils.tensorboard", "--tensorboard").SummaryWriter
-    writer = opened.enter_context(SummaryWriter(folder / "tensorboard", purge_step=start + 1))
+    writer = resources.enter_context(SummaryWriter(folder / "tensorboard", purge_step=start + 1))
     return lambda step, numbers: [writer.add_scalar(k, v, step) for k, v in numbers.items()]

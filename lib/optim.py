@@ -1,27 +1,36 @@
 """What a step does with the gradient: clipping, AdamW, Muon, the learning rate, the EMA.
 
-Muon is gradient descent whose step has, in each matrix, the same size in every direction (Jordan et
-al. 2024): the momentum U S V' of a matrix is replaced by about U V'. torch.optim.Muon gives the
-same step, one matrix after the other; here matrices of one shape go together, because small ones
-take longer to call than to multiply. Sharded ones are gathered first, each once, where torch's
-would gather inside every product.
+A step of Muon (Jordan et al. 2024) has the same size in every direction of a matrix: the momentum
+U S V' is replaced by about U V'. torch.optim.Muon takes the same step for one matrix after the
+other. Here matrices of one shape are stacked, because calls cost more than products of small
+matrices, and a sharded matrix is gathered once, not inside every product.
 """
 
 import math
 
 import torch
 
-from config import choose
+from config import Table
 from lib import parallel
 
-# a x + b x^3 + c x^5: five times, it takes singular values from (0, 1] to 0.7..1.2.
+OPTIMIZERS = Table(  # {name: (learning rate up to a width of 96, whether Muon moves matrices)}
+    "optimizer", adamw=(4e-3, False), muon=(1e-2, True)
+)
+LR_DECAYS = Table(  # {name: part of the decay that is over -> part of the learning rate that stays}
+    "lr_decay",
+    cosine=lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    linear=lambda done: 1 - done,
+    constant=lambda done: 1.0,
+)
+
+# a x + b x^3 + c x^5, applied five times, takes singular values in (0, 1] to 0.7..1.2.
 POLYNOMIAL = (3.4445, -4.7750, 2.0315)
-# Numbers in a stack at most: large matrices gain nothing, and a stack is whole on every process.
+# The most numbers in a stack: large matrices gain nothing, and every process holds all of a stack.
 STACK = 2**24
 
 
 def orthogonal(g):
-    """About U V' of every matrix U S V' of g (n, rows, columns): Newton-Schulz in bfloat16."""
+    """About U V' for each matrix U S V' of g (n, rows, columns), by Newton-Schulz in bfloat16."""
     a, b, c = POLYNOMIAL
     tall = g.shape[1] > g.shape[2]
     x = (g.mT if tall else g).bfloat16()  # (n, short, long)
@@ -34,9 +43,9 @@ def orthogonal(g):
 
 
 class Muon(torch.optim.Optimizer):
-    """For matrices: Nesterov momentum, decoupled decay, steps as large as AdamW's.
+    """For matrices: Nesterov momentum, decoupled weight decay, steps as large as AdamW's.
 
-    Their size is that of arXiv 2502.16982, eq. 4.
+    The size of a step is that of arXiv 2502.16982, eq. 4.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -55,7 +64,7 @@ class Muon(torch.optim.Optimizer):
                     self.move(some, **group)
 
     def move(self, matrices, lr, weight_decay, momentum, **_):
-        """One step of a few matrices of one shape."""
+        """Take one step with a few matrices of one shape."""
         ahead = []
         for p in matrices:
             state = self.state[p]
@@ -70,14 +79,14 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(config, model):
-    """[AdamW] or [AdamW, Muon of the blocks' matrices].
+    """[AdamW], or [AdamW, Muon] with Muon for the blocks' matrices.
 
-    Matrices alone decay, or all (decay_all).
+    Only matrices decay, unless decay_all is set.
     """
     muon, decayed, plain = [], [], []
-    choose("optimizer", config["optimizer"], ["adamw", "muon"])
+    _, has_muon = OPTIMIZERS[config["optimizer"]]
     for name, p in model.named_parameters():
-        if config["optimizer"] == "muon" and name.startswith("blocks.") and p.dim() == 2:
+        if has_muon and name.startswith("blocks.") and p.dim() == 2:
             muon.append(p)
         else:
             (decayed if p.dim() == 2 or config["decay_all"] else plain).append(p)
@@ -91,10 +100,10 @@ def make_optimizers(config, model):
 
 
 def learning_rate(step, config, spent=0.0):
-    """Linear warm-up, constant up to decay_start, then a decay to min_lr at the end of the run.
+    """The rate of a step: linear warm-up, constant until decay_start, then a decay to min_lr.
 
-    The end is max_iters (0: never) or spent = 1, the part of the run's minutes that is used:
-    the decay follows whichever is further.
+    The decay follows the run's steps (max_iters) or the share `spent` of its minutes, whichever is
+    further.
     """
     peak, floor, warmup = config["learning_rate"], config["min_lr"], config["warmup_iters"]
     if step < warmup:
@@ -103,8 +112,7 @@ def learning_rate(step, config, spent=0.0):
     start = max(warmup, late * end)
     done = (step - start) / max(1, end - start) if end else 0.0
     done = min(1.0, max(0.0, done, (spent - late) / max(1e-9, 1 - late)))  # 0..1
-    shapes = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
-    return floor + (peak - floor) * choose("lr_decay", config["lr_decay"], shapes)
+    return floor + (peak - floor) * LR_DECAYS[config["lr_decay"]](done)
 
 
 def clip_gradient(config, parameters):
@@ -125,10 +133,7 @@ def set_learning_rate(optimizers, rate):
 
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
-    """Move the averaged weights towards the model's, early on faster.
-
-    EMA: exponential moving average.
-    """
+    """Move the exponential moving average of the weights towards the model's, at first faster."""
     decay = min(decay, (1 + step) / (10 + step))
     pairs = zip(ema.parameters(), model.parameters(), strict=True)
     averages, weights = zip(*([parallel.local(p) for p in pair] for pair in pairs), strict=True)

@@ -1,13 +1,13 @@
-"""Several processes as one: who they are, how they share the network, what they tell each other.
+"""Several processes in one run: who they are, how they share the network and its tensors.
 
     torchrun --nproc-per-node=8 train.py ...                    ddp: each has the whole network
     torchrun --nproc-per-node=8 train.py ... --parallel=fsdp    fsdp: each has 1/8 of every tensor
 
 - ddp averages the gradients.
-- fsdp (arXiv 2304.11277) shares out weights, their average, gradient and optimizer state; a block's
-  weights are gathered when the block is due and dropped after it. A sharded tensor is a DTensor.
-- What is written to a checkpoint and read from it are whole tensors, whatever the engine and the
-  number of processes.
+- fsdp (arXiv 2304.11277) divides weights, their average, gradients and optimizer state among the
+  processes. The weights of a block are gathered for its turn and dropped after it. A sharded tensor
+  is a DTensor.
+- A checkpoint holds whole tensors, whatever the engine and the number of processes.
 """
 
 import atexit
@@ -25,14 +25,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError, choose, require
+from config import UserError, require
 from lib import fused
 from lib.device import can_compile, keep_memory, machine, peak_memory
 
-# What a message advises where a run cannot be resumed.
+# The advice where a run cannot be resumed.
 ANEW = "begin anew in another --out_dir=, or here with --resume=False, which keeps the old run"
-# For a process that hangs; a dead one is noticed at once. The others also wait while one compiles,
-# and while process 0 writes a large checkpoint.
+# How long to wait for a process that hangs; a dead one is noticed at once. They also wait while one
+# of them compiles, or while process 0 writes a large checkpoint.
 PATIENCE = datetime.timedelta(minutes=30)
 
 
@@ -40,20 +40,19 @@ PATIENCE = datetime.timedelta(minutes=30)
 
 
 class Team(NamedTuple):
-    """The processes of a run and the machine of this one."""
+    """The processes of a run, and the device of this one."""
 
     world: int = 1  # processes
     rank: int = 0  # this one's number
     device: torch.device = torch.device("cpu")
-    autocast: object = contextlib.nullcontext  # `with autocast():` has the dtype of matrix products
+    autocast: object = contextlib.nullcontext  # `with autocast():` sets the dtype of products
 
 
 def join(config):
-    """The Team as torchrun has set it up, joined up; on CUDA each process gets its own device.
+    """Join the processes as torchrun has set them up: the Team. On CUDA each gets its own card.
 
-    UserError for one card that all would share.
+    UserError where they would all share one card.
     """
-    choose("parallel", config["parallel"], ["ddp", "fsdp"])
     world, rank, local_rank = launched(os.environ)
     wish, several = config["device"], world > 1 and torch.cuda.is_available()
     own = "under torchrun each process takes a card of its own: use --device=cuda"
@@ -66,24 +65,24 @@ def join(config):
         backend = "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            backend, group["device_id"] = "nccl", device  # or NCCL guesses which card is whose
+            backend, group["device_id"] = "nccl", device  # without it NCCL guesses the card
         dist.init_process_group(backend, **group)
-        atexit.register(dist.destroy_process_group)  # or a thread of gloo outlives Python's end
+        atexit.register(dist.destroy_process_group)  # or a thread of gloo outlives Python
     return Team(world, rank, device, autocast)
 
 
 def launched(env):
-    """(processes, number of this one, its number on this machine) as torchrun says in `env`.
+    """(processes, rank of this one, its rank on this machine) by torchrun's variables in `env`.
 
-    It sets all of the variables; others, and whoever leaves one behind, set some. These mean
-    nothing then, which a line says. UserError for what are no such numbers.
+    If some of the variables are missing, torchrun has not set the others: a line says that they are
+    ignored. UserError where the values are no such numbers.
     """
     wanted = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
     there = [name for name in wanted if env.get(name)]
     if there != [*wanted]:
         if there and env.get("WORLD_SIZE") != "1":
             missing = ", ".join(name for name in wanted if name not in there)
-            said = f"{', '.join(there)} set, but not {missing}: not by torchrun, so not heeded"
+            said = f"{', '.join(there)} set, but not {missing}: not by torchrun, so ignored"
             print(f"{said}; this is one process", file=sys.stderr)
         return 1, 0, 0
     values = [env["WORLD_SIZE"], env["RANK"], env.get("LOCAL_RANK") or env["RANK"]]
@@ -95,11 +94,11 @@ def launched(env):
 
 
 def own_store():
-    """Where the processes of this start find each other, or None for torch's own choice.
+    """The store in which the processes of this start find each other; None: torch chooses one.
 
-    All starts of one torchrun --max-restarts share a store, where a process may find the address of
-    one that was killed. On one machine the starts are counted. (On several
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each its own.)
+    With torchrun --max-restarts all starts share a store, in which a process may find the address
+    of one that was killed. On one machine each start therefore gets its own part of it. (On several
+    machines TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each start a store of its own.)
     """
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
@@ -110,7 +109,7 @@ def own_store():
 
 
 def gather(value, team):
-    """What each process calls this with, [of process 0, of process 1, ...], on every process."""
+    """The values of all processes, [that of process 0, ...], on every process."""
     parts = [value] * team.world
     if team.world > 1:
         dist.all_gather_object(parts, value)
@@ -118,7 +117,10 @@ def gather(value, team):
 
 
 def agree(losses, signal, team):
-    """(mean of each loss, largest signal, largest memory in MiB) of all. Waits for the device."""
+    """(mean of each loss, largest signal, most memory in MiB) over all processes.
+
+    Waits for the device.
+    """
     parts = gather((torch.stack(losses).tolist(), signal, peak_memory(team.device)), team)
     losses, signals, memories = zip(*parts, strict=True)
     means = [sum(each) / team.world for each in zip(*losses, strict=True)]
@@ -127,7 +129,7 @@ def agree(losses, signal, team):
 
 @contextlib.contextmanager
 def together(path, team):
-    """Inside the block the end of another process is one line: UserError.
+    """Make the end of another process during the block a UserError.
 
     With NCCL its watchdog may end this process first, with a report of its own.
     """
@@ -142,9 +144,9 @@ def together(path, team):
 
 
 def deal(lengths, team):
-    """Which items this process works on, as many of each length as the others.
+    """The items that this process works on: of each length as many as any other process.
 
-    So all make the same network calls; items that cannot be shared out evenly come to two.
+    So all make the same network calls. Where the division leaves a rest, some items are done twice.
     """
     mine = []
     for length in sorted(set(lengths)):
@@ -158,19 +160,20 @@ def deal(lengths, team):
 
 
 def shard(model, team):
-    """fsdp for a network on the meta device, without memory yet: no process ever holds it all.
+    """Apply fsdp to a network on the meta device, so that no process ever holds all of it.
 
-    Blocks are gathered in the dtype of the products, half as many bytes and no copy of them for
-    autocast; their gradients are added up in float32. So are embedding and head gathered, whose
-    dtype is that of the hidden states.
+    Blocks are gathered in the dtype of the products, which takes half the bytes and spares autocast
+    a copy. Gradients are added up in float32, and embedding and head are gathered in float32, the
+    dtype of the hidden states.
     """
     from torch.distributed import fsdp  # half a second that only fsdp needs
 
-    keep_memory(False)  # on the CPU: weights that are dropped have to leave the process
+    keep_memory(False)  # dropped weights have to leave the process on a CPU, too
     mesh = init_device_mesh(team.device.type, (team.world,))
     with team.autocast():
         dtype = fused.product_dtype(torch.empty(0, device=team.device))
-    mixes = team.device.type == "cuda" or model.config["norm"] == "rms"  # LayerNorm of a CPU cannot
+    # LayerNorm on a CPU cannot mix dtypes.
+    mixes = team.device.type == "cuda" or model.config["norm"] == "rms"
     low = {"param_dtype": dtype, "reduce_dtype": torch.float32, "cast_forward_inputs": False}
     policy = fsdp.MixedPrecisionPolicy(**low if mixes else {})
     for block in model.blocks:
@@ -181,11 +184,11 @@ def shard(model, team):
 
 
 def engine(loss_of, config, team):
-    """The loss as it is trained, from a diffusion.Loss: recomputed, compiled, gradients averaged.
+    """A diffusion.Loss made ready for training: blocks recomputed, compiled, gradients averaged.
 
-    Blocks are compiled one at a time, and being alike they share their programs: as fast a step as
-    from one program for all, after half of the wait; and sharded weights are gathered between the
-    programs, not inside.
+    Blocks are compiled one at a time; as they are alike, they share their programs. A step is as
+    fast as with one program for the whole network, after half the wait, and sharded weights are
+    gathered between programs, not inside them.
     """
     model, compiled = loss_of.model, config["compile"] and can_compile(team.device)
     sharded = is_sharded(model.embed.weight)
@@ -203,7 +206,7 @@ def engine(loss_of, config, team):
 
 
 def in_training(block, fast):
-    """The block's forward: `fast` in training, where shapes stay the same, elsewhere its own."""
+    """The block's forward: `fast` in training, where shapes do not vary, and elsewhere its own."""
     plain = block.forward
 
     def forward(*arguments, **keys):
@@ -213,16 +216,16 @@ def in_training(block, fast):
 
 
 def accumulate(loss_of, last):
-    """The context of a micro-step: ddp averages the gradients over the processes at the last only.
+    """The context of a micro-step: ddp averages the gradients only at the last one.
 
-    fsdp does it each time: gradients that wait for the last one would be as large as the network.
+    fsdp does so each time, because gradients that wait would be as large as the network.
     """
     waits = isinstance(loss_of, DistributedDataParallel) and not last
     return loss_of.no_sync() if waits else contextlib.nullcontext()
 
 
 def release(model):
-    """Drop the whole weights that a call outside training has left gathered."""
+    """Drop the weights that a call outside training has gathered (fsdp)."""
     if hasattr(model, "reshard"):
         model.reshard()
 
@@ -231,22 +234,22 @@ def release(model):
 
 
 def is_sharded(tensor):
-    """Whether it is a DTensor, seen by what it can do: only those who use fsdp import them."""
+    """Whether it is a DTensor, told by a method, since only fsdp has to import that class."""
     return hasattr(tensor, "to_local")
 
 
 def local(tensor):
-    """The part of a tensor that this process holds; all of it where it is not sharded."""
+    """The part of a tensor that this process holds; all of it if it is not sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def gathered(tensor):
-    """The whole of a tensor, on every process; all must call it."""
+    """The whole tensor on every process; all must call this together."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def part(tensor, like):
-    """A whole tensor, the same on every process, sharded as `like` is; nothing is sent."""
+    """Shard a tensor, which every process holds whole, as `like` is; nothing is sent."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -256,7 +259,7 @@ def part(tensor, like):
 
 @torch.no_grad()
 def fill(model, weights, where):
-    """Give a network its weights, (name, whole tensor) each. UserError where one does not fit."""
+    """Give a network its weights, pairs (name, whole tensor); UserError where one does not fit."""
     own = dict(model.named_parameters())
     for name, value in weights:
         misfit = f"the tensor {name} {tuple(value.shape)} does not fit the network of its config"
@@ -266,7 +269,7 @@ def fill(model, weights, where):
 
 
 def optimizer_parts(state, optimizer):
-    """An optimizer's saved "state", sharded as its parameters are. UserError if it does not fit."""
+    """An optimizer's saved "state", sharded as its parameters are; UserError if it does not fit."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     parts = {}
     for i, entry in state.items():
@@ -279,13 +282,13 @@ def optimizer_parts(state, optimizer):
 
 
 def whole(tree, keep):
-    """Nested dicts and lists with every shard made whole, in host memory where keep, else dropped.
+    """Nested dicts and lists with sharded tensors made whole, on the host if keep, else None.
 
-    All must call it. So process 0 writes one ordinary file, which any number of processes,
-    sample.py and evaluate.py read. It needs host memory for all of it, 16 bytes a parameter with
-    AdamW and an average, and no more device memory than one tensor. torch.distributed.checkpoint
-    would write in parallel, which pays where one writer is too slow; but it leaves a folder that
-    nothing else here can read, and its index is a pickle, which may run code when it is read.
+    All must call this together. So process 0 can write one ordinary file, which any number of
+    processes, sample.py and evaluate.py can read. That takes host memory for everything, 16 bytes a
+    parameter with AdamW and an average, and device memory for one tensor. The alternative,
+    torch.distributed.checkpoint, writes in parallel, which pays where one writer is too slow, but
+    nothing else here can read its folder, whose index is a pickle and may run code.
     """
     if isinstance(tree, dict):
         return {key: whole(value, keep) for key, value in tree.items()}

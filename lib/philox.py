@@ -1,4 +1,4 @@
-"""Uniform numbers that are a function of a seed and of where they are used."""
+"""Uniform random numbers as a function of a seed and of the place where they are used."""
 
 import numpy as np
 import torch
@@ -7,9 +7,9 @@ import torch
 def uniforms(seed, step, position, n):
     """(B, n) numbers in [0, 1), float64: row b is a pure function of (seed, step, position[b]).
 
-    A counter-based generator (Philox, arXiv 1004.3374) jumps to any row, so every process draws its
-    own part of the global batch, and a resumed run draws what it would have drawn. One generator is
-    moved from row to row: making one takes longer.
+    A counter-based generator (Philox, arXiv 1004.3374) can jump to any row. So every process draws
+    its own part of the global batch, and a resumed run draws what it would have drawn anyway. One
+    generator is moved from row to row, because making a new one takes longer.
     """
     source, out = np.random.Philox(key=[seed, 0]), np.empty((len(position), n))  # (B, n)
     numbers, state = np.random.Generator(source), source.state
@@ -21,6 +21,6 @@ def uniforms(seed, step, position, n):
 
 
 def distinct_uniforms(seed, step, position, n):
-    """uniforms, each position drawn once: many rows of a chain have the same numbers."""
+    """uniforms, with a position that repeats drawn once: all rows of a chain rule share one."""
     position, row = position.unique(return_inverse=True)
     return uniforms(seed, step, position, n)[row]  # (b, n)

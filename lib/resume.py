@@ -1,19 +1,19 @@
-"""How a run begins: anew, from other weights (init_from), or from where it stopped (resume).
+"""How a run begins: anew, with the weights of another (init_from), or where it stopped (resume).
 
-Who wins, key by key:
+Which of them decides a key:
 
-  the shape of the network (model.DEFAULTS)   the checkpoint that is resumed or taken by init_from,
-  and, when resumed, the objective            else the command, else the dial (lib/budget.py);
-                                              another value that the user set is an error
-  vocab_size, example_width, eos_id           the data
-  attention                                   the objective
-  block_size                                  as the shape, but after init_from it may be another:
-                                              positions are rotary; a new network gets the width of
-                                              examples, the blocks that a text is laid out in, or
-                                              the length of a text that is shorter
-  batch_size                                  the command; the data go on where they were (`ahead`)
-  all else                                    the command, then the preset, then the default: a
-                                              resumed run may change its recipe on the way
+  model.DEFAULTS, the shape   the checkpoint, where there is one, also the objective of a resumed
+                              run: another value that the user set is an error. Of a new network
+                              the command, then the dial (lib/budget.py)
+  attention                   of a new network the objective
+  block_size                  as the shape, but the user may change it with init_from, because
+                              positions are rotary. Of a new network the data: the width of
+                              examples, the blocks that a text is laid out in, or the length of a
+                              text that is shorter
+  vocab_size, example_width, eos_id   the data
+  all others                  the command, then the preset, then the default: a resumed run may
+                              change its recipe, and says so. With another batch_size it goes on at
+                              the same place in the data (`ahead`)
 """
 
 import contextlib
@@ -28,6 +28,15 @@ from diffusion import OBJECTIVES
 from lib import checkpoint, files, formats, parallel
 from lib.parallel import ANEW
 
+# {key: (the attention of the networks that use it, the value that the others are trained by)}
+USED_BY = {
+    "prompt_drop": ("full", 0.0),
+    "mask_rate": ("full", "uniform"),
+    "loss_weight": ("full", "bound"),
+    "order": ("order", "uniform"),
+    "order_p": ("order", None),
+}
+
 
 def checkpoint_path(config):
     return Path(config["out_dir"]) / "ckpt.pt"
@@ -35,9 +44,10 @@ def checkpoint_path(config):
 
 @contextlib.contextmanager
 def alone(config, team):
-    """Inside the block out_dir is this run's alone, and free of what killed runs left half-written.
+    """Keep other runs out of out_dir during the block, and sweep up half-written files.
 
-    The first process sees to it for all. UserError, on all, where another run has the folder.
+    The first process does so for all. Raises UserError in every process where another run has the
+    folder. A KeyboardInterrupt that ends the block says what was saved, and how to go on.
     """
     refused = ""
     with contextlib.ExitStack() as held:
@@ -49,14 +59,20 @@ def alone(config, team):
             refused = str(error)
         refused = parallel.gather(refused, team)[0]
         require(not refused, refused)
-        yield
+        try:
+            yield
+        except KeyboardInterrupt:
+            path, wish = checkpoint_path(config), " with --resume" * (not config["resume"])
+            saved = f"{path} is as it was saved last; the same command{wish} resumes it"
+            nothing = "nothing was saved yet; the same command begins again"
+            raise KeyboardInterrupt(saved if path.is_file() else nothing) from None
 
 
 def begin(config, team):
-    """(config, state): the config that the run has, and the checkpoint.save state it begins from.
+    """(config, state): the config of the run, and what checkpoint.read gave of where it begins.
 
-    state is None for a run that begins from nothing. Raises UserError for settings that cannot be
-    trained, or that do not go together.
+    state is None for a new network; it has no "optimizer" where only the weights are taken
+    (init_from). Raises UserError for settings that cannot be trained or do not go together.
     """
     path = checkpoint_path(config)
     state, source = starting_point(config, path)
@@ -67,22 +83,29 @@ def begin(config, team):
     steps = parallel.gather(state["step"] if state else 0, team)
     apart = f"the processes do not see the same {path}"
     require(len(set(steps)) == 1, f"{apart}; out_dir must be a folder that all of them share")
-    check(config, team.world)
-    config = with_data(config, state, source)
-    before = state["config"]["block_size"] if state else config["block_size"]
-    if before != config["block_size"] and team.rank == 0:
-        why = "positions are rotary, so the network takes any number of them"
-        print(f"block_size {before} of {source} becomes {config['block_size']}: {why}")
+    check(config)
+    config = with_attention(with_data(config, state, source), state, source)
+    if state and team.rank == 0:
+        say_changes(config, state, source)
     return config, state
 
 
+def say_changes(config, state, source):
+    """Say what is no longer as the checkpoint has it: block_size, or what the user resumes with."""
+    own = config.get("user_keys", {}).keys() - {"init_from", "out_dir", "resume"}
+    before, keys = state["config"], own if "optimizer" in state else {"block_size"}
+    pairs = [(key, before[key], config[key]) for key in sorted(keys & before.keys())]
+    changes = ", ".join(f"{key} {a} -> {b}" for key, a, b in pairs if a != b)
+    print(f"{source} goes on with other settings: {changes}\n" * bool(changes), end="")
+
+
 def starting_point(config, path):
-    """(state, its name): that of the checkpoint `path`, of init_from, or (None, "")."""
+    """(state, its name) of the checkpoint `path` or of init_from; (None, "") for a new network."""
     if config["resume"] and path.is_file():
         return checkpoint.read(path), path
-    kept = checkpoint.kept_beside(path) if config["resume"] else {}
-    if kept:
-        advice = f"copy {kept[max(kept)]} to {path} to resume, or {ANEW}"
+    older = checkpoint.kept_beside(path) if config["resume"] else {}
+    if older:
+        advice = f"copy {older[max(older)]} to {path} to resume, or {ANEW}"
         raise UserError(f"no {path}, but checkpoints of the run are beside it; {advice}")
     if not config["init_from"]:
         return None, ""
@@ -92,20 +115,20 @@ def starting_point(config, path):
 
 
 def seen(config, step):
-    """How many sequences the run has seen before `step`, also with other batch sizes before."""
+    """How many sequences a run has seen before `step`, whatever its batch sizes were."""
     return config.get("ahead", 0) + step * config["batch_size"]
 
 
 def learn_characters(state, source, meta, team):
-    """Give a network to begin with rows for characters that the data have behind its alphabet.
+    """Give the network of init_from rows for characters that the data add to its alphabet.
 
-    They begin as the mean of the others. data.tokenizer.named makes such alphabets.
+    A new row begins as the mean of the others. data.tokenizer.named makes such alphabets.
     """
-    known, wanted = state["tokenizer"], meta["tokenizer"]
-    chars = known and known["kind"] == wanted["kind"] == "char"
-    if not chars or not wanted["alphabet"].startswith(known["alphabet"]):
+    old, wanted = state["tokenizer"], meta["tokenizer"]
+    are_chars = old and old["kind"] == wanted["kind"] == "char"
+    if not are_chars or not wanted["alphabet"].startswith(old["alphabet"]):
         return
-    V, n = len(known["alphabet"]), len(wanted["alphabet"])
+    V, n = len(old["alphabet"]), len(wanted["alphabet"])
     for name in {"embed.weight", "unembed.weight", "unembed.bias"} & state["model"].keys():
         w = state["model"][name]  # (V + 1, D), (V or more, D) or (V or more,)
         new = w[:V].mean(0, keepdim=True).expand(n - V, *w.shape[1:])
@@ -119,45 +142,42 @@ def learn_characters(state, source, meta, team):
 def with_size(config):
     """The config with the model keys of its `size`; UserError if the user set one differently."""
     shape = formats.size_config(config["size"]) if config["size"] else {}
-    user_keys = config.get("user_keys", ())
+    user_keys = config.get("user_keys", {})
     for key in (key for key in shape if key in user_keys):
         conflict = f"size {config['size']} has {key}={shape[key]}, not {config[key]}"
         require(config[key] == shape[key], conflict)
-    return config | shape | {"user_keys": sorted({*user_keys, *shape})}
+    return config | shape | {"user_keys": dict.fromkeys(shape, "--size") | user_keys}
 
 
 def with_saved(config, state, source):
-    """The config with the model keys of the state, and of a resumed run its objective."""
-    saved, resumed = state["config"], "optimizer" in state
-    free = set() if resumed else {"block_size"} & {*config.get("user_keys", ())}
-    keys = [*network.DEFAULTS, "depth", *["objective"] * resumed]
-    keys = [key for key in keys if key not in free]
-    saved = {"depth": 0} | saved  # older ones have none
+    """The config with the model keys of the state and, if the run resumes, its objective.
+
+    UserError where the user set one differently.
+    """
+    saved, resumed = {"depth": 0} | state["config"], "optimizer" in state  # old: no depth
+    keys, user_keys = {*network.DEFAULTS, "depth"}, config.get("user_keys", {})
+    keys |= {"objective"} if resumed else set()
+    keys -= {"block_size"} if not resumed and "block_size" in user_keys else set()
     advice = ANEW if resumed else "init_from takes a model as it is"
-    require(set(keys) <= saved.keys(), f"{source} does not say how its model was made; {advice}")
-    for key in (key for key in config.get("user_keys", ()) if key in keys):
+    require(keys <= saved.keys(), f"{source} does not say how its model was made; {advice}")
+    for key in (key for key in user_keys if key in keys):
         conflict = f"{source} was trained with {key}={saved[key]}, not {config[key]}"
         require(config[key] == saved[key], f"{conflict}; {advice}")
-    objective = config["objective"]
-    is_right = resumed or saved["attention"] in OBJECTIVES[objective].attention
-    wanted = " or ".join(OBJECTIVES[objective].attention)
-    has = f"{source} has attention={saved['attention']}"
-    require(is_right, f"{has}, but {objective} trains a network with attention={wanted}")
     return config | {key: saved[key] for key in keys}
 
 
 def with_data(config, state, source):
-    """The config with what the data say; UserError where the two do not go together."""
+    """The config with what the data decide; UserError where the data do not suit it."""
     data, meta = config["data"], loader.read_meta(config["data"])
     V, (width, eos_id) = meta["vocab_size"], examples.layout(data, meta)
     if state:
-        known = state["tokenizer"] in (None, meta["tokenizer"])
+        same = state["tokenizer"] in (None, meta["tokenizer"])
         other = f"{source} was trained with another tokenizer than {data} has"
-        require(known, f"{other}; prepare the data again with --tokenizer={source}")
+        require(same, f"{other}; prepare the data again with --tokenizer={source}")
         other = f"{source} has a vocabulary of {config['vocab_size']}, {data} one of {V}"
         require(config["vocab_size"] == V, other)
     resumed = state and "optimizer" in state
-    if not (resumed or "block_size" in config.get("user_keys", ())):
+    if not (resumed or "block_size" in config.get("user_keys", {})):
         L, tokens = config["block_size"], meta["splits"].get("train", {"tokens": 1})["tokens"]
         laid_out = meta.get("block_size")
         own = max(width, L) if state else width or min(L, tokens)
@@ -167,68 +187,64 @@ def with_data(config, state, source):
     require(width or not drop, f"{data} is text without prompts, so prompt_drop must be 0")
     require(not (width and cut), f"{data} is examples with prompts, so random_length must be 0")
     require(width <= L, f"{data} has examples of {width} tokens, block_size is only {L}")
-    known = OBJECTIVES[config["objective"]].attention
-    attention = config["attention"] if config["attention"] in known else known[0]
-    alone = f"conv is for attention=full; with {attention} it must be 0"
-    require(attention == "full" or not config["conv"], alone)
-    config = config | {"vocab_size": V, "attention": attention}
-    return config | {"example_width": width, "eos_id": eos_id}
+    return config | {"vocab_size": V, "example_width": width, "eos_id": eos_id}
 
 
-def check(config, world):
+def with_attention(config, state, source):
+    """The config with the attention that its objective trains.
+
+    UserError for another one that the checkpoint has or the user wants, and for a key on the
+    command line that such a network does not use. (A preset may have it for other networks.)
+    """
+    objective, attention = config["objective"], config["attention"]
+    suited, user_keys = OBJECTIVES[objective].attention, config.get("user_keys", {})
+    trains = f"trains a network with attention={' or '.join(suited)}"
+    if state:
+        has = f"{source} has attention={attention}"
+        require(attention in suited, f"{has}, but {objective} {trains}")
+    elif "attention" in user_keys:
+        require(attention in suited, f"objective '{objective}' {trains}, not {attention}")
+    elif attention not in suited:
+        attention = suited[0]
+    for key, (wanted, nothing) in USED_BY.items():
+        is_wish = user_keys.get(key, "").startswith("--") and config[key] != nothing
+        idle = f"{key} is for networks with attention={wanted}; leave it out"
+        require(attention == wanted or not is_wish, idle)
+    return config | {"attention": attention}
+
+
+def check(config):
     """Raise UserError for settings that cannot be trained."""
     at_least(1, config, "block_size", "log_interval", "eval_sequences", "eval_draws", "keep")
     at_least(0, config, "max_iters", "max_minutes", "depth", "n_layer", "n_head", "n_embd")
     at_least(0, config, "batch_size", "micro_batch_size", "warmup_iters", "learning_rate")
     at_least(0, config, "weight_decay", "grad_clip", "mlp_width", "head_padding", "min_lr")
-    at_least(0, config, "save_interval", "eval_interval", "profile", "conv")
+    at_least(0, config, "save_interval", "eval_interval", "profile", "conv", "order_p")
     for key in ("n_layer", "n_embd", "block_size", "mlp_width"):
         require(config[key] <= 2**20, f"{key} must be at most {2**20}, not {config[key]}")
     require(config["depth"] <= 256, f"depth must be at most 256, not {config['depth']}")
     require(max(config["beta1"], config["beta2"]) < 1, "beta1 and beta2 must be less than 1")
     fraction(config, "dropout", "ema", "decay_start", "random_length", "prompt_drop")
     fraction(config, "beta1", "beta2", *["order_p"] * (config["order"] == "mixture"))
-    at_least(0, config, "order_p")
-    objective = config["objective"]  # perhaps a checkpoint's
-    attention = OBJECTIVES[objective].attention
-    clash = "attention" in config.get("user_keys", ()) and config["attention"] not in attention
-    trains = f"objective '{objective}' trains a network with attention={' or '.join(attention)}"
-    require(not clash, f"{trains}, not {config['attention']}")
-    dropped = config["prompt_drop"] and config.get("attention") == "order"
-    require(not dropped, "prompt_drop is for networks with attention=full; leave it out")
-    conv = config["conv"]
-    require(conv == 0 or conv % 2 == 1, f"conv must be 0 or an odd number, not {conv}")
-    drops = OBJECTIVES[objective].draw is None and config["prompt_drop"]
-    require(not drops, f"prompt_drop needs a masked diffusion objective, not {objective}")
-    kind = config.get("attention")
-    for key, wanted in {"order": "order", "order_p": "order", "mask_rate": "full"}.items():
-        idle = key in config.get("user_keys", ()) and kind != wanted
-        require(not idle, f"{key} is for networks with attention={wanted}; leave it out")
 
 
 def settle(config, state, world):
-    """The config, dial turned, with `ahead`: of a resumed run whose batch_size has changed.
+    """The config with `ahead`, the sequences that a resumed run has seen beyond step * batch_size.
 
-    Raises UserError for a network or a batch that cannot be divided as it has to be.
+    They are not 0 once batch_size has changed. Raises UserError for a batch that cannot be divided
+    among the processes.
     """
-    check_shape(config, world)
-    if not state or "optimizer" not in state:
-        return config | {"ahead": 0}
-    step, B = state["step"], config["batch_size"]
-    return config | {"ahead": seen({"batch_size": B} | state["config"], step) - step * B}
-
-
-def check_shape(config, world):
-    """Raise UserError for a network or a batch that cannot be divided as it has to be."""
-    D, H = config["n_embd"], config["n_head"]
-    require(D % (2 * H) == 0, f"n_embd {D} must be a multiple of 2 * n_head = {2 * H}")
     B, micro = config["batch_size"], config["micro_batch_size"] or config["batch_size"] // world
     parts = f"{world} processes x micro_batch_size {micro}"
     require(micro and B % (world * micro) == 0, f"batch_size {B} must be a multiple of {parts}")
+    if not state or "optimizer" not in state:
+        return config | {"ahead": 0}
+    step = state["step"]
+    return config | {"ahead": seen({"batch_size": B} | state["config"], step) - step * B}
 
 
 def load_optimizers(optimizers, saved):
-    """Give optimizers the state of a checkpoint, but not its settings: these are the config's.
+    """Give the optimizers their state in a checkpoint, but keep the settings of the config.
 
     Raises UserError where the state does not fit.
     """

@@ -1,4 +1,4 @@
-"""Rows of the network for many requests: their random numbers, and full batches of them."""
+"""The rows that a network evaluates for many requests: random numbers, and full batches."""
 
 from typing import NamedTuple
 
@@ -37,9 +37,10 @@ class Requests(NamedTuple):
 
 
 def random_numbers(seed, number, place, draw, size, n):
-    """u (b,) and noise (b, n) of draws `draw` (b,) in set `number` of `size`, for requests `place`.
+    """u (b,) and noise (b, n) for the draws `draw` (b,) of requests `place` (b,).
 
-    Pure functions of these; the first of the n do not depend on n. Over the set u is stratified.
+    They belong to set `number`, of `size` draws over which u is stratified. Pure functions of the
+    arguments; the first columns of the noise do not depend on n.
     """
     jitter = distinct_uniforms(seed, 2 * number + 1, place * size + draw // 2, 1)  # (b, 1)
     noise = distinct_uniforms(seed, 2 * number, place * size + draw, n)  # (b, n)
@@ -47,9 +48,10 @@ def random_numbers(seed, number, place, draw, size, n):
 
 
 def batches(lengths, turns, size, batch_size):
-    """Yield (request (b,), draw (b,), turn (b,)), b <= batch_size: each needed row, by length.
+    """Yield (request (b,), draw (b,), turn (b,)) with b <= batch_size, for every row once.
 
-    lengths (N,), turns (N,) rows of a draw. There is no padding: two lengths share no call.
+    lengths (N,) of the requests; turns (N,): how many rows one draw takes. Only requests of equal
+    length share a batch, so that there is no padding.
     """
     for length in np.unique(lengths):
         members = np.flatnonzero(lengths == length)

@@ -1,4 +1,4 @@
-"""Means, standard errors and 95% intervals, and how they are said. All in nats."""
+"""Means, standard errors and 95% intervals, and the sentences that report them. All in nats."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 
 from config import UserError
 
-FEWEST = 3  # values whose spread is taken for an error: two are near each other by chance too often
+FEWEST = 3  # values that show an error by their spread: two are too often close by chance
 
 
 class NotFinite(UserError):
@@ -15,7 +15,7 @@ class NotFinite(UserError):
 
 
 def finite(values, what):
-    """The values, a tensor or an array; NotFinite where one is nan or infinite."""
+    """The values, a tensor or an array; raises NotFinite if one is nan or infinite."""
     bad = ~torch.as_tensor(values).isfinite()
     if bad.any():
         why = "the weights are damaged, or too large for the dtype"
@@ -24,17 +24,17 @@ def finite(values, what):
 
 
 def not_finite(weights):
-    """The name of the first tensor that holds nan or infinity; None where there is none."""
-    ends = ((name, w.aminmax()) for name, w in weights.items() if w.numel())  # makes no copy
+    """The name of the first tensor that holds nan or infinity, or None."""
+    ends = ((name, w.aminmax()) for name, w in weights.items() if w.numel())  # without a copy
     return next((name for name, pair in ends if not all(map(torch.isfinite, pair))), None)
 
 
 def mean_over_sets(sets, sizes):
-    """Mean (S,) over R independent sets of draws (S, R), and the standard error of their sum.
+    """Mean (S,) over R independent sets of draws (S, R), and the standard error of the means' sum.
 
-    Draws of one set are stratified, so their own spread says too much. Sets are independent, and so
-    are sequences: the variance of each mean is unbiased, exactly for sets of equal `sizes` (R,),
-    and they add. One set shows no error: infinite.
+    The draws of one set are stratified, so that their own spread is too large. Sets are independent
+    of each other, and so are sequences: the variance of each mean is unbiased (exactly for sets of
+    equal `sizes` (R,)), and the variances add up. With one set the error is infinite.
     """
     share = torch.as_tensor(sizes, dtype=torch.float64) / sum(sizes)  # (R,)
     mean = (sets * share).sum(1)  # (S,)
@@ -46,8 +46,8 @@ def mean_over_sets(sets, sizes):
 def mean_and_error(values, lengths=None):
     """sum(values) / sum(lengths) and its standard error, clustered by item: (S,) -> two floats.
 
-    The ratio estimator and the usual linearisation of its error. Without lengths it is the mean and
-    its standard error. Infinite for fewer items than FEWEST.
+    It is the ratio estimator, with its error linearised as usual; without lengths the mean and its
+    standard error. The error is infinite for fewer items than FEWEST.
     """
     values = np.asarray(values, float)
     lengths = np.ones(len(values)) if lengths is None else np.asarray(lengths, float)
@@ -59,35 +59,28 @@ def mean_and_error(values, lengths=None):
 
 
 def mean_half(values):
-    """The mean of values (S,) and half of its 95% interval; infinite for fewer than FEWEST."""
+    """The mean of values (S,) and half of its 95% interval, infinite for fewer than FEWEST."""
     mean, error = mean_and_error(values)
     return mean, t95(len(values) - 1) * error
 
 
 def t95(freedom):
-    """Half a 95% interval in standard errors, Student's t: Abramowitz and Stegun, 26.7.5.
+    """Half a 95% interval in standard errors, by Student's t: Abramowitz and Stegun, 26.7.5.
 
-    Infinite for less freedom than FEWEST values have.
+    Infinite for fewer degrees of freedom than FEWEST values have.
     """
     terms = enumerate((2.372, 2.822, 2.556, 1.589), 1)
     enough = freedom >= FEWEST - 1
     return 1.96 + sum(c / freedom**k for k, c in terms) if enough else math.inf
 
 
-def wilson(share, n):
-    """95% interval (low, high) of a share of n by Wilson's score: never a point, always in 0..1."""
-    z = 1.96
-    middle, half = share + z**2 / (2 * n), z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
-    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
-
-
 def plus_minus(half, form=".4f", sign="+-"):
-    """The half of an interval, or an error, as text behind its value; "" where it is not known."""
+    """An error, or half an interval, as text to follow the value; "" if it is unknown."""
     return f" {sign} {half:{form}}" if half is not None and math.isfinite(half) else ""
 
 
 def perplexity(nats):
-    """e^nats; infinite where no number holds it."""
+    """e^nats, infinite where a float cannot hold it."""
     return math.exp(nats) if nats < 700 else math.inf
 
 
@@ -96,9 +89,9 @@ def shown_perplexity(nats):
 
 
 def report(nats, lengths, bytes_per_token):
-    """The result as a dict and as text: nats, lengths (S,). The 95% interval is over texts.
+    """The result of an evaluation as a dict and as text, from nats and lengths (S,).
 
-    Where these are too few it is infinite in the dict, and the text says so.
+    The 95% interval is over texts. Where these are too few, it is infinite and the text says so.
     """
     mean, error = mean_and_error(nats, lengths)
     half, bit = t95(len(nats) - 1) * error, math.log(2)
@@ -125,7 +118,7 @@ def report(nats, lengths, bytes_per_token):
 
 
 def certainty(result, precision, most, strata):
-    """The error of the draws and what it took; where it is too wide, how many draws would do."""
+    """The error of the draws and their cost, as text, and how many draws are needed for less."""
     error, half, draws = result["draw_error"], result["draw_half"], result["draws"]
     network = f"{result['rows']:,} rows of the network in {result['calls']:,} calls"
     took = f"{network}, {result['seconds']:.1f} s"

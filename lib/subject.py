@@ -1,4 +1,4 @@
-"""A checkpoint that is asked something: its network, its tokenizer, and how it computes."""
+"""A checkpoint in use: its network, its tokenizer, how it computes, and the data it can read."""
 
 from typing import NamedTuple
 
@@ -13,13 +13,13 @@ from lib.text import encode, text_or_file
 
 
 class Subject(NamedTuple):
-    """Who is asked."""
+    """The model that a program samples or evaluates."""
 
     model: torch.nn.Module
-    tokenizer: object  # None where its package is missing
-    trained: dict  # the config it was trained with
-    autocast: object  # `with autocast():` has the dtype of matrix products
-    words: str  # how it computes
+    tokenizer: object  # None where it cannot be built here
+    trained: dict  # the config that the model was trained with
+    autocast: object  # `with autocast():` sets the dtype of matrix products
+    words: str  # how it computes, for reports
 
     @property
     def causal(self):
@@ -27,16 +27,17 @@ class Subject(NamedTuple):
 
 
 def load_subject(config, reads_text=False, cast=True):
-    """The Subject that config["ckpt"] names; reads_text: UserError where it has no tokenizer.
+    """The Subject of the checkpoint config["ckpt"].
 
-    cast: its matrices once, to the dtype of products; without it they stay as they were saved.
+    reads_text: it needs a tokenizer, without which it is a UserError. cast: its matrices are cast
+    once to the dtype of products; otherwise they stay as they were saved.
     """
     (device, autocast), ckpt, ema = machine(config), config["ckpt"], config.get("ema", True)
     model, tokenizer, trained = checkpoint.load(ckpt, device, ema=ema)
     if reads_text:
         textless = f"{ckpt} names no tokenizer, so text cannot be read or written"
         require(trained["tokenizer"], textless)
-        tokenizer = tokenizer or from_meta(trained["tokenizer"])  # says which package it lacks
+        tokenizer = tokenizer or from_meta(trained["tokenizer"])  # raises what it lacks
     if cast:
         cast_products(model, autocast)
     weights = "averaged weights" if ema and trained.get("ema") else "raw weights"
@@ -45,7 +46,7 @@ def load_subject(config, reads_text=False, cast=True):
 
 
 def ids_of_text(subject, text):
-    """The ids of a text of the command line; UserError where they do not fit the network."""
+    """The ids of a text on the command line; UserError if the network cannot read so many."""
     model, text = subject.model, text_or_file(text)
     ids, most = encode(subject.tokenizer, model, text), model.block_size
     limits = f"a text must have from 1 to {most} tokens (block_size), not {len(ids)}"
@@ -54,7 +55,7 @@ def ids_of_text(subject, text):
 
 
 def folder_of(config, subject):
-    """The prepared folder that config["data"] names, or else what the checkpoint learnt from."""
+    """The prepared folder config["data"], or else the one that the checkpoint was trained on."""
     folder = config["data"] or subject.trained.get("data")
     unknown = f"{config['ckpt']} does not say what it learnt from; give --data=FOLDER"
     require(folder and isinstance(folder, str), unknown)
@@ -62,34 +63,31 @@ def folder_of(config, subject):
 
 
 def open_text(config, subject, folder, split):
-    """(meta, HeldOut, tokens in a block) of a folder's split; UserError if it does not fit."""
-    tokens, ckpt = loader.Tokens(folder, split), config["ckpt"]
+    """(meta, HeldOut, block size) of a split of a prepared folder; UserError if it does not fit."""
+    splits, ckpt = loader.read_meta(folder)["splits"], config["ckpt"]
+    choices = f"choose --split={' or --split='.join(splits)}"
+    require(split in splits, f"{folder} has no split '{split}'; {choices}")
+    tokens = loader.Tokens(folder, split)
     most, V = subject.model.block_size, subject.model.vocab_size
     L, width = config["block_size"] or most, examples.layout(folder, tokens.meta)[0]
     require(most >= L, f"block_size must be at most the model's {most}, not {L}")
     has = f"{folder} has a vocabulary of {tokens.vocab_size}"
     require(tokens.vocab_size == V, f"{has}, {ckpt} one of {V}")
-    known = subject.trained["tokenizer"]
-    alphabet_fits = not known or known["kind"] != "char" or known == tokens.meta["tokenizer"]
-    require(alphabet_fits, f"{folder} has another alphabet than {ckpt}")
+    same = subject.trained["tokenizer"] in (None, tokens.meta["tokenizer"])
+    require(same, f"{folder} has another tokenizer than {ckpt}")
     require(width <= most, f"{folder} has examples of {width} tokens, {ckpt} reads {most}")
     loader.fits(tokens, width or L)
-    if width:  # the bound of each answer, given its prompt
-        network = subject.causal, subject.model.start_id
-        part = examples.held_out(folder, split, L, config["sequences"], network)
-        return tokens.meta, part, L
     ends = {"whole": len(tokens), "radd": len(tokens) // L * L}
     end = choose("protocol", config["protocol"], ends)
     short = f"{folder} {split} has {len(tokens)} tokens, no whole block of {L}"
-    require(end, f"{short}; try --protocol=whole")
-    blocks = loader.in_order(tokens, L, config["sequences"], end)
-    counts = tokens.meta["splits"][split]
-    size = counts["bytes"] / counts["tokens"]
-    return tokens.meta, examples.HeldOut(blocks, list(map(len, blocks)), size), L
+    require(width or end, f"{short}; try --protocol=whole")
+    network = subject.causal, subject.model.start_id
+    part = examples.held_out(folder, split, L, config["sequences"], network, end)
+    return tokens.meta, part, L
 
 
 def evaluated(result, split, meta, protocol):
-    """What the result of an evaluation is about, in words."""
+    """The data that a result is about, in words."""
     counts, width = meta["splits"][split], meta.get("width")
     part = f"{result['tokens']} of {counts['tokens']} tokens, {counts['documents']} documents"
     unit = f"blocks of {result['block_size']}"
@@ -99,6 +97,6 @@ def evaluated(result, split, meta, protocol):
 
 
 def with_remarks(meta, text):
-    """The text of a report, with what is to be known of the data."""
+    """The text of a report, with remarks about the data."""
     before = f"text: {meta['protocol']}\n" if "protocol" in meta else ""
     return before + text + " (a token is a character)" * (meta["tokenizer"]["kind"] == "char")

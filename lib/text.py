@@ -1,4 +1,4 @@
-"""Requests: text in, text out."""
+"""Text to the ids of a request, and the ids of a sample to text."""
 
 import os
 import re
@@ -22,20 +22,20 @@ def text_or_file(text):
 
 
 def encode(tokenizer, model, text, start=True):
-    """The ids of a text; one at the very beginning follows the tokenizer's bos, if it has one.
+    """The ids of a text; at the start of a sequence they follow the tokenizer's bos, if any.
 
-    So did every document in training. A causal network whose start_id is that bos reads it anyway.
+    Every document did so in training. A causal network whose start_id is that bos reads it anyway.
     """
     bos = [tokenizer.bos] if start and tokenizer.bos not in (None, model.start_id) else []
     return bos + tokenizer.encode(text, start) if text else []
 
 
 def request(tokenizer, model, prompt="", suffix="", template="", length=0):
-    """One request as a list of ids, mask_id where a token is wanted; UserError if it cannot be met.
+    """A request as a list of ids, with mask_id where a token is wanted; UserError if impossible.
 
-    Where the token of a word holds the space before it (BPE), the space before a gap is left to
-    what fills the gap: in training hardly any stood alone. The prompts of a model of examples are
-    taken as they are, as in training.
+    Where the token of a word includes the space before it (BPE), the space before a gap is left to
+    the tokens that fill the gap, for hardly any stood alone in training. The prompt of a model of
+    examples is taken literally, as it was in training.
     """
     block, verbatim = model.block_size, model.config.get("example_width")
 
@@ -70,7 +70,7 @@ def request(tokenizer, model, prompt="", suffix="", template="", length=0):
 
 
 def by_token(tokenizer, ids, nats):
-    """The nats (draws, L) of the tokens ids (L,) as a dict and as a table."""
+    """The nats (draws, L) of each token of ids (L,), as a dict and as the text of a table."""
     mean = nats.mean(0).tolist()
     total, half = mean_half(nats.sum(1))
     texts = [tokenizer.table[i].decode("utf8", "replace") for i in ids]
@@ -99,7 +99,7 @@ def suppress_eos(x, begins, least, eos_id):
 
 
 def text_of(tokenizer, ids, begin=0, eos_id=-1):
-    """The text of a sample; with an eos_id, up to the first one from position `begin` on."""
+    """The text of a sample, which ends before the first eos_id from position `begin` on."""
     if eos_id < 0:
         return tokenizer.decode(ids)
     stop = ids.index(eos_id, begin) if eos_id in ids[begin:] else len(ids)
@@ -109,5 +109,5 @@ def text_of(tokenizer, ids, begin=0, eos_id=-1):
 def suppress_tokens(logits, tokens):
     """Rule one token out of each row, in place: logits (N, V), tokens (N,), -1 for none."""
     column = tokens[:, None].clamp(min=0)  # (N, 1)
-    kept = logits.gather(1, column)  # (N, 1)
-    logits.scatter_(1, column, kept.masked_fill(tokens[:, None] >= 0, -torch.inf))
+    logit = logits.gather(1, column)  # (N, 1)
+    logits.scatter_(1, column, logit.masked_fill(tokens[:, None] >= 0, -torch.inf))

@@ -1,4 +1,4 @@
-"""How training departs from the bound, with the same optimum: weights of tokens, rates of masks."""
+"""Where training departs from the bound, without moving the optimum: loss weights, mask rates."""
 
 import math
 
@@ -6,8 +6,8 @@ import torch
 
 from config import Table
 
-# Of a masked token in training, from the bound's (b,). Half of all L/k are above 2: so the factor
-# keeps the size of the loss. The optimum is the same; sqrt and constant have gradients less noisy.
+# {name: weight of a masked token in the bound (b,) -> its weight in training}. sqrt and constant
+# make gradients less noisy; half of all L/k are above 2, so the factor 2 keeps the loss's size.
 LOSS_WEIGHTS = Table(
     "loss_weight",
     bound=lambda weight: weight,
@@ -17,9 +17,9 @@ LOSS_WEIGHTS = Table(
 
 
 def bell(u, width=0.7):
-    """Middle rates more often: u (b,) uniform -> logit-normal rates and their density (b,) each.
+    """Logit-normal mask rates, mostly middle ones: u (b,) uniform -> rates, their density (b,).
 
-    1 - u gives 1 - rate, so pairs stay antithetic. (arXiv 2605.13026 has bells of other shapes.)
+    1 - u gives 1 - rate, so that pairs stay antithetic. (arXiv 2605.13026 has other bells.)
     """
     z = torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9))  # (b,) normal
     rate = torch.sigmoid(width * z)  # (b,)
@@ -27,4 +27,5 @@ def bell(u, width=0.7):
     return rate, normal / (width * rate * (1 - rate))
 
 
+# {name: u (b,) uniform -> the u that masks are drawn from, and its density (b,)}
 MASK_RATES = Table("mask_rate", uniform=lambda u: (u, torch.ones_like(u)), bell=bell)

@@ -1,8 +1,10 @@
 """Bad input to the commands: one line that names the culprit, exit code 2, nothing half-written."""
 
 import hashlib
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +59,9 @@ def world(tmp_path_factory):
     writer.prepare(world / "greek", greek, Char("αβγ"))
     loud = "".join(sorted(set(TEXT.upper())))
     writer.prepare(world / "loud", [("train", TEXT.upper()), ("val", TEXT.upper())], Char(loud))
+    meta = shutil.copytree(world / "data", world / "renamed") / "meta.json"
+    other = json.loads(meta.read_text("utf8")) | {"tokenizer": {"kind": "gpt2"}}
+    meta.write_text(json.dumps(other), "utf8")
     writer.prepare(world / "torn", [("train", TEXT), ("val", TEXT)], text)
     (world / "torn" / "train_00000.bin").write_bytes(b"\0" * 99)
 
@@ -284,13 +289,20 @@ BAD = {
     "samples into a folder": ([*SAMPLE, "--out=data", "--steps=1"], "cannot write data"),
     # Evaluation
     "estimator": ([*EVALUATE, "--estimator=ar"], "unknown estimator 'ar'"),
-    "split": ([*EVALUATE, "--split=test"], "data has no split 'test', only train, val"),
+    "split": (
+        [*EVALUATE, "--split=test"],
+        "data has no split 'test'; choose --split=train or --split=val",
+    ),
     "draws": ([*EVALUATE, "--draws=0"], "draws must be 1 or more, not 0"),
     "long block": (
         [*EVALUATE, "--block_size=99"],
         "block_size must be at most the model's 16, not 99",
     ),
-    "another alphabet of the same size": ([*EVALUATE, "--data=loud"], "loud"),
+    "another alphabet of the same size": ([*EVALUATE, "--data=loud"], "loud has another tokenizer"),
+    "another tokenizer of the same size": (
+        [*EVALUATE, "--data=renamed"],
+        "renamed has another tokenizer than run",
+    ),
 }
 # Found out when something has been said already.
 LATE = ["out_dir is a file", "samples into a folder"]

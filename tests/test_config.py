@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -78,10 +79,11 @@ def test_defaults_give_way_to_presets_and_both_to_the_command_line_in_its_order(
     a = preset(tmp_path, "# why\n{'steps': 20, 'name': 'b',  # and why\n 'width': 4}", "a.py")
     b = preset(tmp_path, "{'name': 'c'}", "b.py")
     other = made(tmp_path, 'DEFAULTS = {\n    "width": 3,\n}\n')
-    assert parse([], MODULE, other) == DEFAULTS | {"width": 3, "user_keys": []}
+    assert parse([], MODULE, other) == DEFAULTS | {"width": 3, "user_keys": {}}
     expected = {"steps": 30, "rate": 0.5, "fast": False, "name": "c", "width": 4}
     config = parse([a, b, "--steps=30"], MODULE, other)
-    assert config == expected | {"user_keys": ["name", "steps", "width"]}
+    own = {"steps": "--steps", "name": f"{b}: name", "width": f"{a}: width"}
+    assert config == expected | {"user_keys": own}
     assert parse(["--name=z", a], MODULE, other)["name"] == "b"
     assert parse(["--steps=1", "--steps=2"], MODULE)["steps"] == 2
 
@@ -149,7 +151,7 @@ def test_a_literal_takes_the_type_of_the_default(tmp_path):
 
 def test_a_boolean_key_alone_means_true_and_any_other_wants_a_value():
     assert parse(["--fast"], MODULE)["fast"] is True
-    assert parse(["--fast"], MODULE)["user_keys"] == ["fast"]
+    assert parse(["--fast"], MODULE)["user_keys"] == {"fast": "--fast"}
     assert parse(["--fast", "--fast=False"], MODULE)["fast"] is False
     for key in ("steps", "rate", "name"):
         assert refusal(parse, [f"--{key}"], MODULE) == f"write --{key}=VALUE, not '--{key}'"
@@ -336,7 +338,7 @@ def test_every_default_is_a_value_that_the_command_line_can_give(program):
     modules = modules_of(program)
     defaults = defaults_of(modules)
     config = parse([f"--{key}={value}" for key, value in defaults.items()], *modules)
-    assert config == defaults | {"user_keys": sorted(defaults)}
+    assert config == defaults | {"user_keys": {key: f"--{key}" for key in defaults}}
 
 
 @pytest.mark.parametrize("program", ["train", "sample", "evaluate", "lib.checkpoint"])
@@ -355,7 +357,7 @@ def test_help_prints_every_key_with_its_default_and_its_comment(program):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.py")), ids=lambda path: path.stem)
 def test_every_preset_of_the_repository_fits_the_training_script(path):
     config = parse([str(path)], *modules_of("train"))
-    assert config["user_keys"] == sorted(read_preset(path))
+    assert config["user_keys"].keys() == read_preset(path).keys()
 
 
 # ---- Running a program ---------------------------------------------------------------------------
@@ -427,9 +429,20 @@ def test_ctrl_c_is_exit_code_130_and_a_mistake_of_ours_is_not_hidden(monkeypatch
     def interrupted(config):
         raise KeyboardInterrupt
 
-    assert outcome(monkeypatch, capsys, interrupted)[0] == 130
+    assert outcome(monkeypatch, capsys, interrupted) == (130, "", "\nprogram.py: interrupted\n")
     with pytest.raises(ZeroDivisionError):
         outcome(monkeypatch, capsys, lambda config: 1 / 0)
+
+
+@pytest.mark.parametrize("path", ["/dev/full", "/dev/null"])
+def test_what_is_no_file_is_written_to_and_never_replaced(path, monkeypatch):
+    before = os.stat(path)
+    monkeypatch.setattr(os, "replace", lambda *_: pytest.fail("a device was replaced"))
+    end = UserError if path == "/dev/full" else None
+    with pytest.raises(end, match="cannot write /dev/full: No space") if end else nullcontext():
+        with whole_file(path) as file, open(file, "w") as out:
+            out.write("\n")
+    assert os.stat(path).st_ino == before.st_ino
 
 
 # ---- Files out -----------------------------------------------------------------------------------

@@ -162,8 +162,11 @@ def test_a_pickle_of_strange_tensors_is_refused(smdm, change, message):
 
 
 def test_files_and_folders_without_a_checkpoint_are_refused(tmp_path, smdm):
-    assert f"no checkpoint in folder {tmp_path}" in refusal(tmp_path)
-    assert "ar.safetensors, mdm.safetensors" in refusal(smdm)
+    names = "ckpt.pt, model.safetensors, pytorch_model.bin or checkpoints-meta/checkpoint.pth"
+    message = "no checkpoint in folder {}: it has no " + names
+    assert refusal(tmp_path) == message.format(tmp_path)
+    files = f"{smdm}/ar.safetensors or {smdm}/mdm.safetensors"
+    assert refusal(smdm) == f"{message.format(smdm)}; name the file that is meant: {files}"
     (tmp_path / "text").write_text("To be, or not to be, that is the question")
     assert "text is damaged, or not a checkpoint" in refusal(tmp_path / "text")
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
@@ -176,7 +179,7 @@ def test_paths_that_lead_nowhere_are_refused(tmp_path):
     (tmp_path / "model.safetensors").symlink_to("model.safetensors")
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "pipe")
-    assert "but no other .safetensors" in refusal(tmp_path)
+    assert refusal(tmp_path).startswith(f"no checkpoint in folder {tmp_path}: it has no ckpt.pt")
     for path in (
         tmp_path / "loop",
         tmp_path / "model.safetensors",
@@ -221,7 +224,7 @@ def test_a_run_with_an_unknown_objective_cannot_be_resumed(tmp_path):
     saved = checkpoint.read(FIXTURES / "before_rename_ar.pt")["config"]
     config = settings.defaults_of([settings, diffusion, network, train]) | saved
     with pytest.raises(UserError, match="unknown objective 'arr'; did you mean 'ar'"):
-        resume.check(config | {"objective": "arr"}, world=1)
+        resume.with_attention(config | {"objective": "arr"}, None, "")
 
 
 @pytest.mark.parametrize("key", ["objective", "n_layer"])
@@ -242,7 +245,9 @@ ABSENT = object()
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"n_head": 3}, "a width of 16 does not divide into 3 heads"),
+        ({"n_head": 3}, "n_embd 16 must be a multiple of 2 * n_head = 6"),
+        ({"conv": 4}, "conv must be 0, or with attention=full an odd number, not 4"),
+        ({"conv": 3, "attention": "causal"}, "conv must be 0, or with attention=full an odd"),
         ({"n_head": None}, "n_head must be a whole number, not None"),
         ({"n_head": ABSENT}, "n_head must be a whole number, not None"),
         ({"n_layer": 10**9}, "n_layer must be from 1 to 1048576, not 1000000000"),
@@ -344,7 +349,7 @@ def test_a_tensor_that_does_not_fit_is_named(radd, change, message):
             "by its config it has to be (61, 524288)",
         ),
         (lambda c: {"config": {"config": c}}, "there is no model with its sizes"),
-        (lambda c: c | {"model": c["model"] | {"n_heads": 5}}, "does not divide into 5 heads"),
+        (lambda c: c | {"model": c["model"] | {"n_heads": 5}}, "n_embd 32 must be a multiple"),
         (
             lambda c: c | {"model": {**c["model"], "length": None}},
             "model.length must be a whole number, not None",
@@ -373,7 +378,7 @@ def test_a_config_that_does_not_fit_is_named(radd, change, message):
         ("n_query_groups", 1, "n_query_groups is 1, but the network in model.safetensors has 2"),
         ("bias", True, "bias is True"),
         ("rope_base", 500_000, "rope_base is 500000"),
-        ("n_head", 5, "a width of 48 does not divide into 5 heads"),
+        ("n_head", 5, "n_embd 48 must be a multiple of 2 * n_head = 10"),
         ("n_head", "two", "n_head must be a number, not 'two'"),
         ("block_size", 10**11, "block_size must be from 1 to 1048576"),
     ],

@@ -4,6 +4,7 @@ import contextlib
 import email.utils
 import gzip
 import hashlib
+import importlib
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from config import UserError, parse
-from data import download, loader, tokenizer
+from data import download, examples, loader, tokenizer
 from data.shakespeare import prepare as shakespeare
 
 ROOT = Path(__file__).parent.parent
@@ -216,7 +217,7 @@ def test_it_gives_up_after_failures_in_a_row_and_leaves_nothing(server, tmp_path
         UserError, match=r"cannot fetch .*/file\.bin: the server answers 503, 5 times in a row"
     ):
         fetch(server, tmp_path, *[{"status": 503}] * 9)
-    assert len(server.asked) == 5 and not list((tmp_path / "sub").iterdir())
+    assert len(server.asked) == 5 and not (tmp_path / "sub").exists()
 
 
 def test_a_connection_that_always_drops_at_once_is_given_up(server, tmp_path):
@@ -233,7 +234,7 @@ def test_a_refusal_is_one_line_at_once(server, status, says, tmp_path):
     with pytest.raises(UserError, match=says) as error:
         fetch(server, tmp_path, {"status": status, "body": b""})
     assert "\n" not in str(error.value) and len(server.asked) == 1
-    assert not list((tmp_path / "sub").iterdir())
+    assert not (tmp_path / "sub").exists()
 
 
 def test_a_wrong_length_or_hash_leaves_nothing(server, tmp_path):
@@ -245,14 +246,14 @@ def test_a_wrong_length_or_hash_leaves_nothing(server, tmp_path):
         fetch(server, tmp_path, {"headers": {"Content-Length": None}}, size=len(BODY) + 1)
     with pytest.raises(UserError, match="length or hash is wrong"):
         fetch(server, tmp_path, sha256="0" * 64)
-    assert not list((tmp_path / "sub").iterdir())
+    assert not (tmp_path / "sub").exists()
 
 
 def test_a_file_larger_than_the_disk_is_not_begun(server, tmp_path):
     for claim in ({"Content-Length": 10**15}, {"Content-Length": 10**17}):
         with pytest.raises(UserError, match=f"no space for the {claim['Content-Length']} bytes"):
             fetch(server, tmp_path, {"headers": claim})
-        assert not list((tmp_path / "sub").iterdir())
+        assert not (tmp_path / "sub").exists()
 
 
 @pytest.mark.parametrize(
@@ -279,14 +280,14 @@ def test_a_file_that_comes_packed_is_refused_for_it_could_unpack_to_anything(ser
     bomb = gzip.compress(bytes(10**7))
     with pytest.raises(UserError, match=r"comes packed \(gzip\)"):
         fetch(server, tmp_path, {"headers": {"Content-Encoding": "gzip"}, "body": bomb})
-    assert not list((tmp_path / "sub").iterdir())
+    assert not (tmp_path / "sub").exists()
 
 
 def test_a_file_that_does_not_end_is_left_where_it_should_have_ended(server, tmp_path):
     endless = {"headers": {"Content-Length": None}, "body": BODY * 64}
     with pytest.raises(UserError, match=f"goes on beyond its {len(BODY)} bytes"):
         fetch(server, tmp_path, endless, size=len(BODY))
-    assert not list((tmp_path / "sub").iterdir())
+    assert not (tmp_path / "sub").exists()
     with pytest.raises(UserError, match="goes on beyond"):
         fetch(server, tmp_path, endless, size=len(BODY), sha256=SHA256)
     assert fetch(server, tmp_path, sha256=SHA256).read_bytes() == BODY  # what was too much is gone
@@ -351,6 +352,18 @@ def test_shakespeare_downloads_its_text(server, tmp_path, monkeypatch):
     shakespeare.main(parse([f"--out={tmp_path}"], shakespeare, tokenizer))
     assert (len(loader.Tokens(tmp_path, "train")), len(loader.Tokens(tmp_path, "val"))) == (189, 21)
     assert (tmp_path / "raw" / "input.txt").read_bytes() == server.body
+
+
+@pytest.mark.parametrize("name", ["shakespeare", "gsm8k", "reversal", "zeroshot"])
+def test_a_tokenizer_that_is_none_is_refused_before_the_download(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "fetch", lambda *_: pytest.fail("it was downloaded"))
+    program = importlib.import_module(f"data.{name}.prepare")
+    modules = [program] if "tokenizer" in program.DEFAULTS else [program, tokenizer]
+    modules += [examples] if name in ("gsm8k", "reversal") else []
+    config = parse([f"--out={tmp_path}/out", f"--tokenizer={tmp_path}/none"], *modules)
+    with pytest.raises(UserError, match=r"no checkpoint .*none: no such file or folder"):
+        program.main(config)
+    assert not list(tmp_path.iterdir())
 
 
 # ---- The Hub -------------------------------------------------------------------------------------

@@ -202,6 +202,29 @@ def test_ctrl_c_during_the_imports_is_one_line(way, interrupting):
     assert (done.returncode, done.stderr) == (130, f"\n{script}: interrupted\n")
 
 
+def test_ctrl_c_that_ends_a_run_at_once_says_what_is_saved(data, tmp_path, monkeypatch, capsys):
+    def build(*_):
+        raise KeyboardInterrupt
+
+    def said(**keys):
+        monkeypatch.setattr(sys, "argv", ["train.py", *words(data, tmp_path, **keys)])
+        with pytest.raises(SystemExit) as end:
+            settings.run(train.main, settings, diffusion, network, train)
+        assert end.value.code == 130
+        return capsys.readouterr().err
+
+    first, path = {"max_iters": 2}, tmp_path / "ckpt.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "build", build)
+        begin = "nothing was saved yet; the same command begins again"
+        assert said(**first) == f"\ntrain.py: interrupted; {begin}\n"
+    run(data, tmp_path, **first)
+    monkeypatch.setattr(train, "build", build)
+    saved = f"\ntrain.py: interrupted; {path} is as it was saved last; the same command"
+    assert said() == f"{saved} resumes it\n"
+    assert said(resume=False) == f"{saved} with --resume resumes it\n"
+
+
 def test_a_run_whose_terminal_is_closed_saves_and_one_under_nohup_goes_on(monkeypatch):
     before = signal.getsignal(signal.SIGHUP)
     with Stop() as stop:
@@ -263,7 +286,7 @@ def test_a_cache_of_the_compiler_that_cannot_be_made_is_one_line(tmp_path, monke
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "cache"
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
-    line = f"{folder} cannot be made (Not a directory), so TORCHINDUCTOR_CACHE_DIR is not heeded\n"
+    line = f"{folder} cannot be made (Not a directory), so TORCHINDUCTOR_CACHE_DIR is ignored\n"
     for said in (line, ""):  # once
         device.machine(settings.DEFAULTS | {"device": "cpu"})
         assert capsys.readouterr().err == said

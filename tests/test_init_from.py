@@ -53,7 +53,8 @@ def test_the_block_of_weights_to_begin_with_grows_with_their_positions(
     keys = {"init_from": source, "learning_rate": 1e-30, "weight_decay": 0.0, "max_iters": 1} | keys
     capsys.readouterr()
     run(data, tmp_path / "out", **keys)
-    assert f"block_size 8 of {source} becomes {length}: positions" in capsys.readouterr().out
+    changed = f"{source} goes on with other settings: block_size 8 -> {length}\n"
+    assert changed in capsys.readouterr().out
     (one, _, _), (two, _, config) = (checkpoint.load(out) for out in (source, tmp_path / "out"))
     assert two.block_size == config["block_size"] == length and len(two.cos) == length
     x = torch.tensor([[256, 97, 98, 256, 99, 100, 256, 101]])  # (1, 8)
@@ -111,6 +112,27 @@ def test_a_run_that_has_begun_goes_on_whatever_it_began_with(data, tmp_path):
     assert checkpoint.read(tmp_path / "out")["step"] == 4
 
 
+def test_a_resumed_run_says_what_of_its_recipe_is_changed(data, tmp_path, capsys):
+    out = small(data, tmp_path / "out")
+    capsys.readouterr()
+    keys = {"max_iters": 3, "eval_interval": 2, "batch_size": 4, "loss_weight": "constant"}
+    run(data, out, **keys)
+    changes = "batch_size 8 -> 4, loss_weight bound -> constant, max_iters 2 -> 3"
+    line = f"{out}/ckpt.pt goes on with other settings: {changes}\n"
+    assert capsys.readouterr().out.startswith(line)
+    run(data, out, **keys)
+    assert "other settings" not in capsys.readouterr().out
+
+
+def test_a_preset_may_hold_what_only_another_network_heeds(data, tmp_path):
+    path = tmp_path / "preset.py"
+    path.write_text("{'mask_rate': 'bell', 'loss_weight': 'sqrt', 'prompt_drop': 0.1}")
+    argv = words(data, tmp_path / "out", objective="ar", max_iters=1)
+    argv = [str(path), *(word for word in argv if not word.startswith("--loss_weight"))]
+    train.main(settings.parse(argv, settings, diffusion, network, train))
+    assert (tmp_path / "out/ckpt.pt").is_file()
+
+
 @pytest.fixture
 def other_text(tmp_path):
     """Plain text with an alphabet of its own, and its folder."""
@@ -139,11 +161,19 @@ REFUSED = {
     ),
     "a prompt for ar": (
         {"prompt_drop": 0.1, "objective": "ar"},
-        "prompt_drop needs a masked diffusion objective, not ar",
+        "prompt_drop is for networks with attention=full",
     ),
     "a prompt for order": (
         {"prompt_drop": 0.1, "attention": "order"},
         "prompt_drop is for networks with attention=full",
+    ),
+    "a loss weight for ar": (
+        {"loss_weight": "constant", "objective": "ar"},
+        "loss_weight is for networks with attention=full; leave it out",
+    ),
+    "an order for masks": (
+        {"order": "local"},
+        "order is for networks with attention=order; leave it out",
     ),
     "random length": (
         {"random_length": 0.1},

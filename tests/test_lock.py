@@ -258,5 +258,6 @@ def test_a_full_disk_under_the_output_is_one_line(data, tmp_path, monkeypatch, c
     line = [f"--ckpt={tmp_path}", f"--out={tmp_path / 's.jsonl'}", "--steps=4"]
     with nobody_reads(monkeypatch, "/dev/full"):
         assert exit_code(monkeypatch, SAMPLE, *line) == 2
-    assert capsys.readouterr().err == "program.py: [Errno 28] No space left on device\n"
+    message = "program.py: cannot write the output: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err == message
     assert (tmp_path / "s.jsonl").exists()

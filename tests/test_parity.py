@@ -649,7 +649,7 @@ def test_a_preset_trains_the_published_model_on_so_many_tokens(
     config = resume.with_size(
         settings.parse([str(ROOT / f"configs/{name}.py")], settings, diffusion, network, train)
     )
-    resume.check(config, world=8)
+    resume.check(config)
     with torch.device("meta"):
         model = Transformer(config | {"vocab_size": vocab_size})
     assert sum(w.numel() for w in model.parameters()) == parameters
@@ -661,7 +661,7 @@ def test_a_preset_trains_the_published_model_on_so_many_tokens(
 def test_another_size_of_the_table_is_one_word_after_the_preset():
     words = [str(ROOT / "configs/smdm_170m.py"), "--size=336M"]
     config = resume.with_size(settings.parse(words, settings, diffusion, network, train))
-    resume.check(config, world=8)
+    resume.check(config)
     with torch.device("meta"):
         model = Transformer(config | {"vocab_size": 32000})
     assert sum(w.numel() for w in model.parameters()) == 401_123_328

@@ -49,9 +49,9 @@ def test_distinct_n_is_different_n_grams_over_n_grams():
 
 def test_repetition_is_the_part_of_the_4_grams_that_were_there_before():
     repeated = [1, 2, 3, 4, 1, 2, 3, 4]  # 1234 2341 3412 4123 1234
-    assert quality.repetition(repeated) == pytest.approx(1 / 5)
-    assert quality.repetition([7] * 14) == pytest.approx(10 / 11)
-    assert quality.repetition(list(range(9))) == 0
+    assert quality.VARIETY["repetition"](repeated) == pytest.approx(1 / 5)
+    assert quality.VARIETY["repetition"]([7] * 14) == pytest.approx(10 / 11)
+    assert quality.VARIETY["repetition"](list(range(9))) == 0
 
 
 def test_the_error_of_a_mean_is_the_usual_one_and_one_sample_has_none():

@@ -337,9 +337,10 @@ def test_the_preset_for_one_card_says_how_fast_and_how_good_it_should_be():
 def test_a_preset_can_be_trained_on_one_card_and_on_eight(stated):
     config, _, _ = stated
     path = str(ROOT / f"configs/{Path(config['out_dir']).name}.py")
-    config = settings.parse([path], settings, diffusion, network, train)
+    config = resume.with_size(settings.parse([path], settings, diffusion, network, train))
+    resume.check(config)
     for world in (1, 8 if config["batch_size"] % (8 * config["micro_batch_size"]) == 0 else 4):
-        resume.check(resume.with_size(config), world)
+        resume.settle(config, None, world)
 
 
 # ---- The command and the example -----------------------------------------------------------------
@@ -382,4 +383,4 @@ def test_the_slurm_example_is_sound_and_every_key_in_it_exists():
     words = re.findall(r"--\w+=\S+|configs/\w+\.py", path.read_text().split("train.py", 1)[1])
     words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
     config = settings.parse(words, settings, diffusion, network, train)
-    resume.check(resume.with_size(config), world=64)
+    resume.check(resume.with_size(config))

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import download, loader, tokenizer, writer
-from lib.files import only_one, to_json, whole_file
+from lib.files import only_one, to_json, whole_file, writing
 
 DEFAULTS = {
     "shards": 10,  # of training text, 200 MB each; one more is held out
@@ -178,7 +178,7 @@ def main(config):
     gpt2 = tokenizer.build("gpt2", [])
     table = gpt2.table[: gpt2.vocab_size]
     lengths = np.array([len(text) if i != EOT else 0 for i, text in enumerate(table)])  # (V,)
-    with only_one(folder, "out"):
+    with only_one(folder, "out"), writing(folder):
         try:
             there = whole_shards(folder, repo)
             more = f"{folder} has {len(there.keys() - names)} shards more than {n}"
@@ -189,8 +189,6 @@ def main(config):
             fetch_all(repo, missing, building, lengths, config["threads"])
             meta = writer.about(gpt2) | {"source": repo, "splits": {}}
             publish(folder, names, whole_shards(folder, repo), meta)
-        except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror or error}") from None
         finally:
             with contextlib.suppress(OSError):  # folders made for nothing; those not empty stay
                 building.rmdir()

@@ -71,6 +71,7 @@ def tokenized(paths, tokenizer):
 
 def main(config):
     require(not config["from"] or Path(config["from"]).is_dir(), f"no folder {config['from']}")
+    tokenizers.named(config["tokenizer"], [], checkpoint.load)  # or a UserError, before a download
     paths = files(config["from"], config["out"])
     texts = (a + b for path in paths.values() for _, a, b in pairs(path))
     tokenizer = examples.vocabulary(config["tokenizer"], texts, checkpoint.load)

@@ -235,9 +235,9 @@ def prepare(name, config):
     """Prepare one set, print what was done and return the folder's meta."""
     place, folder = config["from"], Path(config["out"], name)
     raw = folder.parent / "raw"
-    paths, difference = find(name, place) if place else (fetch(name, raw), "")
-    # A new one fits no model.
+    # A new one fits no model. Before the download, so that a wrong one leaves nothing behind.
     tokenizer = tokenizers.named(config["tokenizer"], [], checkpoint.load)
+    paths, difference = find(name, place) if place else (fetch(name, raw), "")
     lines = list(texts(name, paths, config, tokenizer.separator))
     require(any(map(str.strip, lines)), f"{paths[0]} holds no text")
     pieces = ids = tokenized(lines, tokenizer, config, name)
