@@ -87,8 +87,8 @@ def test_the_textbook_learns_and_its_samples_have_no_masks(monkeypatch, capsys):
 
 
 def test_the_textbook_reads_prepared_text(monkeypatch, tmp_path):
-    text = Char("abcn ")
-    writer.prepare(tmp_path, [("train", "a banana can " * 9), ("val", "a can " * 9)], text)
+    tokenizer = Char("abcn ")
+    writer.prepare(tmp_path, [("train", "a banana can " * 9), ("val", "a can " * 9)], tokenizer)
     train, val, letters = textbook.read(tmp_path)
     assert "".join(letters[i] for i in train).startswith("a banana can a banana")
     assert "".join(letters[i] for i in val).startswith("a can a can")

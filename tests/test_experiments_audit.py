@@ -285,17 +285,17 @@ def test_the_textbook_sampler_in_float64_draws_from_the_same_law_as_ours(network
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    world, text = tmp_path_factory.mktemp("experiments"), Char("".join(sorted(set(TEXT))))
-    writer.prepare(world / "data", [("train", TEXT), ("val", TEXT[:200])], text)
+    world, tokenizer = tmp_path_factory.mktemp("experiments"), Char("".join(sorted(set(TEXT))))
+    writer.prepare(world / "data", [("train", TEXT), ("val", TEXT[:200])], tokenizer)
     greek = [("train", "αβγ" * 99), ("val", "αβγ" * 9)]
     writer.prepare(world / "greek", greek, Char("αβγ"))
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
-    sizes |= {"vocab_size": text.vocab_size}
+    sizes |= {"vocab_size": tokenizer.vocab_size}
     for name, attention, objective in (("run", "full", "any_order"), ("judge", "causal", "ar")):
         torch.manual_seed(0)
         model = Transformer(DEFAULTS | sizes | {"attention": attention})
         config = model.config | {"objective": objective}
-        state = {"config": config, "tokenizer": text.meta(), "model": model.state_dict()}
+        state = {"config": config, "tokenizer": tokenizer.meta(), "model": model.state_dict()}
         checkpoint.save(world / name / "ckpt.pt", state | {"step": 1, "ema": None})
     return world
 

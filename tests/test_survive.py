@@ -238,11 +238,11 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path):
     before = (tmp_path / "ckpt.pt").read_bytes()
     model, _, optimizers = train.build(checkpoint.read(tmp_path)["config"], Team())
     model.norm.weight.data[3] = math.inf
-    text = Char("".join(sorted(set(TEXT))))
+    tokenizer = Char("".join(sorted(set(TEXT))))
     message = f"not finite at step 5; the last good checkpoint is {tmp_path}/ckpt.pt"
     with pytest.raises(UserError, match=message):
         clock = Clock(config, {"step": 5}, Team())
-        train.save(config, text, clock, model, None, optimizers, Team())
+        train.save(config, tokenizer, clock, model, None, optimizers, Team())
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 

@@ -10,7 +10,8 @@ import evaluate
 import model as network
 import train
 from config import UserError
-from data import tokenizer, writer
+from data import writer
+from data.tokenizer import Char
 from evaluate import answer_nats, token_nats
 from lib import checkpoint
 
@@ -86,8 +87,8 @@ def run(tmp_path_factory):
     """(a run's folder, the folder that it learnt from)"""
     folder = tmp_path_factory.mktemp("run")
     data, out = str(folder / "data"), str(folder / "out")
-    text = tokenizer.Char("".join(sorted(set(TEXT))))
-    writer.prepare(data, [("train", TEXT * 9), ("val", TEXT * 3)], text)
+    tokenizer = Char("".join(sorted(set(TEXT))))
+    writer.prepare(data, [("train", TEXT * 9), ("val", TEXT * 3)], tokenizer)
     keys = {"data": data, "out_dir": out, "max_iters": 2, "eval_interval": 2, "batch_size": 2}
     keys |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 20, "device": "cpu"}
     words = [f"--{key}={value}" for key, value in keys.items()]
