@@ -126,7 +126,9 @@ def download(url, file, wanted, headers, first_wait, stop):
                 problem = error
             failures = 1 if file.tell() > most else failures + 1
             most = max(most, file.tell())
-            require(failures < TRIES, f"cannot fetch {url}: {problem}, {TRIES} times in a row")
+            place = Path(file.name).with_suffix("")  # less .part
+            problem_is = f"cannot fetch {url}: {problem}, {TRIES} times in a row"
+            require(failures < TRIES, f"{problem_is}; if you have the file, put it at {place}")
             stop.wait(max(problem.wait, first_wait * 2 ** (failures - 1)))
 
 

@@ -53,7 +53,7 @@ def opened(path, newline=None):
         with opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
             yield file
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
+        raise UserError(f"{path} is not UTF-8 text; convert it, as with iconv") from None
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, MemoryError):
         # a small .xz can claim to need more memory than there is
         raise UserError(f"{path} is damaged or cut off") from None
@@ -152,7 +152,9 @@ def replacing(folder):
 
 def publish(building, folder, meta):
     """Swap the new shards in; without a meta.json until the last of them is there."""
-    (folder / "meta.json").unlink(missing_ok=True)
+    if (folder / "meta.json").is_file():
+        print(f"{folder} held other data, which these replace")
+        (folder / "meta.json").unlink()
     for split in {"train", "val", *meta["splits"]}:
         for old in loader.shards(folder, split):
             old.unlink()

@@ -15,6 +15,7 @@ within max_iters steps, and within 30 readings of the text. LOG.md has the check
 """
 
 import math
+import os
 import time
 
 import torch
@@ -48,7 +49,7 @@ def with_dial(config, dataset, team):
             speed = matmul_flops(team.device, team.autocast, seconds=1.0)  # operations a second
             speed = sum(parallel.gather(speed, team))
             operations = 60 * config["max_minutes"] * UTILISATION * speed
-            ends += [f"{config['max_minutes']:g} minutes at {speed / 1e9:.0f} GFLOP/s"]
+            ends += [f"{config['max_minutes']:g} minutes at {speed / 1e9:.0f} GFLOP/s{shared()}"]
         config = config | {"depth": fitting_depth(config, dataset, operations)}
         why = f" (for {' or '.join(ends)}; on another machine --depth={config['depth']} repeats it)"
     chosen = filled(config)
@@ -56,6 +57,12 @@ def with_dial(config, dataset, team):
         shown = ", ".join(f"{key} {chosen[key]:.3g}" for key in dial)
         print(f"depth {config['depth']}: " * (config["depth"] > 0) + shown + why)
     return chosen
+
+
+def shared():
+    """Words for a machine with more to do than it has processors, or ""; Windows does not say."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return ", shared with other programs" if load > os.cpu_count() + 0.5 else ""
 
 
 def fitting_depth(config, dataset, operations):

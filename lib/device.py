@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -109,6 +110,7 @@ def can_compile(device):
             raise NotImplementedError(f"it is too new on {device.type}")
         if device.type == "cuda" and not importlib.util.find_spec("triton"):
             raise ImportError("triton is missing")
+        sweep_cache()
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
         return True
     except Exception as error:  # it can raise anything
@@ -118,6 +120,17 @@ def can_compile(device):
             said = "torch.compile does not work here, so nothing is compiled"
             print(f"{said}: {why}", file=sys.stderr)
         return False
+
+
+def sweep_cache():
+    """Delete kernels that a killed compiler left empty: torch would take them for whole ones."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    for kernel in Path(cache_dir()).glob("*/*.so"):
+        with contextlib.suppress(OSError):  # another process may sweep, too
+            about = kernel.stat()
+            if about.st_size == 0 and time.time() - about.st_mtime > 5:  # nobody writes it now
+                kernel.unlink()
 
 
 def compile_hidden(model, device, graphs=True):

@@ -1,4 +1,4 @@
-"""Checks of the entries of diffusion.py's tables: each says in words what an entry lacks.
+"""Checks of entries of tables (diffusion.py, lib/weighting.py): each says what an entry lacks.
 
 config.Table runs them at an entry's first use, in float64 and a few milliseconds. To add a
 schedule, an order or an objective takes one entry, there or in a script before it calls train.main:
@@ -42,6 +42,17 @@ def of_schedule(schedule):
         i = off[0]
         return f"has m'({t[i]:.2f}) = {pair[1][i]:.4g}, but m grows by {slope[i]:.4g} there"
     return "" if (slope > 0).all() else "must grow at every t: m' > 0"
+
+
+def of_loss_weight(weigh):
+    """It must be the bound's weights (b,) -> weights (b,) above 0."""
+    weight = torch.linspace(1, 100, 50, dtype=torch.float64)  # (50,)
+    mine = weigh(weight)
+    if not (torch.is_tensor(mine) and mine.shape == weight.shape):
+        return (
+            f"must give a weight for each weight of the bound, in their shape {tuple(weight.shape)}"
+        )
+    return "" if mine.isfinite().all() and (mine > 0).all() else "must give weights above 0"
 
 
 def of_order(order):

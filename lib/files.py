@@ -230,6 +230,7 @@ class Stop:
     """Note Ctrl-C, SIGTERM or the end of the terminal, so that the loop can finish and save.
 
     A second Ctrl-C interrupts at once. In a thread, which gets no signals, nothing is noted.
+    A compiler that is at work gets the signal too, and the error that this makes is the stop's.
     """
 
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # no system has all of them
@@ -249,6 +250,8 @@ class Stop:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, _):
         for number, handler in self.before.items():
             signal.signal(number, handler or signal.SIG_DFL)
+        if self.signal and isinstance(error, Exception) and not isinstance(error, UserError):
+            raise KeyboardInterrupt from error

@@ -134,17 +134,21 @@ class Log:
         left = f"{seconds / 60:.1f} minutes" if seconds > 60 else f"{seconds:.0f} seconds"
         end = f"{steps:,.0f} steps and {left} to the end"
         self.say(f"{size}; about {end}, then {tokens / 1e6:,.1f}M tokens in all")
-        if self.clock.spent() > 1 / 3:
+        if self.config["compile"] and not self.start and self.clock.spent() > 1 / 3:
             self.say(f"of {self.minutes()} most were compilation; {MORE}")
 
     def say_end(self):
         """Say at the end of a run whether it spent its time or its text badly."""
         made, (best, step) = self.clock.step - self.start, min(self.held_out, default=(0.0, 0))
-        if self.clock.spent() >= 1 and made < 10:
+        first = self.held_out[0][0] if self.held_out else math.inf
+        if self.config["compile"] and self.clock.spent() >= 1 and 0 < made < 10:
             self.say(f"{made} steps in {self.minutes()}, most of it compilation; {MORE}")
+        elif len(self.held_out) > 1 and self.held_out[-1][0] > first:
+            self.say("held-out text is worse than it was at first: try a lower --learning_rate=")
         elif self.held_out and self.held_out[-1][0] > best + 0.05:
             then = f"with {best:.3f} nats at step {step}, and has {self.held_out[-1][0]:.3f} now"
-            self.say(f"held-out text was best {then}: fewer steps, or more text, are better")
+            said = f"held-out text was best {then}: fewer steps, or more text, are better"
+            self.say(f"{said} (the last weights are kept)")
 
     def skip(self, step):
         """Say that a step was skipped because its gradient was not finite."""

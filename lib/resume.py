@@ -135,8 +135,9 @@ def learn_characters(state, source, meta, team):
         state["model"][name] = torch.cat([w[:V], new, w[V:]])
     state |= {"tokenizer": wanted, "config": state["config"] | {"vocab_size": n}}
     if n > V and team.rank == 0:
-        new = f"{n - V} new characters: {wanted['alphabet'][V:]!r}"
-        print(f"{source} learns {new} ('\\x00' is eos)")
+        new = wanted["alphabet"][V:]
+        end = ", where '\\x00' is the end of an answer" * ("\0" in new)
+        print(f"{source} gets rows for {n - V} new characters: {new!r}{end}")
 
 
 def with_size(config):

@@ -5,11 +5,13 @@ import math
 import torch
 
 from config import Table
+from lib.entries import of_loss_weight
 
 # {name: weight of a masked token in the bound (b,) -> its weight in training}. sqrt and constant
 # make gradients less noisy; half of all L/k are above 2, so the factor 2 keeps the loss's size.
 LOSS_WEIGHTS = Table(
     "loss_weight",
+    of_loss_weight,
     bound=lambda weight: weight,
     sqrt=lambda weight: 2 * weight.sqrt(),
     constant=lambda weight: torch.full_like(weight, 2.0),

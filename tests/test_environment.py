@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 
@@ -240,6 +241,16 @@ def test_a_run_whose_terminal_is_closed_saves_and_one_under_nohup_goes_on(monkey
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize("signalled", [signal.SIGINT, signal.SIGTERM])
+def test_an_error_that_a_stop_causes_in_a_compiler_is_the_stop(signalled):
+    error = subprocess.CalledProcessError(-signalled, "g++")
+    with pytest.raises(KeyboardInterrupt), Stop():
+        signal.raise_signal(signalled)
+        raise error
+    with pytest.raises(subprocess.CalledProcessError), Stop():
+        raise error
+
+
 # ---- The compiler --------------------------------------------------------------------------------
 
 NO_HEADERS = """#!/bin/sh
@@ -291,6 +302,17 @@ def test_a_cache_of_the_compiler_that_cannot_be_made_is_one_line(tmp_path, monke
         device.machine(settings.DEFAULTS | {"device": "cpu"})
         assert capsys.readouterr().err == said
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+def test_kernels_that_a_killed_compiler_left_empty_are_deleted(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    (tmp_path / "ab").mkdir()
+    for name, text, age in (("empty", "", 60), ("begun", "", 0), ("whole", "code", 60)):
+        kernel = tmp_path / "ab" / f"{name}.so"
+        kernel.write_text(text)
+        os.utime(kernel, (time.time() - age,) * 2)
+    device.sweep_cache()
+    assert {path.stem for path in tmp_path.glob("ab/*")} == {"begun", "whole"}
 
 
 # ---- File systems without hard links -------------------------------------------------------------

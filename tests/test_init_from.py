@@ -80,7 +80,8 @@ def test_a_model_of_characters_learns_those_that_its_alphabet_lacks(tmp_path, ca
         assert meta["tokenizer"]["alphabet"] == "\n abc\x000123456789?" and meta["end"] == 5
     keys = {"init_from": source, "learning_rate": 1e-30, "weight_decay": 0.0, "max_iters": 1}
     run(tmp_path / "pairs", tmp_path / "out", **keys)
-    assert f"{source} learns 12 new characters: '\\x000123456789?'" in capsys.readouterr().out
+    said = f"{source} gets rows for 12 new characters: '\\x000123456789?', where '\\x00' is the end"
+    assert said in capsys.readouterr().out
     (one, _, _), (two, text, _) = (checkpoint.load(out) for out in (source, tmp_path / "out"))
     x = torch.tensor([[5, 2, 3, 5, 4]])  # (1, 5) with masks
     assert torch.allclose(one(x), two(torch.where(x == 5, 17, x))[..., :5], atol=1e-6)

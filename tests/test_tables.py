@@ -128,12 +128,19 @@ LACKING = [
     ("OBJECTIVES", O(None), "has no draw, which a network that is not causal needs"),
     ("OBJECTIVES", O(diffusion.lambda_dce, attention="full"), "must have an attention that is a"),
     ("OBJECTIVES", diffusion.lambda_dce, "fails with AttributeError"),
+    ("LOSS_WEIGHTS", lambda weight: -weight, "must give weights above 0"),
+    ("LOSS_WEIGHTS", lambda weight: 1.0, "must give a weight for each"),
+    (
+        "LOSS_WEIGHTS",
+        lambda weight: weight.sum(),
+        "must give a weight for each",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("table", "entry", "lacks"), LACKING)
 def test_an_entry_that_lacks_a_part_says_so_at_its_first_use(table, entry, lacks, monkeypatch):
-    table = getattr(diffusion, table)
+    table = getattr(diffusion, table, train.LOSS_WEIGHTS)
     monkeypatch.setitem(table, "mine", entry)
     for _ in range(2):  # it is not forgotten
         with pytest.raises(UserError, match=re.escape(f"the {table.kind} 'mine' {lacks}")):
@@ -146,9 +153,9 @@ def test_an_estimator_without_a_row_or_an_order_says_so(monkeypatch):
         evaluate.answer_nats(MODEL, REQUESTS, estimator="mine")
 
 
-@pytest.mark.parametrize("table", ["SCHEDULES", "OBJECTIVES", "ORDERS"])
+@pytest.mark.parametrize("table", ["SCHEDULES", "OBJECTIVES", "ORDERS", "LOSS_WEIGHTS"])
 def test_every_entry_that_we_bring_is_whole(table):
-    table = getattr(diffusion, table)
+    table = getattr(diffusion, table, train.LOSS_WEIGHTS)
     assert [table[name] for name in table] == list(table.values())
 
 

@@ -115,6 +115,7 @@ def html(data, code):
 
 def main(config):
     """Write the page, and say where and how large it is."""
+    require(not config["out"], "the page goes to --page=FILE, not to --out")
     data = made(config, recorded if config["trace"] else with_weights)
     ckpt = Path(config["ckpt"])
     path = Path(config["page"] or (ckpt if ckpt.is_dir() else Path()) / "page.html")
