@@ -10,6 +10,9 @@ import os
 import signal
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several beside each other: a thread each
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import pages
 import pytest
 import torch
