@@ -38,7 +38,7 @@ DEFAULTS = {
 }
 
 SHAPE = {"n_layer": 4, "n_head": 4, "n_embd": 128, "mlp": "relu2", "batch_size": 64}
-SHAPE |= {"loss_weight": "constant", "show_sample": False}
+SHAPE |= {"show_sample": False}
 WRITERS = {  # how the masked diffusion model writes: (sampler, steps)
     "left to right": ("left_to_right", 1),
     "right to left": ("right_to_left", 1),
@@ -118,6 +118,7 @@ def fit(config, folder, objective, width):
     keys |= {"max_iters": steps, "eval_interval": steps, "warmup_iters": steps // 25}
     keys |= {key: config[key] for key in ("seed", "device", "dtype")}
     keys |= {"compile": not config["quick"]}
+    keys |= {} if objective == "ar" else {"loss_weight": "constant"}
     words = [config["preset"], *(f"--{key}={value}" for key, value in keys.items())]
     recipe = settings.parse(words, settings, diffusion, network, train)
     train.main(recipe)

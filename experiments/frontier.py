@@ -139,7 +139,7 @@ class Frontier:
         mean = {name: mean_and_error(values) for name, values in each.items()}
         row = {name: mean[name][0] for name in ("nats", "entropy")}
         row |= {"js": js_distance(frequencies(rows, N_GRAM, V), text)}
-        row |= {"repetition": float(np.mean([quality.repetition(row) for row in rows]))}
+        row |= {"repetition": float(np.mean([quality.VARIETY["repetition"](row) for row in rows]))}
         return row | {f"{name}_error": mean[name][1] for name in ("nats", "entropy")}
 
     def references(self):

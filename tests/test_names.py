@@ -85,7 +85,7 @@ def test_a_tilde_is_the_home_folder_in_keys_that_name_paths(key, tmp_path, monke
     for kept in ("a~/b", "./~/b", "a ~/b"):
         assert parse([f"--{key}={kept}"], module)[key] == kept
     with pytest.raises(
-        UserError, match=r"^--.*: no home folder ~no.such/x; a folder that is called"
+        UserError, match=r"^--.*: no home folder ~no.such/x; a folder with that name is"
     ):
         parse([f"--{key}=~no.such/x"], module)
     monkeypatch.chdir(tmp_path)
