@@ -21,12 +21,11 @@ score*. With k masked and L - k visible tokens, p_t(x) = m^k (1 - m)^(L-k) p(vis
 a factor that only time knows, times a conditional of clean text that time does not enter: RADD
 (arXiv 2406.03736) Theorem 1, RADD eq. 3.2, 3.3. (The papers write m = 1 - exp(-sigma_bar), where
 sigma_bar is the total noise up to t; the factor is then exp(-sigma_bar) / (1 - exp(-sigma_bar)).)
-Times the m'/(1 - m) of above it is the rate of going back: a masked token is unmasked at the rate
-m'/m, which no network has to say, and becomes v by the conditional. Hence the network needs no time
-input; it fills any gap, for any visible set is a condition that it was trained on; and training is
-a weighted cross-entropy. Likelihoods are in nats. A draw is given its uniform numbers (u, noise).
-
-The sampler and the estimator `any_order` draw from, and bound, what this objective trains.
+Multiplied by the rate m'/(1 - m) above, this is the rate of the reverse process: a masked token is
+unmasked at the rate m'/m, which no network has to say, and becomes v by the conditional. Hence the
+network needs no time input; it fills any gap, for any visible set is a condition that it was
+trained on; and to learn the conditionals is a cross-entropy: part 2 has the weights that make it a
+bound. Likelihoods are in nats. Functions that draw take their uniform numbers as arguments.
 """
 
 import math
@@ -185,7 +184,7 @@ def stratified_uniforms(seed, step, position, batch_size, L):
 
 # ---- 4. The bound: one weighted cross-entropy ----------------------------------------------------
 def plain_cross_entropy(model, h, target, weight, normalised=True):
-    """The loss from h (N, D): (sum of weight * terms, terms (N,), CE (N,)), in nats.
+    """What the loss is, from h (N, D): (sum of weight * terms, terms (N,), CE (N,)), in nats.
 
     Only the sum has a gradient. Terms are CE; of scores (1 - m)/m e^logit that need not add up
     (normalised=False: t_dse, score entropy: SEDD, arXiv 2310.16834, RADD eq. 2.11) they are
@@ -199,26 +198,26 @@ def plain_cross_entropy(model, h, target, weight, normalised=True):
 
 
 def cross_entropy(model, h, target, weight, normalised=True):
-    """plain_cross_entropy, a part of the positions at a time: no (N, V) logits are ever kept."""
+    """The same in value and gradient, some positions at a time: (N, V) logits are never stored."""
     head, row_loss = model.head_parameters(), model.row_loss
     return fused.cross_entropy(h, head, target, weight, normalised, row_loss=row_loss)
 
 
-def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, bound=None):
+def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, bound_weight=None):
     """The loss: weight * cross-entropy, summed over masked positions; its mean bounds -log p(x0).
 
     NELBO: negative evidence lower bound. x0 (B, L), mask (B, L) bool, weight (B,) or (B, L) ->
     (loss, nats): loss a scalar, summed over the batch; nats (B,) the same for each sequence, no
     gradient. masked_idx (N,): flat positions that count, the masked ones and a few of weight 0 that
-    fill up N (fused.masked_indices, beside the mask: a GPU need not wait). bound: the weights of
-    the NELBO where the loss is another (train.py, loss_weight; t_dse): nats are by these, of CE.
+    fill up N (from fused.masked_indices on the CPU: no GPU waits for their number). bound_weight:
+    that of the NELBO, where the loss has another (train.py, loss_weight; t_dse): nats are by it.
     """
     masked_idx, target, w = counted(x0, mask, weight, masked_idx)  # (N,) each
     h = model.hidden(torch.where(mask, model.mask_id, x0), masked_idx)  # (N, D)
     w = w.to(h.device, h.dtype)
     loss, terms, ce = cross_entropy(model, h, target, w, normalised)
-    if bound is not None:
-        w, terms = counted(x0, mask, bound, masked_idx)[2].to(w), ce  # (N,) each
+    if bound_weight is not None:
+        w, terms = counted(x0, mask, bound_weight, masked_idx)[2].to(w), ce  # (N,) each
     return loss, summed(w * terms, masked_idx, x0)
 
 
@@ -271,13 +270,15 @@ class Loss(torch.nn.Module):
         super().__init__()
         self.model, self.objective = model, OBJECTIVES[objective]
 
-    def forward(self, x0, mask=None, weight=None, masked_idx=None, order=None, bound=None):
+    def forward(self, x0, mask=None, weight=None, masked_idx=None, order=None, bound_weight=None):
         if order is not None:
             loss, terms = order_nll(self.model, x0, order, weight)
             return loss, terms.sum(1)
         if "causal" in self.objective.attention:
             return ar_nll(self.model, x0, mask, weight, masked_idx)
-        return nelbo(self.model, x0, mask, weight, masked_idx, self.objective.normalised, bound)
+        return nelbo(
+            self.model, x0, mask, weight, masked_idx, self.objective.normalised, bound_weight
+        )
 
 
 # ---- 5. Guidance ---------------------------------------------------------------------------------

@@ -108,7 +108,8 @@ def importance_sampled(objective, draw, m):
     interval could be trusted. An empty mask adds nothing, so E[X] = P(some masked) E[X | some
     masked], and weight * P(some masked) = (1 - (1 - m)^l) / m is l at most. The condition is that
     the lowest of l uniform numbers is below m. Given the lowest, the others are uniform above it:
-    scaling 1 - noise by one factor a row takes the lowest to where it must be.
+    scaling 1 - noise by one factor a row takes the lowest to where it must be. (highest^l below is
+    uniform on (0, 1]; it has to become uniform on (1 - P(some masked), 1].)
     """
     answer = draw.place >= 0  # (b, W)
     l = answer.sum(1)  # (b,)
@@ -180,7 +181,7 @@ def set_nats(model, requests, o, number=0, size=1, progress=False):
     """
     _, estimator = estimator_of(model, o["estimator"])
     one_pass = requests.in_one_pass(model, estimator)
-    lengths, groups = requests.lengths(), requests.own_groups()  # (N, 2) prompts, answers; (N,)
+    lengths, groups = requests.lengths(), requests.group_of_each()  # (N, 2) prompts, answers; (N,)
     turns = lengths[:, 1] if estimator.row is None and not one_pass else lengths[:, 1].clip(max=1)
     nats, cost = torch.zeros(len(lengths), size, dtype=torch.float64), {"rows": 0, "calls": 0}
     calls = []  # ((request, draw), nats) of the rows of each, (b,) each
@@ -220,12 +221,13 @@ def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
     if model.config["attention"] == "causal":
         require(cond is None, "cfg_scale needs a masked diffusion model, not a causal one")
         return diffusion.ar_nll(model, x0, mask, weight, idx)[1]
+    require(cond is None or estimator.normalised, "t_dse has no guidance; cfg_scale must be 0")
     if cond is None:
         return diffusion.nelbo(model, x0, mask, weight, idx, estimator.normalised)[1]
     x, (cond,) = torch.where(mask, model.mask_id, x0), fused.moved(model.device, cond)  # (b, W)
     h, target, ces = diffusion.states(model, x, idx, cond, cfg_scale), x0.flatten()[idx], []
     for span in fused.chunks(len(target), fused.head_chunk(model.vocab_size, model.device)):
-        logits = diffusion.guided(model, [states[span] for states in h], cfg_scale)  # (chunk, V)
+        logits = diffusion.guided(model, [each[span] for each in h], cfg_scale)  # (chunk, V)
         ces.append(F.cross_entropy(logits, target[span], reduction="none"))
     return diffusion.summed(weight.flatten()[idx] * torch.cat(ces), idx, x0)
 

@@ -37,7 +37,7 @@ from lib import fused
 from lib.cache import OrderCache
 
 DEFAULTS = {
-    "n_layer": 0,  # blocks; 0 here and in the next two: train.py's dial says it (lib/budget.py)
+    "n_layer": 0,  # blocks; 0 lets train.py's `depth` choose it, as for n_head and n_embd
     "n_head": 0,  # attention heads of a block
     "n_embd": 0,  # width D; a head has n_embd / n_head of it, an even number
     "block_size": 128,  # the longest sequence
@@ -146,7 +146,7 @@ class Block(nn.Module):
         B, L, D = z.shape
         qkv = self.qkv(z).view(B, L, 3, self.n_head, -1)  # (B, L, 3, H, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
-        q, k = self.placed(q, cos, sin), self.placed(k, cos, sin)
+        q, k = self.normalised_and_turned(q, cos, sin), self.normalised_and_turned(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, L so far, d) each
         return fused.attention(q, k, v, self.causal).transpose(1, 2).reshape(B, L, D)
@@ -159,11 +159,11 @@ class Block(nn.Module):
         """
         (B, T, _), (n, read, last) = z.shape, streams
         qkv = self.qkv(z).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
-        q, k = self.placed(qkv[:2], cos, sin)  # (B, H, T, d) each
+        q, k = self.normalised_and_turned(qkv[:2], cos, sin)  # (B, H, T, d) each
         q = q[:, :, n:] if last else q
         return read(q, torch.stack([k, qkv[2]])).transpose(1, 2).flatten(2)
 
-    def placed(self, z, cos, sin):
+    def normalised_and_turned(self, z, cos, sin):
         """Queries or keys (..., d), normalised if they are to be, and turned to their positions."""
         if self.qk_norm:
             z = F.rms_norm(z, z.shape[-1:]).to(z.dtype)  # CUDA's autocast makes it float32
@@ -184,7 +184,10 @@ class Block(nn.Module):
         k, v = kv.permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
         q = F.linear(z.flatten(0, 1).index_select(0, masked_idx), to_q)  # (N, D)
         q, place = q.view(-1, *kv.shape[3:]), masked_idx % L  # (N, H, d), (N,)
-        q, k = self.placed(q, cos[place, None], sin[place, None]), self.placed(k, cos, sin)
+        q, k = (
+            self.normalised_and_turned(q, cos[place, None], sin[place, None]),
+            self.normalised_and_turned(k, cos, sin),
+        )
         if len(masked_idx) <= 2 * B:  # each query gets a copy of its own sequence
             row = masked_idx // L  # (N,)
             return fused.attention(q.unsqueeze(2), k[row], v[row], False).flatten(1)
@@ -260,13 +263,13 @@ class Transformer(nn.Module):
         cos, sin = self.cos[start:end], self.sin[start:end]  # (L, d/2) each
         h = self.embed(x)  # (B, L, D)
         if self.conv is not None:
-            h = h + self.beside(h)
+            h = h + self.convolved(h)
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
             h = block(h, cos, sin, masked_idx if last else None, cache[i] if cache else None)
         return self.norm(h)
 
-    def beside(self, h):
+    def convolved(self, h):
         """What a position takes from the tokens on both sides of it: h (B, L, D) -> (B, L, D).
 
         Attention has to learn which positions are neighbours; a convolution is given them.
@@ -297,16 +300,16 @@ class Transformer(nn.Module):
         B, L = x.shape
         idx = torch.arange(B * L) if masked_idx is None else masked_idx.cpu()  # (N,)
         visible, slots = x.cpu() != self.mask_id, torch.arange(B)  # (B, L), (B,)
-        h = self.ask(x, visible, idx, OrderCache(B, L), slots)  # (N, D)
+        h = self.hidden_from_cache(x, visible, idx, OrderCache(B, L), slots)  # (N, D)
         return h.view(B, L, -1) if masked_idx is None else h
 
-    def ask(self, x, visible, masked_idx, cache, slots):
+    def hidden_from_cache(self, x, visible, masked_idx, cache, slots):
         """Hidden states (N, D) at flat positions masked_idx (N,) of x (B, L), in slots of a cache.
 
         First it reads those tokens of visible (B, L) that an OrderCache does not hold yet in slots
         (B,). All but x is on the CPU.
         """
-        reading = cache.reading(slots, visible, masked_idx, x.device)
+        reading = cache.plan_call(slots, visible, masked_idx, x.device)
         clean = F.pad(x, (1, 0), value=self.mask_id).gather(1, reading.columns)  # (B, n)
         h = self.hidden_in_order(clean, reading.places, reading.attend)  # (B, Q, D)
         return h[reading.answers]

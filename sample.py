@@ -6,7 +6,7 @@
     python sample.py --ckpt=out/pydocs --prompt=FILE:prompt.txt           of several lines
     python sample.py --ckpt=out/pydocs --template="The ___12 of a list."  a gap of 12 tokens
     python sample.py --ckpt=out/pairs --prompt="Who?" --cfg_scale=0.8     guided by its prompt
-    echo "The list" | python sample.py --prompt=FILE:/dev/stdin           a pipe is read only so
+    echo "The list" | python sample.py --prompt=FILE:/dev/stdin           (stdin only so)
 
 - Whatever is not masked is a condition and never changes: a prompt, the text around a gap.
 - A network call gives p(x0_i | visible) at the positions that are due; each is drawn from it.
@@ -17,7 +17,7 @@ depend on the network (samplers.py, part 1). So all steps are drawn before the f
 those at which a sequence unmasks nothing are skipped. RADD (arXiv 2406.03736, section 3.2) saves
 these calls with a cache; here there is nothing to keep. Each sequence goes to its own next step, a
 finished one makes room for another, and only positions that are due pass the last layer and the
-head. An `order` network (model.py) reads each clean token once, into a cache: Predictor.
+head. An `order` network (model.py) reads each clean token once, into a cache (class Predictor).
 
     steps drawn for four positions, -1 being a condition:  [5, -1, 2, 5]
     the calls of that sequence, which are two:             [1, -1, 0, 1]
@@ -47,14 +47,14 @@ from samplers import SAMPLERS, calls, entropy_of, on_device
 DEFAULTS = {
     "ckpt": "out/pydocs",  # what checkpoint.load takes: a run's folder, published weights
     "sampler": "ancestral",  # one of SAMPLERS; a model of examples answers by confidence
-    "steps": 128,  # any_order, left_to_right, right_to_left, threshold, entropy_bound have none
+    "steps": 128,  # unmasking steps; not for any_order, *_to_*, threshold and entropy_bound
     "threshold": 0.9,  # for threshold: unmask the tokens that are at least this probable
     "max_entropy": 0.1,  # for entropy_bound: the most nats that a call's tokens add up to, save one
     "eta": 0.05,  # for remask: the highest probability to be masked again at a step
     "temperature": 1.0,  # 0: the likeliest token, which is how a model of examples answers
     "top_k": 0,  # keep the k likeliest tokens; 0: all
     "top_p": 1.0,  # keep the likeliest tokens that hold this much probability
-    "cfg_scale": 0.0,  # guidance by the condition, logits u + (1 + w)(c - u); 0: none
+    "cfg_scale": 0.0,  # guidance by the condition, logits uncond + (1 + w)(c - uncond)
     "prompt": "",  # the beginning of each sample; like the next two it can be FILE:PATH
     "suffix": "",  # the end of each sample
     "template": "",  # text with gaps: ___12 is a gap of 12 tokens
@@ -147,7 +147,7 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     x): the batch size changes how long it takes, not what comes out (except where an adaptive
     sampler is equally sure of two positions, and rounding decides). A causal network goes left to
     right. on_call(sequence (n,), position (n,), call (n,), token (n,), p (n,), logits (n, V)), all
-    on the CPU, is told of the tokens that each call unmasks.
+    on the CPU, is told of the tokens that each call unmasks (no causal network's).
     """
     o = settings.options(options, settings, diffusion, sys.modules[__name__])
     check_options(o)
@@ -233,8 +233,8 @@ class Predictor:
         if self.cfg_scale:
             without = x.masked_fill(cond, self.model.mask_id)  # (b, L)
             texts.append((without, visible & self.gaps[call.live]))
-        pairs = zip(texts, self.caches, strict=True)
-        return [self.model.ask(*text, call.idx, cache, slots) for text, cache in pairs]
+        pairs, ask = zip(texts, self.caches, strict=True), self.model.hidden_from_cache
+        return [ask(*text, call.idx, cache, slots) for text, cache in pairs]
 
     def slots_of(self, live):
         """The slots (b,) of sequences; new ones get those of sequences that are done."""

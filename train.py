@@ -65,7 +65,7 @@ DEFAULTS = {
     "batch_size": 0,  # sequences in a step, over all processes; 0: by the width (lib/budget.py)
     "micro_batch_size": 0,  # how many of them a process takes at once; 0: the whole of its share
     "optimizer": "muon",  # one of OPTIMIZERS; muon is for the blocks' matrices, AdamW for the rest
-    "learning_rate": 0.0,  # of AdamW and Muon alike, whose updates are of one size; 0: by the width
+    "learning_rate": 0.0,  # of AdamW and Muon, whose updates have the same size; 0: by the width
     "min_lr": 0.0,  # the learning rate at the end of the decay
     "warmup_iters": 20,  # steps in which the learning rate grows to its full value
     "lr_decay": "linear",  # one of LR_DECAYS
@@ -81,7 +81,7 @@ DEFAULTS = {
     "recompute": False,  # compute each block again for its gradient: slower, but with less memory
     "parallel": "ddp",  # ddp (each process has the network) | fsdp (a part of it); under torchrun
     "log_interval": 10,  # steps between log entries; the clock and a stop are looked at as often
-    "save_interval": 0,  # steps between two checkpoints; 0: one at each evaluation
+    "save_interval": 0,  # steps between two checkpoints; 0: as eval_interval
     "keep": 1,  # how many checkpoints to keep; above 1 the last ones also stay as ckpt_STEP.pt
     "eval_interval": 0,  # steps between two evaluations; 0: ten in a run, in a tenth of its minutes
     "eval_sequences": 64,  # the number of held-out blocks in an evaluation
@@ -106,7 +106,7 @@ class Batch(NamedTuple):
     weight: torch.Tensor | None = None  # (b,) or (b, L)
     masked_idx: torch.Tensor | None = None  # (N,) flat indices of what counts
     order: torch.Tensor | None = None  # (b, L) for an `order` network, in place of a mask
-    bound: torch.Tensor | None = None  # as weight: of the NELBO, where that of the loss is another
+    bound_weight: torch.Tensor | None = None  # as weight: that of the NELBO, if it is another
     n_tokens: int = 0  # of the whole global batch: what the sum of all losses is divided by
     n_real: int = 0  # answers up to their first eos: what all nats of the NELBO are divided by
 
@@ -139,7 +139,7 @@ def make_batch(config, dataset, step, position):
     # Each pair of any_order masks L + 1 positions, so N is the same in every step.
     static = config["objective"] == "any_order" and len(position) % 2 == 0
     masked_idx = fused.masked_indices(mask, multiple=16 if static else 128)  # (N,)
-    return Batch(x0, mask, weight.float(), masked_idx, bound=bound.float(), **counts)
+    return Batch(x0, mask, weight.float(), masked_idx, bound_weight=bound.float(), **counts)
 
 
 def draw_training_mask(config, step, position, L, prompt=None):
@@ -190,7 +190,7 @@ def make_example_batch(config, dataset, step, position):
         order = draw_training_order(config, step, position, L, prompt)  # (b, L) prompts come first
         return Batch(x0, weight=(~in_prompt).float(), order=order, **counts)
     masked_idx = fused.masked_indices(mask, multiple=128)  # (N,)
-    return Batch(x0, mask | dropped, weight, masked_idx, bound=bound, **counts)
+    return Batch(x0, mask | dropped, weight, masked_idx, bound_weight=bound, **counts)
 
 
 def make_batches(config, dataset, team, start=0):
@@ -269,7 +269,7 @@ def seed_dropout(config, step, team):
 
 
 # ---- 3. Now and then -----------------------------------------------------------------------------
-def evaluate_part(config, model, val, team):
+def evaluate_held_out(config, model, val, team):
     """(dict, line) of report on the held-out requests, of which each process evaluates its part."""
     mine = parallel.deal([len(prompt) + len(answer) for prompt, answer in val.requests], team)
     options = {"draws": config["eval_draws"], "seed": config["seed"], "groups": mine}
@@ -288,7 +288,7 @@ def evaluate_now(config, model, ema, tokenizer, val, team, log):
     """Evaluate and show a sample, on the screen and in the log -> a dict of report, or None."""
     step, best, result = log.clock.step, (ema or model).eval(), None
     if val:
-        result, line = evaluate_part(config, best, val, team)
+        result, line = evaluate_held_out(config, best, val, team)
         sound, path = math.isfinite(result["nats_per_token"]), resume.checkpoint_path(config)
         checkpoint.require_sound(sound, f"the loss is nan at step {step}", path)
         log.say(f"step {step}: {line}")
@@ -382,7 +382,7 @@ def train(config, team):
                 (loss, nelbo), stopped, memory = parallel.agree(losses, stop.signal, team)
                 sound = math.isfinite(loss) or config["skip_nonfinite"]
                 checkpoint.require_sound(sound, f"the loss is {loss} at step {step}", path)
-                log.speed(step, loss, nelbo, learning_rate(step - 1, config, spent), memory)
+                log.write_step(step, loss, nelbo, learning_rate(step - 1, config, spent), memory)
 
             if clock.due(config["eval_interval"], share=0.1):
                 result = evaluate_now(config, model, ema, tokenizer, val, team, log)

@@ -79,7 +79,7 @@ def request(tokenizer, start_id, where, context, option):
         return ids[1:] if tokenizer.bos is not None and tokenizer.bos == start_id else ids
 
     if not option:
-        return encode(context), []  # of which log p is 0
+        return encode(context), []  # log p of an empty option is 0
     both = encode(context + option)
     border = min(len(encode(context.rstrip())), len(both) - 1)  # an option is one token at least
     return both[:border], both[border:]
@@ -187,7 +187,7 @@ def main(config):
 
 
 def accuracies(name, questions, nats, picks, right):
-    """What the answers are worth, with standard errors over questions: a dict."""
+    """Accuracies, with standard errors over questions: a dict."""
     accuracy, error = mean_and_error(right)
     result = {"accuracy": accuracy, "error": error}
     if name == "lambada":

@@ -57,13 +57,13 @@ def main(config):
     subject = evaluate.load_subject(evaluate.DEFAULTS | config, reads_text=True)
     model = subject.model
     asked = choice.requests_of(questions, subject.tokenizer, model.start_id, model.block_size)
-    requests, own_groups, _, _ = asked
+    requests, group_of_each, _, _ = asked
     counts = [len(question.options) for question in questions]
     figures, table = {}, []
     for estimator in ESTIMATORS:
         row = {"estimator": estimator}
         options = {key: config[key] for key in ("draws", "batch_size")} | {"estimator": estimator}
-        for name, groups in (("shared", own_groups), ("separate", None)):
+        for name, groups in (("shared", group_of_each), ("separate", None)):
             with subject.autocast():
                 nats = [
                     evaluate.answer_nats(model, requests, groups, seed=seed, **options).numpy()

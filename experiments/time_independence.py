@@ -97,10 +97,10 @@ class Timed(network.Transformer):
 class TimedLoss(diffusion.Loss):
     """Loss that tells the network its draw's time, lambda = 1 / the weight of the bound."""
 
-    def forward(self, x0, mask=None, weight=None, masked_idx=None, order=None, bound=None):
-        self.model.time = 1 / bound  # (B,)
+    def forward(self, x0, mask=None, weight=None, masked_idx=None, order=None, bound_weight=None):
+        self.model.time = 1 / bound_weight  # (B,)
         try:
-            return super().forward(x0, mask, weight, masked_idx, order, bound)
+            return super().forward(x0, mask, weight, masked_idx, order, bound_weight)
         finally:
             self.model.time = None
 

@@ -49,7 +49,7 @@ def with_dial(config, dataset, team):
             speed = matmul_flops(team.device, team.autocast, seconds=1.0)  # operations a second
             speed = sum(parallel.gather(speed, team))
             operations = 60 * config["max_minutes"] * UTILISATION * speed
-            ends += [f"{config['max_minutes']:g} minutes at {speed / 1e9:.0f} GFLOP/s{shared()}"]
+            ends += [f"{config['max_minutes']:g} minutes at {speed / 1e9:.0f} GFLOP/s{if_busy()}"]
         config = config | {"depth": fitting_depth(config, dataset, operations)}
         why = f" (for {' or '.join(ends)}; on another machine --depth={config['depth']} repeats it)"
     chosen = filled(config)
@@ -59,7 +59,7 @@ def with_dial(config, dataset, team):
     return chosen
 
 
-def shared():
+def if_busy():
     """Words for a machine with more to do than it has processors, or ""; Windows does not say."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     return ", shared with other programs" if load > os.cpu_count() + 0.5 else ""
@@ -75,10 +75,12 @@ def fitting_depth(config, dataset, operations):
         mine = filled(config | {"depth": depth})
         with torch.device("meta"):
             model = network.Transformer(mine)
-        step = mine["batch_size"] * dataset.block_size  # tokens
+        step_tokens = mine["batch_size"] * dataset.block_size
         tokens = [READINGS * len(dataset.tokens)]
-        tokens += [mine["max_iters"] * step] * (mine["max_iters"] > 0)
-        tokens += [operations / flops_of_step(mine, model, dataset) * step] * (operations > 0)
+        if mine["max_iters"]:
+            tokens.append(mine["max_iters"] * step_tokens)
+        if operations:
+            tokens.append(operations / flops_of_step(mine, model, dataset) * step_tokens)
         if min(tokens) < TOKENS * sum(p.numel() for p in model.blocks.parameters()):
             break
         best = depth
@@ -119,7 +121,7 @@ class Clock:
         self.limits, self.team = (config["max_iters"], config["max_minutes"]), team
         self.start = self.step = state["step"] if state else 0
         self.before = self.minutes = state.get("minutes", 0.0) if state else 0.0
-        self.began, self.evaluating = now(), 0.0  # evaluating: minutes spent so
+        self.began, self.evaluating = now(), 0.0  # minutes spent on evaluations
         self.tenth, self.last = 0, self.done() >= 1
 
     def __iter__(self):
@@ -152,12 +154,13 @@ class Clock:
     def due(self, interval, share=1.0):
         """Whether something is due that happens every `interval` steps; 0: ten times a run.
 
-        share: of the minutes, if these are limited, it is put off once evaluations have taken more.
+        Where minutes are limited, it is put off while evaluations have taken more than `share` of
+        them.
         """
         if self.last or interval:
             return self.last or self.step % interval == 0
-        spares = not self.limits[1] or self.evaluating <= share * self.minutes
-        return spares and int(10 * self.done()) > self.tenth
+        may_evaluate = not self.limits[1] or self.evaluating <= share * self.minutes
+        return may_evaluate and int(10 * self.done()) > self.tenth
 
     def left(self, pace):
         """(steps, seconds) to the end, at `pace` seconds a step."""

@@ -42,7 +42,8 @@ class Reading(NamedTuple):
 class OrderCache:
     """Keys and values of the clean tokens that sequences of L tokens have read, in B slots.
 
-    What is read later changes none of them. A call's queries are stored behind, until the next.
+    Later tokens never change earlier entries. The queries of a call are stored behind them, and the
+    next call overwrites these.
     """
 
     def __init__(self, B, L):
@@ -53,7 +54,7 @@ class OrderCache:
         """Make slots (b,) ready for other sequences, which have read nothing."""
         self.was_read[slots] = False
 
-    def reading(self, slots, visible, masked_idx, device):
+    def plan_call(self, slots, visible, masked_idx, device):
         """The Reading of sequences in slots (b,): what is new of visible (b, L), then queries.
 
         masked_idx (N,): flat positions in (b, L) that are asked for. All of it is on the CPU, which
@@ -82,7 +83,8 @@ class OrderCache:
         count (b,): clean tokens of each sequence, the last n_new (b,) of which are the first of n.
         """
         count, n_new = count[:, None], n_new[:, None]  # (b, 1) each
-        # It grows by 32 entries, the last of which is for waste: few sizes, so few kernels.
+        # It grows by 32 entries at a time, so that there are few sizes to make kernels for. What a
+        # row does not need is written to the last entry, which nobody reads.
         self.length = max(self.length, 32 * (1 + (int(count.max()) + Q) // 32))
         entry = torch.arange(self.length)
         own = count - n_new + entry[:n]  # (b, n)

@@ -9,10 +9,6 @@ nieshen/SMDM/mdm_safetensors/mdm-170M-100e18.safetensors. The names that the for
 and settings are in formats.py. Nothing in a file is executed.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, too
 import config as settings  # isort: skip (first, as in train.py)
 import contextlib
 import itertools
@@ -21,8 +17,10 @@ import os
 import pickle
 import re
 import shutil
+import sys
 import warnings
 import zipfile
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,7 +72,7 @@ def save(path, state, keep=1):
 
 
 def require_sound(sound, what, path):
-    """Raise UserError unless `sound`; it says `what` is wrong, and names the last checkpoint."""
+    """Raise UserError unless `sound`: its message is `what`, and the last good checkpoint."""
     last = f"the last good checkpoint is {path}" if path.is_file() else "nothing was saved before"
     require(sound, f"{what}; {last}")
 

@@ -28,8 +28,8 @@ class Log:
 
     def __init__(self, config, model, dataset, clock, team):
         self.config, self.is_main = config, team.rank == 0
-        self.flops = flops_of_step(config, model, dataset)
-        self.peak = matmul_flops(team.device, team.autocast) * team.world  # of all, a second
+        self.parameters, self.flops = model.n_parameters(), flops_of_step(config, model, dataset)
+        self.peak = matmul_flops(team.device, team.autocast) * team.world  # a second, all processes
         self.tokens = config["batch_size"] * mean_length(config, dataset)  # of a step
         self.path = Path(config["out_dir"]) / "log.jsonl"
         self.clock, self.start, self.skipped, self.sinks = clock, clock.start, 0, []
@@ -78,7 +78,6 @@ class Log:
         if self.config["objective"] != "ar":
             by = f"upper bound by {self.config['eval_draws']} draws each"
         size = f"{len(dataset.tokens):,} training tokens in {dataset.n:,} {unit}"
-        self.parameters = model.n_parameters()
         self.say(f"{self.parameters:,} parameters; {size}")
         if val:
             self.say(f"evaluations: {len(val.requests)} {data}, {by}, {weights} weights")
@@ -169,7 +168,7 @@ class Log:
         for sink in self.sinks:
             sink(entry["step"], {f"{part}/{key}": value for key, value in numbers.items()})
 
-    def speed(self, step, loss, nelbo, rate, memory):
+    def write_step(self, step, loss, nelbo, rate, memory):
         """Write and show an entry about training, with all sequences seen so far.
 
         loss: as trained; nelbo: of the same batch, with the weights of the bound. rate: of

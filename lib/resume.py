@@ -77,7 +77,7 @@ def begin(config, team):
     path = checkpoint_path(config)
     state, source = starting_point(config, path)
     if state and "optimizer" not in state:
-        learn_characters(state, source, loader.read_meta(config["data"]), team)
+        add_character_rows(state, source, loader.read_meta(config["data"]), team)
     config = with_size(config)
     config = with_saved(config, state, source) if state else config
     steps = parallel.gather(state["step"] if state else 0, team)
@@ -86,17 +86,18 @@ def begin(config, team):
     check(config)
     config = with_attention(with_data(config, state, source), state, source)
     if state and team.rank == 0:
-        say_changes(config, state, source)
+        say_changes(config, state)
     return config, state
 
 
-def say_changes(config, state, source):
+def say_changes(config, state):
     """Say what is no longer as the checkpoint has it: block_size, or what the user resumes with."""
     own = config.get("user_keys", {}).keys() - {"init_from", "out_dir", "resume"}
     before, keys = state["config"], own if "optimizer" in state else {"block_size"}
     pairs = [(key, before[key], config[key]) for key in sorted(keys & before.keys())]
     changes = ", ".join(f"{key} {a} -> {b}" for key, a, b in pairs if a != b)
-    print(f"{source} goes on with other settings: {changes}\n" * bool(changes), end="")
+    if changes:
+        print(f"other settings than in the checkpoint: {changes}")
 
 
 def starting_point(config, path):
@@ -119,7 +120,7 @@ def seen(config, step):
     return config.get("ahead", 0) + step * config["batch_size"]
 
 
-def learn_characters(state, source, meta, team):
+def add_character_rows(state, source, meta, team):
     """Give the network of init_from rows for characters that the data add to its alphabet.
 
     A new row begins as the mean of the others. data.tokenizer.named makes such alphabets.

@@ -18,7 +18,7 @@ class Requests(NamedTuple):
     pad_to: int = 0  # rows are filled up to this width with masks
 
     def in_one_pass(self, model, estimator):
-        """Whether a row has all terms of a chain rule: an `order` network, as they are."""
+        """Whether a row has all terms of a chain rule: `order` networks, unguided, unpadded."""
         in_order = model.config["attention"] == "order" and estimator.order is not None
         return in_order and not (self.cfg_scale or self.pad_to)
 
@@ -26,8 +26,8 @@ class Requests(NamedTuple):
         """Tokens of each prompt and answer: (N, 2), in numpy."""
         return np.array([[len(p), len(a)] for p, a in self.pairs], int).reshape(-1, 2)
 
-    def own_groups(self):
-        """The group of each: (N,)."""
+    def group_of_each(self):
+        """The group of each request (N,); without groups each is its own."""
         return torch.as_tensor(range(len(self.pairs)) if self.groups is None else self.groups)
 
     def rows(self, i):
@@ -36,14 +36,14 @@ class Requests(NamedTuple):
         return torch.from_numpy(x0), torch.tensor([len(self.pairs[j][0]) for j in i])
 
 
-def random_numbers(seed, number, place, draw, size, n):
-    """u (b,) and noise (b, n) for the draws `draw` (b,) of requests `place` (b,).
+def random_numbers(seed, number, group, draw, size, n):
+    """u (b,) and noise (b, n) for the draws `draw` (b,) of requests of `group` (b,).
 
     They belong to set `number`, of `size` draws over which u is stratified. Pure functions of the
     arguments; the first columns of the noise do not depend on n.
     """
-    jitter = distinct_uniforms(seed, 2 * number + 1, place * size + draw // 2, 1)  # (b, 1)
-    noise = distinct_uniforms(seed, 2 * number, place * size + draw, n)  # (b, n)
+    jitter = distinct_uniforms(seed, 2 * number + 1, group * size + draw // 2, 1)  # (b, 1)
+    noise = distinct_uniforms(seed, 2 * number, group * size + draw, n)  # (b, n)
     return diffusion.stratified(jitter.squeeze(1), draw, size), noise
 
 

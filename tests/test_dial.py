@@ -28,7 +28,7 @@ class Hours:
     def __init__(self, monkeypatch, step=6.0, evaluation=0.0):
         self.seconds = 1000.0  # where it begins has no meaning
         monkeypatch.setattr(budget, "now", lambda: self.seconds)
-        for name, seconds in {"train_step": step, "evaluate_part": evaluation}.items():
+        for name, seconds in {"train_step": step, "evaluate_held_out": evaluation}.items():
             monkeypatch.setattr(train, name, self.taking(seconds, getattr(train, name)))
 
     def taking(self, seconds, function):

@@ -550,7 +550,7 @@ def test_a_loss_of_other_weights_knows_the_bound_as_well(name, grad, normalised)
     x0, mask, bound = corrupted(model)
     weight = torch.linspace(0.5, 3, len(x0))  # (B,) as training likes it
     with torch.set_grad_enabled(grad):
-        loss, nats = nelbo(model, x0, mask, weight, normalised=normalised, bound=bound)
+        loss, nats = nelbo(model, x0, mask, weight, normalised=normalised, bound_weight=bound)
     same_loss, _ = plain_nelbo(model, x0, mask, weight, normalised)
     _, wanted = plain_nelbo(model, x0, mask, bound)  # of probabilities, whatever the loss is of
     assert same(loss, same_loss, 1e-5) and same(nats, wanted, 1e-5) and not nats.requires_grad

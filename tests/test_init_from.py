@@ -53,7 +53,7 @@ def test_the_block_of_weights_to_begin_with_grows_with_their_positions(
     keys = {"init_from": source, "learning_rate": 1e-30, "weight_decay": 0.0, "max_iters": 1} | keys
     capsys.readouterr()
     run(data, tmp_path / "out", **keys)
-    changed = f"{source} goes on with other settings: block_size 8 -> {length}\n"
+    changed = f"other settings than in the checkpoint: block_size 8 -> {length}\n"
     assert changed in capsys.readouterr().out
     (one, _, _), (two, _, config) = (checkpoint.load(out) for out in (source, tmp_path / "out"))
     assert two.block_size == config["block_size"] == length and len(two.cos) == length
@@ -119,7 +119,7 @@ def test_a_resumed_run_says_what_of_its_recipe_is_changed(data, tmp_path, capsys
     keys = {"max_iters": 3, "eval_interval": 2, "batch_size": 4, "loss_weight": "constant"}
     run(data, out, **keys)
     changes = "batch_size 8 -> 4, loss_weight bound -> constant, max_iters 2 -> 3"
-    line = f"{out}/ckpt.pt goes on with other settings: {changes}\n"
+    line = f"other settings than in the checkpoint: {changes}\n"
     assert capsys.readouterr().out.startswith(line)
     run(data, out, **keys)
     assert "other settings" not in capsys.readouterr().out

@@ -85,7 +85,7 @@ def test_nothing_later_changes_an_earlier_key_or_value_bit_for_bit():
     b[:, :5], caches = a[:, :5], []
     for x in (a, b):
         cache, one = OrderCache(1, 8), torch.arange(1)
-        model.ask(x, torch.ones(1, 8, dtype=torch.bool), one, cache, one)
+        model.hidden_from_cache(x, torch.ones(1, 8, dtype=torch.bool), one, cache, one)
         caches.append(cache.layers.values())
     assert not torch.equal(a, b)
     for first, second in zip(*caches, strict=True):

@@ -111,7 +111,7 @@ def test_the_time_that_the_network_is_told_is_that_of_the_draw_and_ends_with_the
         mask, weight = diffusion.draw_mask(
             "lambda_dce", torch.tensor([0.25, 1.0]), torch.rand(2, 8)
         )
-        loss_of(torch.zeros(2, 8, dtype=torch.long), mask, weight, bound=weight)
+        loss_of(torch.zeros(2, 8, dtype=torch.long), mask, weight, bound_weight=weight)
         assert told[0].tolist() == [0.25, 1.0] and model.time is None
         assert isinstance(network.Transformer(model.config), timing.Timed)
     assert (network.Transformer, checkpoint.Transformer, diffusion.Loss) == plain
