@@ -300,9 +300,12 @@ def draw(axes, figures):
         bars[name] = round(off / unit, 3) + 0.0
         halves[name] = figures.get(f"{who}, {name}, minus the bound, half interval", 0) / unit
     bars = {name: bars[name] for name in sorted(bars, key=lambda n: -bars[n])}
-    cut = {name: f"{name} (cut off: {bars[name]:+.0f}%)" for name in bars if bars[name] > WIDEST}
-    bars = {cut.get(name, name): min(value, WIDEST) for name, value in bars.items()}
-    results.bars(axes, bars, "{:+.2g}%", [n for n in bars if bars[n] < -0.01], halves)
+    shown = {name: min(value, WIDEST) for name, value in bars.items()}
+    halves = {name: half for name, half in halves.items() if bars[name] <= WIDEST}
+    results.bars(axes, shown, "{:+.2g}%", [n for n in bars if bars[n] < -0.01], halves)
+    for label, value in zip(axes.texts, bars.values(), strict=True):
+        if value > WIDEST:
+            label.set_text(f"{value:+.0f}%, cut")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xlabel("percent above the bound (left of 0: no bound at all); 95% intervals")
     axes.set_title("Of the numbers that are reported as a loss, few are the bound")

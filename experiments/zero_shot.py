@@ -112,9 +112,9 @@ def draw(axes, figures):
     places = range(len(papers.SETS), 0, -1)
     for (name, values), marker in zip(shown.items(), "os^D", strict=True):
         color = results.DARK if name.startswith("our") else results.LIGHT
-        axes.plot(values, places, marker, color=color)
-        axes.annotate(name, (values[0], len(places) + 0.25), ha="center", rotation=20, va="bottom")
-    axes.set(xscale="log", xlabel="perplexity per GPT-2 token, the first seed's", ylim=(0.5, 6.5))
+        axes.plot(values, places, marker, color=color, label=name)
+    axes.set(xscale="log", xlabel="perplexity per GPT-2 token, the first seed's", ylim=(0.5, 6.2))
+    axes.legend(ncols=len(shown), loc="upper center", frameon=False)
     axes.set_yticks(places, papers.SETS)
     axes.set_title("Text of other kinds: byte models of minutes beside the papers' (light)")
 
