@@ -177,7 +177,9 @@ def estimator_of(model, name):
 def set_nats(model, requests, o, number=0, size=1, progress=False):
     """Set `number` of `size` draws for Requests -> (nats (N, size), {"rows", "calls"} it took).
 
-    o: the options, as `merged` has them.
+    o: the options, as `merged` has them. A row is one sequence that the network reads. With size =
+    2, three requests whose answers have 5 tokens take 6 rows by any_order, which counts all that a
+    row masks, and 30 by chain, which counts one token in a row: its `turn` says which.
     """
     _, estimator = estimator_of(model, o["estimator"])
     one_pass = requests.in_one_pass(model, estimator)

@@ -278,6 +278,8 @@ class Transformer(nn.Module):
         padded = F.pad(h, (0, 0, half, half))  # (B, L + width - 1, D)
         return sum(padded[:, i : i + L] * weight for i, weight in enumerate(self.conv))
 
+    # The next three are for `order` networks alone: skip them at first.
+
     def hidden_in_order(self, clean, places, attend=None):
         """Hidden states (B, Q, D) of the queries of an `order` network.
 

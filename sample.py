@@ -135,7 +135,7 @@ def draws(model, h, u, suppress, policy, o):
         yield token, p, entropy_of(logits, policy), logits
 
 
-# ---- 2. The loops --------------------------------------------------------------------------------
+# ---- 2. The loops (one without anything that makes it fast: experiments/textbook.py, sample) -----
 @torch.no_grad()
 def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     """Fill every mask_id of x (N, L) and change nothing else -> (tokens (N, L), info).
@@ -171,12 +171,13 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
             h = states_of(x, call, live, idx)  # the states of n positions
             drawn = draws(model, h, u, None if suppress is None else suppress[at], policy, o)
             drawn = [piece if on_call else piece[:3] for piece in drawn]  # logits for on_call
-            token, p, entropy, *logits = map(torch.cat, zip(*drawn, strict=True))  # (n,) each
+            token, p, entropy, *logits = map(torch.cat, zip(*drawn, strict=True))  # (n,) (n, V)
             total = total + p[: len(call.at)].sum()  # looked at in the end, so no call waits
             keep = torch.ones(len(call.at), dtype=torch.bool)  # (n,) what is unmasked
             if not policy.known:
                 keep = accepted(policy, call, L, p, entropy)
-                token = torch.where(*fused.moved(token.device, keep), token, model.mask_id)
+                (kept,) = fused.moved(token.device, keep)  # (n,)
+                token = torch.where(kept, token, model.mask_id)
             flat[at] = token.to(x)
             if on_call:
                 columns = call.at // L, call.at % L, call.done[call.idx // L], token, p, *logits
