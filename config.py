@@ -37,9 +37,10 @@ PATHS = {"ckpt", "data", "folder", "from", "gpt2", "include_path", "init_from", 
 PATHS |= {"out_dir", "page", "preset", "reference", "results", "rows", "runs", "samples", "svg"}
 PATHS |= {"out", "to", "tokenizer", "val"}
 
-RENAMED = {  # keys of earlier versions, for old commands and checkpoints
+RENAMED = {  # keys of earlier versions, in old commands and checkpoints, and what others call them
     "causal": "attention",
     "cfg": "cfg_scale",
+    "lr": "learning_rate",
     "min_tokens": "min_new_tokens",
     "mlp_hidden": "mlp_width",
     "new_tokens": "max_new_tokens",

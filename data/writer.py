@@ -172,6 +172,12 @@ def summary(folder, meta):
     return f"{folder}: {splits}; {meta['tokenizer']['kind']} tokenizer, V = {V}"
 
 
+def say_replaced(folder):
+    """Say where a folder has data that will be replaced."""
+    if Path(folder, "meta.json").is_file():
+        print(f"{folder} holds data already, which these replace; --out= names another folder")
+
+
 def say_unheld(folder, meta, fraction):
     """Say where there was too little to hold out the fraction that was wanted."""
     if fraction and "val" not in meta["splits"]:

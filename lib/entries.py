@@ -4,6 +4,7 @@ config.Table runs them at an entry's first use, in float64 and a few millisecond
 schedule, an order or an objective takes one entry, there or in a script before it calls train.main:
 
     import diffusion
+    import train
 
     # m(t), the probability that a token is masked at time t, and its slope m'(t)
     diffusion.SCHEDULES["square"] = lambda t: (t**2, 2 * t)
@@ -20,6 +21,9 @@ schedule, an order or an objective takes one entry, there or in a script before 
 
 
     diffusion.OBJECTIVES["many_masked"] = diffusion.Objective(many_masked)
+
+    # the weight of a masked token in training, from its weight in the bound (b,)
+    train.LOSS_WEIGHTS["fourth_root"] = lambda weight: weight**0.25
 """
 
 import torch

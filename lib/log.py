@@ -147,7 +147,7 @@ class Log:
         elif self.held_out and self.held_out[-1][0] > best + 0.05:
             then = f"with {best:.3f} nats at step {step}, and has {self.held_out[-1][0]:.3f} now"
             said = f"held-out text was best {then}: fewer steps, or more text, are better"
-            self.say(f"{said} (the last weights are kept)")
+            self.say(f"{said}; the last weights are kept (--max_iters={step} ends there)")
 
     def skip(self, step):
         """Say that a step was skipped because its gradient was not finite."""

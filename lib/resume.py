@@ -91,9 +91,11 @@ def begin(config, team):
 
 
 def say_changes(config, state):
-    """Say what is no longer as the checkpoint has it: block_size, or what the user resumes with."""
-    own = config.get("user_keys", {}).keys() - {"init_from", "out_dir", "resume"}
-    before, keys = state["config"], own if "optimizer" in state else {"block_size"}
+    """Say what is no longer as the checkpoint has it, of what the user has set, now or before."""
+    before, keys = state["config"], {"block_size"}
+    if "optimizer" in state:
+        keys = {*config.get("user_keys", ()), *before.get("user_keys", ())}
+        keys -= {"init_from", "out_dir", "resume"}
     pairs = [(key, before[key], config[key]) for key in sorted(keys & before.keys())]
     changes = ", ".join(f"{key} {a} -> {b}" for key, a, b in pairs if a != b)
     if changes:

@@ -17,7 +17,7 @@ import train
 from config import UserError
 from data import examples, loader, tokenizer, writer
 from data.pairs import prepare as pairs
-from lib import checkpoint
+from lib import checkpoint, resume
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -123,6 +123,11 @@ def test_a_resumed_run_says_what_of_its_recipe_is_changed(data, tmp_path, capsys
     assert capsys.readouterr().out.startswith(line)
     run(data, out, **keys)
     assert "other settings" not in capsys.readouterr().out
+    before = {"user_keys": {"learning_rate": "--learning_rate"}, "learning_rate": 0.003}
+    state = {"optimizer": [], "config": before}
+    resume.say_changes({"user_keys": {}, "learning_rate": 0.01}, state)  # what is no longer said
+    said = "other settings than in the checkpoint: learning_rate 0.003 -> 0.01\n"
+    assert capsys.readouterr().out == said
 
 
 def test_a_preset_may_hold_what_only_another_network_heeds(data, tmp_path):
