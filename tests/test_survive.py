@@ -284,7 +284,7 @@ def test_a_rank_that_dies_ends_the_others_and_torchrun_goes_on_and_stops_when_to
     killed, ended = (float((tmp_path / f"ended_{rank}").read_text()) for rank in (1, 0))
     assert 0 < ended - killed < 10
     line = r"^program.py: lost the other processes: .* resumes .*ckpt.pt.*$"
-    assert len(re.findall(line, err, re.M)) == 1
+    assert len(re.findall(line, err, re.M)) == 1, err
     assert f"resuming {out_dir}/ckpt.pt at step 5 of 4000" in out
     # SIGTERM to torchrun: both stopped at the same step, the next one that is logged, and saved.
     at = checkpoint.read(out_dir)["step"]
