@@ -146,15 +146,12 @@ def bound(ctx, folder, data, kind, other=False):
 
 def draw(axes, figures):
     """The evaluations along the first seed's runs."""
-    ends = {}
     for kind, curve in runs.curves_in(figures).items():
-        x, y = zip(*curve, strict=True)
-        axes.plot(x, y, "o-" if kind == PLAIN else "s--", color=results.DARK)
-        ends[kind] = x[-1], y[-1]
+        style = {"color": results.DARK} if kind == PLAIN else {"color": results.LIGHT, "ls": "--"}
+        axes.plot(*zip(*curve, strict=True), marker="o", label=kind, **style)
     axes.set(xlabel="training FLOPs", ylabel="nats per token (any_order, 64 blocks)")
     axes.set_title("What is to be predicted does not depend on the time")
-    if ends:
-        results.name_ends(axes, ends)
+    axes.legend(frameon=False)
 
 
 PLOTS = {"": draw}
