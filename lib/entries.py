@@ -1,7 +1,8 @@
 """Checks of entries of tables (diffusion.py, lib/weighting.py): each says what an entry lacks.
 
 config.Table runs them at an entry's first use, in float64 and a few milliseconds. To add a
-schedule, an order or an objective takes one entry, there or in a script before it calls train.main:
+schedule, an order, an objective or a loss weight takes one entry, there or in a script before it
+calls train.main:
 
     import diffusion
     import train
