@@ -77,8 +77,10 @@ def expected_nfe(r, L):
 class Policy:
     """What the loop asks about sequences live (b,), each of which has done (b,) network calls.
 
-    A subclass says what is masked and what is due, and sets the `seed` of its noise. One that knows
-    all calls sets `nfe` (N,), their number; another says what is unfinished and what it accepts.
+    A subclass has masked_at(live, done), the positions (b, L) that are masked before the next call,
+    and due(live, done), those (b, L) whose tokens are drawn in it; and the `seed` of its noise. One
+    that knows all calls sets `nfe` (N,), their number; another says what is unfinished and what it
+    accepts.
     """
 
     known = True  # all calls are known before the first, and what is due is unmasked
@@ -89,14 +91,6 @@ class Policy:
     def unfinished(self, done):
         """Which sequences need another call, having had done (N,)."""
         return done < self.nfe
-
-    def masked_at(self, live, done):
-        """Positions (b, L) that are masked before the next call."""
-        raise NotImplementedError
-
-    def due(self, live, done):
-        """Positions (b, L) whose tokens are drawn in that call."""
-        raise NotImplementedError
 
     def noise(self, live, done):
         """Uniform numbers (b, L), new at every call: a position may be drawn more than once."""

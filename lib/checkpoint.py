@@ -2,11 +2,10 @@
 
     python -m lib.checkpoint export --ckpt=out/pydocs --to=DIR --format=nanomdm
 
-`load` takes all that --ckpt may name, and finds out what it is: an out_dir of train.py, a folder
-with config.json and model.safetensors (ours, RADD's or SMDM's), a folder of RADD's trainer, a
-single .safetensors, .pth or .bin file, or a Hub name such as JingyangOu/radd-t-dce or
-nieshen/SMDM/mdm_safetensors/mdm-170M-100e18.safetensors. The names that the formats give to tensors
-and settings are in formats.py. Nothing in a file is executed.
+`load` takes all that --ckpt may name: an out_dir of train.py, a folder with config.json and
+model.safetensors (ours, RADD's or SMDM's), a folder of RADD's trainer, a single .safetensors, .pth
+or .bin file, or a Hub name (JingyangOu/radd-t-dce, nieshen/SMDM/mdm_safetensors/FILE.safetensors).
+How the formats name tensors and settings is in formats.py. Nothing in a file is executed.
 """
 
 import config as settings  # isort: skip (first, as in train.py)
@@ -284,10 +283,10 @@ def recognise(weights, file):
     """The name of the format, which is told by its name of the embedding."""
     embeddings = {formats.published("embed.weight", format): format for format in formats.NAMES}
     only_tensors = is_dict(weights, str, lambda w: isinstance(w, torch.Tensor))
-    found = [embeddings[name] for name in embeddings if only_tensors and name in weights]
+    known = [embeddings[name] for name in embeddings if only_tensors and name in weights]
     wanted = f"it must be tensors only, with one named {' or '.join(embeddings)}"
-    require(found, f"{file} holds no model known here: {wanted}")
-    return found[0]
+    require(known, f"{file} holds no model known here: {wanted}")
+    return known[0]
 
 
 def skeleton(config, n_tensors, where):
@@ -311,8 +310,8 @@ def ema_by_name(ema, model, file):
     """{name: averaged weight}: RADD's trainer saves these as a list in the parameters' order."""
     names = [formats.published(name, "radd") for name, _ in model.named_parameters()]
     shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
-    fits = isinstance(shadow, list) and [type(w) for w in shadow] == [torch.Tensor] * len(names)
-    require(fits, f"{file}: ema must have shadow_params, a list of {len(names)} tensors")
+    paired = isinstance(shadow, list) and [type(w) for w in shadow] == [torch.Tensor] * len(names)
+    require(paired, f"{file}: ema must have shadow_params, a list of {len(names)} tensors")
     return dict(zip(names, shadow, strict=True))
 
 

@@ -107,7 +107,7 @@ def can_compile(device):
     """
     try:
         if device.type not in ("cpu", "cuda"):
-            raise NotImplementedError(f"it is too new on {device.type}")
+            raise RuntimeError(f"it is too new on {device.type}")
         if device.type == "cuda" and not importlib.util.find_spec("triton"):
             raise ImportError("triton is missing")
         sweep_cache()

@@ -175,9 +175,9 @@ def with_data(config, state, source):
     data, meta = config["data"], loader.read_meta(config["data"])
     V, (width, eos_id) = meta["vocab_size"], examples.layout(data, meta)
     if state:
-        same = state["tokenizer"] in (None, meta["tokenizer"])
+        has_ours = state["tokenizer"] in (None, meta["tokenizer"])
         other = f"{source} was trained with another tokenizer than {data} has"
-        require(same, f"{other}; prepare the data again with --tokenizer={source}")
+        require(has_ours, f"{other}; prepare the data again with --tokenizer={source}")
         other = f"{source} has a vocabulary of {config['vocab_size']}, {data} one of {V}"
         require(config["vocab_size"] == V, other)
     resumed = state and "optimizer" in state

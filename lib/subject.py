@@ -73,8 +73,8 @@ def open_text(config, subject, folder, split):
     require(most >= L, f"block_size must be at most the model's {most}, not {L}")
     has = f"{folder} has a vocabulary of {tokens.vocab_size}"
     require(tokens.vocab_size == V, f"{has}, {ckpt} one of {V}")
-    same = subject.trained["tokenizer"] in (None, tokens.meta["tokenizer"])
-    require(same, f"{folder} has another tokenizer than {ckpt}")
+    has_ours = subject.trained["tokenizer"] in (None, tokens.meta["tokenizer"])
+    require(has_ours, f"{folder} has another tokenizer than {ckpt}")
     require(width <= most, f"{folder} has examples of {width} tokens, {ckpt} reads {most}")
     loader.fits(tokens, width or L)
     ends = {"whole": len(tokens), "radd": len(tokens) // L * L}
