@@ -58,6 +58,25 @@ def read_meta(folder):
     return meta
 
 
+def hash_of(paths):
+    """A hash of what the files hold, one behind the other, as 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        with open(path, "rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()
+
+
+def is_replaced(folder, trained):
+    """Whether the folder that a model learnt from has had another training text since.
+
+    trained: the config of the model. False where that or the folder does not say, as older ones.
+    """
+    hashes = {read_meta(folder).get("train_hash"), trained.get("train_hash")} - {None}
+    return Path(folder) == Path(str(trained.get("data"))) and len(hashes) > 1
+
+
 def describes_tokens(meta):
     """Whether a meta.json is one; raises KeyError, TypeError or AttributeError where it is not."""
     V, splits = meta["vocab_size"], meta["splits"].values()

@@ -151,7 +151,11 @@ def replacing(folder):
 
 
 def publish(building, folder, meta):
-    """Swap the new shards in; without a meta.json until the last of them is there."""
+    """Swap the new shards in; without a meta.json until the last of them is there.
+
+    meta.json gets a hash of the training text, by which a model knows what it has learnt from.
+    """
+    meta["train_hash"] = loader.hash_of(loader.shards(building, "train"))
     (folder / "meta.json").unlink(missing_ok=True)
     for split in {"train", "val", *meta["splits"]}:
         for old in loader.shards(folder, split):

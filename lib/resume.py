@@ -10,7 +10,7 @@ Which of them decides a key:
                               positions are rotary. Of a new network the data: the width of
                               examples, the blocks that a text is laid out in, or the length of a
                               text that is shorter
-  vocab_size, example_width, eos_id   the data
+  vocab_size, example_width, eos_id   the data; train_hash, too, as they were when the run began
   all others                  the command, then the preset, then the default: a resumed run may
                               change its recipe, and says so. With another batch_size it goes on at
                               the same place in the data (`ahead`)
@@ -100,6 +100,9 @@ def say_changes(config, state):
     changes = ", ".join(f"{key} {a} -> {b}" for key, a, b in pairs if a != b)
     if changes:
         print(f"other settings than in the checkpoint: {changes}")
+    if loader.is_replaced(config["data"], config):
+        said = "which goes on with the new text, and may have learnt what is held out now"
+        print(f"{config['data']} was prepared anew since the run began, {said}")
 
 
 def starting_point(config, path):
@@ -191,7 +194,9 @@ def with_data(config, state, source):
     require(width or not drop, f"{data} is text without prompts, so prompt_drop must be 0")
     require(not (width and cut), f"{data} is examples with prompts, so random_length must be 0")
     require(width <= L, f"{data} has examples of {width} tokens, block_size is only {L}")
-    return config | {"vocab_size": V, "example_width": width, "eos_id": eos_id}
+    known = state["config"] if resumed and state["config"].get("data") == data else meta
+    own = {"example_width": width, "eos_id": eos_id, "train_hash": known.get("train_hash")}
+    return config | own | {"vocab_size": V}
 
 
 def with_attention(config, state, source):

@@ -77,6 +77,9 @@ def open_text(config, subject, folder, split):
     require(has_ours, f"{folder} has another tokenizer than {ckpt}")
     require(width <= most, f"{folder} has examples of {width} tokens, {ckpt} reads {most}")
     loader.fits(tokens, width or L)
+    if loader.is_replaced(folder, subject.trained):
+        since = "it may have learnt from the very text that it is asked about now"
+        print(f"{folder} was prepared anew since {ckpt} learnt from it: {since}")
     ends = {"whole": len(tokens), "radd": len(tokens) // L * L}
     end = choose("protocol", config["protocol"], ends)
     short = f"{folder} {split} has {len(tokens)} tokens, no whole block of {L}"

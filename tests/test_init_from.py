@@ -125,7 +125,8 @@ def test_a_resumed_run_says_what_of_its_recipe_is_changed(data, tmp_path, capsys
     assert "other settings" not in capsys.readouterr().out
     before = {"user_keys": {"learning_rate": "--learning_rate"}, "learning_rate": 0.003}
     state = {"optimizer": [], "config": before}
-    resume.say_changes({"user_keys": {}, "learning_rate": 0.01}, state)  # what is no longer said
+    now = {"user_keys": {}, "learning_rate": 0.01, "data": data}
+    resume.say_changes(now, state)  # what is no longer said
     said = "other settings than in the checkpoint: learning_rate 0.003 -> 0.01\n"
     assert capsys.readouterr().out == said
 

@@ -125,6 +125,31 @@ def test_the_nelbo_of_answers_is_per_token_that_is_no_padding(objective, tmp_pat
 # ---- What was seen -------------------------------------------------------------------------------
 
 
+def test_data_that_were_prepared_anew_since_a_model_learnt_from_them_are_named(tmp_path, capsys):
+    folder, out, other, tokenizer = *(tmp_path / name for name in ("data", "out", "other")), Byte()
+
+    def said(data=folder, **keys):
+        if keys:
+            run(data, out, **keys)
+        else:
+            options = {"ckpt": str(out), "draws": 1, "strata": 1}
+            evaluate.main(settings.options(options, settings, diffusion, evaluate))
+        return capsys.readouterr().out.count("was prepared anew since")
+
+    texts = [("train", TEXT), ("val", TEXT[:500])]
+    writer.prepare(folder, texts, tokenizer)
+    assert (said(max_iters=1), said(), said(max_iters=2)) == (0, 0, 0)
+    writer.prepare(folder, texts, tokenizer)  # the same text once more
+    assert (said(), said(max_iters=3)) == (0, 0)
+    texts = [("train", TEXT[500:]), ("val", TEXT[:500])]  # the same alphabet
+    for each in (folder, other):
+        writer.prepare(each, texts, tokenizer)
+    # However often it is resumed, it has learnt from the first text.
+    assert (said(), said(max_iters=4), said(max_iters=5), said()) == (1, 1, 1, 1)
+    assert said(other, max_iters=6) == 0
+    assert (said(), checkpoint.read(out)["config"]["data"]) == (0, str(other))
+
+
 def test_a_run_resumed_with_another_batch_size_goes_on_where_it_was(data, tmp_path, monkeypatch):
     read, windows = [], loader.Blocks.starts
     spy = lambda blocks, index: read.extend(index.tolist()) or windows(blocks, index)  # noqa: E731
