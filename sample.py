@@ -317,32 +317,33 @@ def load_subject(config):
 def fill(config, subject):
     """Fill num_samples copies of the config's request, save, print and return the records."""
     model, tokenizer, *_ = subject
-    x, suppress, eos_id = requested(config, subject)  # (N, L) each
+    x, suppress, end, eos_id = requested(config, subject)  # (N, L) each
     options = {key: config[key] for key in config if key not in REQUEST}
     on_call = None
     if config["watch"]:  # the only mode that needs a view
         on_call = import_module("view.watch").watch(tokenizer, x, model.mask_id, options)
     with subject.autocast():
         tokens, info = sample(model, x, suppress, not on_call, on_call, **options)
-    masked, records = (x[0] == model.mask_id).nonzero().flatten().tolist(), []
-    for row, nfe in zip(tokens.tolist(), info["nfe"].tolist(), strict=True):
-        text = text_of(tokenizer, row, masked[0], eos_id)
-        records.append({"text": text, "tokens": row, "nfe": nfe})
-    say(records, info, len(masked), config["out"])
+    records = [
+        {"text": text_of(tokenizer, row, end, eos_id), "tokens": row, "nfe": nfe}
+        for row, nfe in zip(tokens.tolist(), info["nfe"].tolist(), strict=True)
+    ]
+    say(records, info, int((x[0] == model.mask_id).sum()), config["out"])
     return records
 
 
 def requested(config, subject):
-    """What to fill, x (N, L), its `suppress`, and the eos_id that ends a text (-1: all is kept)."""
+    """What to fill, x (N, L), its `suppress`, where what is given ends, and the eos_id, or -1."""
     model, tokenizer, trained, *_ = subject
     wish = {key: text_or_file(config[key]) for key in ("prompt", "suffix", "template")}
     length = 0 if wish["template"] else trained.get("example_width", 0)  # examples have one
     ids = request(tokenizer, model, **wish, length=config["length"] or length)
     x = torch.tensor([ids] * config["num_samples"])  # (N, L)
-    eos_id = -1 if wish["suffix"] or wish["template"] else trained.get("eos_id", -1)
-    begins, least = [ids.index(model.mask_id)] * len(x), config["min_new_tokens"]
-    suppress = suppress_eos(x, begins, least, eos_id) if least else None  # (N, L)
-    return x.to(model.device), suppress, eos_id
+    end = max((i + 1 for i, token in enumerate(ids) if token != model.mask_id), default=0)
+    least, eos_id = config["min_new_tokens"], trained.get("eos_id", -1)
+    knows_eos = least or eos_id >= 0
+    suppress = suppress_eos(x, [end] * len(x), least, eos_id) if knows_eos else None  # (N, L)
+    return x.to(model.device), suppress, end, eos_id
 
 
 def say(records, info, n_new, out):

@@ -84,7 +84,7 @@ def by_token(tokenizer, ids, nats):
 
 
 def suppress_eos(x, begins, least, eos_id):
-    """`suppress` of sample: no eos_id at the `least` positions from begins[i] on, x (N, L).
+    """`suppress` of sample: no eos_id before begins[i] and at `least` positions from it, x (N, L).
 
     UserError where the model knows no eos, or has no room for so many tokens.
     """
@@ -94,7 +94,7 @@ def suppress_eos(x, begins, least, eos_id):
     for row, begin in zip(suppress, begins, strict=True):
         room = len(row) - begin
         require(least <= room, f"min_new_tokens must be at most the {room} to fill")
-        row[begin : begin + least] = eos_id
+        row[: begin + least] = eos_id
     return suppress
 
 

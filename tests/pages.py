@@ -150,7 +150,7 @@ def options(**keys):
 
 
 def written(path, model, tokenizer, template="the ___8 sat on ___4."):
-    data = page.with_weights(model, tokenizer, {"template": template.replace(".", "")})
+    data = page.with_weights((model, tokenizer, {}), {"template": template.replace(".", "")})
     path.write_text(page.html(data, ""), encoding="utf8")
     return path
 

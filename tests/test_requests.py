@@ -22,6 +22,8 @@ from data.tokenizer import Char, build
 from lib import checkpoint
 from lib.text import text_or_file
 from sample import SAMPLERS, request
+from view import page
+from view.watch import token_text
 
 # ---- Requests ------------------------------------------------------------------------------------
 
@@ -323,6 +325,31 @@ def test_a_model_of_examples_answers_as_measured_best_unless_it_is_told_otherwis
         options = options_seen.pop()
         assert tuple(options[key] for key in keys) == wanted and len(records) == n
         assert len(records[0]["tokens"]) == (BLOCK if kind == "text" else 9)
+
+
+def test_an_answer_ends_behind_the_text_that_is_given_and_never_in_a_gap_before_it(checkpoints):
+    words = [f"--ckpt={checkpoints['examples']}", "--device=cpu", "--num_samples=40"]
+    words += ["--temperature=9", "--sampler=any_order"]  # an eos where it may be in 1 of 30 draws
+    for wish, last in (("--template=a___9b", 11), ("--suffix=b", 9), ("--template=a___6b___4", 8)):
+        parsed = settings.parse([*words, wish], settings, diffusion, decoding)
+        records, ended = decoding.command(parsed), 0
+        for record in records:
+            ids = record["tokens"]
+            assert 29 not in ids[:last]
+            stop = ids.index(29) if 29 in ids else len(ids)
+            assert record["text"] == TEXT.decode(ids[:stop])
+            ended += stop < len(ids)
+        assert (ended > 0) == wish.endswith("4")
+
+
+def test_a_page_of_answers_has_their_width_and_a_sign_for_their_end(checkpoints):
+    keys = {"ckpt": str(checkpoints["examples"]), "device": "cpu"}
+    config = settings.options(keys, settings, diffusion, decoding)
+    assert page.made(config, page.with_weights)["text"] == "___9"
+    trace = page.made(config | {"prompt": "ab", "user_keys": {}}, page.recorded)
+    assert len(trace["samples"][0]["start"]) == 9
+    tokenizer = Char("\0ab")
+    assert [token_text(tokenizer, token) for token in range(3)] == ["∎", "a", "b"]
 
 
 def test_the_prompt_of_a_file_has_its_lines(checkpoints, tmp_path):

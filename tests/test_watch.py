@@ -151,10 +151,10 @@ def test_a_terminal_shows_what_is_masked_again(sampler):
 def test_what_is_no_single_draw_a_position_is_not_recorded():
     model, tokenizer = network()
     with pytest.raises(page.settings.UserError, match="one draw a position"):
-        page.recorded(model, tokenizer, options(sampler="remask"))
+        page.recorded((model, tokenizer, {}), options(sampler="remask"))
     model.config["attention"] = "causal"
     with pytest.raises(page.settings.UserError, match="one draw a position"):
-        page.recorded(model, tokenizer, options())
+        page.recorded((model, tokenizer, {}), options())
 
 
 def test_without_a_terminal_the_progress_is_plain_lines():

@@ -26,7 +26,7 @@ from config import require
 from lib.files import to_json, whole_file
 from lib.subject import load_subject
 from lib.text import text_or_file
-from view.watch import Recorder
+from view.watch import Recorder, token_text
 
 DEFAULTS = {
     "page": "",  # the file to write; "": page.html beside the checkpoint
@@ -57,52 +57,53 @@ def pack(model):
     return {"shapes": shapes, "narrow": narrow, "wide": wide}, rounded
 
 
-def with_weights(model, tokenizer, o):
+def with_weights(subject, o):
     """The data of a page that holds the network; UserError where it cannot."""
+    model, tokenizer, trained, *_ = subject
     config, n, kind = model.config, model.n_parameters(), tokenizer.kind
     simple = n <= MOST and config["attention"] != "causal" and kind in ("char", "byte")
     simple = simple and not any(config[key] for key in ("rotary_bf16", "head_padding", "conv"))
     known = {"norm": ("layer", "rms"), "mlp": ("gelu", "swiglu", "relu2")}  # to network.js
     simple = simple and all(config[key] in known[key] for key in known)
     require(simple, "a page cannot hold this model; record a sample of it with --trace")
-    template = text_or_file(o["template"]) or f"___{model.block_size}"
+    length = trained.get("example_width") or model.block_size
+    template = text_or_file(o["template"]) or f"___{length}"
     sample.request(tokenizer, model, template=template)  # or its UserError
     about = f"This file holds a masked diffusion language model of {n:,} parameters, which writes "
     about += "here, in your browser; nothing is fetched. Its matrices are rounded to 8‑bit whole "
     about += "numbers times one 16‑bit number a row, its vectors to 16 bits (bfloat16)."
     if config["attention"] == "order":
         about += " It reads visible tokens in the order in which they became visible."
-    table = [text.decode("utf8", "replace") for text in tokenizer.table[:-1]]
+    table = [token_text(tokenizer, token) for token in range(len(tokenizer.table) - 1)]
     data = {"mask_id": model.mask_id, "table": table, "tokenizer": kind, "about": about}
     data |= {"text": template, "config": {key: config[key] for key in network.DEFAULTS}}
     data["options"] = {key: (sample.DEFAULTS | o)[key] for key in ("threshold", "max_entropy")}
     return data | pack(model)[0]
 
 
-def recorded(model, tokenizer, o):
+def recorded(subject, o):
     """The data of a page or a picture that plays samples drawn now, by the keys of sample.py."""
+    model, tokenizer, *_ = subject
     rule = "a record holds one draw a position: no causal network, no sampler that masks again"
     require(model.config["attention"] != "causal", rule)
-    wish = {key: text_or_file(o[key]) for key in ("prompt", "suffix", "template")}
-    ids = sample.request(tokenizer, model, **wish, length=o["length"])
-    x = torch.tensor([ids] * o["num_samples"], device=model.device)  # (N, L)
+    x, suppress, *_ = sample.requested(o, subject)  # (N, L) each
     policy = sample.SAMPLERS[o["sampler"]]((x == model.mask_id).cpu(), o)
     require(not policy.remasks, rule)
     recorder = Recorder(tokenizer, x, model.mask_id, o)
-    _, info = sample.sample(model, x, progress=True, on_call=recorder, **o)
+    _, info = sample.sample(model, x, suppress, progress=True, on_call=recorder, **o)
     about = f"A recorded sample of a model of {model.n_parameters():,} parameters: {o['sampler']}, "
     about += f"{o['steps']} steps, temperature {o['temperature']}, seed {o['seed']}."
     return recorder.data(info) | {"about": about}
 
 
 def made(config, make):
-    """make(model, tokenizer, the keys of sample.py) of what config["ckpt"] names."""
+    """make(subject, the keys of sample.py) of what config["ckpt"] names."""
     subject = load_subject(config, reads_text=True, cast=False)  # weights as they were saved
     keys = settings.defaults_of([settings, diffusion, sample])
     config = sample.suited(config, subject.trained)
     sample.check(config, causal=False)  # of a causal network `make` has more to say
     with subject.autocast():
-        return make(subject.model, subject.tokenizer, {key: config[key] for key in keys})
+        return make(subject, {key: config[key] for key in keys})
 
 
 def html(data, code):

@@ -12,6 +12,11 @@ WIDTH = 80
 NEW, MASKED, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 
+def token_text(tokenizer, token):
+    """The text of a token, with a sign for NUL, which is the end of an answer in an alphabet."""
+    return tokenizer.table[token].decode("utf8", "replace").replace("\0", "∎")
+
+
 def unmask_steps(masked, o):
     """The step of each position (N, L), as sample.py draws it; None where a call is a step."""
     by_time = o["sampler"] in ("ancestral", "euler")  # drawn ahead of the calls
@@ -61,7 +66,7 @@ def lines(tokenizer, ids, mask_id, mark, new):
     """The text in lines of WIDTH characters; new: places in colour, None: no colours at all."""
     out, width = [""], 0
     for place, token in enumerate(ids):
-        text = mark if token == mask_id else tokenizer.table[token].decode("utf8", "replace")
+        text = mark if token == mask_id else token_text(tokenizer, token)
         colour = MASKED if token == mask_id else NEW if place in (new or ()) else ""
         for character in text:
             if character == "\n" or width == WIDTH:
@@ -100,5 +105,5 @@ class Recorder:
             run = {"start": start, "draws": draws, "expected": info["expected_nfe"]}
             samples.append(run | {"steps": int(nfe) if self.steps is None else self.o["steps"]})
             used |= {v for draw in draws for v, _ in [*draw["alternatives"], (draw["token"], 1)]}
-        table = {v: self.tokenizer.table[v].decode("utf8", "replace") for v in sorted(used)}
+        table = {v: token_text(self.tokenizer, v) for v in sorted(used)}
         return {"mask_id": self.mask_id, "table": table, "samples": samples}
