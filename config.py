@@ -66,7 +66,7 @@ def nearest(name, names):
     """The end of a message about an unknown name: the likely one of `names`, or all of them."""
     names = sorted(str(each) for each in names if str(each))
     if name in RENAMED:
-        close = [RENAMED[name]] * (RENAMED[name] in names)
+        close = [RENAMED[name]] if RENAMED[name] in names else []
     else:
         close = difflib.get_close_matches(str(name), names, n=1)
     listed = ", ".join(names) or "nothing"
@@ -214,8 +214,8 @@ def merge(items, *modules):
         config[key] = typed(where, value, config[key])
         config[key] = at_home(where, config[key]) if key in PATHS else config[key]
         if key in listed:
-            file, _, _ = where.rpartition(": ")
-            unknown = f"{file}: " * bool(file) + f"unknown {key} '{config[key]}'"
+            file, colon, _ = where.rpartition(": ")
+            unknown = f"{file}{colon}unknown {key} '{config[key]}'"
             require(config[key] in listed[key], unknown + nearest(config[key], listed[key]))
     return config
 
@@ -367,8 +367,9 @@ def run(main, *modules):
             raise
     except KeyboardInterrupt as error:  # which may say what was saved
         print(file=sys.stderr)
-        message, code = f"interrupted{f'; {error}' * bool(str(error))}", 130
-    print(f"{script}: {message}\n" * bool(message), end="", file=sys.stderr)
+        message, code = f"interrupted; {error}" if str(error) else "interrupted", 130
+    if message:
+        print(f"{script}: {message}", file=sys.stderr)
     sys.exit(code)
 
 

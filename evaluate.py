@@ -389,8 +389,9 @@ def main(config):
     result = evaluate(config, subject, folder, config["split"])
     ngram_nats = ngram.baseline(folder) if config["split"] == "val" else {}
     if ngram_nats:
-        worse = result["nats_per_token"] > min(ngram_nats.values())
-        print(ngram.words(ngram_nats) + "; the model is worse: it needs more training" * worse)
+        is_worse = result["nats_per_token"] > min(ngram_nats.values())
+        advice = "; the model is worse: it needs more training" if is_worse else ""
+        print(f"{ngram.words(ngram_nats)}{advice}")
     return result | {"ngram_nats": ngram_nats}
 
 

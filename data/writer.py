@@ -220,7 +220,7 @@ def batches(documents, separator, characters=2**20):
     for split, text in documents:
         if not text:
             continue
-        batch.append((split, separator * (split in begun) + text))
+        batch.append((split, separator + text if split in begun else text))
         begun.add(split)
         size += len(text)
         if size >= characters:

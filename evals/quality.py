@@ -208,8 +208,9 @@ def measure(records, judge):
     for name, variety in VARIETY.items():
         measures[name] = mean_and_error([variety(record["tokens"]) for record in records])
     read = "tokens as they are" if own else "the text, encoded anew"
-    too_long = max(map(len, ids)) > judge.block_size
-    return measures, read + f", in blocks of {judge.block_size}" * too_long
+    if max(map(len, ids)) > judge.block_size:
+        read += f", in blocks of {judge.block_size}"
+    return measures, read
 
 
 def reference_records(folder, records):
@@ -273,7 +274,7 @@ def main(config):
     print(f"{len(records)} samples {source}")
     print(f"judge {config['judge']}: {judge.words}; it read {read}")
     error = "± standard error" if len(records) >= FEWEST else "(too few for an error)"
-    heads = f"mean {error} over samples", "samples", "held-out text" * bool(held)
+    heads = f"mean {error} over samples", "samples", "held-out text" if held else ""
     print("{:40}{:>22}{:>22}".format(*heads))
     for name in measures:
         pairs = [part[name] for part in (measures, beside) if name in part]

@@ -129,8 +129,9 @@ def table(rows):
         mean, high = row["nats_per_token"], row["interval"][1]
         halves = (row["draw_half"], None if high is None else high - mean)
         draws, text = (wider(mean, half) for half in halves)
-        drawn = row["draw_error"] != 0  # None: by too few draws for an error
-        by = row["estimator"] + f", {row['draws']} draws" * drawn
+        by = row["estimator"]
+        if row["draw_error"] != 0:  # None: by too few draws for an error
+            by += f", {row['draws']} draws"
         cells = f"{shown_perplexity(mean):>10} {draws:>9} {text:>9}  {by}"
         lines.append(f"{row['set']:12} {row['tokens']:9,} {mean:10.4f} {cells}")
     return "\n".join(lines)

@@ -95,7 +95,7 @@ def gradients(part, attention, dtype, kinds, compiled=False):
         config = small(part, attention, **keys)
         expected = loss_and_gradients(config, parallel.Team())
         for name, got in loss_and_gradients(config | {"compile": compiled}, team).items():
-            where = f"{norm} {mlp} {'qk_norm ' * qk_norm}{name}"
+            where = f"{norm} {mlp} {'qk_norm ' if qk_norm else ''}{name}"
             errors[where] = error(got, expected[name])
     return verdict(errors, BOUNDS[dtype_name(team.autocast, team.device)])
 

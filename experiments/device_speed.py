@@ -80,7 +80,8 @@ def training(part, name, micros):
         for B in part.some(micros, (2,)):
             config = part.preset(name, batch_size=B, micro_batch_size=0, compile=False)
             line = part(f"micro-batch {B}, eager", trained, config, blocks)
-            fitting += [config | {"compile": True}] * ("failed" not in line)
+            if "failed" not in line:
+                fitting.append(config | {"compile": True})
         for config in fitting:
             part(f"micro-batch {config['batch_size']}, compiled", trained, config, blocks)
 
@@ -127,7 +128,7 @@ def largest(part):
     config = part.preset("radd_small", compile=False, micro_batch_size=0)
     with part.blocks(config) as blocks:
         for recompute in (False, True):
-            what = "largest micro-batch, eager" + ", recompute" * recompute
+            what = f"largest micro-batch, eager{', recompute' if recompute else ''}"
             part(what, largest_batch, config | {"recompute": recompute}, blocks)
 
 
@@ -179,7 +180,7 @@ def where(part):
     for V in (config["vocab_size"], -(-config["vocab_size"] // 64) * 64):
         part(f"products of the head, {part.some(4096, 8)} positions x {V}", products, config, V)
     for compiled in (False, True):
-        part(f"block{', compiled' * compiled}", block, config, compiled)
+        part(f"block{', compiled' if compiled else ''}", block, config, compiled)
     for B, L in part.some(((64, 1024), (16, 2048)), ((2, 32),)):
         for backend in BACKENDS:
             part(f"attention, {B} x {L}, {backend}", attention, config, B, L, backend)
@@ -264,7 +265,8 @@ def profiled(part, config, blocks):
         step(batches)
     devices.wait(part.device)
     kinds = [torch.profiler.ProfilerActivity.CPU]
-    kinds += [torch.profiler.ProfilerActivity.CUDA] * part.on_cuda
+    if part.on_cuda:
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=kinds) as profile:
         began = time.perf_counter()
         for _ in range(3):

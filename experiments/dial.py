@@ -79,7 +79,7 @@ def table_of(config, rows):
             line |= {"nats_per_token": nats[depth]}
             for seed, row in zip(seeds(config), done, strict=True):
                 line[f"seed_{seed}"] = row["nats_per_token"]
-            lines.append(line | {"": "the dial's choice" * (depth == choice)})
+            lines.append(line | {"": "the dial's choice" if depth == choice else ""})
         figures[f"depth_{operations:.0e}"] = choice
         figures[f"above_best_{operations:.0e}"] = nats[choice] - min(nats.values())
     return figures, lines
@@ -106,7 +106,8 @@ def main(config):
     formats = dict.fromkeys(lines[0], "{:.3f}") | {"steps": "{:,}", "learning_rate": "{:.1e}"}
     title = f"Nats per token of {config['data']} by depth, for the same operations"
     worst = max(value for key, value in figures.items() if key.startswith("above_best"))
-    is_right = f"is{' not' * (worst > WITHIN)} within {WITHIN} nats of the best of the three"
+    verdict = "is not" if worst > WITHIN else "is"
+    is_right = f"{verdict} within {WITHIN} nats of the best of the three"
     text = results.table(title, lines, formats)
     text += f"\nThe dial's choice {is_right} at each budget.\n"
     figures |= results.about(torch.device("cpu"))

@@ -221,10 +221,11 @@ def shown(line):
     """A line's figures as text."""
     if "failed" in line:
         return f"FAILED: {line['failed']}"
-    words = ["WRONG"] * (line.get("right") is False)
+    words = ["WRONG"] if line.get("right") is False else []
     for key, value in line.items():
         if isinstance(value, str):
-            words += [f"{key} {value}"] * (key != "what")
+            if key != "what":
+                words.append(f"{key} {value}")
         elif key != "right":
             form = "{:.1%}" if key in SHARES else "{:,.0f}" if abs(value) >= 1000 else "{:.3g}"
             words.append(f"{key} {form.format(value)}")

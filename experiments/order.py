@@ -79,7 +79,8 @@ def run_config(config, name, seed):
     mine |= {"attention": "causal"} if mine["objective"] == "ar" else {}
     steps = 60 if config["quick"] else config["share"] * base["max_iters"]
     steps = round(steps * step_flops(base) / step_flops(mine))
-    words = f"{name} {config['share']:g} {seed}{' quick' * config['quick']}".replace(",", "")
+    words = f"{name} {config['share']:g} {seed}{' quick' if config['quick'] else ''}"
+    words = words.replace(",", "")
     mine |= {"seed": seed, "max_iters": steps, "eval_interval": steps, "show_sample": False}
     mine |= {"out_dir": str(Path(config["folder"], words.replace(" ", "_"))), "save_interval": 200}
     mine |= {key: config[key] for key in ("device", "dtype")} | {"compile": not config["quick"]}
@@ -252,7 +253,7 @@ def main(config):
     device, _ = machine(config)
     figures |= results.about(device) | {"seconds": math.ceil(time.time() - began)}
     text = "\n".join(texts)
-    name = "order" + f"_{config['only']}" * bool(config["only"])
+    name = f"order_{config['only']}" if config["only"] else "order"
     results.write(config, name, figures, text, PLOTS if rows else None, script="order")
     print(text)
     return figures

@@ -86,7 +86,9 @@ def plan(config, length):
     for writer, (sampler, (key, values)) in itertools.product(("MDM", "order"), DIALS.items()):
         if length == config["length"] or sampler in list(DIALS)[:2]:
             for value in values[:2] if config["quick"] else values:
-                name = f"{writer}, {sampler}" + f", {key} {value:g}" * (len(values) > 1)
+                name = f"{writer}, {sampler}"
+                if len(values) > 1:
+                    name += f", {key} {value:g}"
                 points.append((name, writer, {"sampler": sampler, key: value}))
     return points
 

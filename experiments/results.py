@@ -83,7 +83,7 @@ def keep(path, record):
     path.parent.mkdir(parents=True, exist_ok=True)
     torn = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
     with writing(path), open(path, "a", encoding="utf8") as file:
-        file.write("\n" * torn + to_json(record) + "\n")
+        file.write(("\n" if torn else "") + to_json(record) + "\n")
 
 
 def mark(*parts):

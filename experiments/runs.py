@@ -282,7 +282,7 @@ class Runs:
                 f"\n{self.config['minutes']:g} minutes were too few for {len(out)} trainings and "
             )
             text += f"{self.unmeasured} measurements; the same command goes on, or give --minutes="
-            text += f".{' Not trained: ' * bool(out)}{', '.join(out)}\n"
+            text += f".{' Not trained: ' if out else ''}{', '.join(out)}\n"
         if self.config["quick"]:
             text = (
                 f"The quick form: {QUICK_STEPS} steps, a tiny network, README.md and LOG.md: it "

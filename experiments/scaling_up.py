@@ -97,7 +97,8 @@ def block_bytes(net):
     normed = (4 * D + 4 * H) * net.config["qk_norm"]
     attention = norm_bytes(net) + 2 * D + 6 * D + 4 * D + normed + 2 * D + 4 * H
     mlp = norm_bytes(net) + (1 + gate) * (2 * D + 4 * F)
-    return attention, 2 * D + normed + mlp + 4 * D * (net.config["dropout"] > 0)
+    dropped = 4 * D if net.config["dropout"] else 0
+    return attention, 2 * D + normed + mlp + dropped
 
 
 def activation_bytes(net, tokens, recompute=False):
@@ -127,7 +128,7 @@ def sent_bytes(net, engine, gpus, micro_steps):
 
 def checkpoint_bytes(net, ema):
     """Bytes of ckpt.pt: weights, the two moments of AdamW, and the averages, in float32."""
-    return (4 + 8 + 4 * bool(ema)) * net.n_parameters()
+    return (4 + 8 + (4 if ema else 0)) * net.n_parameters()
 
 
 # ---- 2. Memory -----------------------------------------------------------------------------------
@@ -139,13 +140,13 @@ def memory(config, net, engine, gpus, micro):
     block = sum(p.numel() for p in net.blocks[0].parameters())
     ends = N - block * len(net.blocks)  # embedding, last norm and head
     matrices = sum(p.numel() for p in net.blocks[0].parameters() if p.dim() == 2)
-    copies = 2 * matrices * (engine == "ddp")  # of a block's matrices in bfloat16
+    copies = 2 * matrices if engine == "ddp" else 0  # of a block's matrices in bfloat16
     part, tokens = gpus if engine == "fsdp" else 1, micro * config["block_size"]
     held = {"weights": 4 * N / part, "gradients": 4 * N / part, "optimizer": 8 * N / part}
     held["averages"] = 4 * N * config["ema"] / part
     # Weights and gradients of the ends; a block and the next one in bfloat16, and the gradient of
     # one, also in float32 as it is sent.
-    held["gathered"] = (8 * ends + 10 * block) * (part > 1)
+    held["gathered"] = 8 * ends + 10 * block if part > 1 else 0
     held["copies"] = copies * len(net.blocks)
     # The gradient of the head and its copy, and a chunk of logits.
     held["head"] = 6 * D * V + 8 * fused.head_chunk(V, torch.device("cuda")) * V
@@ -288,7 +289,7 @@ def plan(config, net, budget, batch, gpus):
     small = [e for e in engines if engines[e][0]["with_recompute"] <= config["memory"]]
     engine = min(small or engines, key=lambda engine: engines[engine][2])
     held, time, hours = engines[engine]
-    name = engine + " + recompute" * (held["total"] > config["memory"])
+    name = f"{engine} + recompute" if held["total"] > config["memory"] else engine
     row = {f"{engine}_GB": held["total"] / 1e9 for engine, (held, _, _) in engines.items()}
     row |= {"faster": name if small else "neither fits"}
     speed = time["tokens"] / time["seconds"]

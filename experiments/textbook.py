@@ -146,7 +146,9 @@ def main(steps=800, n=3):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] in ([], ["--quick"]):
-        main(*[20] * len(sys.argv[1:]))
+    if sys.argv[1:] == []:
+        main()
+    elif sys.argv[1:] == ["--quick"]:
+        main(20)
     else:
         print(__doc__)

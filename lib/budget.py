@@ -44,18 +44,22 @@ def with_dial(config, dataset, team):
     if not (config["max_iters"] or config["max_minutes"]):
         config = config | {"max_minutes": MINUTES}
     if not (config["depth"] or (config["n_layer"] and config["n_embd"])):
-        operations, ends = 0.0, [f"{config['max_iters']:,} steps"] * (config["max_iters"] > 0)
+        operations, ends = 0.0, []
+        if config["max_iters"]:
+            ends.append(f"{config['max_iters']:,} steps")
         if config["max_minutes"]:
             speed = matmul_flops(team.device, team.autocast, seconds=1.0)  # operations a second
             speed = sum(parallel.gather(speed, team))
             operations = 60 * config["max_minutes"] * UTILISATION * speed
-            ends += [f"{config['max_minutes']:g} minutes at {speed / 1e9:.0f} GFLOP/s{if_busy()}"]
+            minutes = f"{config['max_minutes']:g} minutes"
+            ends.append(f"{minutes} at {speed / 1e9:.0f} GFLOP/s{if_busy()}")
         config = config | {"depth": fitting_depth(config, dataset, operations)}
         why = f" (for {' or '.join(ends)}; on another machine --depth={config['depth']} repeats it)"
     chosen = filled(config)
     if team.rank == 0 and any(config[key] == 0 for key in dial):
         shown = ", ".join(f"{key} {chosen[key]:.3g}" for key in dial)
-        print(f"depth {config['depth']}: " * (config["depth"] > 0) + shown + why)
+        depth = f"depth {config['depth']}: " if config["depth"] else ""
+        print(f"{depth}{shown}{why}")
     return chosen
 
 
@@ -166,5 +170,9 @@ class Clock:
         """(steps, seconds) to the end, at `pace` seconds a step."""
         iters, minutes = self.limits
         seconds = max(0.0, 60 * (minutes - self.minutes))
-        ends = [(iters - self.step, (iters - self.step) * pace)] * (iters > 0)
-        return min(ends + [(seconds / pace, seconds)] * (minutes > 0))
+        ends = []
+        if iters:
+            ends.append((iters - self.step, (iters - self.step) * pace))
+        if minutes:
+            ends.append((seconds / pace, seconds))
+        return min(ends)

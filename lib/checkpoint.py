@@ -242,7 +242,7 @@ def locate(path):
             return Path(path, name)
     others = sorted(str(file) for file in Path(path).glob("*.safetensors") if os.path.isfile(file))
     listed = f"{', '.join(names[:-1])} or {names[-1]}"
-    advice = f"; name the file that is meant: {' or '.join(others)}" * bool(others)
+    advice = f"; name the file that is meant: {' or '.join(others)}" if others else ""
     raise UserError(f"no checkpoint in folder {path}: it has no {listed}{advice}")
 
 

@@ -144,7 +144,7 @@ def only_one(folder, key):
         others = f"{folder} is in use by {owner or 'another process'}"
         require(locked is not False, f"{others}; choose another with --{key}=")
         if locked is None:
-            last = f"; it was last used by {owner}" * bool(owner)
+            last = f"; it was last used by {owner}" if owner else ""
             alone = f"this system has no locks: see to it that nothing else uses {folder}{last}"
             print(alone, file=sys.stderr)
         name_owner(file)

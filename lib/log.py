@@ -37,9 +37,8 @@ class Log:
         self.resources = contextlib.ExitStack()  # what has to be closed
         if self.is_main:
             self.begin()
-        self.profiler = profiler(
-            config["profile"] * self.is_main, self.path.with_name("trace.json")
-        )
+        profiled = config["profile"] if self.is_main else 0  # steps
+        self.profiler = profiler(profiled, self.path.with_name("trace.json"))
         total = config["max_iters"] or None  # `speed` estimates it where minutes are limited
         steps = {"total": total, "initial": self.start, "unit": "step"}
         self.bar = tqdm(**steps, disable=bar_is_off(self.is_main))
@@ -89,7 +88,7 @@ class Log:
             peak = f"{self.peak / 1e12:.0f} TFLOP/s in matrix products, all processes"
             self.say(f"{card}: {peak}, which is the peak below; bfloat16, one card: {stated}")
         if self.start:
-            last = f" of {self.config['max_iters']}" * (self.config["max_iters"] > 0)
+            last = f" of {self.config['max_iters']}" if self.config["max_iters"] else ""
             at = f"at step {self.start}{last}, {self.minutes()}"
             self.say(f"resuming {self.path.with_name('ckpt.pt')} {at}")
             if self.clock.last:
@@ -104,8 +103,8 @@ class Log:
                 self.bar.write(text.encode(coding, "replace").decode(coding))
 
     def minutes(self):
-        limit = self.config["max_minutes"]
-        return f"{self.clock.minutes:.1f}{f' of {limit:g}' * (limit > 0)} min"
+        limit = f" of {self.config['max_minutes']:g}" if self.config["max_minutes"] else ""
+        return f"{self.clock.minutes:.1f}{limit} min"
 
     def step(self, loss):
         """Note that a step is done. After the tenth a line says how long the run will take."""

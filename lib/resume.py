@@ -62,10 +62,11 @@ def alone(config, team):
         try:
             yield
         except KeyboardInterrupt:
-            path, wish = checkpoint_path(config), " with --resume" * (not config["resume"])
-            saved = f"{path} is as it was saved last; the same command{wish} resumes it"
-            nothing = "nothing was saved yet; the same command begins again"
-            raise KeyboardInterrupt(saved if path.is_file() else nothing) from None
+            path, also = checkpoint_path(config), "" if config["resume"] else " with --resume"
+            message = "nothing was saved yet; the same command begins again"
+            if path.is_file():
+                message = f"{path} is as it was saved last; the same command{also} resumes it"
+            raise KeyboardInterrupt(message) from None
 
 
 def begin(config, team):
@@ -142,7 +143,7 @@ def add_character_rows(state, source, meta, team):
     state |= {"tokenizer": wanted, "config": state["config"] | {"vocab_size": n}}
     if n > V and team.rank == 0:
         new = wanted["alphabet"][V:]
-        end = ", where '\\x00' is the end of an answer" * ("\0" in new)
+        end = ", where '\\x00' is the end of an answer" if "\0" in new else ""
         print(f"{source} gets rows for {n - V} new characters: {new!r}{end}")
 
 
@@ -234,7 +235,9 @@ def check(config):
     require(config["depth"] <= 256, f"depth must be at most 256, not {config['depth']}")
     require(max(config["beta1"], config["beta2"]) < 1, "beta1 and beta2 must be less than 1")
     fraction(config, "dropout", "ema", "decay_start", "random_length", "prompt_drop")
-    fraction(config, "beta1", "beta2", *["order_p"] * (config["order"] == "mixture"))
+    fraction(config, "beta1", "beta2")
+    if config["order"] == "mixture":  # there it is a probability
+        fraction(config, "order_p")
 
 
 def settle(config, state, world):

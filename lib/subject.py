@@ -95,11 +95,12 @@ def evaluated(result, split, meta, protocol):
     part = f"{result['tokens']} of {counts['tokens']} tokens, {counts['documents']} documents"
     unit = f"blocks of {result['block_size']}"
     unit = f"answers in examples of {width}, given their prompts" if width else unit
-    rest = ", the rest left out" * (protocol == "radd")
+    rest = ", the rest left out" if protocol == "radd" else ""
     return f"{result['data']} {split}: {part}, {result['sequences']} {unit}{rest}"
 
 
 def with_remarks(meta, text):
     """The text of a report, with remarks about the data."""
     before = f"text: {meta['protocol']}\n" if "protocol" in meta else ""
-    return before + text + " (a token is a character)" * (meta["tokenizer"]["kind"] == "char")
+    after = " (a token is a character)" if meta["tokenizer"]["kind"] == "char" else ""
+    return before + text + after

@@ -75,10 +75,10 @@ def by_token(tokenizer, ids, nats):
     total, half = mean_half(nats.sum(1))
     texts = [tokenizer.table[i].decode("utf8", "replace") for i in ids]
     lines = [f"{value:10.4f}  {text!r}" for value, text in zip(mean, texts, strict=True)]
-    said = plus_minus(half)
-    said += " (95% over the orders)" * bool(said)
+    interval = plus_minus(half)
+    interval += " (95% over the orders)" if interval else ""
     lines = ["      nats  token, given those before it in the order", *lines]
-    lines.append(f"{total:10.4f}  in all{said}, {total / len(ids):.4f} per token")
+    lines.append(f"{total:10.4f}  in all{interval}, {total / len(ids):.4f} per token")
     result = {"tokens": ids, "texts": texts, "nats": mean, "total": total, "draws": len(nats)}
     return result, "\n".join(lines)
 

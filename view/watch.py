@@ -53,7 +53,7 @@ def watch(tokenizer, x, mask_id, options, out=None, pause=0.04):
         if terminal:
             frame = [line + "\x1b[K" for line in frame[: shutil.get_terminal_size().lines - 1]]
             height = len(frame)
-        text += "".join(line + "\n" for line in frame) + "\x1b[J" * terminal
+        text += "".join(line + "\n" for line in frame) + ("\x1b[J" if terminal else "")
         with contextlib.suppress(OSError):  # who watched is gone; the samples are still wanted
             out.write(text.encode(coding or "ascii", "replace").decode(coding or "ascii"))
             out.flush()
