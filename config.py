@@ -69,8 +69,9 @@ def nearest(name, names):
         close = [RENAMED[name]] if RENAMED[name] in names else []
     else:
         close = difflib.get_close_matches(str(name), names, n=1)
-    listed = ", ".join(names) or "nothing"
-    return f"; did you mean '{close[0]}'?" if close else f"; there is: {listed}"
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; there is: {', '.join(names) or 'nothing'}"
 
 
 def choose(key, value, options):
@@ -136,8 +137,8 @@ def typed(key, value, default):
     """The value in the type of its default: text is parsed, a literal is checked, or UserError."""
     if isinstance(default, str):
         # without the characters that no file name can have
-        plain = isinstance(value, str) and not re.search("[\0\ud800-\udc7f\udd00-\udfff]", value)
-        require(plain, f"{key} must be text, not {shown(value)}")
+        is_text = isinstance(value, str) and not re.search("[\0\ud800-\udc7f\udd00-\udfff]", value)
+        require(is_text, f"{key} must be text, not {shown(value)}")
         return value
     if isinstance(default, bool):
         words = {"true": True, "1": True, "false": False, "0": False}
@@ -161,9 +162,9 @@ def at_home(key, value):
 
     def expanded(match):
         path = os.path.expanduser(match[0])
-        is_name = path == match[0] and not os.path.lexists(path)
+        is_home = path != match[0] or os.path.lexists(path)
         message = f"{key}: no home folder {match[0]}; a folder with that name is ./{match[0]}"
-        require(not is_name, message)
+        require(is_home, message)
         return path
 
     return re.sub(r"(?<![^,])~[^,]*", expanded, value)
@@ -208,21 +209,21 @@ def merge(items, *modules):
     Raises UserError for an unknown key, or a value that the key cannot have.
     """
     config = defaults_of(modules)
-    listed = {key: values for module in modules for key, values in allowed(module).items()}
+    choices = {key: values for module in modules for key, values in allowed(module).items()}
     for where, key, value in items:
         require(key in config, f"unknown key {where}{nearest(key, config)}")
         config[key] = typed(where, value, config[key])
         config[key] = at_home(where, config[key]) if key in PATHS else config[key]
-        if key in listed:
+        if key in choices:
             file, colon, _ = where.rpartition(": ")
-            unknown = f"{file}{colon}unknown {key} '{config[key]}'"
-            require(config[key] in listed[key], unknown + nearest(config[key], listed[key]))
+            message = f"{file}{colon}unknown {key} '{config[key]}'"
+            require(config[key] in choices[key], message + nearest(config[key], choices[key]))
     return config
 
 
-def options(given, *modules):
+def options(keywords, *modules):
     """The keyword options of a call merged over the DEFAULTS, as in `sample(model, x, steps=8)`."""
-    return merge([(key, key, value) for key, value in given.items()], *modules)
+    return merge([(key, key, value) for key, value in keywords.items()], *modules)
 
 
 def completed(config, *modules):
@@ -230,8 +231,8 @@ def completed(config, *modules):
 
     Keys that no module defines stay as they are.
     """
-    own = config.keys() & defaults_of(modules)
-    return config | options({key: config[key] for key in own}, *modules)
+    keys = config.keys() & defaults_of(modules)
+    return config | options({key: config[key] for key in keys}, *modules)
 
 
 def read_preset(path):
@@ -248,10 +249,10 @@ def read_preset(path):
     try:
         preset = ast.literal_eval(path.read_text(encoding="utf-8-sig"))
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        why = str(error).splitlines() or ["nested too deeply"]  # a MemoryError says nothing
-        raise UserError(f"{path} must hold one Python dict literal ({why[0]})") from None
-    kind = type(preset).__name__
-    require(kind == "dict", f"{path} must hold one Python dict literal, not a {kind}")
+        reason = str(error).splitlines() or ["nested too deeply"]  # a MemoryError says nothing
+        raise UserError(f"{path} must hold one Python dict literal ({reason[0]})") from None
+    message = f"{path} must hold one Python dict literal, not a {type(preset).__name__}"
+    require(isinstance(preset, dict), message)
     return preset
 
 
@@ -271,8 +272,8 @@ def parse(argv, *modules):
             require(equals or alone, f"write --{key}=VALUE, not '{arg}'")
             items.append((f"--{key}", key, True if alone else value))
         else:
-            neither = f"'{arg}' is neither a preset (configs/NAME.py) nor --key=value"
-            require(arg.endswith(".py"), neither)
+            message = f"'{arg}' is neither a preset (configs/NAME.py) nor --key=value"
+            require(arg.endswith(".py"), message)
             items += [(f"{arg}: {key}", key, value) for key, value in read_preset(arg).items()]
     return merge(items, *modules) | {"user_keys": {key: where for where, key, _ in items}}
 
@@ -310,8 +311,8 @@ def ready_streams():
         if stream is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf8"))  # noqa: SIM115
         elif mode == "w" and hasattr(stream, "reconfigure"):  # those of a notebook lack it
-            plain = stream.errors in ("strict", "surrogateescape")
-            stream.reconfigure(errors="replace" if plain else stream.errors, line_buffering=True)
+            raises = stream.errors in ("strict", "surrogateescape")
+            stream.reconfigure(errors="replace" if raises else stream.errors, line_buffering=True)
 
 
 def system_error(error):
@@ -329,12 +330,12 @@ def system_error(error):
 
 def memory_error(error):
     """The one-line message of an error about a full memory; "" for any other error."""
-    size = r"allocate [\d.]+ ?\w+|(?:allocate|size calculation) [^.,(]*\w"
-    wanted = re.search(size, str(error))
-    full = wanted or re.search("out of memory|ALLOC_FAILED", str(error))  # by CUDA, by cuBLAS
-    if not (full or isinstance(error, MemoryError)):
+    pattern = r"allocate [\d.]+ ?\w+|(?:allocate|size calculation) [^.,(]*\w"
+    request = re.search(pattern, str(error))
+    is_full = request or re.search("out of memory|ALLOC_FAILED", str(error))  # by CUDA, by cuBLAS
+    if not (is_full or isinstance(error, MemoryError)):
         return ""
-    cannot = f" (cannot {wanted[0]})" if wanted else ""
+    cannot = f" (cannot {request[0]})" if request else ""
     return f"not enough memory{cannot}; a smaller batch, micro-batch, block or network needs less"
 
 

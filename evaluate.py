@@ -328,8 +328,8 @@ def check(config):
     check_options(config)
     settings.at_least(0, config, "sequences", "block_size")
     draws, K, estimator = (config[key] for key in ("draws", "strata", "estimator"))
-    uneven = f"{estimator} takes whole sets: draws {draws} must be a multiple of strata {K}"
-    require(draws % K == 0 or not ESTIMATORS[estimator].mean_of_p, uneven)
+    message = f"{estimator} takes whole sets: draws {draws} must be a multiple of strata {K}"
+    require(draws % K == 0 or not ESTIMATORS[estimator].mean_of_p, message)
 
 
 def load_subject(config, reads_text=False):

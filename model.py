@@ -214,8 +214,8 @@ class Transformer(nn.Module):
         D, H, V, conv = (config[key] for key in ("n_embd", "n_head", "vocab_size", "conv"))
         require(D % (2 * H) == 0, f"n_embd {D} must be a multiple of 2 * n_head = {2 * H}")
         full = choose("attention", config["attention"], ATTENTIONS) == "full"
-        odd = f"conv must be 0, or with attention=full an odd number, not {conv}"
-        require(conv == 0 or (full and conv % 2 == 1), odd)
+        message = f"conv must be 0, or with attention=full an odd number, not {conv}"
+        require(conv == 0 or (full and conv % 2 == 1), message)
         self.config = config
         self.block_size, self.vocab_size, self.mask_id = config["block_size"], V, V
         self.start_id = V if config["start_id"] < 0 else config["start_id"]
@@ -289,9 +289,9 @@ class Transformer(nn.Module):
         Reading (lib/cache.py), all queries see all that their sequence has read.
         """
         n, Q = clean.shape[1], places.shape[1] - clean.shape[1]
-        asked = torch.full((len(clean), Q), self.mask_id, device=clean.device)  # (B, Q)
+        queries = torch.full((len(clean), Q), self.mask_id, device=clean.device)  # (B, Q)
         cos, sin = self.cos[places][:, None], self.sin[places][:, None]  # (B, 1, n + Q, d/2) each
-        h = self.embed(torch.cat([clean, asked], dim=1))  # (B, n + Q, D)
+        h = self.embed(torch.cat([clean, queries], dim=1))  # (B, n + Q, D)
         for i, block in enumerate(self.blocks):
             read = functools.partial(attend, i) if attend else fused.attention_in_order
             h = block(h, cos, sin, streams=Streams(n, read, i == len(self.blocks) - 1))

@@ -161,8 +161,8 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     flat, policy = x.view(-1), SAMPLERS[o["sampler"]](masked, o)
     states_of, nfe = Predictor(model, cond, policy, o), torch.zeros(N, dtype=torch.long)  # (N,)
     suppress = None if suppress is None else suppress.to(device).flatten()  # (N*L,)
-    alike = o["compile"] and device.type == "cuda" and model.config["attention"] == "full"
-    plan = on_device(calls(policy, nfe, o["batch_size"]), policy, device, alike)
+    same_size = o["compile"] and device.type == "cuda" and model.config["attention"] == "full"
+    plan = on_device(calls(policy, nfe, o["batch_size"]), policy, device, same_size)
     total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     with progress_bar(progress, int(masked.sum()), "token") as bar:
         for call, (live, at, idx, u, *again) in plan:
@@ -257,7 +257,7 @@ def sample_ar(model, x, o, suppress=None, progress=False):
     require(o["cfg_scale"] == 0, "cfg_scale needs a masked diffusion model, not a causal one")
     began, (N, L), draw = time.time(), x.shape, (o["temperature"], o["top_k"], o["top_p"])
     x, masked = x.clone(), (x == model.mask_id).cpu()  # (N, L) each
-    noise, wanted = fused.moved(x.device, philox.uniforms(o["seed"], 1, range(N), L), masked)
+    noise, to_fill = fused.moved(x.device, philox.uniforms(o["seed"], 1, range(N), L), masked)
     suppress = None if suppress is None else suppress.to(x.device)  # (N, L)
     nfe, B = torch.zeros(N, dtype=torch.long), o["batch_size"]  # (N,)
     with progress_bar(progress, -(-N // B) * L, "token") as bar:
@@ -275,7 +275,7 @@ def sample_ar(model, x, o, suppress=None, progress=False):
                     suppress_tokens(logits, suppress[batch][:, i])
                 token, p = categorical(logits.float(), noise[batch][:, i], *draw)  # (b,) each
                 total = total + p
-                y[:, i] = torch.where(wanted[batch, i], token.to(y), y[:, i])
+                y[:, i] = torch.where(to_fill[batch, i], token.to(y), y[:, i])
                 new = y[:, i : i + 1]  # (b, 1)
                 bar.update()
             finite(total.cpu(), DRAWN)
@@ -293,10 +293,11 @@ def check(config, causal):
     check_options(config)
     sampler = config["sampler"]
     if causal:
-        suits = sampler == "left_to_right" or "sampler" not in config.get("user_keys", ())
-        require(suits, f"this network is causal: it has the sampler left_to_right, not '{sampler}'")
-        between = config["suffix"] or config["template"]
-        require(not between, "a causal network cannot see a suffix or fill a template")
+        is_default = "sampler" not in config.get("user_keys", ())
+        message = f"this network is causal: it has the sampler left_to_right, not '{sampler}'"
+        require(sampler == "left_to_right" or is_default, message)
+        reads_ahead = config["suffix"] or config["template"]
+        require(not reads_ahead, "a causal network cannot see a suffix or fill a template")
         require(not config["watch"], "watch shows masks that fill; this network is causal")
 
 
@@ -335,9 +336,9 @@ def fill(config, subject):
 def requested(config, subject):
     """What to fill, x (N, L), its `suppress`, where what is given ends, and the eos_id, or -1."""
     model, tokenizer, trained, *_ = subject
-    wish = {key: text_or_file(config[key]) for key in ("prompt", "suffix", "template")}
-    length = 0 if wish["template"] else trained.get("example_width", 0)  # examples have one
-    ids = request(tokenizer, model, **wish, length=config["length"] or length)
+    texts = {key: text_or_file(config[key]) for key in ("prompt", "suffix", "template")}
+    length = 0 if texts["template"] else trained.get("example_width", 0)  # examples have one
+    ids = request(tokenizer, model, **texts, length=config["length"] or length)
     x = torch.tensor([ids] * config["num_samples"])  # (N, L)
     end = max((i + 1 for i, token in enumerate(ids) if token != model.mask_id), default=0)
     least, eos_id = config["min_new_tokens"], trained.get("eos_id", -1)
@@ -363,16 +364,15 @@ def say(records, info, n_new, out):
 def suited(config, trained):
     """The config with ANSWERS for a model of examples, where the user has not said otherwise."""
     of_examples, causal = trained.get("example_width"), trained["attention"] == "causal"
-    own = {*config.get("user_keys", ANSWERS)} | ({"sampler"} if causal else set())
-    return config | {key: ANSWERS[key] for key in ANSWERS if of_examples and key not in own}
+    kept = {*config.get("user_keys", ANSWERS)} | ({"sampler"} if causal else set())
+    return config | {key: ANSWERS[key] for key in ANSWERS if of_examples and key not in kept}
 
 
 def command(config):
     """main, with ANSWERS; in a terminal, without a request in the command, it asks for prompts."""
     subject = load_subject(config)
     config = suited(config, subject.trained)
-    wishes = {"prompt", "suffix", "template", "num_samples", "out"} & {*config["user_keys"]}
-    if wishes:
+    if {"prompt", "suffix", "template", "num_samples", "out"} & {*config["user_keys"]}:
         return fill(config, subject)
     if all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):
         return converse(config, subject)
@@ -388,9 +388,9 @@ def converse(config, subject):
     print("Write a prompt (none: a free sample); Ctrl-D ends.")
     with contextlib.suppress(EOFError):
         for turn in itertools.count():
-            own = {"prompt": input("> "), "num_samples": 1, "seed": config["seed"] + turn}
+            request_keys = {"prompt": input("> "), "num_samples": 1, "seed": config["seed"] + turn}
             try:
-                fill(config | own, subject)
+                fill(config | request_keys, subject)
             except settings.UserError as error:
                 print(error)
 

@@ -204,7 +204,7 @@ def calls(policy, nfe, batch_size):
         nfe[live] += 1
 
 
-def on_device(plan, policy, device, alike=False):
+def on_device(plan, policy, device, same_size=False):
     """Yield (Call, its tensors on the device, up to `u` or, where a policy remasks, `masked`).
 
     Where all calls are known they are copied together before the first, so none waits for a copy.
@@ -217,7 +217,7 @@ def on_device(plan, policy, device, alike=False):
         return
     plan = list(plan)
     columns = [list(column) for column in zip(*(call[:n] for call in plan), strict=True)]
-    if alike and plan:
+    if same_size and plan:
         most = -(-max(map(len, columns[1])) // 16) * 16  # a multiple of 16: few different sizes
         for i, size in enumerate((len(plan[0].live), most, most, most)):
             columns[i] = [torch.cat([z, z[-1:].expand(size - len(z))]) for z in columns[i]]

@@ -154,8 +154,8 @@ def draw_training_mask(config, step, position, L, prompt=None):
 def draw_training_order(config, step, position, L, prompt=None):
     """order (b, L) of rows `position` of the global batch."""
     noise = philox.uniforms(config["seed"], step, position, L)  # (b, L)
-    own = [STREAMS["order"] + p for p in position]
-    coin = philox.uniforms(config["seed"], step, own, 1)  # (b, 1)
+    counters = [STREAMS["order"] + p for p in position]
+    coin = philox.uniforms(config["seed"], step, counters, 1)  # (b, 1)
     return diffusion.draw_order(config["order"], noise, coin, config["order_p"], prompt)
 
 
@@ -180,8 +180,8 @@ def make_example_batch(config, dataset, step, position):
     else:
         mask, weight, bound = draw_training_mask(config, step, position, L, prompt)  # (b, L), (b,)
     weight, bound = ((w[:, None] * mask).float() for w in (weight, bound))  # (b, L) each
-    own = [STREAMS["prompt_drop"] + p for p in position]
-    coin = philox.uniforms(config["seed"], step, own, 1)  # (b, 1)
+    counters = [STREAMS["prompt_drop"] + p for p in position]
+    coin = philox.uniforms(config["seed"], step, counters, 1)  # (b, 1)
     dropped = (coin < config["prompt_drop"]) & in_prompt  # (b, L)
     all_rows = dataset.index(first, range(config["batch_size"]))  # (B,) of the global batch
     n_tokens, n_real = (int(dataset.counted(all_rows, pad).sum()) for pad in (not causal, False))
@@ -271,15 +271,15 @@ def seed_dropout(config, step, team):
 # ---- 3. Now and then -----------------------------------------------------------------------------
 def evaluate_held_out(config, model, val, team):
     """(dict, line) of report on the held-out requests, of which each process evaluates its part."""
-    mine = parallel.deal([len(prompt) + len(answer) for prompt, answer in val.requests], team)
-    options = {"draws": config["eval_draws"], "seed": config["seed"], "groups": mine}
+    items = parallel.deal([len(prompt) + len(answer) for prompt, answer in val.requests], team)
+    options = {"draws": config["eval_draws"], "seed": config["seed"], "groups": items}
     with team.autocast():
         try:
-            nats = evaluate.answer_nats(model, [val.requests[i] for i in mine], **options).tolist()
+            nats = evaluate.answer_nats(model, [val.requests[i] for i in items], **options).tolist()
         except NotFinite:  # the others do not know yet
-            nats = [math.nan] * len(mine)
+            nats = [math.nan] * len(items)
     parallel.release(model)
-    parts = parallel.gather(list(zip(mine, nats, strict=True)), team)
+    parts = parallel.gather(list(zip(items, nats, strict=True)), team)
     nats_of = dict(pair for part in parts for pair in part)
     return report([nats_of[i] for i in range(len(val.requests))], val.counts, val.bytes_per_token)
 

@@ -54,11 +54,11 @@ def fetch(url, path, sha256=None, size=None, headers=None, first_wait=1.0, stop=
     threading.Event); CannotWrite where the system cannot.
     """
     path, stop = Path(path), stop or threading.Event()
-    wanted = {"hash": sha256, "size": size}  # completed by what the server states
+    expected = {"hash": sha256, "size": size}  # completed by what the server states
     try:
-        if not is_expected(path, **wanted):
+        if not is_expected(path, **expected):
             with new_folder(path.parent):
-                fetch_missing(url, path, wanted, headers or {}, first_wait, stop)
+                fetch_missing(url, path, expected, headers or {}, first_wait, stop)
     except requests.RequestException as error:  # its kind alone: the rest may hold the headers sent
         raise UserError(f"cannot fetch {url}: {type(error).__name__}") from None
     except OSError as error:
@@ -66,21 +66,21 @@ def fetch(url, path, sha256=None, size=None, headers=None, first_wait=1.0, stop=
     return path
 
 
-def fetch_missing(url, path, wanted, headers, first_wait, stop):
+def fetch_missing(url, path, expected, headers, first_wait, stop):
     """fetch for a file that is not there, into an existing folder; it grows as `path`.part."""
     part = path.with_name(path.name + ".part")
     require(not part.is_symlink(), f"{part} is a symbolic link: it is not written through")
     try:
         with open(part, "ab") as file:
             lock(file, wait=True)  # of several processes that want the file, one downloads
-            if is_expected(path, **wanted):
+            if is_expected(path, **expected):
                 return
             left = file.seek(0, os.SEEK_END)  # bytes that an interrupted run left
-            download(url, file, wanted, headers, first_wait, stop)
-            if left and not (wanted["hash"] and is_expected(part, **wanted)):
+            download(url, file, expected, headers, first_wait, stop)
+            if left and not (expected["hash"] and is_expected(part, **expected)):
                 file.truncate(0)  # nothing but a hash can tell that those bytes belong here
-                download(url, file, wanted, headers, first_wait, stop)
-            if not is_expected(part, **wanted):
+                download(url, file, expected, headers, first_wait, stop)
+            if not is_expected(part, **expected):
                 file.truncate(0)
                 raise UserError(f"{url} is not the expected file: its length or hash is wrong")
             with contextlib.suppress(PermissionError):  # Windows moves no open file
@@ -88,7 +88,7 @@ def fetch_missing(url, path, wanted, headers, first_wait, stop):
         os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):
-            if not wanted["hash"] or part.stat().st_size == 0:
+            if not expected["hash"] or part.stat().st_size == 0:
                 part.unlink()
 
 
@@ -107,7 +107,7 @@ def is_expected(path, hash, size):
     return digest.hexdigest() == hash
 
 
-def download(url, file, wanted, headers, first_wait, stop):
+def download(url, file, expected, headers, first_wait, stop):
     """Request `url` until `file` has all of it."""
     headers = {"Accept-Encoding": "identity", **headers}
     failures, most = 0, 0
@@ -116,7 +116,7 @@ def download(url, file, wanted, headers, first_wait, stop):
         while True:
             require(not stop.is_set(), f"stopped before all of {url} was there")
             try:
-                request(url, file, wanted, headers, bar, stop)
+                request(url, file, expected, headers, bar, stop)
                 return file.flush()
             except requests.exceptions.SSLError:
                 raise
@@ -132,14 +132,14 @@ def download(url, file, wanted, headers, first_wait, stop):
             stop.wait(max(problem.wait, first_wait * 2 ** (failures - 1)))
 
 
-def request(url, file, wanted, headers, bar, stop):
+def request(url, file, expected, headers, bar, stop):
     """One request for what `file` lacks; leaves in `headers` what the next one has to ask with."""
     have = file.seek(0, os.SEEK_END)
     headers.update({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
         refuse(url, response)
         for key, value in stated(response).items():
-            wanted[key] = value if wanted[key] is None else wanted[key]
+            expected[key] = value if expected[key] is None else expected[key]
         begins, total = extent(response)
         if response.status_code == 416 and total == have:
             return
@@ -149,13 +149,13 @@ def request(url, file, wanted, headers, bar, stop):
             headers.pop("Range", None)
             if begins != 0:
                 raise TryAgain("a wrong range")
-        check_size(url, wanted["size"], total, (total or 0) - begins, Path(file.name).parent)
+        check_size(url, expected["size"], total, (total or 0) - begins, Path(file.name).parent)
         packed = response.headers.get("Content-Encoding", "identity")[:20]
         require(packed == "identity", f"{url} comes packed ({packed}), which was not asked for")
         version = response.headers.get("ETag", "W/")
         headers.update({} if version.startswith("W/") else {"If-Range": version})
         bar.total, bar.n = total, begins
-        most = total if wanted["size"] is None else wanted["size"]
+        most = total if expected["size"] is None else expected["size"]
         for chunk in response.iter_content(2**16):
             file.write(chunk)
             bar.update(len(chunk))
@@ -168,8 +168,8 @@ def request(url, file, wanted, headers, bar, stop):
 
 def check_size(url, expected, total, missing, folder):
     """Raise UserError where `total` is not the size expected, or there is no room for the rest."""
-    wrong = f"{url} has {total} bytes, not the {expected} expected"
-    require(expected is None or total in (expected, None), wrong)
+    message = f"{url} has {total} bytes, not the {expected} expected"
+    require(expected is None or total in (expected, None), message)
     free = shutil.disk_usage(folder).free
     require(missing <= free, f"no space for the {total} bytes of {url}, only {free}")
 
@@ -225,11 +225,11 @@ def stated(response):
 
 def cache():
     """The folder of downloads: NANOMDM_CACHE, or nanomdm in the user's folder of such things."""
-    if own := os.environ.get("NANOMDM_CACHE"):
-        return Path(os.path.expanduser(own))
+    if folder := os.environ.get("NANOMDM_CACHE"):
+        return Path(os.path.expanduser(folder))
     of_user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    missing = "there is no home folder for downloads; set NANOMDM_CACHE to a folder"
-    require(os.path.isabs(of_user), missing)
+    message = "there is no home folder for downloads; set NANOMDM_CACHE to a folder"
+    require(os.path.isabs(of_user), message)
     return Path(of_user, "nanomdm")
 
 

@@ -107,10 +107,10 @@ class Tokens:
         self.paths = shards(folder, split)
         width = self.dtype.itemsize  # bytes of an id
         sizes = [path.stat().st_size if path.is_file() else 0 for path in self.paths]  # or a link
-        held, wanted = sum(sizes), splits[split]["tokens"] * width
+        held, stated = sum(sizes), splits[split]["tokens"] * width
         require(
-            held == wanted and all(size % width == 0 for size in sizes),
-            f"the {split} shards of {folder} hold {held} bytes, not the {wanted} of its meta.json",
+            held == stated and all(size % width == 0 for size in sizes),
+            f"the {split} shards of {folder} hold {held} bytes, not the {stated} of its meta.json",
         )
         # The first token of each shard, and behind the last one their number N.
         self.borders = np.cumsum([0, *sizes]) // width  # (shards + 1,)
@@ -135,8 +135,8 @@ class Tokens:
         ):
             rows = np.flatnonzero((first <= shard) & (shard < end))
             self._read(shard, zip(rows.tolist(), starts[rows].tolist(), strict=True), out)
-        known = not out.size or out.max() < self.vocab_size
-        require(known, f"{self.folder} holds ids that its vocabulary lacks")
+        in_vocabulary = not out.size or out.max() < self.vocab_size
+        require(in_vocabulary, f"{self.folder} holds ids that its vocabulary lacks")
         return out.astype(np.int64)
 
     def _read(self, shard, rows, out):
@@ -242,10 +242,10 @@ def fits(tokens, block_size):
 
     Raises UserError where they are laid out for another size.
     """
-    own = tokens.meta.get("block_size")
+    L = tokens.meta.get("block_size")
     advice = f"--block_size must be that, not {block_size}"
-    require(own in (None, block_size), f"{tokens.folder} is laid out in blocks of {own}: {advice}")
-    return own is not None
+    require(L in (None, block_size), f"{tokens.folder} is laid out in blocks of {L}: {advice}")
+    return L is not None
 
 
 def spread(items, n):

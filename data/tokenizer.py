@@ -74,9 +74,9 @@ class Char(Tokenizer):
         try:
             return [self.ids[character] for character in text]
         except KeyError as error:
-            unknown = f"character {error.args[0]!r} is not among the {self.vocab_size}"
+            message = f"character {error.args[0]!r} is not among the {self.vocab_size} that"
             origin = "this character-level tokenizer knows from the text it was prepared on"
-            raise UserError(f"{unknown} that {origin}") from None
+            raise UserError(f"{message} {origin}") from None
 
     def meta(self):
         return {"kind": "char", "alphabet": self.alphabet}
@@ -214,7 +214,7 @@ def from_meta(meta):
     require(texts and "kind" in meta, message)
     rest = {key: value for key, value in meta.items() if key != "kind"}
     kind, tokenizer = meta["kind"], KINDS[meta["kind"]]
-    wanted = ["alphabet"] if kind == "char" else []
-    message = f"the meta of a {kind} tokenizer has beside its kind the keys {wanted}"
-    require(list(rest) == wanted, f"{message}, not {list(rest)}")
+    keys = ["alphabet"] if kind == "char" else []
+    message = f"the meta of a {kind} tokenizer has beside its kind the keys {keys}"
+    require(list(rest) == keys, f"{message}, not {list(rest)}")
     return tokenizer(**rest)

@@ -63,13 +63,13 @@ def opened(path, newline=None):
 
 def listed(names):
     """The names in a list with commas between them, of which a file's or folder's can have some."""
-    parts, found = names.split(","), []
+    parts, paths = names.split(","), []
     while parts:
         lengths = range(len(parts), 1, -1)
         n = next((n for n in lengths if os.path.exists(",".join(parts[:n]))), 1)
-        found.append(",".join(parts[:n]))
+        paths.append(",".join(parts[:n]))
         parts = parts[n:]
-    return [name for name in found if name]
+    return [name for name in paths if name]
 
 
 def as_utf8(text):
@@ -260,8 +260,8 @@ def rebuilt(meta):
 
 def cores():
     """Cores that this process may use; no more than Windows lets it wait for at a time."""
-    ours = getattr(os, "sched_getaffinity", None)
-    return min(61, len(ours(0)) if ours else os.cpu_count() or 1)
+    affinity = getattr(os, "sched_getaffinity", None)
+    return min(61, len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
 @contextlib.contextmanager

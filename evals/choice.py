@@ -113,12 +113,12 @@ def by_question(nats, questions):
 
 def answers(nats, questions):
     """The likeliest option of each question, by nats and by nats per byte: (N,) -> (n,) twice."""
-    plain, per_byte = [], []
+    by_nats, per_byte = [], []
     for part, question in zip(by_question(nats, questions), questions, strict=True):
         n_bytes = [len(option.removeprefix(" ").encode()) for option in question.options]
-        plain.append(part.argmin())
+        by_nats.append(part.argmin())
         per_byte.append((part / n_bytes).argmin())
-    return np.array(plain), np.array(per_byte)
+    return np.array(by_nats), np.array(per_byte)
 
 
 def decoded(model, requests, **options):
@@ -217,15 +217,15 @@ def protocol(config, result, path, subject):
 
 def summary(result):
     """What came out, with standard errors over questions."""
-    said = lambda key, error: f"{result[key]:.4f}{plus_minus(result[error])}"  # noqa: E731
-    right, n = said("accuracy", "error"), result["questions"]
+    with_error = lambda key, error: f"{result[key]:.4f}{plus_minus(result[error])}"  # noqa: E731
+    right, n = with_error("accuracy", "error"), result["questions"]
     few = f"too few questions for an error: {n}"
     error = "standard error" if plus_minus(result["error"]) else few
     if "nats_per_word" in result:
-        mean, nats = result["nats_per_word"], said("nats_per_word", "nats_error")
+        mean, nats = result["nats_per_word"], with_error("nats_per_word", "nats_error")
         word = f"{nats} nats a last word, perplexity {shown_perplexity(mean)}"
         return f"last word right by greedy decoding {right} ({error}); {word}"
-    per_byte = said("accuracy_per_byte", "error_per_byte")
+    per_byte = with_error("accuracy_per_byte", "error_per_byte")
     rest = f"by nats per byte of the option {per_byte}; by chance {result['chance']:.4f}"
     return f"accuracy {right} ({error}); {rest}"
 

@@ -63,15 +63,15 @@ ESTIMATORS, SAMPLERS = evaluate.ESTIMATORS, sample.SAMPLERS
 def without_this_folder():
     """Hide this project from imports: the harness needs a package called evaluate, as ours is."""
     root, path = Path(__file__).resolve().parent.parent, sys.path[:]
-    ours = sys.modules.pop("evaluate", None)
+    evaluate_module = sys.modules.pop("evaluate", None)
     sys.path[:] = [folder for folder in path if Path(folder or ".").resolve() != root]
     try:
         yield
     finally:
         sys.path[:] = path
         sys.modules.pop("evaluate", None)
-        if ours:
-            sys.modules["evaluate"] = ours
+        if evaluate_module:
+            sys.modules["evaluate"] = evaluate_module
 
 
 def packages():
@@ -134,25 +134,27 @@ def log_p_of_texts(subject, config, requests):
 
 
 def generated(subject, config, cuts, requests):
-    """generate_until: (context, wish) -> [text].
+    """generate_until: (context, dict) -> [text].
 
-    Of the dict `wish` it takes until, max_gen_toks, do_sample and temperature.
+    Of the dict it takes until, max_gen_toks, do_sample and temperature.
     """
     model, tokenizer, texts = subject.model, subject.tokenizer, [""] * len(requests)
-    alike = collections.defaultdict(list)  # {(tokens in the prompt, new ones, temperature): [...]}
+    groups = collections.defaultdict(list)  # {(tokens in the prompt, new ones, temperature): [...]}
     for i, request in enumerate(requests):
-        context, wish = request.args
+        context, keywords = request.args
         whole = examples.encode(tokenizer, "a request", context)
-        wanted = wish.get("max_gen_toks", config["max_new_tokens"])
-        n = max(1, min(wanted, model.block_size - len(whole)))  # the prompt goes first
+        longest = keywords.get("max_gen_toks", config["max_new_tokens"])
+        n = max(1, min(longest, model.block_size - len(whole)))  # the prompt goes first
         prompt, _ = choice.fit(whole, range(n), model.block_size)
         cuts["answers"] += 1
-        cuts["answers cut short"] += n < wanted
+        cuts["answers cut short"] += n < longest
         cuts["prompts without their beginning"] += len(prompt) < len(whole)
-        temperature = float(wish.get("temperature", 1.0)) if wish.get("do_sample", False) else 0.0
-        alike[len(prompt), n, temperature].append((i, prompt))
+        temperature = (
+            float(keywords.get("temperature", 1.0)) if keywords.get("do_sample", False) else 0.0
+        )
+        groups[len(prompt), n, temperature].append((i, prompt))
     keys = options(config, "sampler", "steps", "schedule", "cfg_scale")
-    for (_, n, temperature), members in alike.items():
+    for (_, n, temperature), members in groups.items():
         x = torch.tensor([[*prompt, *[model.mask_id] * n] for _, prompt in members])  # (N, P + n)
         x = x.to(model.device)
         tokens, _ = sample.sample(model, x, temperature=temperature, **keys)  # (N, P + n)
@@ -191,8 +193,8 @@ def main(config):
     manager = TaskManager(include_path=config["include_path"] or None)
     tasks = config["tasks"].split(",")
     for task in tasks:
-        unknown = f"lm_eval has no task '{task}'{nearest(task, manager.all_tasks)}"
-        require(task in manager.all_tasks, unknown)
+        message = f"lm_eval has no task '{task}'{nearest(task, manager.all_tasks)}"
+        require(task in manager.all_tasks, message)
 
     cuts = collections.Counter()
 

@@ -163,16 +163,16 @@ def open_judge(config):
 
 def ids_for(judge, records):
     """The ids of each sample that the judge reads, and whether they are the sample's own."""
-    own = all(reads(judge, record) for record in records)
+    own_tokens = all(reads(judge, record) for record in records)
     ids = []
     for i, record in enumerate(records, start=1):
         try:
-            ids.append(record["tokens"] if own else judge.encode(record["text"]))
+            ids.append(record["tokens"] if own_tokens else judge.encode(record["text"]))
         except UserError as error:
             raise UserError(f"the judge cannot read sample {i}: {error}") from None
-        nothing = f"sample {i} has {len(ids[-1])} tokens for the judge: nothing to judge"
-        require(len(ids[-1]) > judge.unjudged, nothing)
-    return ids, own
+        message = f"sample {i} has {len(ids[-1])} tokens for the judge: nothing to judge"
+        require(len(ids[-1]) > judge.unjudged, message)
+    return ids, own_tokens
 
 
 def reads(tokenizer, record):
@@ -198,7 +198,7 @@ def judge_nats(judge, ids):
 
 def measure(records, judge):
     """({measure: (mean, standard error)} of samples {"text", "tokens"}, what the judge read)."""
-    ids, own = ids_for(judge, records)
+    ids, own_tokens = ids_for(judge, records)
     nats, counted = judge_nats(judge, ids)  # (S,), (S,)
     per_token, error = mean_and_error(nats, counted)
     ppl, ppls = perplexity(per_token), [perplexity(each) for each in nats / counted]
@@ -207,7 +207,7 @@ def measure(records, judge):
         measures["mean of the samples' own perplexities"] = mean_and_error(ppls)
     for name, variety in VARIETY.items():
         measures[name] = mean_and_error([variety(record["tokens"]) for record in records])
-    read = "tokens as they are" if own else "the text, encoded anew"
+    read = "tokens as they are" if own_tokens else "the text, encoded anew"
     if max(map(len, ids)) > judge.block_size:
         read += f", in blocks of {judge.block_size}"
     return measures, read
@@ -217,10 +217,10 @@ def reference_records(folder, records):
     """As many blocks of a folder's val text as there are samples, as long as they are: records."""
     text, length = loader.Tokens(folder, "val"), max(len(record["tokens"]) for record in records)
     tokenizer = from_meta(text.meta["tokenizer"])
-    other = f"{folder} has another tokenizer than the samples"
-    require(reads(tokenizer, records[0]), f"{other}, so entropy and distinct-n would not compare")
-    short = f"{folder} val has {len(text)} tokens, fewer than a sample ({length})"
-    require(len(text) >= length, short)
+    message = f"{folder} has another tokenizer than the samples"
+    require(reads(tokenizer, records[0]), f"{message}, so entropy and distinct-n would not compare")
+    message = f"{folder} val has {len(text)} tokens, fewer than a sample ({length})"
+    require(len(text) >= length, message)
     starts = loader.spread(range(0, len(text) - length + 1, length), len(records))
     rows = [text[start : start + length].tolist() for start in starts]
     return [{"text": tokenizer.decode(row), "tokens": row} for row in rows]
@@ -235,9 +235,9 @@ def read_samples(path):
     require(Path(path).is_file(), f"no file of samples {path}; {write}")
     records = []
     for where, record in examples.records(path):
-        for key, wanted in {"text": str, "tokens": list, "nfe": int}.items():
-            lacks = f"no {key}, or not a {wanted.__name__}; a sample has text, tokens, nfe"
-            require(isinstance(record.get(key), wanted), f"{where}: {lacks}")
+        for key, form in {"text": str, "tokens": list, "nfe": int}.items():
+            message = f"no {key}, or not a {form.__name__}; a sample has text, tokens, nfe"
+            require(isinstance(record.get(key), form), f"{where}: {message}")
         ids = record["tokens"]
         all_ids = ids and all(type(i) is int and i >= 0 for i in ids)
         require(all_ids, f"{where}: tokens must be a list of ids, at least one")

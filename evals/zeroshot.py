@@ -40,8 +40,10 @@ FACTS += ["sequences", "block_size", "protocol"]  # depends on
 def main(config):
     """Evaluate the sets that `out` lacks, print the table; return its rows."""
     evaluate.check(config)
-    own = {"data", "split"} & set(config.get("user_keys", ()))
-    require(not own, f"--{min(own, default='')} is for evaluate.py: zero-shot sets have their own")
+    keys = {"data", "split"} & set(config.get("user_keys", ()))
+    require(
+        not keys, f"--{min(keys, default='')} is for evaluate.py: zero-shot sets have their own"
+    )
     folders = prepared(config["sets"])
     # A file that cannot be read or written is an error now, not after the first set; so is a
     # folder that does not fit.
@@ -106,8 +108,8 @@ def finished(path):
             entry = json.loads(line)
             results[to_json(entry["identity"], sort_keys=True)] = entry["result"] | {}
         except (ValueError, KeyError, TypeError, RecursionError):
-            other = "is no result of a zero-shot table; give another --out=FILE"
-            raise UserError(f"{path} line {i} {other}") from None
+            message = "is no result of a zero-shot table; give another --out=FILE"
+            raise UserError(f"{path} line {i} {message}") from None
     return results
 
 

@@ -40,7 +40,7 @@ now = time.perf_counter
 
 def with_dial(config, dataset, team):
     """The config with its zeros replaced by what the dial says; the first process prints that."""
-    why, dial = "", ("n_layer", "n_embd", "n_head", "batch_size", "learning_rate")
+    reason, dial = "", ("n_layer", "n_embd", "n_head", "batch_size", "learning_rate")
     if not (config["max_iters"] or config["max_minutes"]):
         config = config | {"max_minutes": MINUTES}
     if not (config["depth"] or (config["n_layer"] and config["n_embd"])):
@@ -54,12 +54,14 @@ def with_dial(config, dataset, team):
             minutes = f"{config['max_minutes']:g} minutes"
             ends.append(f"{minutes} at {speed / 1e9:.0f} GFLOP/s{if_busy()}")
         config = config | {"depth": fitting_depth(config, dataset, operations)}
-        why = f" (for {' or '.join(ends)}; on another machine --depth={config['depth']} repeats it)"
+        reason = (
+            f" (for {' or '.join(ends)}; on another machine --depth={config['depth']} repeats it)"
+        )
     chosen = filled(config)
     if team.rank == 0 and any(config[key] == 0 for key in dial):
         shown = ", ".join(f"{key} {chosen[key]:.3g}" for key in dial)
         depth = f"depth {config['depth']}: " if config["depth"] else ""
-        print(f"{depth}{shown}{why}")
+        print(f"{depth}{shown}{reason}")
     return chosen
 
 
@@ -76,15 +78,15 @@ def fitting_depth(config, dataset, operations):
     """
     best = DEPTHS[0]
     for depth in DEPTHS:
-        mine = filled(config | {"depth": depth})
+        candidate = filled(config | {"depth": depth})
         with torch.device("meta"):
-            model = network.Transformer(mine)
-        step_tokens = mine["batch_size"] * dataset.block_size
+            model = network.Transformer(candidate)
+        step_tokens = candidate["batch_size"] * dataset.block_size
         tokens = [READINGS * len(dataset.tokens)]
-        if mine["max_iters"]:
-            tokens.append(mine["max_iters"] * step_tokens)
+        if candidate["max_iters"]:
+            tokens.append(candidate["max_iters"] * step_tokens)
         if operations:
-            tokens.append(operations / flops_of_step(mine, model, dataset) * step_tokens)
+            tokens.append(operations / flops_of_step(candidate, model, dataset) * step_tokens)
         if min(tokens) < TOKENS * sum(p.numel() for p in model.blocks.parameters()):
             break
         best = depth

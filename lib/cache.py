@@ -65,11 +65,11 @@ class OrderCache:
         self.clear(slots[(self.was_read[slots] & ~visible).any(1)])
         new = visible & ~self.was_read[slots]  # (b, 1 + L)
         self.was_read[slots] = visible
-        asked = torch.zeros(b * L, dtype=torch.bool).index_fill(0, masked_idx, True).view(b, L)
-        (columns, n_new), (places, _) = to_the_left(new), to_the_left(asked)  # (b, n), (b, Q)
+        is_query = torch.zeros(b * L, dtype=torch.bool).index_fill(0, masked_idx, True).view(b, L)
+        (columns, n_new), (places, _) = to_the_left(new), to_the_left(is_query)  # (b, n), (b, Q)
         where, seen = self.layout(visible.sum(1), n_new, columns.shape[1], places.shape[1])
         places = torch.cat([(columns - 1).clamp(min=0), places], dim=1)  # (b, n + Q)
-        query = (asked.cumsum(1) - 1).flatten()[masked_idx]  # (N,)
+        query = (is_query.cumsum(1) - 1).flatten()[masked_idx]  # (N,)
         all_slots = torch.equal(slots, torch.arange(len(self.was_read)))
         tensors = columns, places, masked_idx // L, query, slots, where, seen
         columns, places, row, query, slots, where, seen = fused.moved(device, *tensors)
@@ -87,10 +87,12 @@ class OrderCache:
         # row does not need is written to the last entry, which nobody reads.
         self.length = max(self.length, 32 * (1 + (int(count.max()) + Q) // 32))
         entry = torch.arange(self.length)
-        own = count - n_new + entry[:n]  # (b, n)
-        kept = torch.where(entry[:n] < n_new, own, self.length - 1)  # (b, n)
+        entries = count - n_new + entry[:n]  # (b, n)
+        kept = torch.where(entry[:n] < n_new, entries, self.length - 1)  # (b, n)
         where = torch.cat([kept, count + entry[:Q]], dim=1)  # (b, n + Q)
-        limit = torch.cat([own + 1, count.expand(-1, Q)], dim=1)  # (b, n + Q) all before are seen
+        limit = torch.cat(
+            [entries + 1, count.expand(-1, Q)], dim=1
+        )  # (b, n + Q) all before are seen
         seen = (entry < limit[..., None]) | (entry == where[..., None])  # and itself
         return where, seen[:, None]
 

@@ -116,7 +116,7 @@ def read(path):
         state = unpickle(file)
     except UserError as error:
         older = sorted(kept_beside(file).items())
-        others = [other for _, other in older if not os.path.samefile(other, file)]
+        others = [copy for _, copy in older if not os.path.samefile(copy, file)]
         advice = f"; copy {others[-1]} over it to resume from there" if others else ""
         raise UserError(f"{error}{advice}") from None
     require(is_ours(state), f"{file} is not a checkpoint of train.py: it has no config and model")
@@ -135,19 +135,19 @@ def is_ours(state):
 def check_parts(state, file):
     """Raise UserError for the first part of a state from which no run can be resumed."""
     step, minutes, meta, ema = map(state.get, ("step", "minutes", "tokenizer", "ema"))
-    broken = f"{file}: no run can be resumed from its"
-    require(type(step) is int and step >= 0, f"{broken} step")
-    require(type(minutes) is float and 0 <= minutes < math.inf, f"{broken} minutes")
+    message = f"{file}: no run can be resumed from its"
+    require(type(step) is int and step >= 0, f"{message} step")
+    require(type(minutes) is float and 0 <= minutes < math.inf, f"{message} minutes")
     is_text = meta is None or is_dict(meta, str, lambda value: isinstance(value, str))
-    require(is_text, f"{broken} tokenizer")
-    require(are_weights(state["model"]), f"{broken} model")
-    require(ema is None or are_weights(ema), f"{broken} ema")
+    require(is_text, f"{message} tokenizer")
+    require(are_weights(state["model"]), f"{message} model")
+    require(ema is None or are_weights(ema), f"{message} ema")
     for part in ("model", "ema"):
         name = not_finite(state[part] or {})
-        require(not name, f"{broken} {part}: the tensor {name} holds nan or infinity")
-    require(isinstance(state.get("optimizer"), list), f"{broken} optimizer")
+        require(not name, f"{message} {part}: the tensor {name} holds nan or infinity")
+    require(isinstance(state.get("optimizer"), list), f"{message} optimizer")
     for optimizer in state["optimizer"]:
-        require(is_optimizer_state(optimizer), f"{broken} optimizer")
+        require(is_optimizer_state(optimizer), f"{message} optimizer")
 
 
 def is_optimizer_state(part):
@@ -220,8 +220,8 @@ def load(path, device="cpu", ema=True):
         raw, where = formats.read_settings(file)
         weights = state["model"] if isinstance(state.get("model"), dict) else state
     format = recognise(weights, file)
-    advice = "its tensors do not tell the number of heads"
-    require(raw or format == "smdm", f"{file} needs a config.json beside it: {advice}")
+    message = f"{file} needs a config.json beside it: its tensors do not tell the number of heads"
+    require(raw or format == "smdm", message)
     config = formats.CONFIGS[format](raw, weights, where, file)
     model = skeleton(config, len(weights), where)
     if format == "radd" and ema and state.get("ema") is not None:
@@ -241,18 +241,18 @@ def locate(path):
         if os.path.isfile(Path(path, name)):
             return Path(path, name)
     others = sorted(str(file) for file in Path(path).glob("*.safetensors") if os.path.isfile(file))
-    listed = f"{', '.join(names[:-1])} or {names[-1]}"
-    advice = f"; name the file that is meant: {' or '.join(others)}" if others else ""
-    raise UserError(f"no checkpoint in folder {path}: it has no {listed}{advice}")
+    message = f"no checkpoint in folder {path}: it has no {', '.join(names[:-1])} or {names[-1]}"
+    if others:
+        message += f"; name the file that is meant: {' or '.join(others)}"
+    raise UserError(message)
 
 
 def from_hub(name):
     """Download OWNER/REPO (config.json and weights) or OWNER/REPO/FILE; the path of the weights."""
     owner, *rest = name.split("/")
     like_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name) and owner != "out"
-    missing = f"no checkpoint {name}: no such file or folder"
-    possible = like_hub and not os.path.exists(owner)
-    require(possible, f"{missing}, and not a Hub name (OWNER/REPO or OWNER/REPO/FILE)")
+    message = f"no checkpoint {name}: no such file or folder, and not a Hub name"
+    require(like_hub and not os.path.exists(owner), f"{message} (OWNER/REPO or OWNER/REPO/FILE)")
     repo, filename = f"{owner}/{rest[0]}", "/".join(rest[1:])
     try:
         if not filename:
@@ -283,10 +283,10 @@ def recognise(weights, file):
     """The name of the format, which is told by its name of the embedding."""
     embeddings = {formats.published("embed.weight", format): format for format in formats.NAMES}
     only_tensors = is_dict(weights, str, lambda w: isinstance(w, torch.Tensor))
-    known = [embeddings[name] for name in embeddings if only_tensors and name in weights]
-    wanted = f"it must be tensors only, with one named {' or '.join(embeddings)}"
-    require(known, f"{file} holds no model known here: {wanted}")
-    return known[0]
+    fitting = [embeddings[name] for name in embeddings if only_tensors and name in weights]
+    message = f"{file} holds no model known here: it must be tensors only, with one named"
+    require(fitting, f"{message} {' or '.join(embeddings)}")
+    return fitting[0]
 
 
 def skeleton(config, n_tensors, where):
@@ -324,10 +324,10 @@ def load_weights(model, weights, format, file):
     shapes = [{name: tuple(w.shape) for name, w in part.items()} for part in (weights, expected)]
     for name in expected | weights:
         tensor = f"{file}: the tensor {name}"
-        shape, wanted = (part.get(name, "absent") for part in shapes)
-        require(shape == wanted, f"{tensor} is {shape}, but by its config it has to be {wanted}")
-        plain = f"{tensor} must hold plain floating-point numbers"
-        require(is_plain(weights[name]), f"{plain}, not {weights[name].dtype}")
+        shape, needed = (part.get(name, "absent") for part in shapes)
+        require(shape == needed, f"{tensor} is {shape}, but by its config it has to be {needed}")
+        message = f"{tensor} must hold plain floating-point numbers, not {weights[name].dtype}"
+        require(is_plain(weights[name]), message)
     if frequency in weights:
         rotary = torch.allclose(weights[frequency].float(), expected[frequency], rtol=0.01)
         require(rotary, f"{file}: {frequency} is not that of rotary embeddings with base 10000")
@@ -379,8 +379,8 @@ def refuse_misfit(config, format, ckpt):
     limits = {key: [value] for key, value in formats.FIXED[format].items()}
     limits |= {"mlp_width": [4 * config["n_embd"], 0]} if format == "radd" else {}
     for key, values in limits.items():
-        misfit = f"{ckpt} has {key}={config[key]}, which format {format} cannot say"
-        require(config[key] in values, f"{misfit}: only {values[0]}")
+        message = f"{ckpt} has {key}={config[key]}, which format {format} cannot say"
+        require(config[key] in values, f"{message}: only {values[0]}")
     no_start = format == "smdm" and config["attention"] == "causal" and config["start_id"] < 0
     message = f"{ckpt} reads the mask before the first token (start_id=-1)"
     require(not no_start, f"{message}; causal smdm has no embedding for it")

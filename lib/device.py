@@ -30,29 +30,31 @@ def machine(config):
     available["cpu"] = True
     name = config["device"]
     if name == "auto":
-        name = next(kind for kind in available if available[kind])
-    kind = name.split(":")[0]
-    is_here = choose("device", kind, available)
+        name = next(device_type for device_type in available if available[device_type])
+    device_type = name.split(":")[0]
+    is_here = choose("device", device_type, available)
     require(re.fullmatch(r"\w+(:\d+)?", name), f"device must be like cpu or cuda:1, not '{name}'")
     require(is_here, f"device '{name}' is not available on this machine; try --device=cpu")
-    if kind == "cuda":
+    if device_type == "cuda":
         cards = torch.cuda.device_count()
         is_here = (torch.device(name).index or 0) < cards
         require(is_here, f"there is no {name} here; the last is cuda:{cards - 1}")
     check_cache()
-    if kind == "cpu":
+    if device_type == "cpu":
         keep_memory()
-    fast = config["dtype"] == "auto" and multiplies_bfloat16(kind)
+    fast = config["dtype"] == "auto" and multiplies_bfloat16(device_type)
     bf16 = config["dtype"] == "bfloat16" or fast
-    return torch.device(name), lambda: torch.autocast(kind, torch.bfloat16, enabled=bf16)
+    return torch.device(name), lambda: torch.autocast(device_type, torch.bfloat16, enabled=bf16)
 
 
-def multiplies_bfloat16(kind):
+def multiplies_bfloat16(device_type):
     """Whether the hardware multiplies bfloat16 fast and does not emulate it."""
-    if kind == "cuda":
+    if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu
-    return kind == "cpu" and (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+    return device_type == "cpu" and (
+        cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+    )
 
 
 def dtype_name(autocast, device):
@@ -93,8 +95,8 @@ def check_cache():
         try:
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
-            why = f"{folder} cannot be made ({error.strerror})"
-            print(f"{why}, so TORCHINDUCTOR_CACHE_DIR is ignored", file=sys.stderr)
+            message = f"{folder} cannot be made ({error.strerror})"
+            print(f"{message}, so TORCHINDUCTOR_CACHE_DIR is ignored", file=sys.stderr)
             del os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
@@ -115,10 +117,10 @@ def can_compile(device):
         return True
     except Exception as error:  # it can raise anything
         cause = re.search(r".*\berror: .*", str(error))  # the message of the C++ compiler
-        why = cause[0].strip()[:200] if cause else first_line(error)
+        reason = cause[0].strip()[:200] if cause else first_line(error)
         if os.environ.get("RANK", "0") == "0":  # one process speaks for all
-            said = "torch.compile does not work here, so nothing is compiled"
-            print(f"{said}: {why}", file=sys.stderr)
+            message = "torch.compile does not work here, so nothing is compiled"
+            print(f"{message}: {reason}", file=sys.stderr)
         return False
 
 

@@ -52,12 +52,12 @@ def of_schedule(schedule):
 def of_loss_weight(weigh):
     """It must be the bound's weights (b,) -> weights (b,) above 0."""
     weight = torch.linspace(1, 100, 50, dtype=torch.float64)  # (50,)
-    mine = weigh(weight)
-    if not (torch.is_tensor(mine) and mine.shape == weight.shape):
+    result = weigh(weight)
+    if not (torch.is_tensor(result) and result.shape == weight.shape):
         return (
             f"must give a weight for each weight of the bound, in their shape {tuple(weight.shape)}"
         )
-    return "" if mine.isfinite().all() and (mine > 0).all() else "must give weights above 0"
+    return "" if result.isfinite().all() and (result > 0).all() else "must give weights above 0"
 
 
 def of_order(order):

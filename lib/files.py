@@ -93,11 +93,11 @@ def is_utf8(file):
     return not re.search("[\udc80-\udcff]", str(file))
 
 
-def optional(name, wanted):
+def optional(name, needed_by):
     """The module `name` of an optional package; UserError where it is missing or does not load.
 
-    wanted: what needs it, the beginning of the message. A folder that happens to have the package's
-    name, such as the one that wandb leaves where it ran, does not count.
+    needed_by: the beginning of the message. A folder that happens to have the package's name, such
+    as the one that wandb leaves where it ran, does not count.
     """
     package = name.rpartition(".")[2]
     try:
@@ -106,10 +106,10 @@ def optional(name, wanted):
             raise ImportError
         return module
     except ImportError:
-        raise UserError(f"{wanted} needs one more package: pip install {package}") from None
+        raise UserError(f"{needed_by} needs one more package: pip install {package}") from None
     except Exception as error:  # a package built for other versions can raise anything
-        broken = f"needs {package}, which does not load here ({first_line(error)})"
-        raise UserError(f"{wanted} {broken}") from None
+        message = f"needs {package}, which does not load here ({first_line(error)})"
+        raise UserError(f"{needed_by} {message}") from None
 
 
 def sweep(folder, *names):
@@ -141,12 +141,12 @@ def only_one(folder, key):
             held.callback(remove, path, file)
         file.seek(0)
         owner = file.readline(200).strip()
-        others = f"{folder} is in use by {owner or 'another process'}"
-        require(locked is not False, f"{others}; choose another with --{key}=")
+        message = f"{folder} is in use by {owner or 'another process'}"
+        require(locked is not False, f"{message}; choose another with --{key}=")
         if locked is None:
             last = f"; it was last used by {owner}" if owner else ""
-            alone = f"this system has no locks: see to it that nothing else uses {folder}{last}"
-            print(alone, file=sys.stderr)
+            message = f"this system has no locks: see to it that nothing else uses {folder}"
+            print(message + last, file=sys.stderr)
         name_owner(file)
         yield bool(locked)
 
@@ -167,8 +167,8 @@ def name_owner(file):
     """Write into the lock file whose it is."""
     with contextlib.suppress(OSError):  # a full disk does not matter here
         file.truncate(0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        file.write(f"process {os.getpid()} on {platform.node()}, since {since}\n")
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {platform.node()}, since {now}\n")
         file.flush()
 
 
@@ -250,7 +250,7 @@ class Stop:
         self.signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def __exit__(self, kind, error, _):
+    def __exit__(self, error_type, error, _):
         for number, handler in self.before.items():
             signal.signal(number, handler or signal.SIG_DFL)
         if self.signal and isinstance(error, Exception) and not isinstance(error, UserError):

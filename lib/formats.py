@@ -140,8 +140,8 @@ def own_config(raw, weights, where, file):
     others = EXAMPLES | {"objective": "", "schedule": "", "batch_size": 0, "ahead": 0}
     config |= {key: entry(where, key, raw[key], others[key]) for key in others if key in raw}
     for key, value in raw.items():
-        plain = isinstance(value, (str, int, float, list, dict, type(None)))
-        require(plain, f"{where}: {shown(key)} must be a number or text, not {shown(value)}")
+        is_plain = isinstance(value, (str, int, float, list, dict, type(None)))
+        require(is_plain, f"{where}: {shown(key)} must be a number or text, not {shown(value)}")
     for key, values in allowed(network).items():
         choose(f"{key} in {where}", config[key], values)
     return raw | config
@@ -172,20 +172,25 @@ def smdm_config(raw, weights, where, file):
         matrix = name in weights and weights[name].dim() == 2
         require(matrix, f"{file}: the matrix {name} is missing")
     (V, D), (rows, _), (width, _) = (weights[name].shape for name in names)
-    expected = f"a vocabulary of {V} has {V} or {V + 1}"
-    require(rows in (V, V + 1), f"{file}: transformer.wte.weight has {rows} rows; {expected}")
+    message = f"{file}: transformer.wte.weight has {rows} rows; a vocabulary of {V} has"
+    require(rows in (V, V + 1), f"{message} {V} or {V + 1}")
     n_layer = len(set(re.findall(r"^transformer\.h\.(\d+)\.", "\n".join(weights), re.M)))
     n_head = {(size[0], size[2]): size[1] for size in SIZES.values()}.get((n_layer, D))
-    unknown = f"{file}: no size of SMDM has {n_layer} layers of width {D}"
-    require(n_head or "n_head" in raw, f"{unknown}, so a config.json beside it has to give n_head")
+    message = f"{file}: no size of SMDM has {n_layer} layers of width {D}"
+    require(n_head or "n_head" in raw, f"{message}, so a config.json beside it has to give n_head")
     sizes = {"n_head": n_head, "block_size": 2048, "vocab_size": V}
     sizes = {key: entry(where, key, raw.get(key, sizes[key]), 0) for key in sizes}
-    must = {"n_layer": n_layer, "n_embd": D, "intermediate_size": width, "mask_token_id": V}
-    must |= {"padded_vocab_size": V, "vocab_size": min(V, sizes["vocab_size"]), "rope_base": 10000}
-    must |= SMDM_FIXED | {"n_query_groups": sizes["n_head"]}
-    for key, value in must.items():
-        claim, network_has = raw.get(key, value), f"the network in {file.name} has {value}"
-        require(claim == value, f"{where}: {key} is {claim}, but {network_has}")
+    required = {"n_layer": n_layer, "n_embd": D, "intermediate_size": width, "mask_token_id": V}
+    required |= {
+        "padded_vocab_size": V,
+        "vocab_size": min(V, sizes["vocab_size"]),
+        "rope_base": 10000,
+    }
+    required |= SMDM_FIXED | {"n_query_groups": sizes["n_head"]}
+    for key, value in required.items():
+        claim = raw.get(key, value)
+        message = f"{where}: {key} is {claim}, but the network in {file.name} has {value}"
+        require(claim == value, message)
     sizes |= {"vocab_size": V, "n_layer": n_layer, "n_embd": D, "mlp_width": width}
     masked = {"attention": "full", "start_id": -1, "objective": "lambda_dce"}
     causal = {"attention": "causal", "start_id": 1, "objective": "ar"}

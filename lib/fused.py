@@ -115,9 +115,9 @@ def compiled_row_loss():
 
 def product_dtype(h):
     """The dtype in which autocast multiplies h; it leaves float64 alone."""
-    kind = h.device.type
-    lower = torch.is_autocast_enabled(kind) and h.dtype != torch.float64
-    return torch.get_autocast_dtype(kind) if lower else h.dtype
+    device_type = h.device.type
+    lower = torch.is_autocast_enabled(device_type) and h.dtype != torch.float64
+    return torch.get_autocast_dtype(device_type) if lower else h.dtype
 
 
 class FusedCrossEntropy(torch.autograd.Function):
@@ -128,8 +128,8 @@ class FusedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, W, bias, target, weight, chunk, kind):
-        (row_loss, normalised), dtype = kind, product_dtype(h)
+    def forward(ctx, h, W, bias, target, weight, chunk, form):
+        (row_loss, normalised), dtype = form, product_dtype(h)
         W_cast, bias_cast = head_for_products(W, bias, dtype)  # (V, D), (V,)
         dh = torch.empty_like(h)  # (N, D)
         dW = torch.zeros_like(W_cast, dtype=wide(W.dtype))  # (V, D)
@@ -177,10 +177,10 @@ def attention(q, k, v, causal=False, seen=None):
     stead seen (B, 1, Lq, Lk) bool says which keys a query looks at.
     """
     Lq, Lk = q.shape[2], k.shape[2]
-    plain = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if causal and Lq > 1 and (plain or Lq != Lk):
+    written_out = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if causal and Lq > 1 and (written_out or Lq != Lk):
         seen = torch.ones(Lq, Lk, dtype=torch.bool, device=q.device).tril(Lk - Lq)  # (Lq, Lk)
-    if plain:
+    if written_out:
         # In bfloat16 on a CPU the kernel of SDPA takes about three times as long as its products
         # written out. The scale goes into q (which rounds it once more, unless it is a power of
         # two), because torch.compile treats the softmax of a scaled table in a way of its own that
@@ -200,18 +200,18 @@ def attention_in_order(q, kv):
     """
     (k, v), n = kv, kv.shape[3] // 2
     keys, values, own_k, own_v = k[:, :, :n], v[:, :, :n], k[:, :, n:], v[:, :, n:]  # (B, H, n, d)
-    clean, asked = (None, q) if q.shape[2] == n else q.split(n, dim=2)
+    clean, queries = (None, q) if q.shape[2] == n else q.split(n, dim=2)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # written out, as above
-        scaled = asked * q.shape[-1] ** -0.5  # (B, H, n, d)
+        scaled = queries * q.shape[-1] ** -0.5  # (B, H, n, d)
         unseen = torch.ones(n, n, dtype=torch.bool).triu(1)  # (n, n)
         score = (scaled @ keys.transpose(-2, -1)).float().masked_fill(unseen, -torch.inf)
-        own = (scaled.float() * own_k.float()).sum(-1, keepdim=True)  # (B, H, n, 1)
-        p = torch.cat([score, own], dim=-1).softmax(-1).to(v.dtype)  # (B, H, n, n + 1)
+        own_score = (scaled.float() * own_k.float()).sum(-1, keepdim=True)  # (B, H, n, 1)
+        p = torch.cat([score, own_score], dim=-1).softmax(-1).to(v.dtype)  # (B, H, n, n + 1)
         y = p[..., :n] @ values + p[..., n:] * own_v
     else:
         tril = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
         seen = torch.cat([tril, torch.eye(n, dtype=torch.bool, device=q.device)], dim=1)  # (n, 2n)
-        y = F.scaled_dot_product_attention(asked, k, v, attn_mask=seen)
+        y = F.scaled_dot_product_attention(queries, k, v, attn_mask=seen)
     if clean is None:
         return y
     return torch.cat([attention(clean, keys, values, causal=True), y], dim=2)
@@ -238,8 +238,8 @@ def moved(device, *tensors):
 
     MPS has no float64: such a tensor stays where it is.
     """
-    kind = torch.device(device).type
-    if kind == "cuda":
+    device_type = torch.device(device).type
+    if device_type == "cuda":
         return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
-    stays = torch.float64 if kind == "mps" else None
+    stays = torch.float64 if device_type == "mps" else None
     return [tensor if tensor.dtype == stays else tensor.to(device) for tensor in tensors]

@@ -145,8 +145,8 @@ class Log:
             self.say("held-out text is worse than it was at first: try a lower --learning_rate=")
         elif self.held_out and self.held_out[-1][0] > best + 0.05:
             then = f"with {best:.3f} nats at step {step}, and has {self.held_out[-1][0]:.3f} now"
-            said = f"held-out text was best {then}: fewer steps, or more text, are better"
-            self.say(f"{said}; the last weights are kept (--max_iters={step} ends there)")
+            advice = f"held-out text was best {then}: fewer steps, or more text, are better"
+            self.say(f"{advice}; the last weights are kept (--max_iters={step} ends there)")
 
     def skip(self, step):
         """Say that a step was skipped because its gradient was not finite."""
@@ -182,10 +182,10 @@ class Log:
         speed = f"{tokens:.0f} tokens/s, {mfu:.0%} of peak"
         speed += f", {memory:.0f} MiB" if math.isfinite(memory) else ""  # Windows does not say
         bound = "" if f"{loss:.3f}" == f"{nelbo:.3f}" else f", nelbo {nelbo:.3f}"
-        said = f"loss {loss:.3f}{bound}, {self.minutes()}, {speed}"
-        self.bar.set_postfix_str(said)
+        text = f"loss {loss:.3f}{bound}, {self.minutes()}, {speed}"
+        self.bar.set_postfix_str(text)
         if self.bar.disable:
-            self.say(f"step {step} of about {step + steps:.0f}: {said}, {left:.0f} s left")
+            self.say(f"step {step} of about {step + steps:.0f}: {text}, {left:.0f} s left")
         counted = seen(self.config, step) / self.config["batch_size"]  # in steps of today's size
         entry = {"step": step, "loss": loss, "nelbo": nelbo, "learning_rate": rate}
         entry |= {"tokens": round(counted * self.tokens), "flops": counted * self.flops}

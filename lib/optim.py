@@ -58,10 +58,10 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
-            for shape, alike in shapes.items():
+            for shape, matrices in shapes.items():
                 n = max(1, STACK // shape.numel())
-                for some in (alike[i : i + n] for i in range(0, len(alike), n)):
-                    self.move(some, **group)
+                for stack in (matrices[i : i + n] for i in range(0, len(matrices), n)):
+                    self.move(stack, **group)
 
     def move(self, matrices, lr, weight_decay, momentum, **_):
         """Take one step with a few matrices of one shape."""
@@ -83,14 +83,14 @@ def make_optimizers(config, model):
 
     Only matrices decay, unless decay_all is set.
     """
-    muon, decayed, plain = [], [], []
+    muon, decayed, undecayed = [], [], []
     _, has_muon = OPTIMIZERS[config["optimizer"]]
     for name, p in model.named_parameters():
         if has_muon and name.startswith("blocks.") and p.dim() == 2:
             muon.append(p)
         else:
-            (decayed if p.dim() == 2 or config["decay_all"] else plain).append(p)
-    groups = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+            (decayed if p.dim() == 2 or config["decay_all"] else undecayed).append(p)
+    groups = [{"params": decayed}, {"params": undecayed, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     common = {"lr": config["learning_rate"], "weight_decay": config["weight_decay"]}
     fused = decayed[0].device.type in ("cpu", "cuda")

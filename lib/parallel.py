@@ -54,10 +54,10 @@ def join(config):
     UserError where they would all share one card.
     """
     world, rank, local_rank = launched(os.environ)
-    wish, several = config["device"], world > 1 and torch.cuda.is_available()
-    own = "under torchrun each process takes a card of its own: use --device=cuda"
-    require(not (several and wish.startswith("cuda:")), f"device is {wish} for all; {own}")
-    if several and wish in ("auto", "cuda"):
+    name, several = config["device"], world > 1 and torch.cuda.is_available()
+    advice = "under torchrun each process takes a card of its own: use --device=cuda"
+    require(not (several and name.startswith("cuda:")), f"device is {name} for all; {advice}")
+    if several and name in ("auto", "cuda"):
         config = config | {"device": f"cuda:{local_rank}"}
     device, autocast = machine(config)
     if world > 1 and not dist.is_initialized():
@@ -77,13 +77,13 @@ def launched(env):
     If some of the variables are missing, torchrun has not set the others: a line says that they are
     ignored. UserError where the values are no such numbers.
     """
-    wanted = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
-    there = [name for name in wanted if env.get(name)]
-    if there != [*wanted]:
-        if there and env.get("WORLD_SIZE") != "1":
-            missing = ", ".join(name for name in wanted if name not in there)
-            said = f"{', '.join(there)} set, but not {missing}: not by torchrun, so ignored"
-            print(f"{said}; this is one process", file=sys.stderr)
+    names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    are_set = [name for name in names if env.get(name)]
+    if are_set != [*names]:
+        if are_set and env.get("WORLD_SIZE") != "1":
+            missing = ", ".join(name for name in names if name not in are_set)
+            message = f"{', '.join(are_set)} set, but not {missing}: not by torchrun, so ignored"
+            print(f"{message}; this is one process", file=sys.stderr)
         return 1, 0, 0
     values = [env["WORLD_SIZE"], env["RANK"], env.get("LOCAL_RANK") or env["RANK"]]
     are_numbers = all(re.fullmatch("[0-9]{1,9}", value) for value in values)
@@ -148,12 +148,12 @@ def deal(lengths, team):
 
     So all make the same network calls. Where the division leaves a rest, some items are done twice.
     """
-    mine = []
+    items = []
     for length in sorted(set(lengths)):
-        group = [i for i, other in enumerate(lengths) if other == length]
+        group = [i for i in range(len(lengths)) if lengths[i] == length]
         turns = range(team.rank, -(-len(group) // team.world) * team.world, team.world)
-        mine += [group[i % len(group)] for i in turns]
-    return mine
+        items += [group[i % len(group)] for i in turns]
+    return items
 
 
 # ---- 2. How they share the network ---------------------------------------------------------------
@@ -207,10 +207,10 @@ def engine(loss_of, config, team):
 
 def in_training(block, fast):
     """The block's forward: `fast` in training, where shapes do not vary, and elsewhere its own."""
-    plain = block.forward
+    eager = block.forward
 
     def forward(*arguments, **keys):
-        return (fast if block.training else plain)(*arguments, **keys)
+        return (fast if block.training else eager)(*arguments, **keys)
 
     return forward
 
@@ -260,12 +260,13 @@ def part(tensor, like):
 @torch.no_grad()
 def fill(model, weights, where):
     """Give a network its weights, pairs (name, whole tensor); UserError where one does not fit."""
-    own = dict(model.named_parameters())
+    empty = dict(model.named_parameters())
     for name, value in weights:
-        misfit = f"the tensor {name} {tuple(value.shape)} does not fit the network of its config"
-        require(name in own and own[name].shape == value.shape, f"{where}: {misfit}")
-        local(own[name]).copy_(local(part(value, own.pop(name))))
-    require(not own, f"{where}: the tensor {next(iter(own), '')} is missing")
+        message = f"the tensor {name} {tuple(value.shape)} does not fit the network of its config"
+        shape = empty[name].shape if name in empty else None
+        require(value.shape == shape, f"{where}: {message}")
+        local(empty[name]).copy_(local(part(value, empty.pop(name))))
+    require(not empty, f"{where}: the tensor {next(iter(empty), '')} is missing")
 
 
 def optimizer_parts(state, optimizer):
@@ -274,9 +275,9 @@ def optimizer_parts(state, optimizer):
     parts = {}
     for i, entry in state.items():
         shapes = ((), parameters[i].shape) if 0 <= i < len(parameters) else ()
-        misfit = f"the optimizer's state {i} does not fit its parameters"
-        alike = all(value.shape in shapes for value in entry.values())
-        require(shapes and alike, f"{misfit}; {ANEW}")
+        message = f"the optimizer's state {i} does not fit its parameters"
+        has_shapes = all(value.shape in shapes for value in entry.values())
+        require(shapes and has_shapes, f"{message}; {ANEW}")
         parts[i] = {k: part(v, parameters[i]) if v.dim() else v for k, v in entry.items()}
     return parts
 

@@ -82,8 +82,8 @@ def begin(config, team):
     config = with_size(config)
     config = with_saved(config, state, source) if state else config
     steps = parallel.gather(state["step"] if state else 0, team)
-    apart = f"the processes do not see the same {path}"
-    require(len(set(steps)) == 1, f"{apart}; out_dir must be a folder that all of them share")
+    message = f"the processes do not see the same {path}"
+    require(len(set(steps)) == 1, f"{message}; out_dir must be a folder that all of them share")
     check(config)
     config = with_attention(with_data(config, state, source), state, source)
     if state and team.rank == 0:
@@ -102,8 +102,8 @@ def say_changes(config, state):
     if changes:
         print(f"other settings than in the checkpoint: {changes}")
     if loader.is_replaced(config["data"], config):
-        said = "which goes on with the new text, and may have learnt what is held out now"
-        print(f"{config['data']} was prepared anew since the run began, {said}")
+        warning = "which goes on with the new text, and may have learnt what is held out now"
+        print(f"{config['data']} was prepared anew since the run began, {warning}")
 
 
 def starting_point(config, path):
@@ -179,25 +179,25 @@ def with_data(config, state, source):
     data, meta = config["data"], loader.read_meta(config["data"])
     V, (width, eos_id) = meta["vocab_size"], examples.layout(data, meta)
     if state:
-        has_ours = state["tokenizer"] in (None, meta["tokenizer"])
-        other = f"{source} was trained with another tokenizer than {data} has"
-        require(has_ours, f"{other}; prepare the data again with --tokenizer={source}")
-        other = f"{source} has a vocabulary of {config['vocab_size']}, {data} one of {V}"
-        require(config["vocab_size"] == V, other)
+        same_tokenizer = state["tokenizer"] in (None, meta["tokenizer"])
+        message = f"{source} was trained with another tokenizer than {data} has"
+        require(same_tokenizer, f"{message}; prepare the data again with --tokenizer={source}")
+        message = f"{source} has a vocabulary of {config['vocab_size']}, {data} one of {V}"
+        require(config["vocab_size"] == V, message)
     resumed = state and "optimizer" in state
     if not (resumed or "block_size" in config.get("user_keys", {})):
         L, tokens = config["block_size"], meta["splits"].get("train", {"tokens": 1})["tokens"]
-        laid_out = meta.get("block_size")
-        own = max(width, L) if state else width or min(L, tokens)
-        config = config | {"block_size": laid_out or own}
+        length = max(width, L) if state else width or min(L, tokens)
+        config = config | {"block_size": meta.get("block_size") or length}
     L, drop, cut = (config[key] for key in ("block_size", "prompt_drop", "random_length"))
     require(config["start_id"] <= V, f"start_id must be at most {V}, the mask")
     require(width or not drop, f"{data} is text without prompts, so prompt_drop must be 0")
     require(not (width and cut), f"{data} is examples with prompts, so random_length must be 0")
     require(width <= L, f"{data} has examples of {width} tokens, block_size is only {L}")
-    known = state["config"] if resumed and state["config"].get("data") == data else meta
-    own = {"example_width": width, "eos_id": eos_id, "train_hash": known.get("train_hash")}
-    return config | own | {"vocab_size": V}
+    same_data = resumed and state["config"].get("data") == data
+    train_hash = (state["config"] if same_data else meta).get("train_hash")
+    config = config | {"vocab_size": V, "train_hash": train_hash}
+    return config | {"example_width": width, "eos_id": eos_id}
 
 
 def with_attention(config, state, source):
@@ -207,19 +207,19 @@ def with_attention(config, state, source):
     command line that such a network does not use. (A preset may have it for other networks.)
     """
     objective, attention = config["objective"], config["attention"]
-    suited, user_keys = OBJECTIVES[objective].attention, config.get("user_keys", {})
-    trains = f"trains a network with attention={' or '.join(suited)}"
+    choices, user_keys = OBJECTIVES[objective].attention, config.get("user_keys", {})
+    trains = f"trains a network with attention={' or '.join(choices)}"
     if state:
-        has = f"{source} has attention={attention}"
-        require(attention in suited, f"{has}, but {objective} {trains}")
+        message = f"{source} has attention={attention}, but {objective} {trains}"
+        require(attention in choices, message)
     elif "attention" in user_keys:
-        require(attention in suited, f"objective '{objective}' {trains}, not {attention}")
-    elif attention not in suited:
-        attention = suited[0]
-    for key, (wanted, nothing) in USED_BY.items():
-        is_wish = user_keys.get(key, "").startswith("--") and config[key] != nothing
-        idle = f"{key} is for networks with attention={wanted}; leave it out"
-        require(attention == wanted or not is_wish, idle)
+        require(attention in choices, f"objective '{objective}' {trains}, not {attention}")
+    elif attention not in choices:
+        attention = choices[0]
+    for key, (used_by, neutral) in USED_BY.items():
+        by_user = user_keys.get(key, "").startswith("--") and config[key] != neutral
+        message = f"{key} is for networks with attention={used_by}; leave it out"
+        require(attention == used_by or not by_user, message)
     return config | {"attention": attention}
 
 
@@ -263,7 +263,7 @@ def load_optimizers(optimizers, saved):
     require(len(saved) == len(optimizers), f"a resumed run must keep its optimizer; {ANEW}")
     for optimizer, state in zip(optimizers, saved, strict=True):
         groups = optimizer.state_dict()["param_groups"]
-        own, before = ([g["params"] for g in each] for each in (groups, state["param_groups"]))
-        require(own == before, f"a resumed run must keep decay_all; {ANEW}")
+        now, before = ([g["params"] for g in each] for each in (groups, state["param_groups"]))
+        require(now == before, f"a resumed run must keep decay_all; {ANEW}")
         parts = parallel.optimizer_parts(state["state"], optimizer)
         optimizer.load_state_dict({"state": parts, "param_groups": groups})

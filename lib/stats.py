@@ -18,8 +18,8 @@ def finite(values, what):
     """The values, a tensor or an array; raises NotFinite if one is nan or infinite."""
     bad = ~torch.as_tensor(values).isfinite()
     if bad.any():
-        why = "the weights are damaged, or too large for the dtype"
-        raise NotFinite(f"{int(bad.sum())} of {bad.numel()} {what} are nan or infinite: {why}")
+        reason = "the weights are damaged, or too large for the dtype"
+        raise NotFinite(f"{int(bad.sum())} of {bad.numel()} {what} are nan or infinite: {reason}")
     return values
 
 
@@ -106,8 +106,9 @@ def report(nats, lengths, bytes_per_token):
         "tokens": int(sum(lengths)),
         "sequences": len(nats),
     }
-    known = math.isfinite(half)
-    interval = "95% interval" if known else f"too few sequences for an interval: {len(nats)}"
+    interval = "95% interval"
+    if not math.isfinite(half):
+        interval = f"too few sequences for an interval: {len(nats)}"
     text = (
         f"{mean:.4f}{plus_minus(half)} nats per token ({interval})"
         f" = {bits:.4f}{plus_minus(half / bit)} bits per token"

@@ -35,8 +35,8 @@ def load_subject(config, reads_text=False, cast=True):
     (device, autocast), ckpt, ema = machine(config), config["ckpt"], config.get("ema", True)
     model, tokenizer, trained = checkpoint.load(ckpt, device, ema=ema)
     if reads_text:
-        textless = f"{ckpt} names no tokenizer, so text cannot be read or written"
-        require(trained["tokenizer"], textless)
+        message = f"{ckpt} names no tokenizer, so text cannot be read or written"
+        require(trained["tokenizer"], message)
         tokenizer = tokenizer or from_meta(trained["tokenizer"])  # raises what it lacks
     if cast:
         cast_products(model, autocast)
@@ -49,16 +49,16 @@ def ids_of_text(subject, text):
     """The ids of a text on the command line; UserError if the network cannot read so many."""
     model, text = subject.model, text_or_file(text)
     ids, most = encode(subject.tokenizer, model, text), model.block_size
-    limits = f"a text must have from 1 to {most} tokens (block_size), not {len(ids)}"
-    require(0 < len(ids) <= most, limits)
+    message = f"a text must have from 1 to {most} tokens (block_size), not {len(ids)}"
+    require(0 < len(ids) <= most, message)
     return ids
 
 
 def folder_of(config, subject):
     """The prepared folder config["data"], or else the one that the checkpoint was trained on."""
     folder = config["data"] or subject.trained.get("data")
-    unknown = f"{config['ckpt']} does not say what it learnt from; give --data=FOLDER"
-    require(folder and isinstance(folder, str), unknown)
+    message = f"{config['ckpt']} does not say what it learnt from; give --data=FOLDER"
+    require(folder and isinstance(folder, str), message)
     return folder
 
 
@@ -71,19 +71,19 @@ def open_text(config, subject, folder, split):
     most, V = subject.model.block_size, subject.model.vocab_size
     L, width = config["block_size"] or most, examples.layout(folder, tokens.meta)[0]
     require(most >= L, f"block_size must be at most the model's {most}, not {L}")
-    has = f"{folder} has a vocabulary of {tokens.vocab_size}"
-    require(tokens.vocab_size == V, f"{has}, {ckpt} one of {V}")
-    has_ours = subject.trained["tokenizer"] in (None, tokens.meta["tokenizer"])
-    require(has_ours, f"{folder} has another tokenizer than {ckpt}")
+    message = f"{folder} has a vocabulary of {tokens.vocab_size}, {ckpt} one of {V}"
+    require(tokens.vocab_size == V, message)
+    same_tokenizer = subject.trained["tokenizer"] in (None, tokens.meta["tokenizer"])
+    require(same_tokenizer, f"{folder} has another tokenizer than {ckpt}")
     require(width <= most, f"{folder} has examples of {width} tokens, {ckpt} reads {most}")
     loader.fits(tokens, width or L)
     if loader.is_replaced(folder, subject.trained):
-        since = "it may have learnt from the very text that it is asked about now"
-        print(f"{folder} was prepared anew since {ckpt} learnt from it: {since}")
+        warning = "it may have learnt from the very text that it is asked about now"
+        print(f"{folder} was prepared anew since {ckpt} learnt from it: {warning}")
     ends = {"whole": len(tokens), "radd": len(tokens) // L * L}
     end = choose("protocol", config["protocol"], ends)
-    short = f"{folder} {split} has {len(tokens)} tokens, no whole block of {L}"
-    require(width or end, f"{short}; try --protocol=whole")
+    message = f"{folder} {split} has {len(tokens)} tokens, no whole block of {L}"
+    require(width or end, f"{message}; try --protocol=whole")
     network = subject.causal, subject.model.start_id
     part = examples.held_out(folder, split, L, config["sequences"], network, end)
     return tokens.meta, part, L

@@ -47,8 +47,8 @@ def request(tokenizer, model, prompt="", suffix="", template="", length=0):
         require(not prompt and not suffix, "give --template or --prompt and --suffix, not both")
         require(not length, "a template has its own length; leave --length out")
         pieces = re.split(r"___(\d+)", template)  # text, gap, text, gap, ..., text
-        example = "write ___12 for a gap of 12 tokens in"
-        require(len(pieces) > 1, f"the template has no gap: {example} '{template}'")
+        advice = "write ___12 for a gap of 12 tokens in"
+        require(len(pieces) > 1, f"the template has no gap: {advice} '{template}'")
         (*before, last), gaps = pieces[::2], pieces[1::2]
         texts = [before_gap(text, start=i == 0) for i, text in enumerate(before)]
         texts.append(encode(tokenizer, model, last, start=False))
@@ -64,8 +64,9 @@ def request(tokenizer, model, prompt="", suffix="", template="", length=0):
     length = length or block
     require(length <= block, f"length must be at most block_size {block}, not {length}")
     head, tail = before_gap(prompt, start=True), encode(tokenizer, model, suffix, start=False)
-    n_new, nothing = length - len(head) - len(tail), f"leaves nothing of length {length} to fill"
-    require(n_new > 0, f"prompt and suffix are {length - n_new} tokens, which {nothing}")
+    n_new = length - len(head) - len(tail)
+    message = f"prompt and suffix are {length - n_new} tokens, which leaves nothing of length"
+    require(n_new > 0, f"{message} {length} to fill")
     return head + [model.mask_id] * n_new + tail
 
 
@@ -88,8 +89,8 @@ def suppress_eos(x, begins, least, eos_id):
 
     UserError where the model knows no eos, or has no room for so many tokens.
     """
-    answers = "min_new_tokens is for answers by models of examples, which know an eos"
-    require(eos_id >= 0, answers)
+    message = "min_new_tokens is for answers by models of examples, which know an eos"
+    require(eos_id >= 0, message)
     suppress = torch.full(x.shape, -1)  # (N, L)
     for row, begin in zip(suppress, begins, strict=True):
         room = len(row) - begin

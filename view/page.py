@@ -63,8 +63,8 @@ def with_weights(subject, o):
     config, n, kind = model.config, model.n_parameters(), tokenizer.kind
     simple = n <= MOST and config["attention"] != "causal" and kind in ("char", "byte")
     simple = simple and not any(config[key] for key in ("rotary_bf16", "head_padding", "conv"))
-    known = {"norm": ("layer", "rms"), "mlp": ("gelu", "swiglu", "relu2")}  # to network.js
-    simple = simple and all(config[key] in known[key] for key in known)
+    in_network_js = {"norm": ("layer", "rms"), "mlp": ("gelu", "swiglu", "relu2")}  # to network.js
+    simple = simple and all(config[key] in in_network_js[key] for key in in_network_js)
     require(simple, "a page cannot hold this model; record a sample of it with --trace")
     length = trained.get("example_width") or model.block_size
     template = text_or_file(o["template"]) or f"___{length}"
@@ -111,7 +111,7 @@ def html(data, code):
     parts = {path.name: path.read_text("utf8") for path in HERE.glob("[!.]*.js")}
     parts |= {"code": code, "data": to_json(data, ensure_ascii=False).replace("<", "\\u003c")}
     frame = (HERE / "page.html").read_text("utf8")
-    return re.sub(r"\{\{([\w.]+)\}\}", lambda found: parts[found[1]], frame)
+    return re.sub(r"\{\{([\w.]+)\}\}", lambda match: parts[match[1]], frame)
 
 
 def main(config):

@@ -58,8 +58,8 @@ def whole_shards(folder, repo):
         counts = dict(meta["shards"])
     except (UserError, KeyError, TypeError, ValueError):
         counts = {}
-    other = bool(meta) and meta.get("source") != repo
-    require(not other, f"{folder} holds another text than {repo}; choose another --out")
+    same_text = not meta or meta.get("source") == repo
+    require(same_text, f"{folder} holds another text than {repo}; choose another --out")
     try:
         counts |= {path.stem: json.loads(path.read_bytes()) for path in building.glob("[!.]*.json")}
         size = {name: 2 * count["tokens"] for name, count in counts.items()}
@@ -159,9 +159,9 @@ def publish(folder, names, counts, meta):
             path.unlink()  # no meta.json knows it
     shards = {name: counts[name] for name in names}
     for split in ("train", "val"):
-        own = [count for name, count in shards.items() if name.startswith(split)]
+        of_split = [count for name, count in shards.items() if name.startswith(split)]
         keys = ("tokens", "documents", "bytes")
-        meta["splits"][split] = {key: sum(count[key] for count in own) for key in keys}
+        meta["splits"][split] = {key: sum(count[key] for count in of_split) for key in keys}
     with whole_file(folder / "meta.json") as path:
         path.write_text(to_json(meta | {"shards": shards}), encoding="utf8")
     shutil.rmtree(building, ignore_errors=True)
@@ -181,8 +181,8 @@ def main(config):
     with only_one(folder, "out"), writing(folder):
         try:
             there = whole_shards(folder, repo)
-            more = f"{folder} has {len(there.keys() - names)} shards more than {n}"
-            require(there.keys() <= {*names}, f"{more}; choose another --out, or remove it")
+            message = f"{folder} has {len(there.keys() - names)} shards more than {n}"
+            require(there.keys() <= {*names}, f"{message}; choose another --out, or remove it")
             missing = [name for name in names if name not in there]
             check_space(folder, len(missing), config["threads"])
             building.mkdir(parents=True, exist_ok=True)

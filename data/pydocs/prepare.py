@@ -48,8 +48,8 @@ def sources():
     """{name: texts} of all topics and modules."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = {path.relative_to(root): path for path in sorted(root.rglob("*.py"))}
-    own = {name: path for name, path in paths.items() if not SKIP & set(name.parts)}
-    modules = {name.as_posix(): docstrings(path) for name, path in own.items()}
+    paths = {name: path for name, path in paths.items() if not SKIP & set(name.parts)}
+    modules = {name.as_posix(): docstrings(path) for name, path in paths.items()}
     return {f"topic {name}": [text] for name, text in sorted(topics.items())} | modules
 
 

@@ -168,13 +168,13 @@ def find(name, place):
 def fetch(name, folder):
     """Download what RADD reads of a set into `folder`, perhaps out of an archive -> its paths."""
     source = SETS[name]
-    wanted = next(iter(source.files))
+    pattern = next(iter(source.files))
     path = download.fetch(source.url, folder / Path(source.url).name, source.sha256, source.size)
     for member, file in members(path):
-        if fnmatch(Path(member).name, wanted):
+        if fnmatch(Path(member).name, pattern):
             with whole_file(folder / Path(member).name) as to, open(to, "wb") as out:
                 shutil.copyfileobj(file, out)
-    return sorted(folder.glob(wanted))
+    return sorted(folder.glob(pattern))
 
 
 def members(path):
@@ -251,12 +251,12 @@ def prepare(name, config):
     n_bytes = n_bytes * len(stream) // total  # in proportion where tokens are dropped
     counts = {"tokens": len(stream), "documents": len(lines), "bytes": n_bytes}
     files = describe(paths), len(lines), difference
-    said = protocol(config, files, tokenizer, total - len(stream))
-    meta = writer.about(tokenizer) | {"splits": {"test": counts}, "protocol": said}
+    description = protocol(config, files, tokenizer, total - len(stream))
+    meta = writer.about(tokenizer) | {"splits": {"test": counts}, "protocol": description}
     with writer.replacing(folder) as building:
         writer.append(building, "test", stream, 0)
         writer.publish(building, folder, meta)
-    print(f"{writer.summary(folder, meta)}\n  {said}")
+    print(f"{writer.summary(folder, meta)}\n  {description}")
     return meta
 
 
