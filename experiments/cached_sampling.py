@@ -195,9 +195,9 @@ def draw(axes, figures):
     """Calls against steps: lines expected, dots measured."""
     calls, ends = {}, {}
     for name, expected in figures.items():
-        if found := re.fullmatch(r"expected NFE, (Tweedie =.*), L (\d+), (\d+) steps", name):
-            point = int(found[3]), expected, figures[name.removeprefix("expected ")]
-            calls.setdefault(f"L = {found[2]}", []).append(point)
+        if match := re.fullmatch(r"expected NFE, (Tweedie =.*), L (\d+), (\d+) steps", name):
+            point = int(match[3]), expected, figures[name.removeprefix("expected ")]
+            calls.setdefault(f"L = {match[2]}", []).append(point)
     for L, table in calls.items():
         steps, expected, measured = zip(*table, strict=True)
         axes.plot(steps, expected, color=results.DARK)
@@ -223,15 +223,15 @@ def main(config):
     steps, lengths = (STEPS[:2], LENGTHS[:1]) if quick else (STEPS, LENGTHS)
     vocabularies = VOCABULARIES[:1] if quick else VOCABULARIES
     if config["only"] in ("", "nfe"):
-        text, found = nfe_table(ctx, steps, lengths)
-        texts, figures, plots = [*texts, text], figures | found, {"": draw}
+        text, measured = nfe_table(ctx, steps, lengths)
+        texts, figures, plots = [*texts, text], figures | measured, {"": draw}
     if config["only"] in ("", "quality"):
-        text, found = quality_table(ctx, steps)
-        texts, figures = [*texts, text], figures | found
+        text, measured = quality_table(ctx, steps)
+        texts, figures = [*texts, text], figures | measured
         plots["_quality"] = frontier.draw
     if config["only"] in ("", "speed"):
-        text, found = speed_table(ctx, steps, lengths, vocabularies)
-        texts, figures = [*texts, text], figures | found
+        text, measured = speed_table(ctx, steps, lengths, vocabularies)
+        texts, figures = [*texts, text], figures | measured
     return ctx.write("cached_sampling", "\n".join(texts), figures, plots)
 
 

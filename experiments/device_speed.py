@@ -153,8 +153,8 @@ def largest_batch(part, config, blocks):
 
 def is_full(error):
     """Whether an exception says that there is no memory left."""
-    said = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
-    return isinstance(error, MemoryError) or bool(said)
+    match = re.search("out of memory|allocate memory|ALLOC_FAILED", str(error))
+    return isinstance(error, MemoryError) or bool(match)
 
 
 def loading_speed(part):
@@ -285,8 +285,8 @@ def kernels(averages, on_cuda):
     if not on_cuda:
         return {each.key: each.self_cpu_time_total / 1e6 for each in averages}
     on_card = [each for each in averages if each.device_type == torch.autograd.DeviceType.CUDA]
-    own = [each for each in on_card if not each.is_user_annotation]
-    return {each.key: each.self_device_time_total / 1e6 for each in own}
+    kernels = [each for each in on_card if not each.is_user_annotation]
+    return {each.key: each.self_device_time_total / 1e6 for each in kernels}
 
 
 # ---- Sampling ------------------------------------------------------------------------------------

@@ -38,29 +38,29 @@ def settings_of(config, operations, depth=0, seed=1337):
     words = [f"--data={config['data']}", "--resume=False", "--show_sample=False", "--compile=False"]
     words += ["--eval_sequences=200", f"--seed={seed}", f"--depth={depth}"]
     words += [f"--{key}={config[key]}" for key in ("device", "dtype")]
-    mine = settings.parse(words, settings, diffusion, network, train)
+    run = settings.parse(words, settings, diffusion, network, train)
     V = loader.read_meta(config["data"])["vocab_size"]
-    mine |= {"vocab_size": V, "attention": "full", "example_width": 0}
+    run |= {"vocab_size": V, "attention": "full", "example_width": 0}
     if not depth:
-        dataset, _ = examples.open_data(mine)
-        mine["depth"] = budget.fitting_depth(mine, dataset, operations)
-    steps = round(operations / recipe.step_flops(budget.filled(mine)))
-    return mine | {"max_iters": steps, "eval_interval": steps}
+        dataset, _ = examples.open_data(run)
+        run["depth"] = budget.fitting_depth(run, dataset, operations)
+    steps = round(operations / recipe.step_flops(budget.filled(run)))
+    return run | {"max_iters": steps, "eval_interval": steps}
 
 
 def run(config, operations, depth, seed):
     """Train one network in this process. -> its row"""
-    mine, began = settings_of(config, operations, depth, seed), time.process_time()
+    run, began = settings_of(config, operations, depth, seed), time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        result = train.main(mine | {"out_dir": folder})
-    row = {"mark": mark(config, operations, depth, seed), "steps": mine["max_iters"]}
+        result = train.main(run | {"out_dir": folder})
+    row = {"mark": mark(config, operations, depth, seed), "steps": run["max_iters"]}
     return row | {"cpu_seconds": time.process_time() - began} | result
 
 
 def mark(config, operations, depth, seed):
     """What a row depends on: all that the run is told."""
-    mine = budget.filled(settings_of(config, operations, depth, seed))
-    return results.mark(sorted(mine.items()))
+    run = budget.filled(settings_of(config, operations, depth, seed))
+    return results.mark(sorted(run.items()))
 
 
 def table_of(config, rows):
@@ -71,11 +71,11 @@ def table_of(config, rows):
         nats = {}
         for depth in range(max(1, choice - 1), choice + 2):
             done = [rows[mark(config, operations, depth, seed)] for seed in seeds(config)]
-            mine = budget.filled(settings_of(config, operations, depth))
+            run = budget.filled(settings_of(config, operations, depth))
             nats[depth] = statistics.mean(row["nats_per_token"] for row in done)
-            shape = f"{mine['n_layer']} x {mine['n_embd']}, batch {mine['batch_size']}"
+            shape = f"{run['n_layer']} x {run['n_embd']}, batch {run['batch_size']}"
             line = {"operations": f"{operations:.0e}", "depth": str(depth), "network": shape}
-            line |= {"learning_rate": mine["learning_rate"], "steps": mine["max_iters"]}
+            line |= {"learning_rate": run["learning_rate"], "steps": run["max_iters"]}
             line |= {"nats_per_token": nats[depth]}
             for seed, row in zip(seeds(config), done, strict=True):
                 line[f"seed_{seed}"] = row["nats_per_token"]

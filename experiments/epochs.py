@@ -88,16 +88,16 @@ def plan(config):
 
 def one_seed(ctx, data, seed):
     """{(kind, E): (nats of the whole run, [(epochs, nats)] along its runs)}; None: left out."""
-    (tokens, flops), found = budget_of(ctx, data), {}
+    (tokens, flops), curves = budget_of(ctx, data), {}
     parts = {E: part_of(ctx, data, round(tokens / E), seed) for E, _ in plan(ctx.config)}
     for (E, e), (kind, keys) in itertools.product(plan(ctx.config), kinds_of(ctx.config).items()):
         folder = ctx.train(parts[E], keys, flops * e / E, seed)
-        along = found.setdefault((kind, E), [])
+        along = curves.setdefault((kind, E), [])
         curve = ctx.curve(folder)[0] if folder else [(1.0, None)]
         along += [(e * x / curve[-1][0], nats) for x, nats in curve]
         if e == E:
-            found[kind, E] = ctx.nats(folder, data), along
-    return found
+            curves[kind, E] = ctx.nats(folder, data), along
+    return curves
 
 
 # ---- The tables ----------------------------------------------------------------------------------
@@ -182,10 +182,10 @@ def draw(axes, figures):
     """Nats at equal FLOPs against epochs, a field for each text; means over seeds."""
     points = {}
     for key, value in figures.items():
-        found = re.fullmatch(r"(.*) on (.*), (\S+) epochs, seed \d+", key)
-        if found:
-            kind = points.setdefault(found[2], {}).setdefault(found[1], {})
-            kind.setdefault(float(found[3]), []).append(value)
+        match = re.fullmatch(r"(.*) on (.*), (\S+) epochs, seed \d+", key)
+        if match:
+            kind = points.setdefault(match[2], {}).setdefault(match[1], {})
+            kind.setdefault(float(match[3]), []).append(value)
     figure = axes.figure
     axes.remove()
     fields = figure.subplots(1, max(1, len(points)), squeeze=False)[0]
@@ -210,10 +210,10 @@ def main(config):
     settings.require(config["readings"] > 0, "readings must be above 0")
     ctx, texts, figures = runs.Runs(config), [], {}
     names = dict.fromkeys(map(ctx.text, config["data"].split(",")))
-    found = {data: [] for data in names}
+    by_data = {data: [] for data in names}
     for seed, data in itertools.product(ctx.seeds, names):
-        found[data].append(one_seed(ctx, data, seed))
-    for data, seeds in found.items():
+        by_data[data].append(one_seed(ctx, data, seed))
+    for data, seeds in by_data.items():
         text, more = one_text(ctx, data, seeds)
         texts, figures = [*texts, text], figures | more
     return ctx.write("epochs", "\n".join(texts), figures, PLOTS)

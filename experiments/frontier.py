@@ -190,9 +190,9 @@ def draw(axes, figures):
     """Judge's nats against entropy: a path for each sampler, a point for each temperature."""
     points = {}
     for key, nats in figures.items():
-        if found := re.fullmatch(r"(.*?)(, temperature \S+)?, nats", key):
-            entropy = figures[f"{found[1]}{found[2] or ''}, entropy"]
-            points.setdefault((found[1], bool(found[2])), []).append((entropy, nats))
+        if match := re.fullmatch(r"(.*?)(, temperature \S+)?, nats", key):
+            entropy = figures[f"{match[1]}{match[2] or ''}, entropy"]
+            points.setdefault((match[1], bool(match[2])), []).append((entropy, nats))
     styles = itertools.cycle(("o-", "s--", "^:", "D-.", "v-"))
     for (name, is_path), path in points.items():
         x, y = zip(*path, strict=True)

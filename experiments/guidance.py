@@ -150,8 +150,8 @@ def load_subject(config):
     advice = "guidance masks the context, so it needs attention=full"
     require(trained["attention"] == "full", f"{ckpt} has {trained['attention']}: {advice}")
     val = loader.Tokens(config["data"], "val")
-    own = tokenizer.meta() == val.meta["tokenizer"]
-    of_characters = own and tokenizer.kind == "char"
+    same_tokenizer = tokenizer.meta() == val.meta["tokenizer"]
+    of_characters = same_tokenizer and tokenizer.kind == "char"
     require(of_characters, f"{ckpt} must be a model of the characters of {config['data']}")
     return (model, tokenizer, autocast), tokenizer.decode(val[:].tolist())
 

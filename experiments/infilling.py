@@ -165,10 +165,10 @@ def filled(ctx, folder, name):
 # ---- The report ----------------------------------------------------------------------------------
 
 
-def by_bins(found, what, head):
+def by_bins(by_name, what, head):
     """Rows of means over seeds, a column for each bin: {gap: [measured of a seed]}."""
     rows = []
-    for name, seeds in found.items():
+    for name, seeds in by_name.items():
         for kind in ("MDM", "ARM"):
             row = {"gap": name, "model": kind}
             for i, part in enumerate(
@@ -207,7 +207,7 @@ def main(config):
     ctx.config = config = config | {"data": ctx.text(config["data"])}
     folders = orders.pair(ctx, config["data"], config["flops"])
     pairs = [pair for pair in zip(*folders.values(), strict=True) if None not in pair]
-    rows, figures, found, examples = [], {"flops of a run": config["flops"]}, {}, ""
+    rows, figures, by_name, examples = [], {"flops of a run": config["flops"]}, {}, ""
     for name in GAPS:
         parts = [config["data"], name, config["gap_draws"], config["sequences"]]
         each = [
@@ -216,19 +216,19 @@ def main(config):
             )
             for pair in pairs
         ]
-        found[name] = [part for part in each if part]
+        by_name[name] = [part for part in each if part]
         fill = {"given": "left out", "changed": "left out", "examples": []}
         if pairs:
             key = [pairs[0][0].name, *parts, "filled"]
             fill = ctx.once(key, partial(filled, ctx, pairs[0][0], name)) or fill
-        nats = {kind: [part[kind] for part in found[name]] for kind in ("MDM", "ARM")}
+        nats = {kind: [part[kind] for part in by_name[name]] for kind in ("MDM", "ARM")}
         row = {"gap": name} | {f"{kind}_nats_per_byte": runs.spelled(nats[kind]) for kind in nats}
         row["MDM_minus_ARM"] = runs.spelled(runs.minus(nats["MDM"], nats["ARM"]), "+.3f")
         rows.append(row | {"bytes given": str(fill["given"]), "changed": str(fill["changed"])})
         for kind, values in nats.items():
             figures |= {f"{name}, {kind}, {i}": value for i, value in enumerate(values)}
             for i, part in enumerate(
-                zip(*(z[f"{kind} by place"] for z in found[name]), strict=True)
+                zip(*(z[f"{kind} by place"] for z in by_name[name]), strict=True)
             ):
                 if None not in part:
                     figures[f"{name}, {kind}, at {(i + 0.5) / BINS}"] = sum(part) / len(part)
@@ -236,11 +236,11 @@ def main(config):
     title = f"Bytes of a gap given the rest (ARM: given what is left of each), {config['data']}, "
     title += f"{config['flops']:.0e} training FLOPs a run, mean ± 95% of {len(ctx.seeds)} seeds"
     text = results.table(title, rows)
-    if any(found.values()):
-        table = by_bins(found, "place", "at")
+    if any(by_name.values()):
+        table = by_bins(by_name, "place", "at")
         text += "\n" + results.table("The same by where in the block a byte is", table)
         title = "Nats of a masked byte by the share of the block that is visible to the model"
-        text += "\n" + results.table(title, by_bins(found, "visible share", "seen"))
+        text += "\n" + results.table(title, by_bins(by_name, "visible share", "seen"))
     return ctx.write("infilling", text + examples, figures, PLOTS)
 
 

@@ -74,11 +74,11 @@ def minima(curves, draws=DRAWS):
     freedom = len(rest) - 3 * len(curves)
     enough = freedom >= FEWEST - 1
     wide = np.sqrt(len(rest) / freedom) * t95(freedom) / 1.96 if enough else 0.0
-    generator, found = np.random.default_rng(0), []
+    generator, resampled = np.random.default_rng(0), []
     for (N, nats), fit in zip(curves, fits, strict=True):
         drawn = wide * generator.choice(rest, (len(N), draws * enough))  # (n, draws)
-        found.append(minimum(N, np.column_stack([nats, fit[:, None] + drawn])))
-    return tuple(np.array(part) for part in zip(*found, strict=True))
+        resampled.append(minimum(N, np.column_stack([nats, fit[:, None] + drawn])))
+    return tuple(np.array(part) for part in zip(*resampled, strict=True))
 
 
 def law(C, y):
@@ -96,11 +96,11 @@ def laws(C, minima_of):
     for family, stars in minima_of.items():
         for star, y in zip(("N*", "L*"), stars, strict=True):
             slopes[star][family], levels[star][family] = law(C, y)
-    found = {f"exponent of {star}": of_family for star, of_family in slopes.items()}
+    estimates = {f"exponent of {star}": of_family for star, of_family in slopes.items()}
     above = {star: of_family["MDM"] - of_family["ARM"] for star, of_family in levels.items()}
-    found["N* of MDM / of ARM"] = {"both": np.exp(above["N*"])}
+    estimates["N* of MDM / of ARM"] = {"both": np.exp(above["N*"])}
     compute = np.exp(-above["L*"] / slopes["L*"]["MDM"])
-    return found | {"compute of MDM / of ARM for one L*": {"both": compute}}
+    return estimates | {"compute of MDM / of ARM for one L*": {"both": compute}}
 
 
 # ---- Tables --------------------------------------------------------------------------------------
@@ -132,8 +132,8 @@ def lowest_points(curves):
     rows, figures, inside = [], {}, {family: {} for family in FAMILIES}
     for family in FAMILIES:
         done = [C for kind, C in curves if kind == family and is_whole(curves[kind, C])]
-        found = minima([points(curves[family, C]) for C in done]) if done else ()
-        stars_of = {C: np.stack([part[i] for part in found]) for i, C in enumerate(done)}
+        lowest = minima([points(curves[family, C]) for C in done]) if done else ()
+        stars_of = {C: np.stack([part[i] for part in lowest]) for i, C in enumerate(done)}
         for C in (C for kind, C in curves if kind == family):
             curve, stars = curves[family, C], stars_of.get(C)  # (2, 1 + draws)
             row, is_inside = row_of(family, C, curve, stars)
@@ -216,9 +216,9 @@ def curves_in(figures):
     """{(family, C): {N: [nats]}} of the figures of an experiment."""
     curves = {}
     for key, nats in figures.items():
-        if found := re.fullmatch(r"(\w+) at (\S+), (\d+) parameters, seed \d+", key):
-            curve = curves.setdefault((found[1], float(found[2])), {})
-            curve.setdefault(int(found[3]), []).append(nats)
+        if match := re.fullmatch(r"(\w+) at (\S+), (\d+) parameters, seed \d+", key):
+            curve = curves.setdefault((match[1], float(match[2])), {})
+            curve.setdefault(int(match[3]), []).append(nats)
     return curves
 
 

@@ -177,8 +177,8 @@ def main(config):
     for seed, data, kind in itertools.product(ctx.seeds, names, KINDS):
         folders[data][kind].append(ctx.train(data, KINDS[kind], config["flops"], seed))
     for data in names:
-        rows, found = one_text(ctx, data, folders[data])
-        figures |= found
+        rows, measured = one_text(ctx, data, folders[data])
+        figures |= measured
         title = f"{data}, {config['flops']:.0e} training FLOPs a run, held-out text, mean ± 95% of "
         title += f"{len(ctx.seeds)} seeds; noise of a batch's gradient after each third of a run"
         texts.append(results.table(title, rows))

@@ -75,17 +75,17 @@ def run_config(config, name, seed):
     """The training config of a run, with the steps that cost as much as the preset's."""
     base = settings.parse([config["preset"]], settings, diffusion, network, train)
     base |= {"vocab_size": loader.read_meta(base["data"])["vocab_size"]}
-    mine = base | KINDS[name]
-    mine |= {"attention": "causal"} if mine["objective"] == "ar" else {}
+    run = base | KINDS[name]
+    run |= {"attention": "causal"} if run["objective"] == "ar" else {}
     steps = 60 if config["quick"] else config["share"] * base["max_iters"]
-    steps = round(steps * step_flops(base) / step_flops(mine))
+    steps = round(steps * step_flops(base) / step_flops(run))
     words = f"{name} {config['share']:g} {seed}{' quick' if config['quick'] else ''}"
     words = words.replace(",", "")
-    mine |= {"seed": seed, "max_iters": steps, "eval_interval": steps, "show_sample": False}
-    mine |= {"out_dir": str(Path(config["folder"], words.replace(" ", "_"))), "save_interval": 200}
-    mine |= {key: config[key] for key in ("device", "dtype")} | {"compile": not config["quick"]}
-    own = ("seed", "max_iters", "attention", *KINDS[name])
-    return mine | {"user_keys": dict.fromkeys(own, "")}
+    run |= {"seed": seed, "max_iters": steps, "eval_interval": steps, "show_sample": False}
+    run |= {"out_dir": str(Path(config["folder"], words.replace(" ", "_"))), "save_interval": 200}
+    run |= {key: config[key] for key in ("device", "dtype")} | {"compile": not config["quick"]}
+    keys = ("seed", "max_iters", "attention", *KINDS[name])
+    return run | {"user_keys": dict.fromkeys(keys, "")}
 
 
 def measured(config, name, seed):
@@ -240,8 +240,8 @@ def main(config):
     choose("only", config["only"], ["", "quality", "speed"])
     settings.at_least(1, config, "seeds", "rounds")
     if config["only"] != "speed":
-        table, found = quality(config)
-        figures |= {f"{key}, seed {i}": v for key, vs in found.items() for i, v in enumerate(vs)}
+        table, measured = quality(config)
+        figures |= {f"{key}, seed {i}": v for key, vs in measured.items() for i, v in enumerate(vs)}
         texts.append(results.table("Nats per token at equal operations, held-out text", table))
     if config["only"] != "quality":
         rows = speed(config)

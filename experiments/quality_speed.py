@@ -134,8 +134,8 @@ def written(field, folders, points):
         paths = [field.path(folder, name, **options) for folder in folders[writer]]
         if text and (paths := [path for path in paths if path]):
             keys = [key for key in MEASURES if key in text]
-            found = {key: [equal.at_entropy(path, text, key) for path in paths] for key in keys}
-            quality[name] = {key: equal.over_seeds(values) for key, values in found.items()}
+            by_key = {key: [equal.at_entropy(path, text, key) for path in paths] for key in keys}
+            quality[name] = {key: equal.over_seeds(values) for key, values in by_key.items()}
             quality[name]["NFE"] = np.mean([row["NFE"] for path in paths for row in path])
     return quality
 
@@ -149,9 +149,9 @@ def timed(ctx, folders, points, L, B):
             model, _, _ = checkpoint.load(folders[writer][0], device)
             cast_products(model, autocast)
             x = torch.full((B, L), model.mask_id, device=device)  # (B, L)
-            mine = [(name, options) for name, of, options in points if of == writer]
-            bench.sampler(model, x, autocast, **mine[0][1])()  # warm
-            functions += [(name, bench.sampler(model, x, autocast, **o)) for name, o in mine]
+            of_writer = [(name, options) for name, of, options in points if of == writer]
+            bench.sampler(model, x, autocast, **of_writer[0][1])()  # warm
+            functions += [(name, bench.sampler(model, x, autocast, **o)) for name, o in of_writer]
     for _ in tqdm(range(1 if ctx.config["quick"] else ctx.config["rounds"]), disable=None):
         for name, function in functions:
             seconds = bench.seconds_of(function, ctx.device) / B
@@ -166,12 +166,14 @@ def point_rows(L, measures, points, quality, seconds):
     """(rows, figures) of the points at a length; seconds: {batch: {point: seconds}}."""
     rows, figures = [], {}
     for name in (frontier.HELD_OUT, *(name for name, *_ in points)):
-        row, mine = {"L": str(L), "writer": name}, quality.get(name, {})
-        row["NFE"] = f"{mine['NFE']:.1f}" if "NFE" in mine else "" if mine else "left out"
+        row, measured = {"L": str(L), "writer": name}, quality.get(name, {})
+        row["NFE"] = (
+            f"{measured['NFE']:.1f}" if "NFE" in measured else "" if measured else "left out"
+        )
         for key in measures:
-            row[MEASURES[key]] = equal.interval(mine[key]) if mine else "left out"
-            if row[MEASURES[key]] and mine:
-                figures[f"{key}, {name}, L {L}"] = float(mine[key][0])
+            row[MEASURES[key]] = equal.interval(measured[key]) if measured else "left out"
+            if row[MEASURES[key]] and measured:
+                figures[f"{key}, {name}, L {L}"] = float(measured[key][0])
         for B, times in seconds.items():
             none = "" if name == frontier.HELD_OUT else "left out"
             row[f"seconds,_batch_{B}"] = f"{times[name]:.4f}" if name in times else none
@@ -193,18 +195,18 @@ def ratio_rows(L, measures, points, quality, seconds):
             ]
             for (B, times), key in itertools.product(seconds.items(), measures):
                 known = [name for name in names if name in times and name in quality]
-                column, shown, found = f"batch {B}, {MEASURES[key]}", "left out", {}
+                column, shown, ratios = f"batch {B}, {MEASURES[key]}", "left out", {}
                 if known and arm in times and arm in quality:
                     path = [(times[name], quality[name][key]) for name in known]
-                    shown, found = told(equal.ratio((times[arm], quality[arm][key]), path))
+                    shown, ratios = with_figures(equal.ratio((times[arm], quality[arm][key]), path))
                 row[column.replace(" ", "_")] = shown
                 what = f"{writer}, {choice}, over {arm}, L {L}, {column}"
-                figures |= {f"{name}, {what}": value for name, value in found.items()}
+                figures |= {f"{name}, {what}": value for name, value in ratios.items()}
             rows.append(row)
     return rows, figures
 
 
-def told(result):
+def with_figures(result):
     """(the cell of a ratio, its figures); empty where the ARM never has the text's entropy."""
     if result is None:
         return "", {}
@@ -219,20 +221,20 @@ def told(result):
 
 def paper():
     """SMDM's figures, in words."""
-    said = [
+    times = [
         f"{steps} steps {score} ({papers.steps_ratio(steps):.1f} times as fast)"
         for steps, (score, _) in papers.MT_BENCH.items()
     ]
     return (
-        f"SMDM, 1.1B, MT-Bench, batch 1: ARM {papers.ARM_SCORE}; MDM in {', '.join(said)}, after "
+        f"SMDM, 1.1B, MT-Bench, batch 1: ARM {papers.ARM_SCORE}; MDM in {', '.join(times)}, after "
         f"{papers.MORE_FLOPS} times the ARM's training FLOPs, as here ARM/16 to the others.\n"
     )
 
 
 def draw(axes, figures):
     """Judge's nats at the text's entropy by seconds a sample, batch 1, at one length."""
-    found = [re.fullmatch(r"seconds, (.*), L (\d+), batch 1", key) for key in figures]
-    points = [(match[1], match[2], figures[match[0]]) for match in found if match]
+    matches = [re.fullmatch(r"seconds, (.*), L (\d+), batch 1", key) for key in figures]
+    points = [(match[1], match[2], figures[match[0]]) for match in matches if match]
     L, paths, ends = "128" if any(L == "128" for _, L, _ in points) else "32", {}, {}
     for name, of, seconds in points:
         writer, sampler, *_ = [*name.split(", "), ""]
@@ -288,9 +290,9 @@ def main(config):
             run = functools.partial(timed, ctx, folders, points, L, B)
             seconds[B] = ctx.once(parts, run) or {}
         for make, rows in tables.items():
-            found, more = make(L, measures, points, quality, seconds)
-            rows += found
-            figures |= more
+            new_rows, new_figures = make(L, measures, points, quality, seconds)
+            rows += new_rows
+            figures |= new_figures
     title = "The writers: the bound of the masked ones, the others exactly"
     text = [results.table(title, writers)]
     title = "How many times as fast as the ARM where as good, 95% intervals (never: it is not)"

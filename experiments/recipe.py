@@ -91,18 +91,24 @@ def settings_of(config, name, seed):
     base = settings.parse(words, settings, diffusion, network, train)
     V = loader.read_meta(config["data"])["vocab_size"]
     base |= {"vocab_size": V, "attention": "full"}
-    mine = base | {key: value for key, value in VARIANTS[name].items() if key != "independent"}
-    steps = round(config["steps"] * step_flops(base) / step_flops(mine))
-    return mine | {"max_iters": steps, "eval_interval": steps, "warmup_iters": max(1, steps // 50)}
+    run_config = base | {
+        key: value for key, value in VARIANTS[name].items() if key != "independent"
+    }
+    steps = round(config["steps"] * step_flops(base) / step_flops(run_config))
+    return run_config | {
+        "max_iters": steps,
+        "eval_interval": steps,
+        "warmup_iters": max(1, steps // 50),
+    }
 
 
 def run(config, name, seed):
     """Train one variant in this process. -> its row"""
     used, draws = time.process_time(), independent_draws(VARIANTS[name].get("independent", False))
     with tempfile.TemporaryDirectory() as folder, draws:
-        mine = settings_of(config, name, seed) | {"out_dir": folder}
-        result = train.main(mine)
-    row = {"name": name, "seed": seed, "mark": mark(config, name), "steps": mine["max_iters"]}
+        run_config = settings_of(config, name, seed) | {"out_dir": folder}
+        result = train.main(run_config)
+    row = {"name": name, "seed": seed, "mark": mark(config, name), "steps": run_config["max_iters"]}
     return row | {"cpu_seconds": time.process_time() - used} | result
 
 
@@ -133,13 +139,15 @@ def report(config, rows):
         variants.setdefault(row["name"], []).append(row)
     base = {row["seed"]: row["nats_per_token"] for row in variants.get(BASE, [])}
     lines, figures = [], {}
-    for name, mine in variants.items():
-        figures[name] = sum(row["nats_per_token"] for row in mine) / len(mine)
-        gains = [row["nats_per_token"] - base[row["seed"]] for row in mine if row["seed"] in base]
-        line = {"variant": name, "seeds": f"{len(mine)}", "steps": mine[0]["steps"]}
+    for name, of_variant in variants.items():
+        figures[name] = sum(row["nats_per_token"] for row in of_variant) / len(of_variant)
+        gains = [
+            row["nats_per_token"] - base[row["seed"]] for row in of_variant if row["seed"] in base
+        ]
+        line = {"variant": name, "seeds": f"{len(of_variant)}", "steps": of_variant[0]["steps"]}
         gain = sum(gains) / len(gains) if gains else math.inf  # without a base there is none
         line |= {"nats_per_token": figures[name], "to_the_base": gain}
-        seconds = sum(row["cpu_seconds"] for row in mine) / len(mine)
+        seconds = sum(row["cpu_seconds"] for row in of_variant) / len(of_variant)
         lines.append(line | {"cpu_seconds": seconds})
     # Paired with the base of the same seed, as seeds differ by more than variants.
     lines.sort(key=lambda line: (line["to_the_base"], line["nats_per_token"]))

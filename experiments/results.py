@@ -167,8 +167,8 @@ def name_ends(axes, ends, gap=0.05):
 def script_of(name):
     """The module of experiments whose results are called `name` or name_SOMETHING."""
     scripts = [path.stem for path in Path(__file__).parent.glob("[!.]*.py")]
-    mine = (s for s in scripts if f"{name}_".startswith(f"{s}_"))
-    return max(mine, key=len, default="")  # "": of a script that is no more
+    owners = (s for s in scripts if f"{name}_".startswith(f"{s}_"))
+    return max(owners, key=len, default="")  # "": of a script that is no more
 
 
 def main(config):

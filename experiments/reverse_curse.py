@@ -182,9 +182,9 @@ def wrong(answers, items, names, last):
     kinds = dict.fromkeys(("a name read there", "another name", "no name"), 0.0)
     for answer, (_, wanted) in zip(answers, items, strict=True):
         if not substring(answer, wanted):
-            said = {name for name in names if name in answer}
+            named = {name for name in names if name in answer}
             kinds[
-                "a name read there" if said & last else "another name" if said else "no name"
+                "a name read there" if named & last else "another name" if named else "no name"
             ] += 1
     return {kind: 100 * n / len(items) for kind, n in kinds.items()}
 
@@ -366,8 +366,8 @@ def ranks_table(records):
     for task in NAMES:
         line = {"task": task.replace("_", ", ")}
         for kind, name in (("mdm", "MDM"), ("ar", "ARM")):
-            mine = [record["ranked"][task] for (of, _), record in records.items() if of == kind]
-            first, rank = zip(*mine, strict=True) if mine else ((), ())
+            ranks = [record["ranked"][task] for (of, _), record in records.items() if of == kind]
+            first, rank = zip(*ranks, strict=True) if ranks else ((), ())
             line[f"{name}, ranked first"] = runs.spelled(list(first), ".1f")
             line[f"{name}, mean rank"] = runs.spelled(list(rank), ".1f")
         lines.append(line)

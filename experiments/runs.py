@@ -113,8 +113,8 @@ def curves_in(figures):
     """{name: [(FLOPs, nats)]} of all the curves in the figures of an experiment."""
     curves = {}
     for key, y in figures.items():
-        if found := re.fullmatch(r"(.*) at (\S+) FLOPs", key):
-            curves.setdefault(found[1], []).append((float(found[2]), y))
+        if match := re.fullmatch(r"(.*) at (\S+) FLOPs", key):
+            curves.setdefault(match[1], []).append((float(match[2]), y))
     return curves
 
 
@@ -145,8 +145,8 @@ class Runs:
 
     def text(self, folder):
         """The prepared folder that is meant; in the quick form one of README.md and LOG.md."""
-        mine = not self.config["quick"] or Path(self.config["runs"]) in Path(folder).parents
-        return folder if mine else self.small
+        is_whole = not self.config["quick"] or Path(self.config["runs"]) in Path(folder).parents
+        return folder if is_whole else self.small
 
     def prepared(self, name, parts, text=None):
         """The folder `name` in `runs` of [(split, text)], made where it is not there yet.
@@ -168,19 +168,19 @@ class Runs:
         """The training config of a run, with the steps that cost so many FLOPs."""
         config = self.config
         base = settings.parse([config["preset"]], settings, diffusion, network, train)
-        mine = base | keys | {"data": str(data), "seed": seed}
-        mine |= {k: min(v, mine[k] or v) for k, v in QUICK.items()} if config["quick"] else {}
-        attention = train.OBJECTIVES[mine["objective"]].attention
-        mine |= {"attention": mine["attention"] if mine["attention"] in attention else attention[0]}
+        run = base | keys | {"data": str(data), "seed": seed}
+        run |= {k: min(v, run[k] or v) for k, v in QUICK.items()} if config["quick"] else {}
+        attention = train.OBJECTIVES[run["objective"]].attention
+        run |= {"attention": run["attention"] if run["attention"] in attention else attention[0]}
         meta = loader.read_meta(data)
-        mine |= {"vocab_size": meta["vocab_size"], "dtype": config["dtype"]}
-        mine |= {"block_size": meta["width"]} if "width" in meta else {}  # of examples
-        steps = QUICK_STEPS if config["quick"] else max(1, round(flops / step_flops(mine)))
-        mine |= {"max_iters": steps, "warmup_iters": max(1, steps // 50)}
-        mine |= {"save_interval": -(-steps // POINTS), "keep": POINTS, "show_sample": False}
-        mine |= {"eval_interval": -(-steps // 10), "device": config["device"]}
-        mine |= {"eval_interval": 30, "eval_sequences": 4} if config["quick"] else {}
-        return mine | {"compile": mine["compile"] and not config["quick"], "user_keys": {}}
+        run |= {"vocab_size": meta["vocab_size"], "dtype": config["dtype"]}
+        run |= {"block_size": meta["width"]} if "width" in meta else {}  # of examples
+        steps = QUICK_STEPS if config["quick"] else max(1, round(flops / step_flops(run)))
+        run |= {"max_iters": steps, "warmup_iters": max(1, steps // 50)}
+        run |= {"save_interval": -(-steps // POINTS), "keep": POINTS, "show_sample": False}
+        run |= {"eval_interval": -(-steps // 10), "device": config["device"]}
+        run |= {"eval_interval": 30, "eval_sequences": 4} if config["quick"] else {}
+        return run | {"compile": run["compile"] and not config["quick"], "user_keys": {}}
 
     def train(self, data, keys, flops, seed, within=contextlib.nullcontext):
         """The folder of a run, which is trained first where it has not been; None: no time.
@@ -192,8 +192,8 @@ class Runs:
         independent = keys.pop("independent", False)
         recipe = self.recipe(self.text(data), keys, flops, seed)
         usual = settings.defaults_of([settings, diffusion, network, train])
-        own = {k: v for k, v in recipe.items() if k not in SIDE and v != usual[k]}
-        digest = results.mark(sorted(own.items()), independent, within.__name__)[:8]
+        changed = {k: v for k, v in recipe.items() if k not in SIDE and v != usual[k]}
+        digest = results.mark(sorted(changed.items()), independent, within.__name__)[:8]
         name = f"{recipe['objective']}_{flops:.0e}_{seed}_{digest}"
         folder = Path(self.config["runs"], name)
         done = checkpoint.read(folder)["step"] if (folder / "ckpt.pt").is_file() else 0

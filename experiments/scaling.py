@@ -63,9 +63,9 @@ RATES, RATE_SHAPES = (0.5, 1.0, 2.0), [(2, 48), (7, 128)]
 
 def shape_keys(n_layer, D, factor=1.0):
     """The keys of a shape, with `factor` times the learning rate of the rule."""
-    mine = budget.filled(train.DEFAULTS | network.DEFAULTS | {"n_layer": n_layer, "n_embd": D})
-    keys = {key: mine[key] for key in ("n_layer", "n_embd", "n_head")} | {"batch_size": BATCH}
-    return keys | {"learning_rate": factor * mine["learning_rate"]}
+    filled = budget.filled(train.DEFAULTS | network.DEFAULTS | {"n_layer": n_layer, "n_embd": D})
+    keys = {key: filled[key] for key in ("n_layer", "n_embd", "n_head")} | {"batch_size": BATCH}
+    return keys | {"learning_rate": factor * filled["learning_rate"]}
 
 
 @functools.cache
@@ -101,8 +101,8 @@ def window(config, family, C):
 def planned(ctx, family, N, C):
     """(keys, FLOPs as runs.py counts them) of a run; with --shapes=smdm C is 6 N D, as there."""
     config = ctx.config
-    own = {key: config[key] for key in ["micro_batch_size"] if config[key]}
-    keys = sizes_of(config["shapes"], config["quick"])[N] | FAMILIES[family] | own
+    chosen = {key: config[key] for key in ["micro_batch_size"] if config[key]}
+    keys = sizes_of(config["shapes"], config["quick"])[N] | FAMILIES[family] | chosen
     if config["shapes"] != "smdm":
         return keys, C
     recipe = ctx.recipe(ctx.text(config["data"]), keys, 1.0, 0)
@@ -159,14 +159,14 @@ both families are treated alike.
 def curves_part(ctx, budgets):
     """(text, figures) of the curves."""
     curves = curves_of(ctx, budgets)
-    rows, found, inside = isoflop.lowest_points(curves)
+    rows, estimates, inside = isoflop.lowest_points(curves)
     title = f"{ctx.config['data']}, {len(ctx.seeds)} seeds: the lowest point of each curve [95%]; "
     text = results.table(f"{title}L* in nats per token of held-out text", rows)
     rows, more = isoflop.power_laws(inside)
     text += "\n" + results.table("Power laws in C; the last two rows in the middle of log C", rows)
     title = "At equal parameters and FLOPs: MDM - ARM, nats per token, the first seed"
     text += "\n" + results.table(title, isoflop.at_equal_sizes(curves))
-    return text + NOTE, isoflop.figures_of(curves, ctx.seeds) | found | more
+    return text + NOTE, isoflop.figures_of(curves, ctx.seeds) | estimates | more
 
 
 def rate_part(ctx, budgets):

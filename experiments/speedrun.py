@@ -69,19 +69,19 @@ def recipe(config, form, seed, folder):
     line = [config["preset"], *(f"--{key}={value}" for key, value in keys.items())]
     if form == "clock":
         return [*line, f"--max_minutes={config['minutes']}", "--max_iters=0", "--eval_interval=1e9"]
-    mine = settings.parse(line, settings, *TRAINING)
-    steps = int(config["flops"] / step_flops(mine))
+    run_config = settings.parse(line, settings, *TRAINING)
+    steps = int(config["flops"] / step_flops(run_config))
     settings.require(steps, f"a step takes more than {config['flops']:g} operations")
     last = ["--max_minutes=0", f"--max_iters={steps}", f"--eval_interval={steps}"]
-    return [*line, *last, f"--warmup_iters={max(1, min(mine['warmup_iters'], steps // 50))}"]
+    return [*line, *last, f"--warmup_iters={max(1, min(run_config['warmup_iters'], steps // 50))}"]
 
 
-def step_flops(mine):
+def step_flops(run_config):
     """Operations of a training step, as the log counts them; UserError without a shape."""
-    shaped = mine["depth"] or (mine["n_layer"] and mine["n_embd"])
+    shaped = run_config["depth"] or (run_config["n_layer"] and run_config["n_embd"])
     settings.require(shaped, "the preset must have a depth, or n_layer and n_embd")
-    V = loader.read_meta(mine["data"])["vocab_size"]
-    return runs.step_flops(budget.filled(mine) | {"vocab_size": V})
+    V = loader.read_meta(run_config["data"])["vocab_size"]
+    return runs.step_flops(budget.filled(run_config) | {"vocab_size": V})
 
 
 def run(config, form, seed):
@@ -116,19 +116,19 @@ def main(config):
     """Run both forms for all seeds; print and write the records, the runs and the verdict."""
     choose("only", config["only"], ["", "clock", "flops"])
     settings.at_least(1, config, "seeds")
-    began, rows, figures, said = time.time(), [], {}, []
+    began, rows, figures, lines = time.time(), [], {}, []
     for form in [config["only"]] if config["only"] else ["flops", "clock"]:
-        mine = [run(config, form, 1337 + i) for i in range(config["seeds"])]
-        nats, rows = [row["nats_per_token"] for row in mine], rows + mine
-        figures |= {f"{form}, seed {row['seed']}": row["nats_per_token"] for row in mine}
+        of_form = [run(config, form, 1337 + i) for i in range(config["seeds"])]
+        nats, rows = [row["nats_per_token"] for row in of_form], rows + of_form
+        figures |= {f"{form}, seed {row['seed']}": row["nats_per_token"] for row in of_form}
         best = min((each[form] for each in RECORDS if form in each), default=math.inf)
-        said.append(f"{form}: {statistics.mean(nats):.4f} nats, {verdict(nats, best)}")
+        lines.append(f"{form}: {statistics.mean(nats):.4f} nats, {verdict(nats, best)}")
     formats = {"nats_per_token": "{:.4f}", "draw_half": "{:.4f}", "perplexity": "{:.3f}"}
     keys = ("clock", "flops", "commit", "change")
     spelled = [{key: str(record.get(key, "")) for key in keys} for record in RECORDS]
     text = results.table("Records, nats per character", spelled)
     text += "\n" + results.table(f"The claim of {config['preset']}", rows, formats)
-    text += "\n" + "\n\n".join(said) + "\n"
+    text += "\n" + "\n\n".join(lines) + "\n"
     figures |= results.about(torch.device("cpu")) | {"seconds_in_all": time.time() - began}
     results.write(config, "speedrun", figures, text)
     print(text)

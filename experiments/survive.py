@@ -65,8 +65,8 @@ def live(config, progress):
         progress[1], progress[2] = state["step"], 0
 
     train.train_step, checkpoint.save = train_step, saving
-    said = Path(config["out_dir"]).with_suffix(".txt")
-    sys.stdout = sys.stderr = open(said, "a", encoding="utf8")  # noqa: SIM115
+    output = Path(config["out_dir"]).with_suffix(".txt")
+    sys.stdout = sys.stderr = open(output, "a", encoding="utf8")  # noqa: SIM115
     train.main(config)
 
 
@@ -94,8 +94,8 @@ def leave_alone(config):
     process, progress = start(config)
     begin, rest = (wait(process, progress, step) for step in (1, config["max_iters"]))
     process.join()
-    said = Path(config["out_dir"]).with_suffix(".txt").read_text("utf8")
-    message = f"a run has ended by itself with {process.exitcode}: {said[-300:]}"
+    log = Path(config["out_dir"]).with_suffix(".txt").read_text("utf8")
+    message = f"a run has ended by itself with {process.exitcode}: {log[-300:]}"
     settings.require(process.exitcode == 0, message)
     return begin, rest / (config["max_iters"] - 1)
 

@@ -83,8 +83,8 @@ def cut_books(books, config):
     for book in sorted(book for book in books if cut <= book.year <= last):
         groups.setdefault(f"{book.year // 10 * 10}s", []).append(book)
     enough = len(groups) > 2 and all(groups.values())
-    told = "learnt, held out and later books"
-    settings.require(enough, f"cut {cut} leaves no {told}; there are years {years(books)}")
+    message = f"cut {cut} leaves no learnt, held out and later books; there are years"
+    settings.require(enough, f"{message} {years(books)}")
     return groups
 
 
@@ -206,14 +206,14 @@ def table_of(shift, pairs):
 def draw(axes, figures):
     """MDM - ARM of each book by its year, and of each decade."""
     books = [re.fullmatch(r"(\d{4}), .*, MDM - ARM", key) for key in figures]
-    books = [(int(found[1]), figures[found[0]]) for found in books if found]
+    books = [(int(match[1]), figures[match[0]]) for match in books if match]
     old = figures.get(f"{OLD}, MDM - ARM", 0.0)
     if books:
         axes.plot(*zip(*books, strict=True), ".", color=results.LIGHT)
     for key, mean in figures.items():
-        if found := re.fullmatch(r"(\d{3}0)s, minus old", key):
-            half = figures.get(f"{found[1]}s, half of its interval", 0.0)
-            axes.errorbar(int(found[1]) + 5, old + mean, half, fmt="o", color=results.DARK)
+        if match := re.fullmatch(r"(\d{3}0)s, minus old", key):
+            half = figures.get(f"{match[1]}s, half of its interval", 0.0)
+            axes.errorbar(int(match[1]) + 5, old + mean, half, fmt="o", color=results.DARK)
     axes.axhline(old, color="black", linewidth=0.5)
     axes.set(xlabel="year of publication", ylabel="MDM - ARM, nats per byte")
     axes.set_title("Equal on old books (line): who loses less on later ones? Below: MDM")

@@ -69,10 +69,10 @@ class Host:
         # Names of hosts are not known in a namespace, so they are told who they are.
         line += [f"--rdzv-conf=is_host={self.is_first}", f"--local-addr={self.address}"]
         line += ["train.py", *(f"--{key}={value}" for key, value in run.items())]
-        own = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
-        own["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as in configs/slurm.sh
-        with open(said(run), "a", encoding="utf8") as file:
-            keys = {"stdout": file, "stderr": file, "env": os.environ | own}
+        variables = {"GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1"}
+        variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # as in configs/slurm.sh
+        with open(output_of(run), "a", encoding="utf8") as file:
+            keys = {"stdout": file, "stderr": file, "env": os.environ | variables}
             self.torchrun = subprocess.Popen(line, **keys)
 
     def die(self, unseen=False):
@@ -169,10 +169,10 @@ def until(run, condition):
 
 def tail(run):
     """The last that torchrun and train.py have said."""
-    return said(run).read_text("utf8")[-800:]
+    return output_of(run).read_text("utf8")[-800:]
 
 
-def said(run):
+def output_of(run):
     return run["out_dir"].with_suffix(".txt")
 
 

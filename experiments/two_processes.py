@@ -63,7 +63,7 @@ def main(config):
             print(f"round {number + 1}: {name}: {speeds[name][-1]:,.0f} tokens/s", flush=True)
     rows, figures, alone = [], {}, next(iter(speeds.values()))
     for name, measured in speeds.items():
-        ratios = [mine / other for mine, other in zip(measured, alone, strict=True)]
+        ratios = [speed / base for speed, base in zip(measured, alone, strict=True)]
         row = {"tokens_per_second": statistics.median(measured), "ratio": statistics.median(ratios)}
         row |= {"lowest_ratio": min(ratios), "highest_ratio": max(ratios)}
         rows.append({"way": name} | row)

@@ -126,10 +126,10 @@ def right(ctx, folder, name, questions):
         with ctx.autocast():
             nats = evaluate.answer_nats(model, parts[0], parts[1], **options).numpy()  # (N,)
             if name == "lambada":
-                found = choice.decoded(model, parts[0])  # (n,)
+                are_right = choice.decoded(model, parts[0])  # (n,)
             else:
-                found = choice.answers(nats, questions)[0] == [each.gold for each in questions]
-        return {"right": list(map(int, found)), "nats": float(nats.mean())}
+                are_right = choice.answers(nats, questions)[0] == [each.gold for each in questions]
+        return {"right": list(map(int, are_right)), "nats": float(nats.mean())}
 
     return ctx.once([folder.name, name, len(questions), ctx.config["draws"]], measure)
 
@@ -260,8 +260,8 @@ def main(config):
             kind: [right(ctx, folder, name, questions) for folder in folders[kind]]
             for kind in folders
         }
-        row, found = row_of(name, questions, whole, scores)
-        rows, figures = [*rows, row], figures | found
+        row, measured = row_of(name, questions, whole, scores)
+        rows, figures = [*rows, row], figures | measured
     title = f"Right answers, percent, 95% intervals over questions, {len(ctx.seeds)} seeds of "
     title += f"{config['flops']:.0e} FLOPs each; what {POWER} standard errors show, and how many "
     text = results.table(f"{title}questions would be needed", rows)
@@ -269,8 +269,8 @@ def main(config):
     items = {"one of four": four, "between": clozes(held_out, words, block, n, "middle")}
     lines = []
     for task, of_task in items.items():
-        found = [guided(ctx, folder, task, of_task) for folder in folders["MDM"]]
-        row, more = guided_row(task, len(of_task), found)
+        by_seed = [guided(ctx, folder, task, of_task) for folder in folders["MDM"]]
+        row, more = guided_row(task, len(of_task), by_seed)
         lines, figures = [*lines, row], figures | more
     title = "Unsupervised guidance: percent right on the half of the words that did not choose w"
     text += "\n" + results.table(title, [*lines, *paper_rows()])

@@ -132,8 +132,8 @@ def main(config):
     folders = orders.pair(ctx, config["data"], config["flops"])
     rows, figures = [], {"flops of a run": config["flops"]}
     for name in papers.SETS:
-        row, found = row_of_set(ctx, config, name, folders)
-        rows, figures = [*rows, row], figures | found
+        row, measured = row_of_set(ctx, config, name, folders)
+        rows, figures = [*rows, row], figures | measured
     title = f"Byte models of 0.7M parameters, {config['flops']:.0e} training FLOPs a run; of a set "
     title += (
         f"{config['sequences']} blocks of {runs.PAIR['MDM']['block_size']} bytes, evenly spaced, "
@@ -142,8 +142,8 @@ def main(config):
     text, table = results.table(title, rows), []
     for name in ["held-out", *papers.SETS] if config["chains"] else []:
         place = config["data"] if name == "held-out" else f"{config['sets']}/{name}"
-        row, found = row_of_orders(ctx, name, place, folders)
-        table, figures = [*table, row], figures | found
+        row, measured = row_of_orders(ctx, name, place, folders)
+        table, figures = [*table, row], figures | measured
     if table:
         title = f"Nats per byte along an order, {config['chains']} blocks of each text"
         text += "\n" + results.table(title, table)

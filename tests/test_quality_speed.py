@@ -173,7 +173,7 @@ def test_byte_pairs_are_the_text_again_and_digits_stand_alone():
 def test_a_judge_that_is_not_installed_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(smollm.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="pip install"):
-        smollm.found()
+        smollm.model_file()
 
 
 # ---- Understanding -------------------------------------------------------------------------------
