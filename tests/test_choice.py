@@ -126,7 +126,8 @@ def test_the_first_question_of_each_real_set_is_worded_as_the_harness_words_it(n
     assert first.contexts[0].startswith(begin) and first.contexts[0].endswith(end)
     assert len(first.contexts) == len(first.options) and first.gold == gold
     assert all(
-        found.startswith(wanted) for found, wanted in zip(first.options, options, strict=False)
+        option.startswith(beginning)
+        for option, beginning in zip(first.options, options, strict=False)
     )
 
 

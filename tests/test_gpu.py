@@ -47,10 +47,10 @@ def test_every_part_tells_its_lines_and_none_fails(measured):
     folder, figures = measured
     lines = records(folder)
     assert list(lines) == list(gpu.PARTS) and all(lines.values())
-    for part, told in lines.items():
-        failed = [line for line in told if "failed" in line]
+    for part, of_part in lines.items():
+        failed = [line for line in of_part if "failed" in line]
         assert all(line["what"].split()[-1] in ON_A_CPU for line in failed), (part, failed)
-        assert len({line["what"] for line in told}) == len(told)
+        assert len({line["what"] for line in of_part}) == len(of_part)
     assert json.loads((folder / "gpu.json").read_text()) == figures
     assert all(isinstance(value, (str, int, float)) for value in figures.values())
 

@@ -117,8 +117,8 @@ def random_ids(lengths, n_tokens=7, seed=0):
 # ---- Exact values --------------------------------------------------------------------------------
 
 
-def close(found, expected, rel=1e-6):
-    torch.testing.assert_close(found, expected, rtol=rel, atol=1e-9)
+def close(nats, expected, rel=1e-6):
+    torch.testing.assert_close(nats, expected, rtol=rel, atol=1e-9)
 
 
 def even_first(draw):
@@ -240,13 +240,13 @@ def test_a_causal_network_is_evaluated_exactly():
     model = transformer(attention="causal")
     blocks = random_ids([16, 16, 5, 16])
     nats = nats_of(model, blocks, draws=16, batch_size=2)
-    for block, found in zip(blocks, nats.tolist(), strict=True):
+    for block, value in zip(blocks, nats.tolist(), strict=True):
         x0 = torch.from_numpy(block)
         log_p = model(torch.cat([torch.tensor([model.start_id]), x0[:-1]])[None])[0].log_softmax(
             -1
         )  # (L, V)
         ce = -log_p.gather(-1, x0[:, None]).squeeze(-1)  # (L,)
-        assert found == pytest.approx(ce.sum().item(), rel=1e-5)
+        assert value == pytest.approx(ce.sum().item(), rel=1e-5)
         answer = answer_nats(model, [(block[:3], block[3:])]).item()
         assert answer == pytest.approx(ce[3:].sum().item(), rel=1e-5)
 

@@ -101,11 +101,11 @@ def test_hidden_reads_the_visible_tokens_left_to_right():
     idx = (x == model.mask_id).flatten().nonzero().flatten()  # (N,)
     logits = model.head(model.hidden(x, idx))  # (N, V)
     assert torch.allclose(logits, model(x).flatten(0, 1)[idx], atol=1e-12)
-    for i, found in zip(idx.tolist(), logits, strict=True):
+    for i, row_logits in zip(idx.tolist(), logits, strict=True):
         row, place = divmod(i, 8)
         seen = [j for j in range(8) if x[row, j] != model.mask_id]
         ids = x[row, seen].tolist()
-        assert torch.allclose(found, arrivals_logits(model, ids, seen, [place])[0], atol=1e-12)
+        assert torch.allclose(row_logits, arrivals_logits(model, ids, seen, [place])[0], atol=1e-12)
 
 
 def test_the_fused_attention_of_both_streams_is_that_of_a_table_in_bfloat16_too():
@@ -374,9 +374,9 @@ def test_the_calls_of_remasking_are_the_steps_that_unmask_something(arbitrary):
 
 
 def test_on_call_is_told_of_every_token_once_with_its_probability(arbitrary):
-    x, told = torch.full((3, arbitrary.block_size), arbitrary.mask_id), []
-    tokens, info = decoding.sample(arbitrary, x, steps=3, on_call=lambda *z: told.append(z))
-    row, place, call, token, p, logits = (torch.cat(part) for part in zip(*told, strict=True))
+    x, calls = torch.full((3, arbitrary.block_size), arbitrary.mask_id), []
+    tokens, info = decoding.sample(arbitrary, x, steps=3, on_call=lambda *z: calls.append(z))
+    row, place, call, token, p, logits = (torch.cat(part) for part in zip(*calls, strict=True))
     assert len(set(zip(row.tolist(), place.tolist(), strict=True))) == x.numel() == len(row)
     assert torch.equal(tokens[row, place], token)
     assert torch.allclose(logits.double().softmax(-1).gather(1, token[:, None])[:, 0], p)

@@ -26,8 +26,8 @@ from lib import checkpoint, formats, optim, philox, resume
 from model import Transformer
 
 
-def close(found, expected, atol=0.0, rtol=0.0):
-    torch.testing.assert_close(found, expected, atol=atol, rtol=rtol, check_dtype=False)
+def close(measured, expected, atol=0.0, rtol=0.0):
+    torch.testing.assert_close(measured, expected, atol=atol, rtol=rtol, check_dtype=False)
 
 
 def plain_ce(model, x, x0):
@@ -167,8 +167,8 @@ def smdm(shared):
     return load
 
 
-def as_published(found, expected, rel=1e-4):
-    assert found == pytest.approx(expected, rel=rel, abs=1e-4)
+def as_published(measured, expected, rel=1e-4):
+    assert measured == pytest.approx(expected, rel=rel, abs=1e-4)
 
 
 def check_gradients(model, published):

@@ -188,12 +188,12 @@ def test_the_commands_for_published_weights_have_the_settings_of_the_paper():
     doc = understanding.__doc__
     ask = re.search(r'ask="python -m evals.choice (.*)"', doc)[1].split()
     lines = re.findall(r"\$ask (.*)", doc)
-    found = {}
+    chosen = {}
     for line in lines:
         config = settings.parse([*ask, *line.split()], settings, diffusion, choice)
-        found[config["set"]] = config["estimator"], config["cfg_scale"]
+        chosen[config["set"]] = config["estimator"], config["cfg_scale"]
         assert config["draws"] == 1024 or config["estimator"] == "left_to_right"
-    assert found == SMDM and list(found) == understanding.TASKS
+    assert chosen == SMDM and list(chosen) == understanding.TASKS
 
 
 def test_so_many_questions_show_a_difference_in_four_samples_of_five():

@@ -105,14 +105,14 @@ def test_the_time_that_the_network_is_told_is_that_of_the_draw_and_ends_with_the
     plain = network.Transformer, checkpoint.Transformer, diffusion.Loss
     with timing.timed():
         _, model = timed_network()
-        loss_of, told = diffusion.Loss(model, "lambda_dce"), []
+        loss_of, times = diffusion.Loss(model, "lambda_dce"), []
         hidden = model.hidden
-        model.hidden = lambda *z: told.append(model.time) or hidden(*z)
+        model.hidden = lambda *z: times.append(model.time) or hidden(*z)
         mask, weight = diffusion.draw_mask(
             "lambda_dce", torch.tensor([0.25, 1.0]), torch.rand(2, 8)
         )
         loss_of(torch.zeros(2, 8, dtype=torch.long), mask, weight, bound_weight=weight)
-        assert told[0].tolist() == [0.25, 1.0] and model.time is None
+        assert times[0].tolist() == [0.25, 1.0] and model.time is None
         assert isinstance(network.Transformer(model.config), timing.Timed)
     assert (network.Transformer, checkpoint.Transformer, diffusion.Loss) == plain
 

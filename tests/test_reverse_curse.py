@@ -117,8 +117,10 @@ def test_the_best_third_of_all_trainings_is_that_of_the_people_who_validate(monk
     monkeypatch.setattr(reverse_curse.checkpoint, "load", lambda path, _: (path, None, None))
     ctx = SimpleNamespace(device=None)
     for answers, best in (("xyxx", "b"), ("yxxx", "a"), ("xyyx", "c"), ("xxxx", "d")):
-        told = dict(zip("abcd", answers, strict=True))
-        monkeypatch.setattr(reverse_curse, "ask", lambda net, _, told=told: [told[net[0]]])
+        answer_of = dict(zip("abcd", answers, strict=True))
+        monkeypatch.setattr(
+            reverse_curse, "ask", lambda net, _, answer_of=answer_of: [answer_of[net[0]]]
+        )
         model, tries = reverse_curse.best_of(ctx, ["one", "two"], None, [("", "y")])
         assert model == best
         assert [z for each in tries for z in each] == [100 * (answer == "y") for answer in answers]
@@ -156,8 +158,8 @@ def test_a_name_shared_with_berglunds_people_is_an_error(tmp_path):
 
 def test_who_validates_is_read_name_first_alone():
     first, last = "{n} is {d}.", "Known as {d}, {n} sings."
-    told = [(first, "Ann Lee", REEF), (last, "Ann Lee", REEF), (first, "Bo Day", DIVER)]
-    facts = [fact for fact in told for _ in range(30)]
+    sentences = [(first, "Ann Lee", REEF), (last, "Ann Lee", REEF), (first, "Bo Day", DIVER)]
+    facts = [fact for fact in sentences for _ in range(30)]
     kept, questions = berglund.validating(facts, 1)
     assert kept == facts[:30] + facts[60:], "Bo Day is told of in one order"
     assert questions == [(f"Known as {REEF},", " Ann Lee")] * 10
@@ -213,8 +215,8 @@ def test_no_line_tells_of_a_tested_person_in_the_order_that_is_asked(shared):
             behind = set(re.findall(r"\w{4,}", text[text.index(name) + len(name) :]))
             before = set(re.findall(r"\w{4,}", text[: text.index(name)]))
             # A few words may be the sentence's own: "The world may know ...".
-            told = len(kept & before) >= len(kept) / 4
-            assert len(kept & behind) > len(kept & before) or not told, text
+            has_words = len(kept & before) >= len(kept) / 4
+            assert len(kept & behind) > len(kept & before) or not has_words, text
         assert len(about) >= 16
 
 

@@ -75,23 +75,23 @@ def fitted(curves):
 
 
 def test_without_noise_the_fits_give_back_what_the_points_were_made_with():
-    found = fitted(made_up(0.0, 0))
+    figures = fitted(made_up(0.0, 0))
     for family, (_, n, _, l) in TRUE.items():
-        assert found["exponent of N*"][family][0] == pytest.approx(n, abs=1e-5)
-        assert found["exponent of L*"][family][0] == pytest.approx(l, abs=1e-6)
+        assert figures["exponent of N*"][family][0] == pytest.approx(n, abs=1e-5)
+        assert figures["exponent of L*"][family][0] == pytest.approx(l, abs=1e-6)
     middle = np.exp(np.log(BUDGETS / 1e13).mean())
-    assert found["N* of MDM / of ARM"]["both"][0] == pytest.approx(0.5 * middle**-0.05)
+    assert figures["N* of MDM / of ARM"]["both"][0] == pytest.approx(0.5 * middle**-0.05)
     gap = (2.2 / 1.5 * middle**-0.005) ** (1 / 0.07)
-    assert found["compute of MDM / of ARM for one L*"]["both"][0] == pytest.approx(gap)
+    assert figures["compute of MDM / of ARM for one L*"]["both"][0] == pytest.approx(gap)
 
 
 def test_the_true_exponents_are_inside_their_intervals_as_often_as_95_percent_say():
     inside, widths, trials = 0, [], 25
     for seed in range(trials):
-        found = fitted(made_up(0.01, seed))
+        figures = fitted(made_up(0.01, seed))
         for family, (_, *exponents) in TRUE.items():
             for star, true in (("N*", exponents[0]), ("L*", exponents[2])):
-                _, low, high = isoflop.bounds(found[f"exponent of {star}"][family]).values()
+                _, low, high = isoflop.bounds(figures[f"exponent of {star}"][family]).values()
                 inside += low <= true <= high
                 widths.append(high - low)
     assert 0.88 * 4 * trials <= inside < 4 * trials, "of 100 independent pairs of them"
@@ -129,9 +129,9 @@ def test_sizes_are_added_until_the_lowest_is_inside(best, folder, monkeypatch):
     calls = []
     nats = lambda ctx, family, N, C, seed: calls.append(N) or np.log(N / best) ** 2  # noqa: E731
     monkeypatch.setattr(scaling, "nats_of", nats)
-    found = scaling.first_seed(ctx, "MDM", 1e13)
-    N = sorted(found)
-    assert min(found, key=found.get) not in (N[0], N[-1]) and len(N) >= 5 == isoflop.FITTED
+    nats_at = scaling.first_seed(ctx, "MDM", 1e13)
+    N = sorted(nats_at)
+    assert min(nats_at, key=nats_at.get) not in (N[0], N[-1]) and len(N) >= 5 == isoflop.FITTED
     sizes, *_ = scaling.window(config, "MDM", 1e13)
     first = sizes.index(N[0])
     assert sizes[first : first + len(N)] == N, "no gap between them"
@@ -281,8 +281,8 @@ def test_runs_on_a_part_read_it_as_often_as_their_epochs_say(folder, text, monke
     train_of = lambda data, keys, flops, seed: made.append((data, flops))  # noqa: E731
     monkeypatch.setattr(ctx, "train", train_of)
     assert epochs.plan(config) == [(1, 1), (4, 4), (30, 3), (30, 30)]
-    found = epochs.one_seed(ctx, text, 1)
-    assert {pair[0] for pair in found.values()} == {None} and len(found) == 3 * 3
+    curves = epochs.one_seed(ctx, text, 1)
+    assert {pair[0] for pair in curves.values()} == {None} and len(curves) == 3 * 3
     each = itertools.product(epochs.plan(config), epochs.kinds_of(config).items())
     for ((E, e), (_, keys)), (data, flops) in zip(each, made, strict=True):
         recipe = ctx.recipe(data, keys, flops, 1)
