@@ -95,7 +95,8 @@ def spelled(values, form=".3f"):
     if not values:
         return "left out"
     mean, half = mean_half(values)
-    return f"{mean:{form}} ± {half:{form}}" if len(values) > 1 else f"{mean:{form}} (one seed)"
+    interval = f" ± {half:{form.lstrip('+')}}" if len(values) > 1 else " (one seed)"
+    return f"{mean:{form}}{interval}"
 
 
 def minus(values, others):
