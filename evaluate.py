@@ -342,7 +342,7 @@ def load_subject(config, reads_text=False):
 
 
 def evaluate(config, subject, folder, split):
-    """Evaluate one split of a prepared folder, print how and what came out -> a dict."""
+    """Evaluate one split of a prepared folder -> a dict, and in words how and what came out."""
     meta, part, L = subjects.open_text(config, subject, folder, split)
     keys = ("estimator", "draws", "strata", "precision", "schedule", "seed", "batch_size")
     options = {key: config[key] for key in keys} | {"progress": True}
@@ -353,10 +353,9 @@ def evaluate(config, subject, folder, split):
     result |= info | {"estimator": name, "block_size": L, "data": str(folder)}
     draws = f"{result['draws']} draws a sequence in sets of {config['strata']}"
     what = subjects.evaluated(result, split, meta, config["protocol"])
-    print(f"{what}; {method(name, draws)}; {subject.words}")
-    print(subjects.with_remarks(meta, text))
-    print(certainty(result, config["precision"], config["draws"], config["strata"]))
-    return result
+    lines = [f"{what}; {method(name, draws)}; {subject.words}", subjects.with_remarks(meta, text)]
+    lines.append(certainty(result, config["precision"], config["draws"], config["strata"]))
+    return result, "\n".join(lines)
 
 
 def method(name, draws):
@@ -386,7 +385,8 @@ def main(config):
     if config["text"]:
         return score(config, subject)
     folder = subjects.folder_of(config, subject)
-    result = evaluate(config, subject, folder, config["split"])
+    result, text = evaluate(config, subject, folder, config["split"])
+    print(text)
     ngram_nats = ngram.baseline(folder) if config["split"] == "val" else {}
     if ngram_nats:
         is_worse = result["nats_per_token"] > min(ngram_nats.values())

@@ -351,6 +351,7 @@ def train(config, team):
 
     # The network and recipe that fit the time, the machine and the text, where they are not given.
     config = resume.settle(with_dial(config, dataset, team), state, team.world)
+    clock = Clock(config, state, team)
 
     # Model, average of its weights, optimizers; the loss, compiled and spread over the processes.
     model, ema, optimizers = build(config, team, state)
@@ -359,7 +360,6 @@ def train(config, team):
     if team.device.type != "cpu":  # there a thread beside the step would only take turns with it
         batches = loader.prefetch(batches)
 
-    clock = Clock(config, state, team)
     log = Log(config, model, dataset, clock, team)
     log.say_start(model, dataset, val, "averaged" if ema else "raw")
     result, stopped = None, False

@@ -183,9 +183,14 @@ def say_replaced(folder):
 
 
 def say_unheld(folder, meta, fraction):
-    """Say where there was too little to hold out the fraction that was wanted."""
-    if fraction and "val" not in meta["splits"]:
+    """Say where another part than the fraction that was wanted is held out, or none."""
+    sizes = {name: split["tokens"] for name, split in meta["splits"].items()}
+    held, total = sizes.get("val", 0), sum(sizes.values())
+    if fraction and not held:
         print(f"{folder} is too short to hold anything out: it trains without evaluations")
+    elif not about_right(held, total, fraction) and 0 < fraction < 1:
+        uneven = f"not val_fraction {fraction}, for some documents are much longer than others"
+        print(f"{folder} holds {held / total:.0%} of its tokens out, {uneven}")
 
 
 def write_shards(folder, encoded, shard_tokens):

@@ -179,10 +179,10 @@ def main(config):
     result |= {"texts": len(requests), "texts_cut": cut[0], "options_cut": cut[1]}
     result |= accuracies(config["set"], questions, nats, picks, right)
     result["seconds"] = time.time() - began
-    print(protocol(config, result, path, subject))
-    print(summary(result))
     if config["out"]:
         keep(config["out"], questions, nats, picks, right)
+    print(protocol(config, result, path, subject))
+    print(summary(result))
     return result
 
 

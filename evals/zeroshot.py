@@ -57,8 +57,9 @@ def main(config):
         if identity in finished(config["out"]):
             print(f"{folder}: already in {config['out']}")
         else:
-            result = evaluate.evaluate(config, subject, folder, "test")
+            result, text = evaluate.evaluate(config, subject, folder, "test")
             keep(config["out"], finished(config["out"]) | {identity: result})
+            print(text)
         rows.append({"set": name} | finished(config["out"])[identity])
     print(table(rows))
     return rows

@@ -2,7 +2,7 @@
 
 Which of them decides a key:
 
-  model.DEFAULTS, the shape   the checkpoint, where there is one, also the objective of a resumed
+  model.DEFAULTS, the shape   the checkpoint, where there is one, also the keys FIXED of a resumed
                               run: another value that the user set is an error. Of a new network
                               the command, then the dial (lib/budget.py)
   attention                   of a new network the objective
@@ -36,6 +36,8 @@ USED_BY = {
     "order": ("order", "uniform"),
     "order_p": ("order", None),
 }
+FIXED = {"objective", "random_length"}  # what a resumed run cannot change, as its shape
+OLDER = {"depth": 0, "init_from": "", "random_length": 0.0}  # of checkpoints that lack these keys
 
 
 def checkpoint_path(config):
@@ -158,19 +160,25 @@ def with_size(config):
 
 
 def with_saved(config, state, source):
-    """The config with the model keys of the state and, if the run resumes, its objective.
+    """The config with the model keys of the state and, if the run resumes, those of FIXED.
 
-    UserError where the user set one differently.
+    UserError where the user set one differently. So is what speaks of a new run, for which somebody
+    forgot to name a folder: an init_from where there was none; other data, without an --out_dir.
     """
-    saved, resumed = {"depth": 0} | state["config"], "optimizer" in state  # old: no depth
+    saved, resumed = OLDER | state["config"], "optimizer" in state
     keys, user_keys = {*network.DEFAULTS, "depth"}, config.get("user_keys", {})
-    keys |= {"objective"} if resumed else set()
+    keys |= FIXED if resumed else set()
     keys -= {"block_size"} if not resumed and "block_size" in user_keys else set()
     advice = ANEW if resumed else "init_from takes a model as it is"
     require(keys <= saved.keys(), f"{source} does not say how its model was made; {advice}")
     for key in (key for key in user_keys if key in keys):
         conflict = f"{source} was trained with {key}={saved[key]}, not {config[key]}"
         require(config[key] == saved[key], f"{conflict}; {advice}")
+    surprise = f"{source} did not begin with init_from={config['init_from']}"
+    require(not resumed or saved["init_from"] or not config["init_from"], f"{surprise}; {advice}")
+    if resumed and "user_keys" in config and not user_keys.get("out_dir", "").startswith("--"):
+        old, new = str(saved.get("data")), config["data"]
+        require(Path(old) == Path(new), f"{source} has learnt from {old}, not {new}; {advice}")
     return config | {key: saved[key] for key in keys}
 
 
@@ -181,7 +189,8 @@ def with_data(config, state, source):
     if state:
         same_tokenizer = state["tokenizer"] in (None, meta["tokenizer"])
         message = f"{source} was trained with another tokenizer than {data} has"
-        require(same_tokenizer, f"{message}; prepare the data again with --tokenizer={source}")
+        advice = f"prepare the data again with --tokenizer={source}"
+        require(same_tokenizer, f"{message}; {ANEW if 'optimizer' in state else advice}")
         message = f"{source} has a vocabulary of {config['vocab_size']}, {data} one of {V}"
         require(config["vocab_size"] == V, message)
     resumed = state and "optimizer" in state

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from config import UserError
 from data import examples, loader, tokenizer, writer
 from data.pairs import prepare as pairs
 from lib import checkpoint, resume
+from lib.parallel import ANEW
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,6 +113,29 @@ def test_a_run_that_has_begun_goes_on_whatever_it_began_with(data, tmp_path):
     run(data, tmp_path / "out", init_from=source, max_iters=3)
     run(data, tmp_path / "out", init_from=tmp_path / "gone", max_iters=4)
     assert checkpoint.read(tmp_path / "out")["step"] == 4
+
+
+def test_a_new_run_whose_folder_was_not_named_does_not_go_on_with_another(data, tmp_path):
+    out = small(data, tmp_path / "out")
+    others = tmp_path / "text"
+    writer.prepare(others, [("train", "abcdefgh" * 20), ("val", "cab " * 50)], TEXT)
+    saved = (out / "ckpt.pt").read_bytes()
+    preset = tmp_path / "preset.py"
+    preset.write_text(repr({"out_dir": str(out), "max_iters": 4}))
+    told = [word for word in words(data, out) if not word.startswith(("--out_dir", "--max_iters"))]
+    for argv, reason in (
+        ([*words(data, out), f"--init_from={out}"], "did not begin with init_from="),
+        ([str(preset), *told, f"--data={others}"], f"has learnt from {data}, not {others}"),
+        ([*words(data, out), "--random_length=0.5"], "was trained with random_length=0.0"),
+    ):
+        with pytest.raises(UserError, match=re.escape(reason)) as error:
+            train.main(settings.parse(argv, settings, diffusion, network, train))
+        assert ANEW in str(error.value) and (out / "ckpt.pt").read_bytes() == saved
+    other = tokenizer.Char(" abcdefgh")  # data of another alphabet: the advice is a new folder, too
+    writer.prepare(others, [("train", "abcdefgh" * 20), ("val", "cab " * 50)], other)
+    with pytest.raises(UserError, match="another tokenizer") as error:
+        run(others, out, max_iters=4)
+    assert ANEW in str(error.value)
 
 
 def test_a_resumed_run_says_what_of_its_recipe_is_changed(data, tmp_path, capsys):
