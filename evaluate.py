@@ -50,6 +50,7 @@ from data import ngram
 from lib import fused
 from lib import subject as subjects
 from lib.bar import progress_bar
+from lib.entries import of_estimator
 from lib.rows import Requests, batches, random_numbers
 from lib.stats import certainty, finite, mean_over_sets, report, t95
 from lib.text import by_token
@@ -153,7 +154,7 @@ class Estimator(NamedTuple):
 
 ESTIMATORS = Table(
     "estimator",
-    lambda entry: "" if entry.row or entry.order else "has neither row nor order",
+    lambda entry: of_estimator(entry, Draw),
     any_order=Estimator(any_order, along("uniform")),  # the latter for an `order` network
     lambda_dce=Estimator(lambda_dce),
     t_dce=Estimator(t_dce),

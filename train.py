@@ -57,7 +57,7 @@ DEFAULTS = {
     "resume": True,  # go on from out_dir/ckpt.pt; False: begin anew, and keep the old run in old_1
     "objective": "any_order",  # one of OBJECTIVES; ar is the causal baseline
     "loss_weight": "sqrt",  # one of LOSS_WEIGHTS; weighs masked tokens in training (attention=full)
-    "mask_rate": "uniform",  # one of MASK_RATES; how masking rates are drawn (attention=full)
+    "mask_rate": "bell",  # one of MASK_RATES; how masking rates are drawn (attention=full)
     "order": "uniform",  # one of ORDERS; how unmasking orders are drawn (attention=order)
     "order_p": 0.5,  # mixture: how often it is left to right; local: how far a token may stray
     "prompt_drop": 0.0,  # the chance that an example's prompt is masked, for guidance (SMDM: 0.1)

@@ -37,6 +37,7 @@
     "zero_init": "all",
     "objective": "any_order",
     "loss_weight": "sqrt",
+    "mask_rate": "bell",
     "batch_size": 128,
     "micro_batch_size": 32,
     "max_iters": 30_000,

@@ -32,6 +32,7 @@
     "objective": "t_dce",
     "schedule": "loglinear",
     "loss_weight": "bound",
+    "mask_rate": "uniform",
     "batch_size": 512,
     "micro_batch_size": 32,
     "max_iters": 400_000,

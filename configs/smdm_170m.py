@@ -33,6 +33,7 @@
     "zero_init": "none",
     "objective": "lambda_dce",
     "loss_weight": "bound",
+    "mask_rate": "uniform",
     # 0.01 for mdm-170M-100e18-rsl-0.01, with 188,047 steps: they are shorter on average
     "random_length": 0.0,
     "batch_size": 256,

@@ -44,6 +44,7 @@ DEFAULTS = {
 SCALES = [0.0, 0.2, 0.4, 0.7, 1.0, 1.5]  # w
 GAP = 16  # tokens that an example of standard guidance leaves for the word
 RECIPE = {"optimizer": "adamw", "loss_weight": "bound", "batch_size": 32, "weight_decay": 0.1}
+RECIPE |= {"mask_rate": "uniform"}
 RECIPE |= {"lr_decay": "cosine", "decay_start": 0.0, "compile": False}  # of fine-tuning
 QUICK = {"words": 8, "max_iters": 2}
 PATTERNS = {  # of a word; "last": of a clause

@@ -131,6 +131,7 @@ class Clock:
         self.tenth, self.last = 0, self.done() >= 1
 
     def __iter__(self):
+        self.look()  # compilation can have begun before
         while not self.last:
             self.tenth = int(10 * self.done())
             self.step += 1

@@ -1,6 +1,6 @@
-"""Checks of entries of tables (diffusion.py, lib/weighting.py): each says what an entry lacks.
+"""Checks of entries of tables (config.Table): each says what an entry lacks.
 
-config.Table runs them at an entry's first use, in float64 and a few milliseconds. To add a
+They run at an entry's first use, in float64 and a few milliseconds. To add a
 schedule, an order, an objective or a loss weight takes one entry, there or in a script before it
 calls train.main:
 
@@ -27,7 +27,11 @@ calls train.main:
     train.LOSS_WEIGHTS["fourth_root"] = lambda weight: weight**0.25
 """
 
+import math
+
 import torch
+
+from lib.philox import uniforms
 
 
 def of_schedule(schedule):
@@ -60,6 +64,27 @@ def of_loss_weight(weigh):
     return "" if result.isfinite().all() and (result > 0).all() else "must give weights above 0"
 
 
+def of_mask_rate(mask_rate):
+    """It must be u (b,) -> (rate (b,), density (b,)), rate between 0 and 1, density du/d rate."""
+    u, h = torch.linspace(0.02, 0.98, 49, dtype=torch.float64), 1e-6  # (49,)
+    rate, density = mask_rate(u)  # (49,) each
+    if not ((rate > 0) & (rate <= 1)).all():
+        return "must give rates from 0 to 1"
+    slope = (mask_rate(u + h)[0] - mask_rate(u - h)[0]) / (2 * h)  # (49,)
+    off = (~torch.isclose(density * slope, torch.ones_like(u), rtol=1e-3)).nonzero().tolist()
+    if off:
+        i = off[0][0]
+        return f"has a density of {density[i]:.4g} at u = {u[i]:.2f}, which is {1 / slope[i]:.4g}"
+    return ""
+
+
+def of_lr_decay(decay):
+    """It must be the part of the decay that is over -> the part of the rate that stays."""
+    parts = [decay(done) for done in (0.0, 0.5, 1.0)]
+    right = all(math.isfinite(part) and 0 <= part <= 1 for part in parts)
+    return "" if right else f"must give parts from 0 to 1, not {parts} at 0, 0.5 and 1"
+
+
 def of_order(order):
     """It must be (noise (B, L), place (B, L), coin (B, 1), p) -> numbers (B, L) to sort by."""
     noise = torch.linspace(0, 0.9, 15, dtype=torch.float64).view(3, 5)  # (3, 5)
@@ -82,18 +107,85 @@ def of_objective(objective):
     if objective.draw is None:
         causal = objective.attention == ("causal",)
         return "" if causal else "has no draw, which a network that is not causal needs"
-    z = torch.quasirandom.SobolEngine(4).draw(2**16, dtype=torch.float64)[1:]  # (N, 4)
-    v = 1 - z[:, 0]  # (N,)
-    behind = torch.cat([torch.full_like(z[:, :1], torch.inf), z[:, 1:]], dim=1)  # (N, 4)
-    for noise, n in ((z[:, 1:], 3), (behind, torch.full((len(v),), 3))):
+    v, noises = numbers_of_three()
+    for noise, prompt in noises:
+        n = 3 if prompt is None else torch.full_like(prompt, 3)
         mask, weight = objective.draw(v**3, noise, n, lambda t: (t**2, 2 * t))
         if mask.shape != noise.shape or mask.dtype != torch.bool or weight.shape != v.shape:
             return "must draw (mask (B, L) bool, weight (B,))"
-        mask = mask[:, -3:]  # (N, 3)
-        counted = (3 * v**2 * weight)[:, None] * mask  # (N, 3)
-        share = [(counted * (mask.sum(1) == k)[:, None]).mean(0) for k in (1, 2, 3)]
-        share = torch.stack(share)  # (3, 3) of k and i
-        if abs(share.sum() / 3 - 1) > 0.01 or (3 * share - 1).abs().max() > 0.05:
-            sums = ", ".join(f"{x:.3f}" for x in share.sum(1).tolist())
-            return f"gives no bound: of 3 tokens 1, 2, 3 masked ones count {sums} times, not once"
+        if problem := counted_once(v, mask, weight[:, None] * mask):
+            return problem
     return ""
+
+
+def numbers_of_three():
+    """v (N,), [(noise (N, W), prompt (N,) or None)], quasi-random: three tokens, and behind one."""
+    z = torch.quasirandom.SobolEngine(4).draw(2**16, dtype=torch.float64)[1:]  # (N, 4)
+    behind = torch.cat([torch.full_like(z[:, :1], torch.inf), z[:, 1:]], dim=1)  # (N, 4)
+    return 1 - z[:, 0], [(z[:, 1:], None), (behind, torch.ones(len(z), dtype=torch.long))]
+
+
+def counted_once(v, mask, weight):
+    """Why E[weight_i; k masked in all] is not 1/3 for the last three tokens i and all k, or "".
+
+    v (N,), the cube root of u; mask, weight (N, W).
+    """
+    mask, weight = mask[:, -3:], weight[:, -3:]  # (N, 3) each
+    counted = (3 * v**2)[:, None] * weight  # (N, 3)
+    share = [(counted * (mask.sum(1) == k)[:, None]).mean(0) for k in (1, 2, 3)]
+    share = torch.stack(share)  # (3, 3) of k and i
+    if abs(share.sum() / 3 - 1) > 0.01 or (3 * share - 1).abs().max() > 0.05:
+        sums = ", ".join(f"{x:.3f}" for x in share.sum(1).tolist())
+        return f"gives no bound: of 3 tokens 1, 2, 3 masked ones count {sums} times, not once"
+    return ""
+
+
+def of_estimator(estimator, draw_of):
+    """Its row must have the weights of the bound as an objective's draw; its order be an order.
+
+    draw_of(u, noise, turn, prompt, schedule) -> what both are functions of (evaluate.Draw).
+    """
+    if not (estimator.row or estimator.order):
+        return "has neither row nor order"
+    v, noises = numbers_of_three()
+    for noise, prompt in noises:
+        prompt = torch.zeros(len(v), dtype=torch.long) if prompt is None else prompt
+        draw = draw_of(v**3, noise.clamp(max=1), 0 * prompt, prompt, lambda t: (t**2, 2 * t))
+        if estimator.row:
+            mask, weight = estimator.row(draw)
+            if not (mask.shape == weight.shape == noise.shape) or mask.dtype != torch.bool:
+                return "must give (mask (b, W) bool, weight (b, W)) of a row"
+            if problem := counted_once(v, mask, weight):
+                return problem
+        if estimator.order:
+            order = estimator.order(draw)
+            places = torch.arange(noise.shape[1]).expand_as(noise)  # (N, W)
+            if order.shape != noise.shape or not torch.equal(order.sort(1).values, places):
+                return "must give an order (b, W): each position once in a row"
+            if (order.argsort(1)[:, :-3] >= noise.shape[1] - 3).any():
+                return "must give an order in which the prompt comes first"
+    return ""
+
+
+def of_sampler(sampler):
+    """It must be (masked (N, L) bool, options) -> a policy that unmasks all, step by step.
+
+    A dry run: it answers sample.py's loop as the policies of samplers.py do.
+    """
+    import config
+    import diffusion
+    import sample  # here, for it imports the samplers
+    import samplers
+
+    masked = torch.tensor([[True, False, True, True], [False, True, True, True]])  # (2, 4)
+    options = config.options({"steps": 5}, config, diffusion, sample)
+    policy, nfe = sampler(masked.clone(), options), torch.zeros(2, dtype=torch.long)  # (2,)
+    for number, call in enumerate(samplers.calls(policy, nfe, 2)):
+        if number == 1000:
+            return "never ends"
+        p = uniforms(0, number, range(len(call.live)), 4)  # (b, 4)
+        p = torch.where(policy.due(call.live, call.done), p, -1.0)
+        if not policy.known:
+            policy.accept(call.live, call.done, p, torch.where(p < 0, torch.inf, p))
+    missing = [name for name in ("by_entropy", "expected_nfe") if not hasattr(policy, name)]
+    return f"makes a policy without {' and '.join(missing)}" if missing else ""

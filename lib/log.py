@@ -21,6 +21,7 @@ from lib.files import optional, to_json, whole_file, writing
 from lib.resume import seen
 
 MORE = "give more --max_minutes, or --compile=False"
+OFTEN = 100  # readings of the text, after which most runs have turned (experiments/epochs.py)
 
 
 class Log:
@@ -31,6 +32,7 @@ class Log:
         self.parameters, self.flops = model.n_parameters(), flops_of_step(config, model, dataset)
         self.peak = matmul_flops(team.device, team.autocast) * team.world  # a second, all processes
         self.tokens = config["batch_size"] * mean_length(config, dataset)  # of a step
+        self.text = dataset.n * dataset.block_size  # tokens of an epoch
         self.path = Path(config["out_dir"]) / "log.jsonl"
         self.clock, self.start, self.skipped, self.sinks = clock, clock.start, 0, []
         self.began, self.fifth, self.held_out = time.perf_counter(), None, []  # [(nats, step)]
@@ -131,7 +133,12 @@ class Log:
         size = f"{self.parameters:,} parameters, {self.tokens:,.0f} tokens a step"
         left = f"{seconds / 60:.1f} minutes" if seconds > 60 else f"{seconds:.0f} seconds"
         end = f"{steps:,.0f} steps and {left} to the end"
-        self.say(f"{size}; about {end}, then {tokens / 1e6:,.1f}M tokens in all")
+        readings = f"{tokens / self.text:,.1f} times the text"
+        advice = (
+            "; so often that a shorter run may end better" if tokens > OFTEN * self.text else ""
+        )
+        total = f"{tokens / 1e6:,.1f}M tokens in all, {readings}{advice}"
+        self.say(f"{size}; about {end}, then {total}")
         if self.config["compile"] and not self.start and self.clock.spent() > 1 / 3:
             self.say(f"of {self.minutes()} most were compilation; {MORE}")
 

@@ -71,10 +71,11 @@ def open_text(config, subject, folder, split):
     most, V = subject.model.block_size, subject.model.vocab_size
     L, width = config["block_size"] or most, examples.layout(folder, tokens.meta)[0]
     require(most >= L, f"block_size must be at most the model's {most}, not {L}")
+    advice = f"prepare it with --tokenizer={ckpt}"
     message = f"{folder} has a vocabulary of {tokens.vocab_size}, {ckpt} one of {V}"
-    require(tokens.vocab_size == V, message)
+    require(tokens.vocab_size == V, f"{message}; {advice}")
     same_tokenizer = subject.trained["tokenizer"] in (None, tokens.meta["tokenizer"])
-    require(same_tokenizer, f"{folder} has another tokenizer than {ckpt}")
+    require(same_tokenizer, f"{folder} has another tokenizer than {ckpt}; {advice}")
     require(width <= most, f"{folder} has examples of {width} tokens, {ckpt} reads {most}")
     loader.fits(tokens, width or L)
     if loader.is_replaced(folder, subject.trained):

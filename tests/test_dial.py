@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT
-from test_train import MODULES, TINY, data, log, run, same, state_of, stop_at, stopped
+from test_train import MODULES, TEXT, TINY, data, log, run, same, state_of, stop_at, stopped
 
 import config as settings
 import diffusion
@@ -69,6 +69,13 @@ def test_evaluations_count_as_time(data, tmp_path, monkeypatch):
     assert [e["step"] for e in log(tmp_path) if "nats_per_token" in e] == [4, 7]
     spent = [0, 6, 12, 18, 42, 48, 54]  # seconds, at the beginning of a step
     assert rates(tmp_path) == pytest.approx([1e-3 * (1 - seconds / 60) for seconds in spent])
+
+
+def test_what_is_compiled_before_the_first_step_counts_as_time(data, tmp_path, monkeypatch):
+    hours = Hours(monkeypatch, step=6.0)
+    monkeypatch.setattr("lib.parallel.can_compile", hours.taking(30.0, lambda device: False))
+    run(data, tmp_path, **TIMED | {"compile": True})
+    assert len(rates(tmp_path)) == 5 and rates(tmp_path)[0] == pytest.approx(1e-3 / 2)
 
 
 @pytest.mark.parametrize(("iters", "minutes", "end"), [(8, 1.0, 8), (40, 1.0, 10), (8, 0.0, 8)])
@@ -162,6 +169,8 @@ def test_after_ten_steps_a_line_says_how_long_the_run_will_be(data, tmp_path, mo
     said = [line for line in capsys.readouterr().out.splitlines() if "to the end" in line]
     (line,) = said
     assert "parameters, 128 tokens a step; about 30 steps and " in line and "0.0M tokens" in line
+    times = 40 * 128 / ((len(TEXT) - 15) // 16 * 16)
+    assert line.endswith(f"in all, {times:,.1f} times the text")
     run(data, tmp_path / "short", max_iters=9)
     assert "to the end" not in capsys.readouterr().out
 

@@ -12,12 +12,13 @@ import diffusion
 import evaluate
 import model as network
 import sample
+import samplers
 import train
 from config import UserError
 from data import choice, tokenizer, writer
 from data.fineweb import prepare as fineweb
 from data.zeroshot import prepare as zeroshot
-from lib import checkpoint, device, entries, formats, optim, resume
+from lib import checkpoint, device, entries, formats, optim, resume, weighting
 
 SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": L, "vocab_size": V}
 KEYS = settings.defaults_of([settings, diffusion, network, train]) | SHAPE
@@ -107,7 +108,22 @@ def of_the_masked(u, noise, n, schedule):  # the mean over the masked tokens
     return mask, n / mask.sum(1).clamp(min=1)
 
 
-O = diffusion.Objective
+def row_of(draw, factor=1.0):
+    mask, weight = evaluate.any_order(draw)
+    return mask, factor * weight
+
+
+class Lazy(samplers.Adaptive):
+    """A policy that never unmasks a token."""
+
+    def __init__(self):
+        super().__init__(torch.full((2, 4), True), 0, None)
+
+    def accept(self, live, done, p, entropy):
+        return torch.zeros_like(self.masked[live])
+
+
+O, E = diffusion.Objective, evaluate.Estimator
 LACKING = [
     ("SCHEDULES", lambda t: t**2, "gives no pair (m(t), m'(t)): the slope m' is missing"),
     ("SCHEDULES", lambda t: (t**2, t), "has m'(0.01) = 0.01, but m grows by 0.02 there"),
@@ -130,17 +146,35 @@ LACKING = [
     ("OBJECTIVES", diffusion.lambda_dce, "fails with AttributeError"),
     ("LOSS_WEIGHTS", lambda weight: -weight, "must give weights above 0"),
     ("LOSS_WEIGHTS", lambda weight: 1.0, "must give a weight for each"),
+    ("LOSS_WEIGHTS", lambda weight: weight.sum(), "must give a weight for each"),
     (
-        "LOSS_WEIGHTS",
-        lambda weight: weight.sum(),
-        "must give a weight for each",
+        "MASK_RATES",
+        lambda u: (u**2, torch.ones_like(u)),
+        "has a density of 1 at u = 0.02",
     ),
+    ("MASK_RATES", lambda u: (2 * u, u / u / 2), "must give rates from 0 to 1"),
+    ("LR_DECAYS", lambda done: 2 - done, "must give parts from 0 to 1, not [2.0, 1.5, 1.0]"),
+    ("LR_DECAYS", lambda: 1.0, "fails with TypeError"),
+    ("ESTIMATORS", E(lambda draw: row_of(draw, 2.0)), "gives no bound: of 3 tokens 1, 2, 3 masked"),
+    ("ESTIMATORS", E(lambda draw: row_of(draw)[1]), "fails with "),
+    (
+        "ESTIMATORS",
+        E(lambda draw: (row_of(draw)[0], draw.u)),
+        "must give (mask (b, W) bool",
+    ),
+    ("ESTIMATORS", E(order=lambda draw: draw.noise.argsort(1)), "must give an order in which the"),
+    ("ESTIMATORS", E(order=lambda draw: draw.noise), "must give an order (b, W): each position"),
+    ("SAMPLERS", lambda masked, o: None, "fails with AttributeError"),
+    ("SAMPLERS", lambda masked: None, "fails with TypeError"),
+    ("SAMPLERS", lambda masked, o: Lazy(), "never ends"),
+    ("SAMPLERS", lambda masked, o: samplers.Policy(), "fails with AttributeError"),
 ]
+WHERE = diffusion, train, evaluate, samplers, weighting, optim
 
 
 @pytest.mark.parametrize(("table", "entry", "lacks"), LACKING)
 def test_an_entry_that_lacks_a_part_says_so_at_its_first_use(table, entry, lacks, monkeypatch):
-    table = getattr(diffusion, table, train.LOSS_WEIGHTS)
+    table = next(getattr(module, table) for module in WHERE if hasattr(module, table))
     monkeypatch.setitem(table, "mine", entry)
     for _ in range(2):  # it is not forgotten
         with pytest.raises(UserError, match=re.escape(f"the {table.kind} 'mine' {lacks}")):
@@ -153,9 +187,9 @@ def test_an_estimator_without_a_row_or_an_order_says_so(monkeypatch):
         evaluate.answer_nats(MODEL, REQUESTS, estimator="mine")
 
 
-@pytest.mark.parametrize("table", ["SCHEDULES", "OBJECTIVES", "ORDERS", "LOSS_WEIGHTS"])
+@pytest.mark.parametrize("table", sorted({table for table, *_ in LACKING}))
 def test_every_entry_that_we_bring_is_whole(table):
-    table = getattr(diffusion, table, train.LOSS_WEIGHTS)
+    table = next(getattr(module, table) for module in WHERE if hasattr(module, table))
     assert [table[name] for name in table] == list(table.values())
 
 
