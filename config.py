@@ -5,8 +5,8 @@
 - A key is defined once, with its default and a comment, in a dict DEFAULTS at the top of the file
   that uses it.
 - A program's config is one flat dict: the DEFAULTS of its files < a preset file < the command line.
-- The values that a key can have are listed in its comment, as `a | b | c` or `one of TABLE`, and
-  nowhere else: the check reads them there.
+- The values that a key can have stand in its comment and nowhere else, and the check reads them
+  there: `a | b | c` or `one of TABLE`; of a number `1 or more` or `in [0, 1)`, else 0 or more.
 - A mistake of the user is a UserError: one line that says what would be right, and exit code 2.
 """
 
@@ -104,18 +104,6 @@ class Table(dict):
         return entry
 
 
-def at_least(low, config, *keys):
-    """Raise UserError unless config[key] >= low for each key."""
-    for key in keys:
-        require(config[key] >= low, f"{key} must be {low} or more, not {config[key]}")
-
-
-def fraction(config, *keys):
-    """Raise UserError unless 0 <= config[key] <= 1 for each key."""
-    for key in keys:
-        require(0 <= config[key] <= 1, f"{key} must be from 0 to 1, not {config[key]}")
-
-
 def first_line(error):
     """The first line of an error's message, shortened, or its type where there is no message."""
     lines = str(error).strip().splitlines()
@@ -192,6 +180,28 @@ def allowed(module):
     return values
 
 
+@functools.cache
+def ranges(module):
+    """The range of each number, {key: text}, as the comments of DEFAULTS state it.
+
+    `1 or more`, `in [0, 1)`, where the round bracket leaves out the 1, or nothing: `0 or more`.
+    """
+    numbers = re.findall(r'^ *"(\w+)": -?\d[^,]*,(.*)', key_block(module), re.M)
+    stated = r"-?\d+ or more|in [\[(].*?[\])]"
+    return {key: [*re.findall(stated, comment), "0 or more"][0] for key, comment in numbers}
+
+
+def in_range(value, text):
+    """Whether a number is in a range of `ranges`."""
+    interval = re.fullmatch(r"in ([\[(])(.*), (.*)([\])])", text)
+    if not interval:
+        return value >= int(text.split()[0])
+    left, low, high, right = interval.groups()
+    above = value > float(low) if left == "(" else value >= float(low)
+    below = value < float(high) if right == ")" else value <= float(high)
+    return above and below
+
+
 # ---- One config ----------------------------------------------------------------------------------
 
 
@@ -210,14 +220,18 @@ def merge(items, *modules):
     """
     config = defaults_of(modules)
     choices = {key: values for module in modules for key, values in allowed(module).items()}
+    limits = {key: text for module in modules for key, text in ranges(module).items()}
     for where, key, value in items:
         require(key in config, f"unknown key {where}{nearest(key, config)}")
         config[key] = typed(where, value, config[key])
         config[key] = at_home(where, config[key]) if key in PATHS else config[key]
+        file, colon, _ = where.rpartition(": ")
         if key in choices:
-            file, colon, _ = where.rpartition(": ")
             message = f"{file}{colon}unknown {key} '{config[key]}'"
             require(config[key] in choices[key], message + nearest(config[key], choices[key]))
+        if key in limits:
+            message = f"{file}{colon}{key} must be {limits[key]}, not {config[key]}"
+            require(in_range(config[key], limits[key]), message)
     return config
 
 

@@ -61,13 +61,13 @@ DEFAULTS = {
     "text": "",  # a sentence (or FILE:PATH) to score token by token, in place of data
     "split": "val",  # the part of the folder that is evaluated
     "estimator": "any_order",  # one of ESTIMATORS (SMDM: lambda_dce); a causal network needs none
-    "draws": 16,  # draws for each sequence; where precision is given, the largest number of them
-    "strata": 4,  # draws that are stratified together (1: independent); orders: the K of one bound
+    "draws": 16,  # for each sequence, 1 or more; where precision is given, the most of them
+    "strata": 4,  # draws stratified together, 1 or more (1: independent); orders: K of one bound
     "precision": 0.0,  # stop at an interval of +- this many nats per token, 95%; 0: take all draws
     "sequences": 0,  # how many blocks, evenly spaced over the split; 0: all
     "block_size": 0,  # tokens in a block; 0: the model's block_size
     "protocol": "whole",  # whole (a last, shorter block counts) | radd (it is left out, as there)
-    "batch_size": 32,  # rows in one network call
+    "batch_size": 32,  # rows in one network call; 1 or more
     "ema": True,  # use the averaged weights if the checkpoint has them
 }
 
@@ -244,14 +244,7 @@ def of_set(estimator, nats):
 # ---- 3. Answers after prompts, and whole texts ---------------------------------------------------
 def merged(options):
     """`options` over the DEFAULTS; UserError for what they cannot be."""
-    o = settings.options(options, settings, diffusion, sys.modules[__name__])
-    check_options(o)
-    return o
-
-
-def check_options(o):
-    settings.at_least(1, o, "draws", "strata", "batch_size")
-    settings.at_least(0, o, "precision", "seed")
+    return settings.options(options, settings, diffusion, sys.modules[__name__])
 
 
 def answer_nats(model, requests, groups=None, cfg_scale=0.0, pad_to=0, progress=False, **options):
@@ -326,8 +319,6 @@ def token_nats(model, ids, **options):
 # ---- 4. One text ---------------------------------------------------------------------------------
 def check(config):
     """Raise UserError for settings that no evaluation has."""
-    check_options(config)
-    settings.at_least(0, config, "sequences", "block_size")
     draws, K, estimator = (config[key] for key in ("draws", "strata", "estimator"))
     message = f"{estimator} takes whole sets: draws {draws} must be a multiple of strata {K}"
     require(draws % K == 0 or not ESTIMATORS[estimator].mean_of_p, message)

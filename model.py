@@ -40,7 +40,7 @@ DEFAULTS = {
     "n_layer": 0,  # blocks; 0 lets train.py's `depth` choose it, as for n_head and n_embd
     "n_head": 0,  # attention heads of a block
     "n_embd": 0,  # width D; a head has n_embd / n_head of it, an even number
-    "block_size": 128,  # the longest sequence
+    "block_size": 128,  # the longest sequence; 1 or more
     "vocab_size": 0,  # V, without the mask; train.py takes it from the data
     "attention": "full",  # one of ATTENTIONS; ar needs causal, any_order full or order
     "norm": "rms",  # one of NORMS
@@ -50,9 +50,9 @@ DEFAULTS = {
     "qk_norm": True,  # RMS-normalise queries and keys
     "conv": 0,  # width (odd) of a convolution over embedded tokens, for full attention; 0: none
     "zero_init": "all",  # one of ZERO_INITS; which output matrices start at zero (RADD: head)
-    "dropout": 0.0,  # after attention and after the MLP
+    "dropout": 0.0,  # after attention and after the MLP; in [0, 1]
     "rotary_bf16": False,  # round the rotary tables to bfloat16, as SMDM's weights expect
-    "start_id": -1,  # the token that stands before the first one of a causal network; -1: the mask
+    "start_id": -1,  # -1 or more, the token before the first one of a causal network; -1: the mask
     "head_padding": 0,  # outputs past V that a weight format holds and nothing uses (RADD: 1)
 }
 

@@ -47,21 +47,21 @@ from samplers import SAMPLERS, calls, entropy_of, on_device
 DEFAULTS = {
     "ckpt": "out/pydocs",  # what checkpoint.load takes: a run's folder, published weights
     "sampler": "ancestral",  # one of SAMPLERS; a model of examples answers by confidence
-    "steps": 128,  # unmasking steps; not for any_order, *_to_*, threshold and entropy_bound
-    "threshold": 0.9,  # for threshold: unmask the tokens that are at least this probable
+    "steps": 128,  # unmasking steps, 1 or more; not of any_order, *_to_*, threshold, entropy_bound
+    "threshold": 0.9,  # in [0, 1]; for threshold: unmask the tokens that are at least this probable
     "max_entropy": 0.1,  # for entropy_bound: the most nats that a call's tokens add up to, save one
-    "eta": 0.05,  # for remask: the highest probability to be masked again at a step
+    "eta": 0.05,  # in [0, 1]; for remask: the highest probability to be masked again at a step
     "temperature": 1.0,  # 0: the likeliest token, which is how a model of examples answers
     "top_k": 0,  # keep the k likeliest tokens; 0: all
-    "top_p": 1.0,  # keep the likeliest tokens that hold this much probability
-    "cfg_scale": 0.0,  # guidance by the condition, logits uncond + (1 + w)(c - uncond)
+    "top_p": 1.0,  # keep the likeliest tokens that hold this much probability, in (0, 1]
+    "cfg_scale": 0.0,  # w in [-1, 1000]: guidance by the condition, uncond + (1 + w)(c - uncond)
     "prompt": "",  # the beginning of each sample; like the next two it can be FILE:PATH
     "suffix": "",  # the end of each sample
     "template": "",  # text with gaps: ___12 is a gap of 12 tokens
     "length": 0,  # tokens in a sample, prompt and suffix included; 0: all that the model takes
     "min_new_tokens": 0,  # the fewest tokens of an answer before its eos (models of examples)
-    "num_samples": 4,  # how many times the request is filled; a model of examples fills it once
-    "batch_size": 16,  # sequences in one network call
+    "num_samples": 4,  # times the request is filled, 1 or more; a model of examples fills it once
+    "batch_size": 16,  # sequences in one network call; 1 or more
     "compile": False,  # compile the network: it pays for many or long samples
     "watch": False,  # show how the samples emerge, call by call
     "out": "",  # also write the samples to this .jsonl file
@@ -150,7 +150,6 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     on the CPU, is told of the tokens that each call unmasks (no causal network's).
     """
     o = settings.options(options, settings, diffusion, sys.modules[__name__])
-    check_options(o)
     most = f"a sequence has at least one token and at most block_size {model.block_size}"
     require(0 < x.shape[1] <= model.block_size and len(x), f"{most}, not {tuple(x.shape)}")
     if model.config["attention"] == "causal":
@@ -198,15 +197,6 @@ def accepted(policy, call, L, p, entropy):
     finite(pair[0], DRAWN)
     tables.flatten(1)[:, call.idx] = pair
     return policy.accept(call.live, call.done, *tables).flatten()[call.idx]
-
-
-def check_options(o):
-    """Raise UserError for options that no sampler has."""
-    settings.at_least(1, o, "steps", "batch_size")
-    settings.at_least(0, o, "temperature", "top_k", "max_entropy", "seed")
-    settings.fraction(o, "threshold", "eta")
-    require(-1 <= o["cfg_scale"] <= 1000, f"cfg_scale must be in -1..1000, not {o['cfg_scale']}")
-    require(0 < o["top_p"] <= 1, f"top_p must be in (0, 1], not {o['top_p']}")
 
 
 class Predictor:
@@ -288,9 +278,6 @@ def sample_ar(model, x, o, suppress=None, progress=False):
 # ---- 3. The command -----------------------------------------------------------------------------
 def check(config, causal):
     """Raise UserError for settings that this program or a causal network cannot have."""
-    settings.at_least(1, config, "num_samples")
-    settings.at_least(0, config, "length", "min_new_tokens")
-    check_options(config)
     sampler = config["sampler"]
     if causal:
         is_default = "sampler" not in config.get("user_keys", ())

@@ -49,7 +49,7 @@ from lib.weighting import LOSS_WEIGHTS, MASK_RATES
 DEFAULTS = {
     "max_minutes": 0.0,  # training time in all; 0: no limit, or 10 minutes if max_iters is 0 too
     "max_iters": 0,  # optimizer steps in all; 0: no limit
-    "depth": 0,  # the dial for shape, batch and rate (lib/budget.py); 0: as this machine allows
+    "depth": 0,  # in [0, 256], the dial for shape, batch, rate (lib/budget.py); 0: as time allows
     "size": "",  # a row of SMDM's table (lib/formats.SIZES), as 170M: shape and kind of the network
     "data": "data/pydocs",  # a prepared folder
     "out_dir": "out/pydocs",  # the checkpoint and the log go here
@@ -60,8 +60,8 @@ DEFAULTS = {
     "mask_rate": "bell",  # one of MASK_RATES; how masking rates are drawn (attention=full)
     "order": "uniform",  # one of ORDERS; how unmasking orders are drawn (attention=order)
     "order_p": 0.5,  # mixture: how often it is left to right; local: how far a token may stray
-    "prompt_drop": 0.0,  # the chance that an example's prompt is masked, for guidance (SMDM: 0.1)
-    "random_length": 0.0,  # the chance that a step has a random, shorter length (SMDM: 0.01)
+    "prompt_drop": 0.0,  # in [0, 1], the chance that a prompt is masked, for guidance (SMDM: 0.1)
+    "random_length": 0.0,  # in [0, 1], the chance that a step has a random length (SMDM: 0.01)
     "batch_size": 0,  # sequences in a step, over all processes; 0: by the width (lib/budget.py)
     "micro_batch_size": 0,  # how many of them a process takes at once; 0: the whole of its share
     "optimizer": "muon",  # one of OPTIMIZERS; muon is for the blocks' matrices, AdamW for the rest
@@ -69,23 +69,23 @@ DEFAULTS = {
     "min_lr": 0.0,  # the learning rate at the end of the decay
     "warmup_iters": 20,  # steps in which the learning rate grows to its full value
     "lr_decay": "linear",  # one of LR_DECAYS
-    "decay_start": 0.3,  # the part of the run, in steps or minutes, after which the decay begins
-    "beta1": 0.9,
-    "beta2": 0.95,
+    "decay_start": 0.3,  # in [0, 1], the part of the run after which the decay begins
+    "beta1": 0.9,  # in [0, 1)
+    "beta2": 0.95,  # in [0, 1)
     "weight_decay": 0.0,  # of the matrices; with decay_all, of every parameter
     "decay_all": False,  # let the weights of norms and the biases decay too, as SMDM does
     "grad_clip": 1.0,  # the largest norm of a gradient; 0: no clipping
-    "ema": 0.0,  # decay of a moving average of the weights, which is used in their place; 0: none
+    "ema": 0.0,  # decay in [0, 1] of a moving average of the weights, used in their place; 0: none
     "skip_nonfinite": False,  # skip a step whose gradient is not finite; False: it ends the run
     "compile": True,  # torch.compile: starts later, then faster; needs a C++ compiler on the CPU
     "recompute": False,  # compute each block again for its gradient: slower, but with less memory
     "parallel": "ddp",  # ddp (each process has the network) | fsdp (a part of it); under torchrun
-    "log_interval": 10,  # steps between log entries; the clock and a stop are looked at as often
+    "log_interval": 10,  # steps between log entries, 1 or more; a stop is looked for as often
     "save_interval": 0,  # steps between two checkpoints; 0: as eval_interval
-    "keep": 1,  # how many checkpoints to keep; above 1 the last ones also stay as ckpt_STEP.pt
+    "keep": 1,  # checkpoints to keep, 1 or more; above 1 the last ones also stay as ckpt_STEP.pt
     "eval_interval": 0,  # steps between two evaluations; 0: ten in a run, in a tenth of its minutes
-    "eval_sequences": 64,  # the number of held-out blocks in an evaluation
-    "eval_draws": 4,  # draws of the corruption for each of them
+    "eval_sequences": 64,  # held-out blocks in an evaluation, 1 or more
+    "eval_draws": 4,  # draws of the corruption for each of them, 1 or more
     "show_sample": True,  # print one unconditional sample at each evaluation
     "wandb": "",  # the project of wandb that gets the log, too
     "tensorboard": False,  # write the log to out_dir/tensorboard, too

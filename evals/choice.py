@@ -53,10 +53,10 @@ DEFAULTS = {
     "from": "",  # the set's file (.jsonl, .jsonl.gz, .jsonl.xz), or a folder with one SET*.jsonl*
     "limit": 0,  # only the first so many questions, as lm-evaluation-harness limits; 0: all
     "estimator": "any_order",  # one of ESTIMATORS; SMDM's are lambda_dce and left_to_right
-    "draws": 128,  # for each option, stratified
-    "cfg_scale": 0.0,  # guidance by the context: logits u + (1 + w)(c - u), u without it; 0: off
+    "draws": 128,  # for each option, stratified; 1 or more
+    "cfg_scale": 0.0,  # guidance by the context: w in [-1, 1000] of u + (1 + w)(c - u); 0: off
     "pad_to": 0,  # fill rows up to it with masks, for a model that saw one length only; 0: off
-    "batch_size": 32,  # rows in one network call
+    "batch_size": 32,  # rows in one network call; 1 or more
     "ema": True,  # use the averaged weights where the checkpoint has them
     "out": "",  # also write each question's nats and answers to this .jsonl file
 }
@@ -143,8 +143,6 @@ def decoded(model, requests, **options):
 
 def check(config):
     """Raise UserError for settings that no set and no network has."""
-    settings.at_least(1, config, "draws", "batch_size")
-    settings.at_least(0, config, "limit", "pad_to")
     require(config["from"], "say where the questions are: --from=FILE or --from=FOLDER")
 
 

@@ -46,13 +46,13 @@ DEFAULTS = {
     "include_path": "",  # a folder with more task files (.yaml)
     "limit": 0,  # only the first so many documents of each task; 0: all
     "estimator": "any_order",  # one of ESTIMATORS
-    "draws": 16,  # for each continuation, stratified, or for each block of a text
-    "strata": 4,  # draws of a block that are stratified together
-    "cfg_scale": 0.0,  # guidance by the context: logits u + (1 + w)(c - u), u without it; 0: off
+    "draws": 16,  # for each continuation, stratified, or for each block of a text; 1 or more
+    "strata": 4,  # draws of a block that are stratified together; 1 or more
+    "cfg_scale": 0.0,  # guidance by the context: w in [-1, 1000] of u + (1 + w)(c - u); 0: off
     "sampler": "confidence",  # one of SAMPLERS; for tasks that generate
-    "steps": 128,  # of the sampler
-    "max_new_tokens": 256,  # generated where a task does not say how many
-    "batch_size": 32,  # rows in one network call
+    "steps": 128,  # of the sampler; 1 or more
+    "max_new_tokens": 256,  # generated where a task does not say how many; 1 or more
+    "batch_size": 32,  # rows in one network call; 1 or more
     "ema": True,  # use the averaged weights where the checkpoint has them
 }
 
@@ -176,8 +176,6 @@ def cut(text, stops):
 
 def check(config):
     """Raise UserError for settings that no task has."""
-    settings.at_least(0, config, "limit")
-    settings.at_least(1, config, "draws", "strata", "steps", "max_new_tokens", "batch_size")
     require(config["tasks"], "say which tasks: --tasks=arc_easy,piqa")
     folder = config["include_path"]
     no_folder = f"include_path is a folder with task files (.yaml), not '{folder}'"

@@ -55,7 +55,7 @@ DEFAULTS = {
     "judge": "",  # whatever checkpoint.load takes, or hf:NAME, a causal model of transformers
     "samples": "",  # judge this .jsonl file of sample.py --out= in place of samples of ckpt
     "reference": "",  # a prepared folder: as much of its val text is measured in the same way
-    "judge_draws": 16,  # for each sample, where the judge is a masked model
+    "judge_draws": 16,  # for each sample, where the judge is a masked model; 1 or more
 }
 
 
@@ -157,7 +157,6 @@ def open_judge(config):
     name = config["judge"]
     usual = "--judge=hf:NAME (gpt2-large is the usual one)"
     require(name, f"say who judges: --judge=CHECKPOINT, or {usual}")
-    settings.at_least(1, config, "judge_draws")
     return HuggingFace(config) if name.startswith("hf:") else Checkpoint(config)
 
 

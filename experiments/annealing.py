@@ -53,9 +53,9 @@ DEFAULTS = {
     "ckpt": "out/pydocs",  # a masked model that writes; empty: the exact part alone
     "judge": "out/pydocs_ar",  # who judges it: see evals/quality.py
     "data": "data/pydocs",  # a prepared folder; its val text is judged beside the samples
-    "steps": 4096,  # the most sampling steps; then a quarter of them, and so on down to 16
-    "num_samples": 32,  # for each dtype and number of steps
-    "batch_size": 32,  # sequences in one network call
+    "steps": 4096,  # the most sampling steps, 16 or more; then a quarter, and so on down to 16
+    "num_samples": 32,  # for each dtype and number of steps; 2 or more
+    "batch_size": 32,  # sequences in one network call; 1 or more
 }
 
 TINY = 1e-10  # keeps log(u) finite at u = 0, as in the published codes
@@ -274,9 +274,6 @@ PLOTS = {"": draw}
 def main(config):
     """The exact table and samples of the checkpoint; writes and returns the figures."""
     began = time.time()
-    settings.at_least(2, config, "num_samples")
-    settings.at_least(1, config, "batch_size")
-    settings.at_least(16, config, "steps")
     most = min(64, config["steps"]) if config["quick"] else config["steps"]
     steps = [most // 4**i for i in range(10) if most >= 16 * 4**i][::-1]
     vocabularies = VOCABULARIES[:1] if config["quick"] else VOCABULARIES

@@ -30,10 +30,10 @@ from lib import checkpoint
 from lib.device import machine
 
 DEFAULTS = {
-    "digits": 4,  # of a number, at most, in training; asked are up to two more
-    "problems": 40000,  # training examples
-    "asked": 100,  # problems of each number of digits, of three or more digits new ones
-    "max_iters": 4000,  # training steps of each model
+    "digits": 4,  # of a number, at most, in training; asked are up to two more; 1 or more
+    "problems": 40000,  # training examples; 1 or more
+    "asked": 100,  # problems of each number of digits, of three or more digits new ones; 1 or more
+    "max_iters": 4000,  # training steps of each model; 1 or more
     "preset": "configs/pydocs_2400.py",  # the recipe of both models, but for SHAPE
 }
 
@@ -186,7 +186,6 @@ def main(config):
     """Train both models, ask, write arithmetic.json, .md and .png; return the figures."""
     if config["quick"]:
         config |= {k: v for k, v in QUICK.items() if k not in config.get("user_keys", ())}
-    settings.at_least(1, config, "digits", "problems", "asked", "max_iters")
     rng, digits = random.Random(config["seed"]), config["digits"]
     asked = questions(config, rng)
     lines, parameters, cpu = compare(config, asked, rng)

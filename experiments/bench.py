@@ -43,7 +43,7 @@ from lib.device import can_compile, keep_memory, machine, peak_memory, step_flop
 from lib.files import to_json
 
 DEFAULTS = {
-    "rounds": 5,  # how often each variant is timed, in turns; quick: 2
+    "rounds": 5,  # how often each variant is timed, in turns; quick: 2; 1 or more
 }
 
 TURN = 1.0  # seconds, or one call where that takes longer
@@ -493,7 +493,6 @@ PLOTS = {"_training": draw_training, "_sampling": draw_sampling}
 def main(config):
     """Run all comparisons, print their tables, write and return the figures, a flat dict."""
     began = time.time()
-    settings.at_least(1, config, "rounds")
     device, autocast = machine(config)
     quick, rounds = config["quick"], 2 if config["quick"] else config["rounds"]
     texts, figures = [], {}

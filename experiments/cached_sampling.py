@@ -44,8 +44,8 @@ DEFAULTS = {
     "data": "data/corpus",  # a prepared folder
     "flops": 1e14,  # of the run that writes
     "only": "",  # nfe, speed or quality; empty: all
-    "rounds": 3,  # of the timing, in turns
-    "sequences_counted": 400,  # for each NFE
+    "rounds": 3,  # of the timing, in turns; 1 or more
+    "sequences_counted": 400,  # for each NFE; 2 or more
 }
 
 STEPS, LENGTHS, VOCABULARIES = [16, 64, 256, 1024, 4096], [64, 256, 1024], [256, 50257]
@@ -217,8 +217,6 @@ PLOTS = {"": draw, "_quality": frontier.draw}
 def main(config):
     """Count, time and judge; print, write and return the figures."""
     choose("only", config["only"], ["", "nfe", "speed", "quality"])
-    settings.at_least(1, config, "rounds")
-    settings.at_least(2, config, "sequences_counted")
     ctx, quick, texts, figures, plots = runs.Runs(config), config["quick"], [], {}, {}
     steps, lengths = (STEPS[:2], LENGTHS[:1]) if quick else (STEPS, LENGTHS)
     vocabularies = VOCABULARIES[:1] if quick else VOCABULARIES

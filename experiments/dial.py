@@ -26,7 +26,7 @@ from lib import budget
 DEFAULTS = {
     "data": "",  # a prepared folder
     "operations": "1e12,3e12,1e13",  # the budgets, separated by commas
-    "seeds": 2,  # how many seeds (1337, 1338, ...) each run gets
+    "seeds": 2,  # how many seeds (1337, 1338, ...) each run gets; 1 or more
     "rows": "experiments/results/dial.jsonl",  # keeps what has run
 }
 
@@ -91,7 +91,6 @@ def seeds(config):
 
 def main(config):
     """Train what is missing; print, write and return how far the choices are from the best."""
-    settings.at_least(1, config, "seeds")
     rows = {row["mark"]: row for row in results.kept(config["rows"])}
     for operations in map(float, config["operations"].split(",")):
         choice = settings_of(config, operations)["depth"]

@@ -36,8 +36,8 @@ from lib.stats import mean_and_error
 
 DEFAULTS = {
     "judge": "",  # a checkpoint or hf:NAME; empty: an ARM of another seed and twice the FLOPs
-    "num_samples": 64,  # of each point
-    "length": 128,  # tokens of a sample
+    "num_samples": 64,  # of each point; 2 or more
+    "length": 128,  # tokens of a sample; 2 or more
     "temperatures": "0.7,0.8,0.9,1,1.1",  # the points of a path
 }
 
@@ -89,7 +89,6 @@ class Frontier:
     def __init__(self, runs, data, flops, keys=PAIR["ARM"]):
         """keys: of the judge, where it is trained."""
         self.runs, config = runs, runs.config
-        settings.at_least(2, config, "num_samples", "length")
         self.data = runs.text(data)
         judge = config["judge"] or runs.train(data, keys, 2 * flops, min(runs.seeds) - 1)
         self.judge = str(judge) if judge else ""

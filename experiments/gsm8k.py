@@ -33,11 +33,11 @@ from lib.device import machine
 DEFAULTS = {
     "from": "",  # a folder with GSM8K's train.jsonl, test.jsonl, valid.txt; empty: downloaded
     "ckpt": "",  # a model trained on data/gsm8k; empty: train a small one here
-    "width": 384,  # characters in an example of the small model
-    "max_iters": 600,  # its training steps
+    "width": 384,  # characters in an example of the small model; 1 or more
+    "max_iters": 600,  # its training steps; 1 or more
     "asked": 200,  # test problems; 0: all 1,319
     "sampler": "confidence",  # one of SAMPLERS
-    "steps": 64,  # network calls for the equations, and again for the answer
+    "steps": 64,  # network calls for the equations, and again for the answer; 1 or more
     "cfg_scale": 0.0,  # guidance (SMDM: 0.1)
     "preset": "configs/pydocs_2400.py",  # the recipe of the small model
 }
@@ -147,8 +147,6 @@ def main(config):
     began = time.time()
     if config["quick"]:
         config |= {k: v for k, v in QUICK.items() if k not in config.get("user_keys", ())}
-    settings.at_least(0, config, "asked", "cfg_scale")
-    settings.at_least(1, config, "steps", "max_iters", "width")
     device, autocast = machine(config)
     tested = prepare.find("test.jsonl", config["from"], "data/gsm8k")
     problems = list(prepare.problems(tested))[: config["asked"] or None]

@@ -37,7 +37,7 @@ from lib.stats import mean_and_error, plus_minus
 DEFAULTS = {
     "ckpt": "out/pydocs",  # a masked diffusion model of text, trained on `data`
     "data": "data/pydocs",  # a prepared folder; words are masked in its val split
-    "words": 800,  # of each kind; one half chooses w, the other evaluates it
+    "words": 800,  # of each kind; one half chooses w, the other evaluates it; 2 or more
     "max_iters": 400,  # steps of fine-tuning for standard guidance; 0: without it
 }
 
@@ -184,8 +184,6 @@ def main(config):
     """Write guidance.json, .md and .png; return the figures."""
     if config["quick"]:
         config |= {k: v for k, v in QUICK.items() if k not in config.get("user_keys", ())}
-    settings.at_least(2, config, "words")
-    settings.at_least(0, config, "max_iters")
     net, source = load_subject(config)
     model, tokenizer, autocast = net
     L, rng = model.block_size, random.Random(config["seed"])

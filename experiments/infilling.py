@@ -33,7 +33,7 @@ from lib import checkpoint, fused, philox
 DEFAULTS = {
     "data": "data/corpus",  # a prepared folder of bytes
     "flops": 1e14,  # of a run
-    "gap_draws": 16,  # of the corruption inside each gap
+    "gap_draws": 16,  # of the corruption inside each gap; 2 or more
 }
 
 BINS, EXAMPLES = 8, 2  # of places and of visible shares; texts of each kind that are printed
@@ -202,7 +202,6 @@ PLOTS = {"": draw}
 
 def main(config):
     """Train, fill, measure; print, write and return the figures."""
-    settings.at_least(2, config, "gap_draws")
     ctx = runs.Runs(config)
     ctx.config = config = config | {"data": ctx.text(config["data"])}
     folders = orders.pair(ctx, config["data"], config["flops"])

@@ -80,8 +80,8 @@ from lib.stats import FEWEST, finite, t95
 DEFAULTS = {
     "ckpt": "out/pydocs",  # a masked model that is audited beside the joint; empty: the joint alone
     "data": "data/pydocs",  # a prepared folder; its val part is what the model is audited on
-    "sequences": 64,  # how many blocks of it, evenly spaced
-    "batch_size": 64,  # rows in one network call
+    "sequences": 64,  # how many blocks of it, evenly spaced; 3 or more
+    "batch_size": 64,  # rows in one network call; 1 or more
 }
 
 BOUND = "any_order: weight L/k, k uniform"
@@ -253,8 +253,6 @@ def audit(h, rules, tolerance=1e-10):
 
 def model_terms(config):
     """h (S, L) of the checkpoint on held-out blocks."""
-    settings.at_least(1, config, "batch_size")
-    settings.at_least(FEWEST, config, "sequences")
     device, autocast = machine(config)
     model, _, trained = checkpoint.load(config["ckpt"], device)
     exact = f"{config['ckpt']} is causal: its loss is exact, there is nothing to audit"

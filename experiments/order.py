@@ -40,11 +40,11 @@ from lib.stats import mean_half, plus_minus
 
 DEFAULTS = {
     "preset": "configs/pydocs_2400.py",  # the recipe of all
-    "seeds": 3,  # 1337, 1338, ...
+    "seeds": 3,  # 1337, 1338, ...; 1 or more
     "share": 1.0,  # of the preset's operations
     "folder": "out/order",  # where the runs are
     "only": "",  # quality or speed; empty: both
-    "rounds": 5,  # of the speed table, in turns
+    "rounds": 5,  # of the speed table, in turns; 1 or more
 }
 
 KINDS = {  # name: what differs from the preset
@@ -238,7 +238,6 @@ def main(config):
     """Train, measure, print and write both tables; return the figures."""
     began, texts, figures, rows = time.time(), [], {}, []
     choose("only", config["only"], ["", "quality", "speed"])
-    settings.at_least(1, config, "seeds", "rounds")
     if config["only"] != "speed":
         table, measured = quality(config)
         figures |= {f"{key}, seed {i}": v for key, vs in measured.items() for i, v in enumerate(vs)}

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, fraction, nearest, require, run
+from config import UserError, nearest, require, run
 from lib.files import optional, whole_file
 
 DEFAULTS = {
     "out": "curves.png",  # the picture
-    "smooth": 0.03,  # each point of a line is the mean over this part of its run; 0: as logged
+    "smooth": 0.03,  # a point is the mean over this part of its run, in [0, 1]; 0: as logged
 }
 
 # Columns of a run's arrays.
@@ -139,7 +139,6 @@ def main(config):
     many = f"{len(folders)} runs are too many to be told apart in one picture: {MOST} at most"
     require(len(folders) <= MOST, many)
     require(config["out"], "say where the picture goes: --out=curves.png")
-    fraction(config, "smooth")
     runs = [(folder, read_log(folder)) for folder in folders]
     optional("matplotlib", "drawing").use("Agg")
     from matplotlib import pyplot

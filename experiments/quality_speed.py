@@ -48,7 +48,7 @@ from lib.device import cast_products, machine
 DEFAULTS = {
     "data": "data/corpus",  # a prepared folder of bytes
     "flops": 1e14,  # of a run; ARM/16 has a 16th
-    "rounds": 2,  # of the timing, in turns
+    "rounds": 2,  # of the timing, in turns; 1 or more
     "smollm2": False,  # SmolLM2 judges as well (smollm.py)
 }
 
@@ -271,7 +271,6 @@ def writer_rows(ctx, folders, judge):
 
 def main(config):
     """Train, write, judge, time; print, write and return the figures."""
-    settings.at_least(1, config, "rounds")
     config, lengths = (config | {"length": 32}, [16]) if config["quick"] else (config, LENGTHS)
     ctx, flops, folders = runs.Runs(config), config["flops"], {name: [] for name in WRITERS}
     for seed, (name, (keys, share)) in itertools.product(ctx.seeds, WRITERS.items()):

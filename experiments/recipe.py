@@ -34,8 +34,8 @@ DEFAULTS = {
     "preset": "configs/pydocs_2400.py",  # the base that the variants change
     "data": "",  # a prepared folder
     "only": "",  # variants, separated by ;, or all; a single one runs here and makes no table
-    "steps": 500,  # of the base; the others get as many as cost the same
-    "seeds": 1,  # how many seeds (1337, 1338, ...) each variant gets
+    "steps": 500,  # of the base; the others get as many as cost the same; 1 or more
+    "seeds": 1,  # how many seeds (1337, 1338, ...) each variant gets; 1 or more
     "rows": "",  # a .jsonl file that keeps what has run; empty: results/recipe_DATA_STEPS.jsonl
 }
 
@@ -178,7 +178,6 @@ PLOTS = {"": draw}
 def main(config):
     """Run what is missing, one process each, and write the table -> {variant: nats per token}."""
     require(config["data"], "say which data: --data=FOLDER, prepared")
-    settings.at_least(1, config, "seeds", "steps")
     loader.read_meta(config["data"])
     path = Path(config["rows"] or Path(config["results"]) / f"{named(config)}.jsonl")
     names = config["only"].split(";") if config["only"] else VARIANTS

@@ -49,7 +49,7 @@ DEFAULTS = {
     "preset": "configs/pydocs_2400.py",  # the recipe that runs change
     "runs": "out/runs",  # every run has a folder here, whichever experiment has asked for it
     "minutes": 60.0,  # for what is not there yet; what does not fit is left out
-    "seeds": 3,  # 1337, 1338, ...
+    "seeds": 3,  # 1337, 1338, ...; 1 or more
     "sequences": 512,  # held-out blocks of an evaluation, evenly spaced; 0: all
 }
 
@@ -123,8 +123,6 @@ class Runs:
     """The runs of one experiment, the time that it has, and what was measured before."""
 
     def __init__(self, config):
-        settings.at_least(1, config, "seeds")
-        settings.at_least(0, config, "sequences", "minutes")
         self.config, self.began, self.rate = config, time.monotonic(), None
         self.left_out, self.unmeasured = [], 0
         self.team = parallel.join(train.DEFAULTS | config)

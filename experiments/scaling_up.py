@@ -16,7 +16,7 @@ import torch
 
 import config as settings
 import model as network
-from config import at_least, fraction, require
+from config import require
 from data.loader import id_type
 from experiments import results
 from lib import formats, fused
@@ -27,20 +27,20 @@ DEFAULTS = {
     "budgets": "1e20,3.3e21",  # operations of each, counted as the paper counts (tokens_of)
     "batches": "256,1024",  # sequences a step of each: SMDM's; with more GPUs one for each GPU
     "gpus": "8,64,1024",  # how many there are
-    "block_size": 2048,  # tokens of a sequence
-    "vocab_size": 32000,  # V, Llama 2's
-    "micro_batch_size": 8,  # sequences that a GPU takes at once
+    "block_size": 2048,  # tokens of a sequence; 1 or more
+    "vocab_size": 32000,  # V, Llama 2's; 1 or more
+    "micro_batch_size": 8,  # sequences that a GPU takes at once; 1 or more
     "ema": True,  # keep averaged weights
     "peak": 989e12,  # operations a second: an H100's in bfloat16, dense, by its data sheet
     "memory": 80e9,  # bytes of a GPU
-    "mfu": 0.3,  # the part of the peak reached while no GPU waits: 0.28..0.32 by a roofline of 170M
-    "node": 8,  # GPUs of a node
+    "mfu": 0.3,  # in [0, 1], the part of the peak reached while no GPU waits: 0.28..0.32 for 170M
+    "node": 8,  # GPUs of a node; 1 or more
     "nvlink": 450e9,  # bytes a second that a GPU sends inside its node, an H100's
-    "links": 8,  # network cards of a node
+    "links": 8,  # network cards of a node; 1 or more
     "link": 50e9,  # bytes a second that each sends: 400 Gb/s
-    "reached": 0.8,  # the part of these two speeds that collectives reach
+    "reached": 0.8,  # the part of these two speeds that collectives reach; in [0, 1]
     "hop": 5e-6,  # seconds until a message is at the next GPU
-    "overlap": 0.8,  # the part of the arithmetic behind which messages can hide
+    "overlap": 0.8,  # the part of the arithmetic behind which messages can hide; in [0, 1]
     "loader": 20e6,  # tokens a second that the loader of one process reads, at least
     "disk": 2e9,  # bytes a second that process 0 writes to the shared file system
     # Of which one fails: Llama 3 had 419 unexpected stops in 54 days of 16,384 (arXiv 2407.21783).
@@ -256,9 +256,6 @@ POSITIVE = ["peak", "memory", "mfu", "nvlink", "link", "reached", "loader", "dis
 
 def check(config):
     """([(size, budget, batch), ...], the numbers of GPUs); UserError for what no cluster is."""
-    at_least(1, config, "block_size", "vocab_size", "micro_batch_size", "node", "links")
-    at_least(0, config, "hop", "restart")
-    fraction(config, "mfu", "reached", "overlap")
     for key in [*POSITIVE, "save_minutes"]:
         require(1e-9 < config[key] < 1e30, f"{key} must be above 0, not {config[key]}")
     for key in ("block_size", "vocab_size"):

@@ -30,7 +30,7 @@ from experiments import results
 from lib import checkpoint, log
 
 DEFAULTS = {
-    "kills": 100,  # how many processes are killed
+    "kills": 100,  # how many processes are killed; 1 or more
     "steps": 300,  # of the run in which they are
     "moments": 0,  # seed of the moments at which they are killed
 }
@@ -170,7 +170,6 @@ def run_of(keys):
 def main(config):
     """Print, write and return {kills, corrupted, lost_steps, identical, ...}."""
     began, chance = time.time(), random.Random(config["moments"])
-    settings.at_least(1, config, "kills")
     enough = config["steps"] > config["kills"] + 1
     settings.require(enough, "steps must be more than kills, and two more")
     totals = {"killed": 0, "corrupted": 0, "lost_steps": 0, "while_saving": 0}

@@ -43,7 +43,7 @@ DEFAULTS = {
     "first": 1700,  # books of earlier years are left out
     "cut": 1890,  # networks learn from books of earlier years
     "last": 1960,  # books of later years are left out
-    "held_out": 0.4,  # of the earlier books, by a hash of the title: few would say little
+    "held_out": 0.4,  # in [0, 1], of the earlier books, by a hash of the title: few say little
     "flops": 1e14,  # of MDM's runs
     "blocks": 32,  # that are read of each book, evenly spaced; 0: all
 }
@@ -224,8 +224,6 @@ PLOTS = {"": draw}
 
 def main(config):
     """Train, read, print and write; returns the figures."""
-    settings.fraction(config, "held_out")
-    settings.at_least(0, config, "blocks")
     quick = config["quick"]
     settings.require(quick or config["input"], "say where the books are: --input=FILE.jsonl.xz")
     groups = cut_books(quick_books() if quick else read(config["input"]), config)

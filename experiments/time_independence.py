@@ -33,7 +33,7 @@ from lib import checkpoint
 DEFAULTS = {
     "data": "data/corpus",  # a prepared folder
     "flops": 1e14,  # of a run
-    "eval_draws": 16,  # of the corruption, for each block of the evaluation
+    "eval_draws": 16,  # of the corruption, for each block of the evaluation; 2 or more
 }
 
 WIDTH = 128  # of the embedding of the time
@@ -159,7 +159,6 @@ PLOTS = {"": draw}
 
 def main(config):
     """Train, measure, print and write; returns the figures."""
-    settings.at_least(2, config, "eval_draws")
     ctx = runs.Runs(config)
     data = ctx.text(config["data"])
     share = share_without_modulation(ctx.recipe(data, KEYS, config["flops"], 0))

@@ -58,8 +58,8 @@ DEFAULTS = {
     "from": "",  # folders with the eight sets, with commas between them
     "flops": 1e14,  # of a run
     "limit": 200,  # questions of a set, evenly spaced; 0: all
-    "draws": 16,  # for each option
-    "words": 400,  # of each guided task; one half chooses w, the other reports it
+    "draws": 16,  # for each option; 1 or more
+    "words": 400,  # of each guided task; one half chooses w, the other reports it; 4 or more
 }
 
 TASKS = ["lambada", "openbookqa", "boolq", "piqa", "arc_easy", "social_iqa", "race", "hellaswag"]
@@ -246,9 +246,6 @@ PLOTS = {"": draw}
 
 def main(config):
     """Train, ask, guide; print, write and return the figures."""
-    settings.at_least(0, config, "limit")
-    settings.at_least(4, config, "words")
-    settings.at_least(1, config, "draws")
     ctx, quick = runs.Runs(config), config["quick"]
     data, n = ctx.text(config["data"]), 8 if quick else config["words"]
     words, held_out = frequent_words(data)

@@ -33,8 +33,8 @@ DEFAULTS = {
     "ckpt": "out/pydocs",  # a trained masked model
     "data": "data/pydocs",  # a prepared folder
     "split": "val",
-    "sequences": 32,  # blocks, evenly spaced over the split
-    "draws": 128,  # of each estimator for each block; a sixteenth of the chain rule, a row a token
+    "sequences": 32,  # blocks, evenly spaced over the split; 2 or more
+    "draws": 128,  # of each estimator, 2 or more, for each block; a sixteenth for the chain rule
     "batch_size": 64,  # rows in one network call
 }
 
@@ -125,7 +125,6 @@ PLOTS = {"": draw}
 
 def main(config):
     """Print, write and return the variance of each method's rows, and what an interval takes."""
-    settings.at_least(2, config, "sequences", "draws")
     config = config | ({"draws": 16, "sequences": 4} if config["quick"] else {})
     subject = evaluate.load_subject(evaluate.DEFAULTS | config)
     exact = f"{config['ckpt']} is causal: its likelihood is exact and needs no draws"

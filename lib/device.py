@@ -25,7 +25,7 @@ def machine(config):
     unknown or missing.
     """
     config = settings.completed(config, settings)
-    require(0 <= config["seed"] < 2**63, f"seed must be from 0 to 2^63 - 1, not {config['seed']}")
+    require(config["seed"] < 2**63, f"seed must be less than 2^63, not {config['seed']}")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     available["cpu"] = True
     name = config["device"]

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 import model as network
-from config import UserError, at_least, fraction, require
+from config import UserError, completed, require
 from data import examples, loader
 from diffusion import OBJECTIVES
 from lib import checkpoint, files, formats, parallel
@@ -233,20 +233,12 @@ def with_attention(config, state, source):
 
 
 def check(config):
-    """Raise UserError for settings that cannot be trained."""
-    at_least(1, config, "block_size", "log_interval", "eval_sequences", "eval_draws", "keep")
-    at_least(0, config, "max_iters", "max_minutes", "depth", "n_layer", "n_head", "n_embd")
-    at_least(0, config, "batch_size", "micro_batch_size", "warmup_iters", "learning_rate")
-    at_least(0, config, "weight_decay", "grad_clip", "mlp_width", "head_padding", "min_lr")
-    at_least(0, config, "save_interval", "eval_interval", "profile", "conv", "order_p")
+    """Raise UserError for sizes, perhaps of a checkpoint, and chances that cannot be."""
+    completed(config, network)
     for key in ("n_layer", "n_embd", "block_size", "mlp_width"):
         require(config[key] <= 2**20, f"{key} must be at most {2**20}, not {config[key]}")
-    require(config["depth"] <= 256, f"depth must be at most 256, not {config['depth']}")
-    require(max(config["beta1"], config["beta2"]) < 1, "beta1 and beta2 must be less than 1")
-    fraction(config, "dropout", "ema", "decay_start", "random_length", "prompt_drop")
-    fraction(config, "beta1", "beta2")
-    if config["order"] == "mixture":  # there it is a probability
-        fraction(config, "order_p")
+    is_chance = config["order"] != "mixture" or config["order_p"] <= 1
+    require(is_chance, f"order_p must be in [0, 1] for a mixture, not {config['order_p']}")
 
 
 def settle(config, state, world):

@@ -622,7 +622,7 @@ BAD = {
     "a cut xz": (["--input=cut.txt.xz"], "cut.txt.xz is damaged"),
     "not JSON": (["--input=bad.jsonl", "--tokenizer=byte"], "bad.jsonl, line 3: not JSON"),
     "no key": (["--input=key.jsonl.gz"], 'key.jsonl.gz, line 2: no text under the key "text"'),
-    "fraction": (["--input=short.txt", "--val_fraction=2"], "val_fraction must be from 0 to 1"),
+    "fraction": (["--input=short.txt", "--val_fraction=2"], "val_fraction must be in [0, 1]"),
     "two held-out parts": (
         ["--input=short.txt", "--val=short.txt", "--val_fraction=0.1"],
         "not both",

@@ -134,7 +134,7 @@ def test_what_cannot_be_drawn_is_named(tmp_path):
     bad = log(tmp_path / "bad", line(1, 5.0), {"step": 2, "loss": 3})
     assert "log.jsonl, line 2: no entry" in refusal(folders=[bad])
     assert "9 runs are too many" in refusal(folders=[whole] * 9)
-    assert "smooth must be from 0 to 1" in refusal(folders=[whole], smooth=2.0)
+    assert "smooth must be in [0, 1]" in refusal(folders=[whole], smooth=2.0)
     assert "say where the picture goes" in refusal(folders=[whole], out="")
     assert "cannot write" in refusal(folders=[whole], out=str(tmp_path))
     assert not (tmp_path / out).exists()

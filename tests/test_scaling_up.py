@@ -364,7 +364,7 @@ def test_the_command_writes_its_tables(tmp_path, capsys):
         ("--gpus=8,many", "gpus must be numbers above 0, with commas between, not '8,many'"),
         ("--gpus=1.5", "gpus must be from 2 to a million, not '1.5'"),
         ("--budgets=1e20,inf", "budgets must be numbers above 0"),
-        ("--mfu=1.5", "mfu must be from 0 to 1, not 1.5"),
+        ("--mfu=1.5", "mfu must be in [0, 1], not 1.5"),
         ("--block_size=1000000000000", "block_size must be at most 1048576, not 1000000000000"),
         ("--disk=0", "disk must be above 0, not 0.0"),
         ("--micro_batch_size=0", "micro_batch_size must be 1 or more, not 0"),

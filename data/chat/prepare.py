@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
 
-from config import fraction, require, run
+from config import require, run
 from data import examples, writer
 from data import tokenizer as tokenizers
 from lib import checkpoint
@@ -23,7 +23,7 @@ from lib import checkpoint
 DEFAULTS = {
     "input": "",  # files, separated by commas
     "out": "data/chat",  # folder to prepare
-    "val_fraction": 0.05,  # of the conversations, held out
+    "val_fraction": 0.05,  # of the conversations, held out; in [0, 1]
 }
 
 TEMPLATE = (
@@ -60,7 +60,6 @@ def tokenized(turns, tokenizer, val_fraction):
 def main(config):
     paths = writer.listed(config["input"])
     require(paths, "say what to prepare: --input=FILE.jsonl")
-    fraction(config, "val_fraction")
     records = (item for path in paths for item in examples.records(path))
     firsts = [(where, first_turn(where, record)) for where, record in records]
     turns = [(where, *first) for where, first in firsts if first]

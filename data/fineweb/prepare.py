@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
-from config import UserError, at_least, choose, require, run  # isort: skip (first, as in train.py)
+from config import UserError, choose, require, run  # isort: skip (first, as in train.py)
 import contextlib
 import json
 import shutil
@@ -28,10 +28,10 @@ from data import download, loader, tokenizer, writer
 from lib.files import only_one, to_json, whole_file, writing
 
 DEFAULTS = {
-    "shards": 10,  # of training text, 200 MB each; one more is held out
+    "shards": 10,  # of training text, 200 MB each; one more is held out; 1 or more
     "sample": "10B",  # 10B (103 shards) | 100B (1,030 shards)
     "out": "data/fineweb",  # folder to prepare
-    "threads": 4,  # shards that are fetched at a time
+    "threads": 4,  # shards that are fetched at a time; 1 or more
 }
 
 SAMPLES = {  # repository, its shards
@@ -169,7 +169,6 @@ def publish(folder, names, counts, meta):
 
 def main(config):
     repo, most = choose("sample", config["sample"], SAMPLES)
-    at_least(1, config, "shards", "threads")
     n = config["shards"]
     require(n <= most, f"sample {config['sample']} has {most} shards, not {n}")
     folder, names = Path(config["out"]), ["val_00000", *(f"train_{i:05d}" for i in range(1, n + 1))]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
 
-from config import fraction, require, run
+from config import require, run
 from data import examples, writer
 from data import tokenizer as tokenizers
 from lib import checkpoint
@@ -23,7 +23,7 @@ from lib import checkpoint
 DEFAULTS = {
     "input": "",  # files, separated by commas
     "out": "data/pairs",  # folder to prepare
-    "val_fraction": 0.05,  # of the pairs, held out
+    "val_fraction": 0.05,  # of the pairs, held out; in [0, 1]
 }
 
 
@@ -51,7 +51,6 @@ def tokenized(items, tokenizer, val_fraction, width):
 def main(config):
     paths = writer.listed(config["input"])
     require(paths, "say what to prepare: --input=FILE.jsonl")
-    fraction(config, "val_fraction")
     texts = (prompt + completion for path in paths for _, prompt, completion in pairs(path))
     tokenizer = examples.vocabulary(config["tokenizer"], texts, checkpoint.load)
     prompts = (prompt for path in paths for _, prompt, _ in pairs(path))

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, t
 import itertools
 import json
 
-from config import UserError, at_least, fraction, require, run
+from config import UserError, require, run
 from data import tokenizer, writer
 from lib import checkpoint
 
@@ -26,7 +26,7 @@ DEFAULTS = {
     "input": "",  # files or folders, separated by commas
     "out": "data/text",  # folder to prepare
     "val": "",  # files or folders that are held out, in place of a part of the input
-    "val_fraction": 0.05,  # of the documents, held out; 0: none, 1: all
+    "val_fraction": 0.05,  # of the documents, held out; 0: none, 1: all; in [0, 1]
     "workers": 0,  # processes that tokenize; 0: one for each core
     "block_size": 0,  # a block of so many tokens holds one document at most; 0: several
 }
@@ -135,10 +135,8 @@ def end_held_out(texts, start, total):
 def main(config):
     items, val = writer.listed(config["input"]), writer.listed(config["val"])
     require(items, "say what to prepare: --input=FILE or --input=FOLDER")
-    fraction(config, "val_fraction")
     clash = val and "val_fraction" in config.get("user_keys", ())
     require(not clash, "give val or val_fraction, not both: what val names is all that is held out")
-    at_least(0, config, "workers")
     L, workers = config["block_size"], config["workers"] or writer.cores()
     require(0 <= L <= 2**16, f"block_size must be from 0 to 65536, not {L}")
     vocabulary = tokenizer.named(config["tokenizer"], documents([*items, *val]), checkpoint.load)

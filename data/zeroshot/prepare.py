@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
-from config import UserError, at_least, choose, require, run  # isort: skip (first, as in train.py)
+from config import UserError, choose, require, run  # isort: skip (first, as in train.py)
 import re
 import shutil
 import tarfile
@@ -43,8 +43,8 @@ DEFAULTS = {
     "detokenise": True,  # undo, as RADD does, what the set's tokenizer did to spaces and marks
     "eos": True,  # a border mark with every row (GPT-2: 50256 behind it); False: a newline ends it
     "protocol": "whole",  # whole (keep every token) | radd (drop the remainders that RADD drops)
-    "num_proc": 8,  # of protocol=radd: how many workers share the rows
-    "block_size": 1024,  # of protocol=radd: tokens in a block
+    "num_proc": 8,  # of protocol=radd: how many workers share the rows; 1 or more
+    "block_size": 1024,  # of protocol=radd: tokens in a block; 1 or more
 }
 
 MAP_BATCH = 1000  # rows that RADD joins and cuts at once
@@ -301,7 +301,6 @@ def main(config):
     choose("set", config["set"], ["all", *SETS])
     choose("protocol", config["protocol"], ["whole", "radd"])
     names = list(SETS) if config["set"] == "all" else [config["set"]]
-    at_least(1, config, "num_proc", "block_size")
     one = len(names) == 1 or not Path(config["from"]).is_file()
     require(one, f"{config['from']} is one file: say which set it is with --set={'|'.join(SETS)}")
     return {name: prepare(name, config) for name in names}
