@@ -163,23 +163,23 @@ def draw_order(name, noise, coin, p=0.5, prompt=None):
 
 
 # ---- 3. Draws of low variance, the same for any number of processes ------------------------------
-def stratified(jitter, position, batch_size):
+def stratified(jitter, rows, batch_size):
     """u (B,) for draw_mask: one in each of batch_size strata of (0, 1), in antithetic pairs.
 
-    position (B,) is a row's number in the global batch; 2j and 2j + 1 are a pair (u, 1 - u) and
+    rows (B,) are their numbers in the global batch; 2j and 2j + 1 are a pair (u, 1 - u) and
     bring the same jitter in [0, 1). A batch covers (0, 1) evenly; a row always has its own stratum,
     so data must come to rows at random. In any_order a pair (k, L + 1 - k) masks L + 1 tokens.
     """
-    u = (position // 2 + 1 - jitter) / batch_size  # (B,) in (0, 1/2 + 1/(2 batch_size)]
-    return torch.where(position % 2 == 1, 1 - u, u)
+    u = (rows // 2 + 1 - jitter) / batch_size  # (B,) in (0, 1/2 + 1/(2 batch_size)]
+    return torch.where(rows % 2 == 1, 1 - u, u)
 
 
-def stratified_uniforms(seed, step, position, batch_size, L):
-    """(u (B,), noise (B, L)) for draw_mask, of `position` (B,) in the global batch of `step`."""
-    position = torch.as_tensor(position)  # (B,)
-    pair = batch_size + position // 2  # (B,) counters past the batch's own
-    u = stratified(philox.uniforms(seed, step, pair, 1).squeeze(1), position, batch_size)  # (B,)
-    return u, philox.uniforms(seed, step, position, L)
+def stratified_uniforms(seed, step, rows, batch_size, L):
+    """(u (B,), noise (B, L)) for draw_mask, of `rows` (B,) of the global batch of `step`."""
+    rows = torch.as_tensor(rows)  # (B,)
+    pair = batch_size + rows // 2  # (B,) counters past the batch's own
+    u = stratified(philox.uniforms(seed, step, pair, 1).squeeze(1), rows, batch_size)  # (B,)
+    return u, philox.uniforms(seed, step, rows, L)
 
 
 # ---- 4. The bound: one weighted cross-entropy ----------------------------------------------------

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node=8 train.py configs/radd_small.py          eight
 
 - A step: draw a batch, mask it, predict, weigh, take a gradient step (train_step).
-- A batch and its masks are pure functions of (seed, step, position in the global batch). So the
+- A batch and its masks are pure functions of (seed, step, row of the global batch). So the
   number of processes, how they share the network (lib/parallel.py) and the micro-batch change the
   speed and not the run, but for dropout, which each process draws for itself, and for the rounding
   of sums. A stopped run goes on as if it had never stopped: the same command resumes it. (With
@@ -119,12 +119,12 @@ class Batch(NamedTuple):
         return Batch(*(move(field) if torch.is_tensor(field) else field for field in self))
 
 
-def make_batch(config, dataset, step, position):
-    """Rows `position` of the global batch of `step`, on the CPU. A pure function of these."""
+def make_batch(config, dataset, step, rows):
+    """Some `rows` of the global batch of `step`, on the CPU. A pure function of these."""
     if isinstance(dataset, examples.Examples):
-        return make_example_batch(config, dataset, step, position)
+        return make_example_batch(config, dataset, step, rows)
     first = resume.seen(config, step)
-    x0 = torch.from_numpy(dataset.batch(first, position))  # (b, block_size)
+    x0 = torch.from_numpy(dataset.batch(first, rows))  # (b, block_size)
     numbers = philox.uniforms(config["seed"], step, [STREAMS["length"]], 2)  # (1, 2)
     coin, length = numbers[0].tolist()  # for the whole step
     if coin < config["random_length"]:
@@ -134,32 +134,32 @@ def make_batch(config, dataset, step, position):
     if OBJECTIVES[config["objective"]].draw is None:
         return Batch(x0, **counts)
     if config["attention"] == "order":
-        return Batch(x0, order=draw_training_order(config, step, position, L), **counts)
-    mask, weight, bound = draw_training_mask(config, step, position, L)  # (b, L), (b,) each
+        return Batch(x0, order=draw_training_order(config, step, rows, L), **counts)
+    mask, weight, bound = draw_training_mask(config, step, rows, L)  # (b, L), (b,) each
     # Each pair of any_order masks L + 1 positions, so N is the same in every step.
-    static = config["objective"] == "any_order" and len(position) % 2 == 0
+    static = config["objective"] == "any_order" and len(rows) % 2 == 0
     masked_idx = fused.masked_indices(mask, multiple=16 if static else 128)  # (N,)
     return Batch(x0, mask, weight.float(), masked_idx, bound_weight=bound.float(), **counts)
 
 
-def draw_training_mask(config, step, position, L, prompt=None):
-    """mask (b, L), weights (b,) in training and of the bound: rows `position` of the batch."""
+def draw_training_mask(config, step, rows, L, prompt=None):
+    """mask (b, L), weights (b,) in training and of the bound, of `rows` of the global batch."""
     B, schedule = config["batch_size"], diffusion.SCHEDULES[config["schedule"]]
-    u, noise = diffusion.stratified_uniforms(config["seed"], step, position, B, L)  # (b,), (b, L)
+    u, noise = diffusion.stratified_uniforms(config["seed"], step, rows, B, L)  # (b,), (b, L)
     rate, density = MASK_RATES[config["mask_rate"]](u)  # (b,) u drawn anew, and its density
     mask, bound = diffusion.draw_mask(config["objective"], rate, noise, schedule, prompt)
     return mask, LOSS_WEIGHTS[config["loss_weight"]](bound), bound / density
 
 
-def draw_training_order(config, step, position, L, prompt=None):
-    """order (b, L) of rows `position` of the global batch."""
-    noise = philox.uniforms(config["seed"], step, position, L)  # (b, L)
-    counters = [STREAMS["order"] + p for p in position]
+def draw_training_order(config, step, rows, L, prompt=None):
+    """order (b, L) of `rows` of the global batch."""
+    noise = philox.uniforms(config["seed"], step, rows, L)  # (b, L)
+    counters = [STREAMS["order"] + row for row in rows]
     coin = philox.uniforms(config["seed"], step, counters, 1)  # (b, 1)
     return diffusion.draw_order(config["order"], noise, coin, config["order_p"], prompt)
 
 
-def make_example_batch(config, dataset, step, position):
+def make_example_batch(config, dataset, step, rows):
     """make_batch for prompts and answers: what follows a prompt counts, for ar up to its first eos.
 
     The loss is the mean over what can count in the whole global batch, as SMDM has it (arXiv
@@ -170,24 +170,24 @@ def make_example_batch(config, dataset, step, position):
     example by its own coin.
     """
     first, causal = resume.seen(config, step), OBJECTIVES[config["objective"]].draw is None
-    rows = dataset[dataset.index(first, position)]
-    x0, prompt, length = map(torch.from_numpy, rows)  # (b, L), (b,), (b,)
+    data = dataset[dataset.index(first, rows)]
+    x0, prompt, length = map(torch.from_numpy, data)  # (b, L), (b,), (b,)
     L, place = x0.shape[1], torch.arange(x0.shape[1])  # (L,)
     in_prompt = place < prompt[:, None]  # (b, L)
     if causal:
         mask = ~in_prompt & (place < length[:, None])  # (b, L)
         weight = bound = torch.ones(len(x0))  # (b,)
     else:
-        mask, weight, bound = draw_training_mask(config, step, position, L, prompt)  # (b, L), (b,)
+        mask, weight, bound = draw_training_mask(config, step, rows, L, prompt)  # (b, L), (b,)
     weight, bound = ((w[:, None] * mask).float() for w in (weight, bound))  # (b, L) each
-    counters = [STREAMS["prompt_drop"] + p for p in position]
+    counters = [STREAMS["prompt_drop"] + row for row in rows]
     coin = philox.uniforms(config["seed"], step, counters, 1)  # (b, 1)
     dropped = (coin < config["prompt_drop"]) & in_prompt  # (b, L)
     all_rows = dataset.index(first, range(config["batch_size"]))  # (B,) of the global batch
     n_tokens, n_real = (int(dataset.counted(all_rows, pad).sum()) for pad in (not causal, False))
     counts = {"n_tokens": n_tokens, "n_real": n_real}
     if config["attention"] == "order":
-        order = draw_training_order(config, step, position, L, prompt)  # (b, L) prompts come first
+        order = draw_training_order(config, step, rows, L, prompt)  # (b, L) prompts come first
         return Batch(x0, weight=(~in_prompt).float(), order=order, **counts)
     masked_idx = fused.masked_indices(mask, multiple=128)  # (N,)
     return Batch(x0, mask | dropped, weight, masked_idx, bound_weight=bound, **counts)

@@ -217,9 +217,9 @@ class Examples:
         x0 = self.tokens.windows(starts, self.block_size)  # (b, block_size)
         return x0, self.prompt[index], self.length[index]
 
-    def index(self, first, positions):
-        """Numbers (b,) of the examples at `positions` of a batch with `first` before it."""
-        sample = first + np.asarray(positions, np.int64)  # (b,)
+    def index(self, first, rows):
+        """Numbers (b,) of the examples in `rows` of a batch with `first` before it."""
+        sample = first + np.asarray(rows, np.int64)  # (b,)
         epoch, i = np.divmod(sample, self.n)  # (b,) each
         out = np.empty_like(i)  # (b,)
         for e in np.unique(epoch):

@@ -221,9 +221,9 @@ class Blocks:
             out[epoch == e] = offset % self.offsets + window * self.block_size
         return out
 
-    def batch(self, first, positions):
-        """Those at `positions` (b,) of a batch with `first` blocks before it: (b, block_size)."""
-        index = first + np.asarray(positions, np.int64)  # (b,)
+    def batch(self, first, rows):
+        """Those of `rows` (b,) of a batch with `first` blocks before it: (b, block_size)."""
+        index = first + np.asarray(rows, np.int64)  # (b,)
         return self.tokens.windows(self.starts(index), self.block_size)
 
 

@@ -4,23 +4,23 @@ import numpy as np
 import torch
 
 
-def uniforms(seed, step, position, n):
-    """(B, n) numbers in [0, 1), float64: row b is a pure function of (seed, step, position[b]).
+def uniforms(seed, step, counters, n):
+    """(B, n) numbers in [0, 1), float64: row b is a pure function of (seed, step, counters[b]).
 
     A counter-based generator (Philox, arXiv 1004.3374) can jump to any row. So every process draws
     its own part of the global batch, and a resumed run draws what it would have drawn anyway. One
     generator is moved from row to row, because making a new one takes longer.
     """
-    source, out = np.random.Philox(key=[seed, 0]), np.empty((len(position), n))  # (B, n)
+    source, out = np.random.Philox(key=[seed, 0]), np.empty((len(counters), n))  # (B, n)
     numbers, state = np.random.Generator(source), source.state
-    for row, p in zip(out, position, strict=True):
-        state["state"]["counter"][2:] = int(p), step
+    for row, counter in zip(out, counters, strict=True):
+        state["state"]["counter"][2:] = int(counter), step
         source.state = state
         numbers.random(out=row)
     return torch.from_numpy(out)
 
 
-def distinct_uniforms(seed, step, position, n):
-    """uniforms, with a position that repeats drawn once: all rows of a chain rule share one."""
-    position, row = position.unique(return_inverse=True)
-    return uniforms(seed, step, position, n)[row]  # (b, n)
+def distinct_uniforms(seed, step, counters, n):
+    """uniforms, with a counter that repeats drawn once: all rows of a chain rule share one."""
+    counters, row = counters.unique(return_inverse=True)
+    return uniforms(seed, step, counters, n)[row]  # (b, n)

@@ -61,11 +61,11 @@ def run(data, out, **keys):
     return train.main(config_of(data, out, **keys))
 
 
-def batch_of(data, step=0, position=range(8), **keys):
+def batch_of(data, step=0, rows=range(8), **keys):
     """A train.Batch, and the examples it came from."""
     config = config_of(data, **keys)
     dataset = examples.Examples(data, "train", config["seed"])
-    return train.make_batch(config, dataset, step, position), dataset
+    return train.make_batch(config, dataset, step, rows), dataset
 
 
 def placed(dataset, step, n=8):
