@@ -4,11 +4,10 @@
     torchrun --nproc-per-node=8 train.py configs/radd_small.py          eight
 
 - A step: draw a batch, mask it, predict, weigh, take a gradient step (train_step).
-- A batch and its masks are pure functions of (seed, step, row of the global batch). So the
-  number of processes, how they share the network (lib/parallel.py) and the micro-batch change the
-  speed and not the run, but for dropout, which each process draws for itself, and for the rounding
-  of sums. A stopped run goes on as if it had never stopped: the same command resumes it. (With
-  max_minutes the learning rate follows the clock, which stands still meanwhile.)
+- A batch and its masks are pure functions of (seed, step, row of the global batch). So the number
+  of processes, how they share the network (lib/parallel.py) and the micro-batch change the speed
+  and not the run, up to rounding (and dropout, which each process draws for itself). A stopped run
+  goes on as if it had never stopped: the same command resumes it.
 - Training may weigh masked tokens as it likes (loss_weight); evaluation is always the bound.
 
     loss = sum over masked i of  weight * CE(network(x)_i, x0_i)  / tokens in the batch
@@ -43,50 +42,57 @@ from lib.budget import Clock, with_dial
 from lib.files import Stop
 from lib.log import Log
 from lib.optim import clip_gradient, learning_rate, make_optimizers, set_learning_rate, update_ema
-from lib.stats import NotFinite, not_finite, report
+from lib.stats import NotFinite, report
 from lib.weighting import LOSS_WEIGHTS, MASK_RATES
 
 DEFAULTS = {
-    "max_minutes": 0.0,  # training time in all; 0: no limit, or 10 minutes if max_iters is 0 too
-    "max_iters": 0,  # optimizer steps in all; 0: no limit
-    "depth": 0,  # in [0, 256], the dial for shape, batch, rate (lib/budget.py); 0: as time allows
-    "size": "",  # a row of SMDM's table (lib/formats.SIZES), as 170M: shape and kind of the network
+    # the run
     "data": "data/pydocs",  # a prepared folder
     "out_dir": "out/pydocs",  # the checkpoint and the log go here
     "init_from": "",  # start with weights and model keys of this checkpoint; block_size may grow
     "resume": True,  # go on from out_dir/ckpt.pt; False: begin anew, and keep the old run in old_1
+    "max_minutes": 0.0,  # training time in all; 0: no limit, or 10 minutes if max_iters is 0 too
+    "max_iters": 0,  # optimizer steps in all; 0: no limit
+    "depth": 0,  # in [0, 256], the dial for shape, batch, rate (lib/budget.py); 0: as time allows
+    "size": "",  # a row of SMDM's table (lib/formats.SIZES), as 170M: shape and kind of the network
+    # objective
     "objective": "any_order",  # one of OBJECTIVES; ar is the causal baseline
     "loss_weight": "sqrt",  # one of LOSS_WEIGHTS; weighs masked tokens in training (attention=full)
     "mask_rate": "bell",  # one of MASK_RATES; how masking rates are drawn (attention=full)
     "order": "uniform",  # one of ORDERS; how unmasking orders are drawn (attention=order)
     "order_p": 0.5,  # mixture: how often it is left to right; local: how far a token may stray
     "prompt_drop": 0.0,  # in [0, 1], the chance that a prompt is masked, for guidance (SMDM: 0.1)
-    "random_length": 0.0,  # in [0, 1], the chance that a step has a random length (SMDM: 0.01)
+    # batch
     "batch_size": 0,  # sequences in a step, over all processes; 0: by the width (lib/budget.py)
     "micro_batch_size": 0,  # how many of them a process takes at once; 0: the whole of its share
+    "random_length": 0.0,  # in [0, 1], the chance that a step has a random length (SMDM: 0.01)
+    # optimizer
     "optimizer": "muon",  # one of OPTIMIZERS; muon is for the blocks' matrices, AdamW for the rest
     "learning_rate": 0.0,  # of AdamW and Muon, whose updates have the same size; 0: by the width
-    "min_lr": 0.0,  # the learning rate at the end of the decay
-    "warmup_iters": 20,  # steps in which the learning rate grows to its full value
-    "lr_decay": "linear",  # one of LR_DECAYS
-    "decay_start": 0.3,  # in [0, 1], the part of the run after which the decay begins
     "beta1": 0.9,  # in [0, 1)
     "beta2": 0.95,  # in [0, 1)
     "weight_decay": 0.0,  # of the matrices; with decay_all, of every parameter
     "decay_all": False,  # let the weights of norms and the biases decay too, as SMDM does
     "grad_clip": 1.0,  # the largest norm of a gradient; 0: no clipping
-    "ema": 0.0,  # decay in [0, 1] of a moving average of the weights, used in their place; 0: none
     "skip_nonfinite": False,  # skip a step whose gradient is not finite; False: it ends the run
+    "ema": 0.0,  # decay in [0, 1] of a moving average of the weights, used in their place; 0: none
+    # schedule of the learning rate
+    "warmup_iters": 20,  # steps in which the learning rate grows to its full value
+    "lr_decay": "linear",  # one of LR_DECAYS
+    "decay_start": 0.3,  # in [0, 1], the part of the run after which the decay begins
+    "min_lr": 0.0,  # the learning rate at the end of the decay
+    # system
     "compile": True,  # torch.compile: starts later, then faster; needs a C++ compiler on the CPU
     "recompute": False,  # compute each block again for its gradient: slower, but with less memory
     "parallel": "ddp",  # ddp (each process has the network) | fsdp (a part of it); under torchrun
-    "log_interval": 10,  # steps between log entries, 1 or more; a stop is looked for as often
-    "save_interval": 0,  # steps between two checkpoints; 0: as eval_interval
-    "keep": 1,  # checkpoints to keep, 1 or more; above 1 the last ones also stay as ckpt_STEP.pt
+    # evaluation, checkpoints and the log
     "eval_interval": 0,  # steps between two evaluations; 0: ten in a run, in a tenth of its minutes
     "eval_sequences": 64,  # held-out blocks in an evaluation, 1 or more
     "eval_draws": 4,  # draws of the corruption for each of them, 1 or more
     "show_sample": True,  # print one unconditional sample at each evaluation
+    "save_interval": 0,  # steps between two checkpoints; 0: as eval_interval
+    "keep": 1,  # checkpoints to keep, 1 or more; above 1 the last ones also stay as ckpt_STEP.pt
+    "log_interval": 10,  # steps between log entries, 1 or more; a stop is looked for as often
     "wandb": "",  # the project of wandb that gets the log, too
     "tensorboard": False,  # write the log to out_dir/tensorboard, too
     "profile": 0,  # how many steps torch's profiler records in out_dir/trace.json
@@ -123,7 +129,7 @@ def make_batch(config, dataset, step, rows):
     """Some `rows` of the global batch of `step`, on the CPU. A pure function of these."""
     if isinstance(dataset, examples.Examples):
         return make_example_batch(config, dataset, step, rows)
-    first = resume.seen(config, step)
+    first = loader.sequences_before(config, step)
     x0 = torch.from_numpy(dataset.batch(first, rows))  # (b, block_size)
     numbers = philox.uniforms(config["seed"], step, [STREAMS["length"]], 2)  # (1, 2)
     coin, length = numbers[0].tolist()  # for the whole step
@@ -162,14 +168,13 @@ def draw_training_order(config, step, rows, L, prompt=None):
 def make_example_batch(config, dataset, step, rows):
     """make_batch for prompts and answers: what follows a prompt counts, for ar up to its first eos.
 
-    The loss is the mean over what can count in the whole global batch, as SMDM has it (arXiv
-    2410.18514), however the batch is shared out. An answer ends with eos, and eos fills the row: a
-    masked model has to learn this padding, for it fills every position. In evaluation its nats are
-    among those of the answer, and all are divided by the answer's tokens, its first eos the last
-    (where sample.py cuts its text, too). A dropped prompt is masked and does not count: each
-    example by its own coin.
+    The loss is the mean over what can count in the global batch, as SMDM has it (arXiv 2410.18514).
+    An answer ends with eos, and eos fills the row: a masked model has to learn this padding, for it
+    fills every position. Its nats count, but all are divided by the answer's tokens, its first eos
+    the last (where sample.py cuts its text, too). A dropped prompt is masked and does not count.
     """
-    first, causal = resume.seen(config, step), OBJECTIVES[config["objective"]].draw is None
+    causal = OBJECTIVES[config["objective"]].draw is None
+    first = loader.sequences_before(config, step)
     data = dataset[dataset.index(first, rows)]
     x0, prompt, length = map(torch.from_numpy, data)  # (b, L), (b,), (b,)
     L, place = x0.shape[1], torch.arange(x0.shape[1])  # (L,)
@@ -315,21 +320,6 @@ def one_sample(config, model, tokenizer, val, team):
     return sample.text_of(tokenizer, ids, len(prompt), config["eos_id"])
 
 
-def save(config, tokenizer, clock, model, ema, optimizers, team):
-    """Write the checkpoint, all processes together; UserError for weights that are not finite."""
-    path, step = resume.checkpoint_path(config), clock.step
-    clock.look()
-    state = {"config": config, "tokenizer": tokenizer.meta(), "step": step}
-    state |= {"minutes": clock.minutes, "model": model.state_dict()}
-    state |= {"ema": ema and ema.state_dict(), "optimizer": [o.state_dict() for o in optimizers]}
-    state = parallel.whole(state, keep=team.rank == 0)
-    if team.rank == 0:
-        what = f"the weights are not finite at step {step}"
-        checkpoint.require_sound(not not_finite(state["model"]), what, path)
-        checkpoint.save(path, state, config["keep"])
-    parallel.gather(None, team)
-
-
 # ---- 4. The recipe -------------------------------------------------------------------------------
 def main(config):
     """Train as config says -> the last evaluation, a dict of report, or None. Raises UserError."""
@@ -367,10 +357,8 @@ def train(config, team):
         for step in clock:
             # One step: forward, loss.backward(), and a move of the weights.
             spent = clock.spent()
-            *losses, skipped = train_step(
-                config, step - 1, batches, loss_of, optimizers, team, spent
-            )
-            if skipped:
+            *losses, skip = train_step(config, step - 1, batches, loss_of, optimizers, team, spent)
+            if skip:
                 log.skip(step)
             elif ema:
                 update_ema(ema, model, config["ema"], step)
@@ -388,7 +376,7 @@ def train(config, team):
                 result = evaluate_now(config, model, ema, tokenizer, val, team, log)
 
             if clock.due(config["save_interval"] or config["eval_interval"]) or stopped:
-                save(config, tokenizer, clock, model, ema, optimizers, team)
+                resume.save(config, tokenizer, clock, model, ema, optimizers, team)
                 log.restart(step)
             if stopped:
                 log.say(f"stopped and saved {path} at step {step}; the same command resumes it")

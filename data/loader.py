@@ -193,6 +193,11 @@ def permute(i, n, key, rounds=6):
 # ---- 3. Blocks -----------------------------------------------------------------------------------
 
 
+def sequences_before(config, step):
+    """How many sequences a run has read before `step`, whatever its batch sizes were."""
+    return config.get("ahead", 0) + step * config["batch_size"]
+
+
 class Blocks:
     """Shuffled training blocks, each a pure function of (seed, its number in the run).
 

@@ -25,7 +25,7 @@ from data import loader
 from experiments import loading, results
 from lib import device as devices
 from lib import fused
-from lib.log import flops_of_step
+from lib.device import flops_of_step
 from lib.optim import update_ema
 
 CALLS = 48  # network calls of a sample that are timed

@@ -22,8 +22,7 @@ import torch
 
 import model as network
 from lib import parallel
-from lib.device import matmul_flops
-from lib.log import flops_of_step
+from lib.device import flops_of_step, matmul_flops
 from lib.optim import OPTIMIZERS
 
 DEPTHS = range(2, 33)  # those that the rule chooses from

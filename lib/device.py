@@ -234,3 +234,22 @@ def step_flops(model, sequences, L, share=1.0):
     """
     share *= 0.5 if model.config["attention"] == "full" else 1.0
     return 3 * flops_per_token(model, L, share) * sequences * L
+
+
+def flops_of_step(config, model, dataset):
+    """Operations of a training step, forward and backward, for the positions that it predicts."""
+    share, L = 1.0, dataset.block_size
+    if config["example_width"]:
+        padding = config["attention"] != "causal"
+        share = dataset.counted(range(dataset.n), padding).mean() / L
+    sequences = config["batch_size"] * mean_length(config, dataset) / L
+    return step_flops(model, sequences, L, share)
+
+
+def mean_length(config, dataset):
+    """The mean number of tokens in a sequence, which random_length cuts in some steps.
+
+    In examples padding counts, too.
+    """
+    L = dataset.block_size
+    return L - config["random_length"] * (L - 1) / 2

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from data.loader import sequences_before
 from lib.bar import bar_is_off
 from lib.checkpoint import set_aside
-from lib.device import matmul_flops, nominal_flops, step_flops
+from lib.device import flops_of_step, matmul_flops, mean_length, nominal_flops
 from lib.files import optional, to_json, whole_file, writing
-from lib.resume import seen
 
 MORE = "give more --max_minutes, or --compile=False"
 OFTEN = 100  # readings of the text, after which most runs have turned (experiments/epochs.py)
@@ -193,9 +193,10 @@ class Log:
         self.bar.set_postfix_str(text)
         if self.bar.disable:
             self.say(f"step {step} of about {step + steps:.0f}: {text}, {left:.0f} s left")
-        counted = seen(self.config, step) / self.config["batch_size"]  # in steps of today's size
+        read = sequences_before(self.config, step)
+        steps_read = read / self.config["batch_size"]  # in steps of today's size
         entry = {"step": step, "loss": loss, "nelbo": nelbo, "learning_rate": rate}
-        entry |= {"tokens": round(counted * self.tokens), "flops": counted * self.flops}
+        entry |= {"tokens": round(steps_read * self.tokens), "flops": steps_read * self.flops}
         entry |= {"tokens_per_second": tokens, "mfu": mfu, "memory_mib": memory}
         entry |= {"minutes": self.clock.minutes, "seconds_left": left}
         entry |= {"skipped": self.skipped} if self.skipped else {}
@@ -213,25 +214,6 @@ def step_of(line):
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf
-
-
-def flops_of_step(config, model, dataset):
-    """Operations of a training step, forward and backward, for the positions that it predicts."""
-    share, L = 1.0, dataset.block_size
-    if config["example_width"]:
-        padding = config["attention"] != "causal"
-        share = dataset.counted(range(dataset.n), padding).mean() / L
-    sequences = config["batch_size"] * mean_length(config, dataset) / L
-    return step_flops(model, sequences, L, share)
-
-
-def mean_length(config, dataset):
-    """The mean number of tokens in a sequence, which random_length cuts in some steps.
-
-    In examples padding counts, too.
-    """
-    L = dataset.block_size
-    return L - config["random_length"] * (L - 1) / 2
 
 
 def profiler(steps, path):

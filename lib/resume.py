@@ -1,4 +1,4 @@
-"""How a run begins: anew, with the weights of another (init_from), or where it stopped (resume).
+"""How a run begins, anew, from another (init_from) or where it stopped (resume); how it is saved.
 
 Which of them decides a key:
 
@@ -27,6 +27,7 @@ from data import examples, loader
 from diffusion import OBJECTIVES
 from lib import checkpoint, files, formats, parallel
 from lib.parallel import ANEW
+from lib.stats import not_finite
 
 # {key: (the attention of the networks that use it, the value that the others are trained by)}
 USED_BY = {
@@ -121,11 +122,6 @@ def starting_point(config, path):
     model, _, saved = checkpoint.load(config["init_from"])
     state = {"config": saved, "tokenizer": saved["tokenizer"], "step": 0}
     return state | {"model": model.state_dict()}, config["init_from"]
-
-
-def seen(config, step):
-    """How many sequences a run has seen before `step`, whatever its batch sizes were."""
-    return config.get("ahead", 0) + step * config["batch_size"]
 
 
 def add_character_rows(state, source, meta, team):
@@ -253,7 +249,8 @@ def settle(config, state, world):
     if not state or "optimizer" not in state:
         return config | {"ahead": 0}
     step = state["step"]
-    return config | {"ahead": seen({"batch_size": B} | state["config"], step) - step * B}
+    before = loader.sequences_before({"batch_size": B} | state["config"], step)
+    return config | {"ahead": before - step * B}
 
 
 def load_optimizers(optimizers, saved):
@@ -268,3 +265,18 @@ def load_optimizers(optimizers, saved):
         require(now == before, f"a resumed run must keep decay_all; {ANEW}")
         parts = parallel.optimizer_parts(state["state"], optimizer)
         optimizer.load_state_dict({"state": parts, "param_groups": groups})
+
+
+def save(config, tokenizer, clock, model, ema, optimizers, team):
+    """Write the checkpoint, all processes together; UserError for weights that are not finite."""
+    path, step = checkpoint_path(config), clock.step
+    clock.look()
+    state = {"config": config, "tokenizer": tokenizer.meta(), "step": step}
+    state |= {"minutes": clock.minutes, "model": model.state_dict()}
+    state |= {"ema": ema and ema.state_dict(), "optimizer": [o.state_dict() for o in optimizers]}
+    state = parallel.whole(state, keep=team.rank == 0)
+    if team.rank == 0:
+        what = f"the weights are not finite at step {step}"
+        checkpoint.require_sound(not not_finite(state["model"]), what, path)
+        checkpoint.save(path, state, config["keep"])
+    parallel.gather(None, team)

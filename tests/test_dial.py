@@ -14,7 +14,7 @@ import train
 from config import UserError
 from data import examples
 from lib import budget, checkpoint, resume
-from lib.log import flops_of_step
+from lib.device import flops_of_step
 from lib.optim import learning_rate
 from lib.parallel import Team
 

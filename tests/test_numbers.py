@@ -25,8 +25,8 @@ from data.tokenizer import Byte, Char
 from evals import choice, harness, quality
 from experiments import results
 from lib import checkpoint
+from lib.device import mean_length
 from lib.files import to_json
-from lib.log import mean_length
 from lib.parallel import Team
 from lib.stats import NotFinite
 from view import page

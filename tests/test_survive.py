@@ -242,7 +242,7 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path):
     message = f"not finite at step 5; the last good checkpoint is {tmp_path}/ckpt.pt"
     with pytest.raises(UserError, match=message):
         clock = Clock(config, {"step": 5}, Team())
-        train.save(config, tokenizer, clock, model, None, optimizers, Team())
+        resume.save(config, tokenizer, clock, model, None, optimizers, Team())
     assert (tmp_path / "ckpt.pt").read_bytes() == before
 
 
