@@ -24,8 +24,7 @@ sigma_bar is the total noise up to t; the factor is then exp(-sigma_bar) / (1 - 
 Multiplied by the rate m'/(1 - m) above, this is the rate of the reverse process: a masked token is
 unmasked at the rate m'/m, which no network has to say, and becomes v by the conditional. Hence the
 network needs no time input; it fills any gap, for any visible set is a condition that it was
-trained on; and to learn the conditionals is a cross-entropy: part 2 has the weights that make it a
-bound. Likelihoods are in nats. Functions that draw take their uniform numbers as arguments.
+trained on; and to learn the conditionals is a cross-entropy, weighted to a bound (part 2), in nats.
 """
 
 import math
@@ -65,29 +64,6 @@ SCHEDULES = Table("schedule", of_schedule, loglinear=loglinear, cosine=cosine, g
 
 
 # ---- 2. Objectives are data: which positions are masked, and the loss weight of a masked token ---
-# Why the sum over k is a bound. Along a random order, the chain rule -log p = sum_k CE(k-th token |
-# those before it) is a likelihood. While k tokens are masked, the next one is any of the k, so its
-# expected cost is h_k, the mean CE of the masked tokens: the bound is h_1 + ... + h_L. One draw
-# takes one k, uniformly, so its h_k counts L times: L h_k = L/k * (sum of CE over the k masked
-# tokens). By hand, for L = 3: with weights 3, 3/2, 1 it is (3 h_1 + 3/2 * 2 h_2 + 1 * 3 h_3)/3.
-#
-# Why all objectives are this bound, RADD eq. 3.7. Masking each token with probability lam ~ U(0, 1)
-# makes k uniform on 0..L, 1/(L + 1) each; given k, lam is Beta(k + 1, L - k + 1), and 1/lam has the
-# mean (L + 1)/k: so k brings 1/(L + 1) * (L + 1)/k * k h_k = h_k again. A schedule only renames
-# lam = m(t), d lam/lam = m'(t)/m(t) dt; lambda_dce leaves none to choose. t_dse (denoising score
-# entropy, trained by SEDD) is the same where its scores add up to 1, as in t_dce. They differ in
-# noise. any_order has least: k fixes its weight, where 1/lam varies given k, and no mask is empty.
-#
-# What is bounded: -log of the model's p(x0), the mean over orders of the chain rule's products,
-# which is the law of the sampler any_order. The bound averages log p over orders, and the log of an
-# average is larger (Jensen's inequality), unless all orders give x0 the same p, as the true
-# conditionals do. -log of the mean of p over several orders is nearer (evaluate.py, `orders`).
-#
-# What other weights do. L times the mean over each sequence's own masked tokens is right for k
-# uniform on 1..L only: under lam an empty mask counts as 0, so it is L/(L + 1) of the bound. One
-# mean over all masked tokens of a batch weighs a sequence by its k: L sum_k k h_k / sum_k k. Any
-# other weight by k alone, as 2 sqrt(L/k) in train.py, has the same optimum (every h_k is least, for
-# a network that can have them all) but gives no bound: experiments/loss_audit.py.
 class Objective(NamedTuple):
     draw: object  # (u (B,), noise (B, L), n, schedule) -> (mask (B, L) bool, weight (B,))
     normalised: bool = True  # False: the output is a score, not log-probabilities
@@ -123,13 +99,34 @@ OBJECTIVES = Table(
     ar=Objective(None, attention=("causal",)),  # nothing is masked: the baseline
 )
 
+# Why the sum over k is a bound. Along a random order, the chain rule -log p = sum_k CE(k-th token |
+# those before it) is a likelihood. While k tokens are masked, the next one is any of the k, so its
+# expected cost is h_k, the mean CE of the masked tokens: the bound is h_1 + ... + h_L. One draw
+# takes one k, uniformly, so its h_k counts L times: L h_k = L/k * (sum of CE over the k masked
+# tokens). By hand, for L = 3: with weights 3, 3/2, 1 it is (3 h_1 + 3/2 * 2 h_2 + 1 * 3 h_3)/3.
+#
+# Why all objectives are this bound, RADD eq. 3.7. Masking each token with probability lam ~ U(0, 1)
+# makes k uniform on 0..L, 1/(L + 1) each; given k, lam is Beta(k + 1, L - k + 1), and 1/lam has the
+# mean (L + 1)/k: so k brings 1/(L + 1) * (L + 1)/k * k h_k = h_k again. A schedule only renames lam
+# = m(t), d lam/lam = m'(t)/m(t) dt. t_dse (denoising score entropy, trained by SEDD) is the same
+# where its scores add up to 1, as in t_dce. any_order has least noise: k fixes its weight.
+#
+# What is bounded: -log of the model's p(x0), the mean over orders of the chain rule's products,
+# which is the law of the sampler any_order. The bound averages log p over orders, and the log of an
+# average is larger (Jensen's inequality), unless all orders give x0 the same p, as the true
+# conditionals do. -log of the mean of p over several orders is nearer (evaluate.py, `orders`).
+#
+# What other weights do. L times each sequence's mean over its masked tokens is right for k uniform
+# on 1..L only: under lam an empty mask counts as 0, so it is L/(L + 1) of the bound. One mean over
+# a batch's masked tokens weighs a sequence by its k: L sum_k k h_k / sum_k k. Another weight by k,
+# as 2 sqrt(L/k) in train.py, has the same optimum but gives no bound: experiments/loss_audit.py.
+
 
 def draw_mask(objective, u, noise, schedule=loglinear, prompt=None):
-    """Draw a corruption from uniform u (B,) and noise (B, L): (mask (B, L) bool, weight (B,)).
+    """(mask (B, L) bool, weight (B,)) from uniform u (B,) in (0, 1] and noise (B, L) in [0, 1).
 
-    E[sum over masked i of weight * CE_i] bounds -log p(x0) from above, in nats. The first `prompt`
-    (B,) tokens, fewer than L, are a condition: they are never masked, and what is bounded is
-    -log p(the rest | prompt). u is in (0, 1], noise in [0, 1).
+    E[sum over masked i of weight * CE_i] >= -log p(x0), in nats. The first `prompt` (B,) tokens,
+    fewer than L, are a condition, never masked: then it is >= -log p(the rest | prompt).
     """
     n = noise.shape[1]  # how many tokens may be masked: an int, or (B,) behind prompts
     if prompt is not None:
@@ -231,7 +228,8 @@ def ar_nll(model, x0, mask=None, weight=None, masked_idx=None):
         return loss, ce.view(B, L).sum(1)
     masked_idx, target, w = counted(x0, mask, weight, masked_idx)  # (N,) each
     h = model.hidden(x, masked_idx)  # (N, D)
-    loss, ce, _ = cross_entropy(model, h, target, w := w.to(h.device, h.dtype))
+    w = w.to(h.device, h.dtype)
+    loss, ce, _ = cross_entropy(model, h, target, w)
     return loss, summed(w * ce, masked_idx, x0)
 
 
@@ -271,14 +269,13 @@ class Loss(torch.nn.Module):
         self.model, self.objective = model, OBJECTIVES[objective]
 
     def forward(self, x0, mask=None, weight=None, masked_idx=None, order=None, bound_weight=None):
+        model, normalised = self.model, self.objective.normalised
         if order is not None:
-            loss, terms = order_nll(self.model, x0, order, weight)
+            loss, terms = order_nll(model, x0, order, weight)
             return loss, terms.sum(1)
         if "causal" in self.objective.attention:
-            return ar_nll(self.model, x0, mask, weight, masked_idx)
-        return nelbo(
-            self.model, x0, mask, weight, masked_idx, self.objective.normalised, bound_weight
-        )
+            return ar_nll(model, x0, mask, weight, masked_idx)
+        return nelbo(model, x0, mask, weight, masked_idx, normalised, bound_weight)
 
 
 # ---- 5. Guidance ---------------------------------------------------------------------------------
@@ -293,9 +290,11 @@ def states(model, x, masked_idx, cond, cfg_scale=0.0):
 def guided(model, h, cfg_scale=0.0):
     """Logits (N, V), guided by the condition, from `states`: of all positions or a part of them.
 
-    Unsupervised classifier-free guidance (SMDM, arXiv 2410.18514): uncond + (1 + cfg_scale) * (c -
-    uncond) leans towards what the condition makes likelier: c are the network's logits, uncond
-    those with the condition masked too, known without fine-tuning. 0 is c alone, -1 uncond alone.
+    Unsupervised classifier-free guidance (SMDM, arXiv 2410.18514): u + (1 + cfg_scale) * (c - u)
+    leans towards what the condition makes likelier: c are the network's logits, u those with the
+    condition masked too, known without fine-tuning. 0 is c alone, -1 u alone.
     """
-    c, *uncond = model.head(torch.cat(h)).float().chunk(len(h))  # (N, V) each
-    return uncond[0] + (1 + cfg_scale) * (c - uncond[0]) if uncond else c
+    if cfg_scale == 0:
+        return model.head(h[0]).float()  # (N, V)
+    c, u = model.head(torch.cat(h)).float().chunk(2)  # (N, V) each
+    return u + (1 + cfg_scale) * (c - u)

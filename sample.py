@@ -54,7 +54,7 @@ DEFAULTS = {
     "temperature": 1.0,  # 0: the likeliest token, which is how a model of examples answers
     "top_k": 0,  # keep the k likeliest tokens; 0: all
     "top_p": 1.0,  # keep the likeliest tokens that hold this much probability, in (0, 1]
-    "cfg_scale": 0.0,  # w in [-1, 1000]: guidance by the condition, uncond + (1 + w)(c - uncond)
+    "cfg_scale": 0.0,  # w in [-1, 1000] of guidance by the condition, logits u + (1 + w)(c - u)
     "prompt": "",  # the beginning of each sample; like the next two it can be FILE:PATH
     "suffix": "",  # the end of each sample
     "template": "",  # text with gaps: ___12 is a gap of 12 tokens

@@ -1,17 +1,10 @@
 """The budget of a run: the dial that picks a network to fit it, and the clock that spends it.
 
-The dial is one number, `depth`. The keys that are 0 in the config follow from it:
-
-  n_layer        depth
-  n_embd         16 * depth up to 6 layers, 64 * round(depth^2 / 24) above: 96, 192, 384 at 6, 9, 12
-  n_head         heads of at most 64
-  batch_size     4,096 tokens a step at a width of 96 and in proportion to it, at least 16 sequences
-  learning_rate  1e-2 (adamw: 4e-3) up to a width of 96, beyond it falling with its square root; a
-                 tenth of that with init_from
-
-A depth of 0 means the largest depth at which training reads 20 tokens for each parameter of the
-blocks (arXiv 2203.15556) within max_minutes, at 40% of this machine's speed in matrix products,
-within max_iters steps, and within 30 readings of the text. LOG.md has the check of this rule.
+The dial is one number, `depth`. The keys of shape, batch and learning rate that are 0 in the config
+follow from it, as `filled` says. A depth of 0 means the largest of DEPTHS at which training reads
+TOKENS tokens a parameter of the blocks (arXiv 2203.15556) within max_minutes, at UTILISATION of
+this machine's speed in matrix products, within max_iters steps, and within READINGS of the text.
+LOG.md has the check of this rule.
 """
 
 import math
@@ -97,16 +90,18 @@ def filled(config):
     depth, chosen = config["depth"], {}
     chosen["n_layer"] = config["n_layer"] or depth
     chosen["n_embd"] = D = config["n_embd"] or width(depth)
-    chosen["n_head"] = config["n_head"] or -(-D // 64)
-    sequences = 4096 * D / 96 / (config.get("example_width") or config["block_size"])
+    chosen["n_head"] = config["n_head"] or -(-D // 64)  # heads of at most 64
+    L = config.get("example_width") or config["block_size"]
+    sequences = 4096 * D / 96 / L  # 4,096 tokens a step at D = 96, and in proportion to D
     chosen["batch_size"] = config["batch_size"] or max(16, 2 ** round(math.log2(sequences)))
-    rate, _ = OPTIMIZERS[config["optimizer"]]
+    rate, _ = OPTIMIZERS[config["optimizer"]]  # that of D = 96; beyond it falls as 1/sqrt(D)
     rate *= min(1, 96 / D) ** 0.5 * (0.1 if config["init_from"] else 1)
     chosen["learning_rate"] = config["learning_rate"] or rate
     return config | chosen
 
 
 def width(depth):
+    """n_embd: 96, 192, 384 at depths 6, 9, 12."""
     return 16 * depth if depth <= 6 else 64 * round(depth**2 / 24)
 
 
