@@ -120,19 +120,24 @@ def keep_likely(p, top_k, top_p):
     return p
 
 
-def draws(model, h, u, suppress, policy, o):
-    """Yield (token, p, entropy, logits) of n positions in pieces: (piece,), logits (piece, V).
+def draw(model, h, u, suppress, policy, o, keep_logits=False):
+    """Draw the tokens of n positions -> (token, p, entropy (n,) each, logits (n, V) if kept).
 
     h: their states, a list of (n, D) as diffusion.guided takes them; u (n,) uniform; suppress (n,)
-    or None. A piece has at most LOGITS logits, whose float64 tables are most of the memory here: an
-    adaptive sampler draws at all masked positions of a batch at once.
+    or None. It goes by pieces of at most LOGITS logits, whose float64 tables are most of the memory
+    here: an adaptive sampler draws at all masked positions of a batch at once.
     """
+    pieces, kept = [], []
     for piece in fused.chunks(len(u), max(1, LOGITS // model.vocab_size)):
         logits = diffusion.guided(model, [each[piece] for each in h], o["cfg_scale"])  # (piece, V)
         if suppress is not None:
             suppress_tokens(logits, suppress[piece])
         token, p = categorical(logits, u[piece], o["temperature"], o["top_k"], o["top_p"])
-        yield token, p, entropy_of(logits, policy), logits
+        pieces.append((token, p, entropy_of(logits, policy)))
+        if keep_logits:
+            kept.append(logits)
+    token, p, entropy = map(torch.cat, zip(*pieces, strict=True))  # (n,) each
+    return token, p, entropy, torch.cat(kept) if kept else None
 
 
 # ---- 2. The loops (one without anything that makes it fast: experiments/textbook.py, sample) -----
@@ -154,6 +159,11 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     require(0 < x.shape[1] <= model.block_size and len(x), f"{most}, not {tuple(x.shape)}")
     if model.config["attention"] == "causal":
         return sample_ar(model, x, o, suppress, progress)
+    return sample_mdm(model, x, o, suppress, progress, on_call)
+
+
+def sample_mdm(model, x, o, suppress=None, progress=False, on_call=None):
+    """sample by a masked diffusion model: call by call, as the sampler's policy says."""
     began, (N, L), device = time.time(), x.shape, x.device
     cond, masked = x != model.mask_id, (x == model.mask_id).cpu()  # (N, L) each
     x = x.clone(memory_format=torch.contiguous_format)  # (N, L)
@@ -168,10 +178,9 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
             if policy.remasks:
                 flat.index_fill_(0, *again, model.mask_id)
             h = states_of(x, call, live, idx)  # the states of n positions
-            drawn = draws(model, h, u, None if suppress is None else suppress[at], policy, o)
-            drawn = [piece if on_call else piece[:3] for piece in drawn]  # logits for on_call
-            token, p, entropy, *logits = map(torch.cat, zip(*drawn, strict=True))  # (n,) (n, V)
-            total = total + p[: len(call.at)].sum()  # looked at in the end, so no call waits
+            ruled_out = None if suppress is None else suppress[at]  # (n,)
+            token, p, entropy, logits = draw(model, h, u, ruled_out, policy, o, bool(on_call))
+            total = total + p[: len(call.at)].sum()  # nan if a p is: no call has to wait for it
             keep = torch.ones(len(call.at), dtype=torch.bool)  # (n,) what is unmasked
             if not policy.known:
                 keep = accepted(policy, call, L, p, entropy)
@@ -179,7 +188,7 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
                 token = torch.where(kept, token, model.mask_id)
             flat[at] = token.to(x)
             if on_call:
-                columns = call.at // L, call.at % L, call.done[call.idx // L], token, p, *logits
+                columns = call.at // L, call.at % L, call.done[call.idx // L], token, p, logits
                 on_call(*(column[: len(keep)].cpu()[keep] for column in columns))
             bar.update(int(keep.sum()))
     total, left = torch.stack([total, (x == model.mask_id).sum().to(total.device)]).tolist()

@@ -238,7 +238,7 @@ def build(config, team, state=None):
     return model, ema, optimizers
 
 
-def train_step(config, step, batches, loss_of, optimizers, team, spent=0.0):
+def train_step(config, step, batches, loss_fn, optimizers, team, spent=0.0):
     """One optimizer step on this process's next micro-batches -> (loss, NELBO, skipped).
 
     Loss and NELBO are in nats a token, and stay on the device. skipped: the gradient was not finite
@@ -251,14 +251,14 @@ def train_step(config, step, batches, loss_of, optimizers, team, spent=0.0):
     total = nelbo = 0.0
     for first in range(0, share, micro):
         batch = next(batches).each(lambda tensor: tensor.to(team.device, non_blocking=cuda))
-        with parallel.accumulate(loss_of, last=first + micro == share):
+        with parallel.accumulate(loss_fn, last=first + micro == share):
             with team.autocast():
-                loss, nats = loss_of(**batch.inputs())
+                loss, nats = loss_fn(**batch.inputs())
             loss = loss * (team.world / batch.n_tokens)  # gradients are averaged over the processes
             loss.backward()
         total += loss.detach()
         nelbo += nats.sum() * (team.world / batch.n_real)
-    skipped = clip_gradient(config, loss_of.parameters())
+    skipped = clip_gradient(config, loss_fn.parameters())
     for optimizer in optimizers:
         if not skipped:
             optimizer.step()
@@ -274,6 +274,16 @@ def seed_dropout(config, step, team):
 
 
 # ---- 3. Now and then -----------------------------------------------------------------------------
+def log_now(config, losses, spent, signal, team, log):
+    """Wait for the device and log the step -> the signal that stops any of the processes, or 0."""
+    step, path = log.clock.step, resume.checkpoint_path(config)
+    (loss, nelbo), stopped, memory = parallel.agree(losses, signal, team)
+    sound = math.isfinite(loss) or config["skip_nonfinite"]
+    checkpoint.require_sound(sound, f"the loss is {loss} at step {step}", path)
+    log.write_step(step, loss, nelbo, learning_rate(step - 1, config, spent), memory)
+    return stopped
+
+
 def evaluate_held_out(config, model, val, team):
     """(dict, line) of report on the held-out requests, of which each process evaluates its part."""
     items = parallel.deal([len(prompt) + len(answer) for prompt, answer in val.requests], team)
@@ -345,7 +355,7 @@ def train(config, team):
 
     # Model, average of its weights, optimizers; the loss, compiled and spread over the processes.
     model, ema, optimizers = build(config, team, state)
-    loss_of = parallel.engine(diffusion.Loss(model, config["objective"]), config, team)
+    loss_fn = parallel.engine(diffusion.Loss(model, config["objective"]), config, team)
     batches = make_batches(config, dataset, team, state["step"] if state else 0)
     if team.device.type != "cpu":  # there a thread beside the step would only take turns with it
         batches = loader.prefetch(batches)
@@ -357,7 +367,7 @@ def train(config, team):
         for step in clock:
             # One step: forward, loss.backward(), and a move of the weights.
             spent = clock.spent()
-            *losses, skip = train_step(config, step - 1, batches, loss_of, optimizers, team, spent)
+            *losses, skip = train_step(config, step - 1, batches, loss_fn, optimizers, team, spent)
             if skip:
                 log.skip(step)
             elif ema:
@@ -367,14 +377,9 @@ def train(config, team):
             # Now and then, and at the end: wait for the device, log, evaluate, save.
             last = clock.tick(config["log_interval"])
             if step % config["log_interval"] == 0 or last or (stop.signal and team.world == 1):
-                (loss, nelbo), stopped, memory = parallel.agree(losses, stop.signal, team)
-                sound = math.isfinite(loss) or config["skip_nonfinite"]
-                checkpoint.require_sound(sound, f"the loss is {loss} at step {step}", path)
-                log.write_step(step, loss, nelbo, learning_rate(step - 1, config, spent), memory)
-
+                stopped = log_now(config, losses, spent, stop.signal, team, log)
             if clock.due(config["eval_interval"], share=0.1):
                 result = evaluate_now(config, model, ema, tokenizer, val, team, log)
-
             if clock.due(config["save_interval"] or config["eval_interval"]) or stopped:
                 resume.save(config, tokenizer, clock, model, ema, optimizers, team)
                 log.restart(step)

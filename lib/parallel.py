@@ -183,14 +183,14 @@ def shard(model, team):
         fsdp.register_fsdp_forward_method(model, method)
 
 
-def engine(loss_of, config, team):
+def engine(loss_fn, config, team):
     """A diffusion.Loss made ready for training: blocks recomputed, compiled, gradients averaged.
 
     Blocks are compiled one at a time; as they are alike, they share their programs. A step is as
     fast as with one program for the whole network, after half the wait, and sharded weights are
     gathered between programs, not inside them.
     """
-    model, compiled = loss_of.model, config["compile"] and can_compile(team.device)
+    model, compiled = loss_fn.model, config["compile"] and can_compile(team.device)
     sharded = is_sharded(model.embed.weight)
     for block in model.blocks:
         if config["recompute"]:
@@ -200,9 +200,9 @@ def engine(loss_of, config, team):
     if compiled and model.vocab_size >= 1024:  # a small head is not worth the wait
         model.row_loss = fused.compiled_row_loss()
     if sharded or team.world == 1:
-        return loss_of
+        return loss_fn
     options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}  # rotary tables
-    return DistributedDataParallel(loss_of, **options)
+    return DistributedDataParallel(loss_fn, **options)
 
 
 def in_training(block, fast):
@@ -215,13 +215,13 @@ def in_training(block, fast):
     return forward
 
 
-def accumulate(loss_of, last):
+def accumulate(loss_fn, last):
     """The context of a micro-step: ddp averages the gradients only at the last one.
 
     fsdp does so each time, because gradients that wait would be as large as the network.
     """
-    waits = isinstance(loss_of, DistributedDataParallel) and not last
-    return loss_of.no_sync() if waits else contextlib.nullcontext()
+    waits = isinstance(loss_fn, DistributedDataParallel) and not last
+    return loss_fn.no_sync() if waits else contextlib.nullcontext()
 
 
 def release(model):
