@@ -185,9 +185,10 @@ def set_nats(model, requests, o, number=0, size=1, progress=False):
     _, estimator = estimator_of(model, o["estimator"])
     one_pass = requests.in_one_pass(model, estimator)
     lengths, groups = requests.lengths(), requests.group_of_each()  # (N, 2) prompts, answers; (N,)
-    turns = lengths[:, 1] if estimator.row is None and not one_pass else lengths[:, 1].clip(max=1)
-    nats, cost = torch.zeros(len(lengths), size, dtype=torch.float64), {"rows": 0, "calls": 0}
-    calls = []  # ((request, draw), nats) of the rows of each, (b,) each
+    row_a_token = estimator.row is None and not one_pass
+    turns = lengths[:, 1] if row_a_token else lengths[:, 1].clip(max=1)  # (N,) rows of a draw
+    nats = torch.zeros(len(lengths), size, dtype=torch.float64)
+    cost, calls = {"rows": 0, "calls": 0}, []  # ((request, draw), nats) of the rows, (b,) each
     with progress_bar(progress, nats.numel(), "draw") as bar:
         for i, k, turn in batches(lengths.sum(1), turns, size, o["batch_size"]):  # (b,) each
             x0, prompt = requests.rows(i)  # (b, W), (b,)
@@ -227,8 +228,9 @@ def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
     require(cond is None or estimator.normalised, "t_dse has no guidance; cfg_scale must be 0")
     if cond is None:
         return diffusion.nelbo(model, x0, mask, weight, idx, estimator.normalised)[1]
-    x, (cond,) = torch.where(mask, model.mask_id, x0), fused.moved(model.device, cond)  # (b, W)
-    h, target, ces = diffusion.states(model, x, idx, cond, cfg_scale), x0.flatten()[idx], []
+    (cond,) = fused.moved(model.device, cond)  # (b, W)
+    x, target = torch.where(mask, model.mask_id, x0), x0.flatten()[idx]  # (b, W), (n,)
+    h, ces = diffusion.states(model, x, idx, cond, cfg_scale), []
     for span in fused.chunks(len(target), fused.head_chunk(model.vocab_size, model.device)):
         logits = diffusion.guided(model, [each[span] for each in h], cfg_scale)  # (chunk, V)
         ces.append(F.cross_entropy(logits, target[span], reduction="none"))
@@ -360,7 +362,7 @@ def method(name, draws):
 
 def score(config, subject):
     """Evaluate config["text"], print a line for each token -> {"tokens", "nats", "total", ...}."""
-    ids = subjects.ids_of_text(subject, config["text"])
+    ids = subjects.ids_of_text(subject, config["text"])  # (L,)
     options = {key: config[key] for key in ("estimator", "draws", "seed", "batch_size")}
     with subject.autocast():
         nats = token_nats(subject.model, ids, **options)  # (draws, L)

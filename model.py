@@ -103,8 +103,8 @@ ZERO_INITS = Table(  # the ends of the names of those weights that start at zero
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        D, (self.activation, gated) = config["n_embd"], MLPS[config["mlp"]]
-        width = config["mlp_width"] or 4 * D
+        D, width = config["n_embd"], config["mlp_width"] or 4 * config["n_embd"]
+        self.activation, gated = MLPS[config["mlp"]]
         self.gate = nn.Linear(D, width, bias=config["bias"]) if gated else None
         self.up = nn.Linear(D, width, bias=config["bias"])
         self.down = nn.Linear(width, D, bias=config["bias"])
@@ -211,7 +211,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        D, H, V, conv = (config[key] for key in ("n_embd", "n_head", "vocab_size", "conv"))
+        D, H, V, conv = config["n_embd"], config["n_head"], config["vocab_size"], config["conv"]
         require(D % (2 * H) == 0, f"n_embd {D} must be a multiple of 2 * n_head = {2 * H}")
         full = choose("attention", config["attention"], ATTENTIONS) == "full"
         message = f"conv must be 0, or with attention=full an odd number, not {conv}"

@@ -247,8 +247,8 @@ def train_step(config, step, batches, loss_fn, optimizers, team, spent=0.0):
     """
     set_learning_rate(optimizers, learning_rate(step, config, spent))
     seed_dropout(config, step, team)
-    (share, micro), cuda = shares(config, team), team.device.type == "cuda"
-    total = nelbo = 0.0
+    share, micro = shares(config, team)
+    cuda, total, nelbo = team.device.type == "cuda", 0.0, 0.0
     for first in range(0, share, micro):
         batch = next(batches).each(lambda tensor: tensor.to(team.device, non_blocking=cuda))
         with parallel.accumulate(loss_fn, last=first + micro == share):

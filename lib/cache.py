@@ -61,12 +61,14 @@ class OrderCache:
         plans a call while the device still computes. Where a token that was read is masked again,
         the slot is read anew.
         """
-        (b, L), visible = visible.shape, F.pad(visible, (1, 0), value=True)  # (b, 1 + L)
+        b, L = visible.shape
+        visible = F.pad(visible, (1, 0), value=True)  # (b, 1 + L)
         self.clear(slots[(self.was_read[slots] & ~visible).any(1)])
         new = visible & ~self.was_read[slots]  # (b, 1 + L)
         self.was_read[slots] = visible
         is_query = torch.zeros(b * L, dtype=torch.bool).index_fill(0, masked_idx, True).view(b, L)
-        (columns, n_new), (places, _) = to_the_left(new), to_the_left(is_query)  # (b, n), (b, Q)
+        columns, n_new = to_the_left(new)  # (b, n), (b,)
+        places, _ = to_the_left(is_query)  # (b, Q)
         where, seen = self.layout(visible.sum(1), n_new, columns.shape[1], places.shape[1])
         places = torch.cat([(columns - 1).clamp(min=0), places], dim=1)  # (b, n + Q)
         query = (is_query.cumsum(1) - 1).flatten()[masked_idx]  # (N,)
@@ -90,21 +92,22 @@ class OrderCache:
         entries = count - n_new + entry[:n]  # (b, n)
         kept = torch.where(entry[:n] < n_new, entries, self.length - 1)  # (b, n)
         where = torch.cat([kept, count + entry[:Q]], dim=1)  # (b, n + Q)
-        limit = torch.cat(
-            [entries + 1, count.expand(-1, Q)], dim=1
-        )  # (b, n + Q) all before are seen
-        seen = (entry < limit[..., None]) | (entry == where[..., None])  # and itself
+        # A query sees all clean tokens, these those before them; and each sees itself.
+        limit = torch.cat([entries + 1, count.expand(-1, Q)], dim=1)  # (b, n + Q)
+        seen = (entry < limit[..., None]) | (entry == where[..., None])  # (b, n + Q, length)
         return where, seen[:, None]
 
     def attend(self, part, stored, seen, layer, q, kv):
         """Store kv (2, b, H, n + Q, d) in a layer; what q (b, H, T, d) reads there (b, H, T, d)."""
-        kept, (slots, where), (_, _, H, _, d) = self.layers.get(layer), stored, kv.shape
+        slots, where = stored
+        kept = self.layers.get(layer)  # (2, B, H, length, d)
         if kept is None:
-            kept = kv.new_zeros(2, len(self.was_read), H, 0, d)  # (2, B, H, length, d)
+            kept = kv.new_zeros(2, len(self.was_read), kv.shape[2], 0, kv.shape[4])
         if kept.shape[3] < self.length:
             kept = F.pad(kept, (0, 0, 0, self.length - kept.shape[3]))
         kept.transpose(2, 3)[:, slots, where] = kv.transpose(2, 3)
-        self.layers[layer], (k, v) = kept, kept[:, part]  # (b, H, length, d) each
+        self.layers[layer] = kept
+        k, v = kept[:, part]  # (b, H, length, d) each
         return fused.attention(q, k, v, seen=seen[:, :, -q.shape[2] :])
 
 

@@ -129,7 +129,8 @@ class FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, W, bias, target, weight, chunk, form):
-        (row_loss, normalised), dtype = form, product_dtype(h)
+        row_loss, normalised = form
+        dtype = product_dtype(h)
         W_cast, bias_cast = head_for_products(W, bias, dtype)  # (V, D), (V,)
         dh = torch.empty_like(h)  # (N, D)
         dW = torch.zeros_like(W_cast, dtype=wide(W.dtype))  # (V, D)

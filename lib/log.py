@@ -144,7 +144,8 @@ class Log:
 
     def say_end(self):
         """Say at the end of a run whether it spent its time or its text badly."""
-        made, (best, step) = self.clock.step - self.start, min(self.held_out, default=(0.0, 0))
+        made = self.clock.step - self.start
+        best, step = min(self.held_out, default=(0.0, 0))
         first = self.held_out[0][0] if self.held_out else math.inf
         if self.config["compile"] and self.clock.spent() >= 1 and 0 < made < 10:
             self.say(f"{made} steps in {self.minutes()}, most of it compilation; {MORE}")

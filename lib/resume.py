@@ -181,7 +181,8 @@ def with_saved(config, state, source):
 def with_data(config, state, source):
     """The config with what the data decide; UserError where the data do not suit it."""
     data, meta = config["data"], loader.read_meta(config["data"])
-    V, (width, eos_id) = meta["vocab_size"], examples.layout(data, meta)
+    V = meta["vocab_size"]
+    width, eos_id = examples.layout(data, meta)
     if state:
         same_tokenizer = state["tokenizer"] in (None, meta["tokenizer"])
         message = f"{source} was trained with another tokenizer than {data} has"

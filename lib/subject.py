@@ -32,7 +32,8 @@ def load_subject(config, reads_text=False, cast=True):
     reads_text: it needs a tokenizer, without which it is a UserError. cast: its matrices are cast
     once to the dtype of products; otherwise they stay as they were saved.
     """
-    (device, autocast), ckpt, ema = machine(config), config["ckpt"], config.get("ema", True)
+    device, autocast = machine(config)
+    ckpt, ema = config["ckpt"], config.get("ema", True)
     model, tokenizer, trained = checkpoint.load(ckpt, device, ema=ema)
     if reads_text:
         message = f"{ckpt} names no tokenizer, so text cannot be read or written"
