@@ -107,17 +107,17 @@ def importance_sampled(objective, draw, m):
 
     Its weight 1/m has no second moment: one token masked at a tiny m counts for too much, and no
     interval could be trusted. An empty mask adds nothing, so E[X] = P(some masked) E[X | some
-    masked], and weight * P(some masked) = (1 - (1 - m)^l) / m is l at most. The condition is that
-    the lowest of l uniform numbers is below m. Given the lowest, the others are uniform above it:
-    scaling 1 - noise by one factor a row takes the lowest to where it must be. (highest^l below is
+    masked], and weight * P(some masked) = (1 - (1 - m)^n) / m is n at most. The condition is that
+    the lowest of n uniform numbers is below m. Given the lowest, the others are uniform above it:
+    scaling 1 - noise by one factor a row takes the lowest to where it must be. (highest^n below is
     uniform on (0, 1]; it has to become uniform on (1 - P(some masked), 1].)
     """
     answer = draw.place >= 0  # (b, W)
-    l = answer.sum(1)  # (b,)
-    p_some = -torch.expm1(l * torch.log1p(-m))  # (b,) 1 - (1 - m)^l
+    n = answer.sum(1)  # (b,)
+    p_some = -torch.expm1(n * torch.log1p(-m))  # (b,) 1 - (1 - m)^n
     highest = (1 - draw.noise).masked_fill(~answer, 0.0).amax(1)  # (b,) of 1 - noise
-    p_above = highest**l  # (b,) P(all noise above its lowest)
-    scale = ((1 - p_some + p_some * p_above) / p_above) ** (1 / l)  # (b,)
+    p_above = highest**n  # (b,) P(all noise above its lowest)
+    scale = ((1 - p_some + p_some * p_above) / p_above) ** (1 / n)  # (b,)
     noise = 1 - (1 - draw.noise) * scale[:, None]  # (b, W)
     mask, weight = diffusion.draw_mask(objective, draw.u, noise, draw.schedule, draw.prompt)
     return mask, (weight * p_some)[:, None] * mask  # (b, W) each

@@ -174,9 +174,10 @@ def sample_mdm(model, x, o, suppress=None, progress=False, on_call=None):
     plan = on_device(calls(policy, nfe, o["batch_size"]), policy, device, same_size)
     total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
     with progress_bar(progress, int(masked.sum()), "token") as bar:
-        for call, (live, at, idx, u, *again) in plan:
+        for call, tensors in plan:
+            live, at, idx, u = tensors[:4]  # (b,) sequences, (n,) positions twice, (n,) noise
             if policy.remasks:
-                flat.index_fill_(0, *again, model.mask_id)
+                flat.index_fill_(0, tensors[4], model.mask_id)
             h = states_of(x, call, live, idx)  # the states of n positions
             ruled_out = None if suppress is None else suppress[at]  # (n,)
             token, p, entropy, logits = draw(model, h, u, ruled_out, policy, o, bool(on_call))

@@ -192,7 +192,10 @@ class Call(NamedTuple):
 
 def calls(policy, nfe, batch_size):
     """Yield the Calls, counting them in nfe (N,); a finished sequence makes room for another."""
-    while len(live := policy.unfinished(nfe).nonzero().flatten()[:batch_size]):  # (b,)
+    while True:
+        live = policy.unfinished(nfe).nonzero().flatten()[:batch_size]  # (b,)
+        if len(live) == 0:
+            return
         done = nfe[live]  # (b,)
         due, noise = policy.due(live, done), policy.noise(live, done)  # (b, L) each
         L, idx = due.shape[1], due.flatten().nonzero().flatten()  # (n,)
@@ -364,8 +367,11 @@ def remasking(masked, o, sigma_of):
 
 def evenly(n, steps):
     """n tokens over at most `steps` calls: a list without zeros."""
+    if n == 0:
+        return []
     steps = min(steps, n)
-    return [n // steps + (i < n % steps) for i in range(steps)] if n else []
+    fewest, rest = divmod(n, steps)
+    return [fewest + 1] * rest + [fewest] * (steps - rest)
 
 
 def smdm_counts(n, steps):

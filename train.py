@@ -223,15 +223,17 @@ def build(config, team, state=None):
     with torch.device("meta"):  # no memory yet
         model = network.Transformer(config)
     ema = copy.deepcopy(model) if config["ema"] else None
-    for each in filter(None, (model, ema)):
+    saved = [state["model"], state.get("ema") or state["model"]] if state else [None, None]
+    for net, weights in zip((model, ema), saved, strict=True):
+        if net is None:
+            continue
         if team.world > 1 and config["parallel"] == "fsdp":
-            parallel.shard(each, team)
-        each.to_empty(device=team.device)
-        tables = network.rotary_tables(config)  # (block_size, d/2) each
-        each.cos, each.sin = (table.to(team.device) for table in tables)
-        saved = state and ((each is ema and state.get("ema")) or state["model"])
+            parallel.shard(net, team)
+        net.to_empty(device=team.device)
+        cos, sin = network.rotary_tables(config)  # (block_size, d/2) each
+        net.cos, net.sin = cos.to(team.device), sin.to(team.device)
         torch.manual_seed(config["seed"])
-        parallel.fill(each, saved.items() if saved else each.initial_weights(), "the checkpoint")
+        parallel.fill(net, weights.items() if weights else net.initial_weights(), "the checkpoint")
     optimizers = make_optimizers(config, model)
     if state and "optimizer" in state:
         resume.load_optimizers(optimizers, state["optimizer"])

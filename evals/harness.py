@@ -147,8 +147,8 @@ def generated(subject, config, cuts, requests):
         n = max(1, min(longest, model.block_size - len(whole)))  # the prompt goes first
         prompt, _ = choice.fit(whole, range(n), model.block_size)
         cuts["answers"] += 1
-        cuts["answers cut short"] += n < longest
-        cuts["prompts without their beginning"] += len(prompt) < len(whole)
+        cuts["answers cut short"] += int(n < longest)
+        cuts["prompts without their beginning"] += int(len(prompt) < len(whole))
         temperature = (
             float(keywords.get("temperature", 1.0)) if keywords.get("do_sample", False) else 0.0
         )

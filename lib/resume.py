@@ -274,7 +274,8 @@ def save(config, tokenizer, clock, model, ema, optimizers, team):
     clock.look()
     state = {"config": config, "tokenizer": tokenizer.meta(), "step": step}
     state |= {"minutes": clock.minutes, "model": model.state_dict()}
-    state |= {"ema": ema and ema.state_dict(), "optimizer": [o.state_dict() for o in optimizers]}
+    state["ema"] = ema.state_dict() if ema else None
+    state["optimizer"] = [optimizer.state_dict() for optimizer in optimizers]
     state = parallel.whole(state, keep=team.rank == 0)
     if team.rank == 0:
         what = f"the weights are not finite at step {step}"

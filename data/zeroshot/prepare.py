@@ -216,7 +216,8 @@ def texts(name, paths, config, border):
 def whole_blocks(ids, workers, block):
     """What RADD keeps of the ids of rows: the whole blocks of every 1,000 rows of a worker."""
     workers = min(workers, len(ids))
-    parts = [len(ids) // workers + (i < len(ids) % workers) for i in range(workers)]  # rows of each
+    fewest, rest = divmod(len(ids), workers)
+    parts = [fewest + 1 if i < rest else fewest for i in range(workers)]  # rows of each
     for first, size in zip(np.cumsum([0, *parts[:-1]]), parts, strict=True):
         for start in range(first, first + size, MAP_BATCH):
             stream = np.concatenate(ids[start : min(start + MAP_BATCH, first + size)])  # (n,)
