@@ -255,34 +255,38 @@ def sample_ar(model, x, o, suppress=None, progress=False):
     given, and each one after that adds a position, drawn or given.
     """
     require(o["cfg_scale"] == 0, "cfg_scale needs a masked diffusion model, not a causal one")
-    began, (N, L), draw = time.time(), x.shape, (o["temperature"], o["top_k"], o["top_p"])
+    began, (N, L), B = time.time(), x.shape, o["batch_size"]
     x, masked = x.clone(), (x == model.mask_id).cpu()  # (N, L) each
     noise, to_fill = fused.moved(x.device, philox.uniforms(o["seed"], 1, range(N), L), masked)
-    suppress = None if suppress is None else suppress.to(x.device)  # (N, L)
-    nfe, B = torch.zeros(N, dtype=torch.long), o["batch_size"]  # (N,)
+    suppress = torch.full_like(x, -1) if suppress is None else suppress.to(x.device)  # (N, L)
+    nfe = torch.zeros(N, dtype=torch.long)  # (N,)
     with progress_bar(progress, -(-N // B) * L, "token") as bar:
         for batch in (slice(start, start + B) for start in range(0, N, B)):
-            y, gaps = x[batch], masked[batch].any(0).nonzero().flatten().tolist()  # (b, L) a view
-            if not gaps:
-                continue
-            cache, first, last = [Cache(L) for _ in model.blocks], gaps[0], gaps[-1]
-            start = y.new_full((len(y), 1), model.start_id)  # (b, 1)
-            total = 0.0  # the sum of p, looked at when all is drawn, so that no call waits for it
-            new = torch.cat([start, y[:, :first]], dim=1)  # (b, 1 + first)
-            for i in range(first, last + 1):
-                logits = model.head(model.hidden(new, cache=cache)[:, -1])  # (b, V)
-                if suppress is not None:
-                    suppress_tokens(logits, suppress[batch][:, i])
-                token, p = categorical(logits.float(), noise[batch][:, i], *draw)  # (b,) each
-                total = total + p
-                y[:, i] = torch.where(to_fill[batch, i], token.to(y), y[:, i])
-                new = y[:, i : i + 1]  # (b, 1)
-                bar.update()
-            finite(total.cpu(), DRAWN)
-            nfe[batch] = last + 1 - first
+            gaps = masked[batch].any(0).nonzero().flatten().tolist()  # positions to be filled
+            if gaps:
+                span = range(gaps[0], gaps[-1] + 1)
+                parts = x[batch], to_fill[batch], noise[batch], suppress[batch]  # (b, L) each
+                for _ in fill_span(model, span, *parts, o):
+                    bar.update()
+                nfe[batch] = len(span)
     wait(x.device)
     expected = float(nfe.double().mean())  # one call a token is what it takes
     return x, {"nfe": nfe, "expected_nfe": expected, "seconds": time.time() - began}
+
+
+def fill_span(model, span, y, to_fill, u, suppress, o):
+    """Fill y (b, L) in place, one position of the span a call; yields after each call."""
+    cache, total = [Cache(y.shape[1]) for _ in model.blocks], 0.0
+    new = torch.cat([y.new_full((len(y), 1), model.start_id), y[:, : span[0]]], dim=1)  # (b, n)
+    for i in span:
+        logits = model.head(model.hidden(new, cache=cache)[:, -1])  # (b, V)
+        suppress_tokens(logits, suppress[:, i])
+        token, p = categorical(logits.float(), u[:, i], o["temperature"], o["top_k"], o["top_p"])
+        total = total + p  # nan if a p is: looked at in the end, so no call waits for it
+        y[:, i] = torch.where(to_fill[:, i], token.to(y), y[:, i])
+        new = y[:, i : i + 1]  # (b, 1)
+        yield
+    finite(total.cpu(), DRAWN)
 
 
 # ---- 3. The command -----------------------------------------------------------------------------
