@@ -33,9 +33,11 @@ DEFAULTS = {
 }
 
 # The keys whose value is a path, or several separated by commas; in it ~ is the home folder.
-PATHS = {"ckpt", "data", "folder", "from", "gpt2", "include_path", "init_from", "input", "judge"}
-PATHS |= {"out_dir", "page", "preset", "reference", "results", "rows", "runs", "samples", "svg"}
-PATHS |= {"out", "to", "tokenizer", "val"}
+# fmt: off
+PATHS = {"ckpt", "data", "folder", "from", "gpt2", "include_path", "init_from", "input", "judge",
+         "out", "out_dir", "page", "preset", "reference", "results", "rows", "runs", "samples",
+         "svg", "to", "tokenizer", "val"}
+# fmt: on
 
 RENAMED = {  # keys of earlier versions, in old commands and checkpoints, and what others call them
     "causal": "attention",
@@ -172,11 +174,11 @@ def allowed(module):
     """
     values = {}
     for key, comment in re.findall(r'^ *"(\w+)": ".*?",  # (.*)', key_block(module), re.M):
-        listed = re.sub(r" \(.*?\)", "", comment).split(";")[0]  # without remarks
-        if table := re.fullmatch(r"one of (\w+)", listed):
+        first_part = re.sub(r" \(.*?\)", "", comment).split(";")[0]  # without remarks
+        if table := re.fullmatch(r"one of (\w+)", first_part):
             values[key] = list(getattr(module, table[1]))
-        elif re.fullmatch(r"\w+( \| \w+)+", listed):
-            values[key] = listed.split(" | ")
+        elif re.fullmatch(r"\w+( \| \w+)+", first_part):
+            values[key] = first_part.split(" | ")
     return values
 
 

@@ -150,8 +150,8 @@ def with_size(config):
     shape = formats.size_config(config["size"]) if config["size"] else {}
     user_keys = config.get("user_keys", {})
     for key in (key for key in shape if key in user_keys):
-        conflict = f"size {config['size']} has {key}={shape[key]}, not {config[key]}"
-        require(config[key] == shape[key], conflict)
+        message = f"size {config['size']} has {key}={shape[key]}, not {config[key]}"
+        require(config[key] == shape[key], message)
     return config | shape | {"user_keys": dict.fromkeys(shape, "--size") | user_keys}
 
 
@@ -168,10 +168,10 @@ def with_saved(config, state, source):
     advice = ANEW if resumed else "init_from takes a model as it is"
     require(keys <= saved.keys(), f"{source} does not say how its model was made; {advice}")
     for key in (key for key in user_keys if key in keys):
-        conflict = f"{source} was trained with {key}={saved[key]}, not {config[key]}"
-        require(config[key] == saved[key], f"{conflict}; {advice}")
-    surprise = f"{source} did not begin with init_from={config['init_from']}"
-    require(not resumed or saved["init_from"] or not config["init_from"], f"{surprise}; {advice}")
+        message = f"{source} was trained with {key}={saved[key]}, not {config[key]}"
+        require(config[key] == saved[key], f"{message}; {advice}")
+    message = f"{source} did not begin with init_from={config['init_from']}"
+    require(not resumed or saved["init_from"] or not config["init_from"], f"{message}; {advice}")
     if resumed and "user_keys" in config and not user_keys.get("out_dir", "").startswith("--"):
         old, new = str(saved.get("data")), config["data"]
         require(Path(old) == Path(new), f"{source} has learnt from {old}, not {new}; {advice}")
