@@ -96,7 +96,8 @@ class Table(dict):
 
     def __getitem__(self, name):
         entry = super().__getitem__(choose(self.kind, name, list(self)))
-        if self.lacking and self.checked.get(name, self) is not entry:
+        is_checked = name in self.checked and self.checked[name] is entry
+        if self.lacking and not is_checked:
             try:
                 problem = self.lacking(entry)
             except Exception as error:  # an entry may hold anything

@@ -194,7 +194,8 @@ def set_nats(model, requests, o, number=0, size=1, progress=False):
             x0, prompt = requests.rows(i)  # (b, W), (b,)
             u, noise = random_numbers(o["seed"], number, groups[i], k, size, x0.shape[1])
             draw = Draw(u, noise, turn, prompt, diffusion.SCHEDULES[o["schedule"]])
-            draw = draw._replace(noise=noise.gather(1, draw.place.clamp(min=0)))  # by its place
+            noise = noise.gather(1, draw.place.clamp(min=0))  # (b, W) by the place in the answer
+            draw = draw._replace(noise=noise)
             row_nats = nats_of_call(model, requests, estimator, x0, draw)  # (b,)
             calls.append(((torch.from_numpy(i), k), row_nats))  # the host waits for no call
             cost["rows"] += len(x0) * (2 if one_pass or requests.cfg_scale else 1)
@@ -306,8 +307,10 @@ def token_nats(model, ids, **options):
     one_pass = model.config["attention"] == "order"  # a row has all terms of a draw
     nats = torch.zeros(K, L, dtype=torch.float64)
     for row in torch.arange(K if one_pass else K * L).split(o["batch_size"]):
-        k, turn = (row, row * 0) if one_pass else (row // L, row % L)  # (b,) each
-        draw = Draw(*random_numbers(o["seed"], 0, row * 0, k, K, L), turn, row * 0, None)
+        zero = torch.zeros_like(row)  # (b,)
+        k, turn = (row, zero) if one_pass else (row // L, row % L)  # (b,) each
+        u, noise = random_numbers(o["seed"], 0, zero, k, K, L)  # (b,), (b, L)
+        draw = Draw(u, noise, turn, prompt=zero, schedule=None)
         x0, order = torch.as_tensor(ids).expand(len(row), L), estimator.order(draw)  # (b, L) each
         if one_pass:
             terms = diffusion.order_nll(model, *fused.moved(model.device, x0, order))[1]  # (b, L)

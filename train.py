@@ -136,7 +136,8 @@ def make_batch(config, dataset, step, rows):
     if coin < config["random_length"]:
         x0 = x0[:, : 1 + int(length * x0.shape[1])]  # (b, L)
     L = x0.shape[1]
-    counts = dict.fromkeys(("n_tokens", "n_real"), config["batch_size"] * L)
+    n_tokens = config["batch_size"] * L
+    counts = {"n_tokens": n_tokens, "n_real": n_tokens}
     if OBJECTIVES[config["objective"]].draw is None:
         return Batch(x0, **counts)
     if config["attention"] == "order":
