@@ -183,7 +183,6 @@ def allowed(module):
     return values
 
 
-@functools.cache
 def ranges(module):
     """The range of each number, {key: text}, as the comments of DEFAULTS state it.
 

@@ -183,7 +183,7 @@ def sample_mdm(model, x, o, suppress=None, progress=False, on_call=None):
             token, p, entropy, logits = draw(model, h, u, ruled_out, policy, o, bool(on_call))
             total = total + p[: len(call.at)].sum()  # nan if a p is: no call has to wait for it
             keep = torch.ones(len(call.at), dtype=torch.bool)  # (n,) what is unmasked
-            if not policy.known:
+            if not policy.planned:
                 keep = accepted(policy, call, L, p, entropy)
                 (kept,) = fused.moved(token.device, keep)  # (n,)
                 token = torch.where(kept, token, model.mask_id)

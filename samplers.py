@@ -84,7 +84,7 @@ class Policy:
     accepts.
     """
 
-    known = True  # all calls are known before the first, and what is due is unmasked
+    planned = True  # all calls are known before the first, and what is due is unmasked
     remasks = False  # a token can be masked again
     by_entropy = False  # `accept` needs entropies; elsewhere they are 0
     expected_nfe = None  # mean calls of a sequence; None: only sampling tells
@@ -99,7 +99,7 @@ class Policy:
         return torch.cat([philox.uniforms(self.seed, 2 + call, [n], L) for n, call in pairs])
 
     def accept(self, live, done, p, entropy):
-        """Which of the tokens drawn are kept (b, L). The loop asks where `known` is False."""
+        """Which of the tokens drawn are kept (b, L). The loop asks where not `planned`."""
         return self.due(live, done)
 
 
@@ -132,7 +132,7 @@ class Adaptive(Policy):
     unmask none, the most probable token is unmasked.
     """
 
-    known = False
+    planned = False
 
     def __init__(self, masked, seed, rule, by_entropy=False, expected_nfe=None):
         self.masked, self.seed, self.rule = masked.clone(), seed, rule  # (N, L)
@@ -216,7 +216,7 @@ def on_device(plan, policy, device, same_size=False):
     graph must have; a token that is drawn twice is the same.
     """
     n = 5 if policy.remasks else 4
-    if not policy.known:
+    if not policy.planned:
         yield from ((call, fused.moved(device, *call[:n])) for call in plan)
         return
     plan = list(plan)

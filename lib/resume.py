@@ -129,18 +129,18 @@ def add_character_rows(state, source, meta, team):
 
     A new row begins as the mean of the others. data.tokenizer.named makes such alphabets.
     """
-    old, wanted = state["tokenizer"], meta["tokenizer"]
-    are_chars = old and old["kind"] == wanted["kind"] == "char"
-    if not are_chars or not wanted["alphabet"].startswith(old["alphabet"]):
+    old, current = state["tokenizer"], meta["tokenizer"]
+    are_chars = old and old["kind"] == current["kind"] == "char"
+    if not are_chars or not current["alphabet"].startswith(old["alphabet"]):
         return
-    V, n = len(old["alphabet"]), len(wanted["alphabet"])
+    V, n = len(old["alphabet"]), len(current["alphabet"])
     for name in {"embed.weight", "unembed.weight", "unembed.bias"} & state["model"].keys():
         w = state["model"][name]  # (V + 1, D), (V or more, D) or (V or more,)
         new = w[:V].mean(0, keepdim=True).expand(n - V, *w.shape[1:])
         state["model"][name] = torch.cat([w[:V], new, w[V:]])
-    state |= {"tokenizer": wanted, "config": state["config"] | {"vocab_size": n}}
+    state |= {"tokenizer": current, "config": state["config"] | {"vocab_size": n}}
     if n > V and team.rank == 0:
-        new = wanted["alphabet"][V:]
+        new = current["alphabet"][V:]
         end = ", where '\\x00' is the end of an answer" if "\0" in new else ""
         print(f"{source} gets rows for {n - V} new characters: {new!r}{end}")
 

@@ -30,44 +30,51 @@ def encode(tokenizer, model, text, start=True):
     return bos + tokenizer.encode(text, start) if text else []
 
 
-def request(tokenizer, model, prompt="", suffix="", template="", length=0):
-    """A request as a list of ids, with mask_id where a token is wanted; UserError if impossible.
+def before_gap(tokenizer, model, text, start):
+    """The ids of a text in front of a gap: without the space before it, which the gap has to bring.
 
-    Where the token of a word includes the space before it (BPE), the space before a gap is left to
-    the tokens that fill the gap, for hardly any stood alone in training. The prompt of a model of
-    examples is taken literally, as it was in training.
+    Where the token of a word includes that space (BPE), hardly any space stood alone in training.
+    A model of examples takes its prompt literally, as it was in training.
     """
-    block, verbatim = model.block_size, model.config.get("example_width")
+    if tokenizer.joins_spaces and not model.config.get("example_width"):
+        text = text.removesuffix(" ")
+    return encode(tokenizer, model, text, start)
 
-    def before_gap(text, start):
-        text = text.removesuffix(" ") if tokenizer.joins_spaces and not verbatim else text
-        return encode(tokenizer, model, text, start)
 
+def request(tokenizer, model, prompt="", suffix="", template="", length=0):
+    """A request as a list of ids, with mask_id where a token is wanted; UserError if impossible."""
     if template:
         require(not prompt and not suffix, "give --template or --prompt and --suffix, not both")
         require(not length, "a template has its own length; leave --length out")
-        pieces = re.split(r"___(\d+)", template)  # text, gap, text, gap, ..., text
-        advice = "write ___12 for a gap of 12 tokens in"
-        require(len(pieces) > 1, f"the template has no gap: {advice} '{template}'")
-        (*before, last), gaps = pieces[::2], pieces[1::2]
-        texts = [before_gap(text, start=i == 0) for i, text in enumerate(before)]
-        texts.append(encode(tokenizer, model, last, start=False))
-        for gap in gaps:
-            require(len(gap) < 8, f"a gap of ___{gap} tokens is longer than the block ({block})")
-        total = sum(map(len, texts)) + sum(map(int, gaps))
-        require(any(map(int, gaps)), f"the template has no gap of one token or more: '{template}'")
-        require(total <= block, f"the template is {total} tokens, the block {block}")
-        ids = texts[0]
-        for gap, text in zip(gaps, texts[1:], strict=True):
-            ids += [model.mask_id] * int(gap) + text
-        return ids
+        return template_ids(tokenizer, model, template)
+    block = model.block_size
     length = length or block
     require(length <= block, f"length must be at most block_size {block}, not {length}")
-    head, tail = before_gap(prompt, start=True), encode(tokenizer, model, suffix, start=False)
+    head = before_gap(tokenizer, model, prompt, start=True)
+    tail = encode(tokenizer, model, suffix, start=False)
     n_new = length - len(head) - len(tail)
     message = f"prompt and suffix are {length - n_new} tokens, which leaves nothing of length"
     require(n_new > 0, f"{message} {length} to fill")
     return head + [model.mask_id] * n_new + tail
+
+
+def template_ids(tokenizer, model, template):
+    """The ids of a text with gaps: ___12 is 12 times mask_id."""
+    pieces, block = re.split(r"___(\d+)", template), model.block_size  # text, gap, text, ..., text
+    advice = "write ___12 for a gap of 12 tokens in"
+    require(len(pieces) > 1, f"the template has no gap: {advice} '{template}'")
+    (*before, last), gaps = pieces[::2], pieces[1::2]
+    texts = [before_gap(tokenizer, model, text, start=i == 0) for i, text in enumerate(before)]
+    texts.append(encode(tokenizer, model, last, start=False))
+    for gap in gaps:
+        require(len(gap) < 8, f"a gap of ___{gap} tokens is longer than the block ({block})")
+    total = sum(map(len, texts)) + sum(map(int, gaps))
+    require(any(map(int, gaps)), f"the template has no gap of one token or more: '{template}'")
+    require(total <= block, f"the template is {total} tokens, the block {block}")
+    ids = texts[0]
+    for gap, text in zip(gaps, texts[1:], strict=True):
+        ids += [model.mask_id] * int(gap) + text
+    return ids
 
 
 def by_token(tokenizer, ids, nats):

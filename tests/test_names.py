@@ -79,7 +79,7 @@ def test_each_key_of_text_is_known_to_name_a_path_or_not():
 def test_a_tilde_is_the_home_folder_in_keys_that_name_paths(key, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     module = types.SimpleNamespace(DEFAULTS={key: "", "prompt": ""})
-    monkeypatch.setattr(settings, "allowed", lambda _: {})
+    monkeypatch.setattr(settings, "key_block", lambda _: "")
     config = parse([f"--{key}=~/a,b,~/c", "--prompt=~/a"], module)
     assert config[key] == f"{tmp_path}/a,b,{tmp_path}/c" and config["prompt"] == "~/a"
     for kept in ("a~/b", "./~/b", "a ~/b"):
