@@ -185,7 +185,7 @@ def of_sampler(sampler):
             return "never ends"
         p = uniforms(0, number, range(len(call.live)), 4)  # (b, 4)
         p = torch.where(policy.due(call.live, call.done), p, -1.0)
-        if not policy.known:
+        if not policy.planned:
             policy.accept(call.live, call.done, p, torch.where(p < 0, torch.inf, p))
     missing = [name for name in ("by_entropy", "expected_nfe") if not hasattr(policy, name)]
     return f"makes a policy without {' and '.join(missing)}" if missing else ""
