@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from config import UserError
+from config import UserError, options
 from experiments import plot_log, results
 
 CONFIG = plot_log.DEFAULTS
@@ -134,7 +134,8 @@ def test_what_cannot_be_drawn_is_named(tmp_path):
     bad = log(tmp_path / "bad", line(1, 5.0), {"step": 2, "loss": 3})
     assert "log.jsonl, line 2: no entry" in refusal(folders=[bad])
     assert "9 runs are too many" in refusal(folders=[whole] * 9)
-    assert "smooth must be in [0, 1]" in refusal(folders=[whole], smooth=2.0)
+    with pytest.raises(UserError, match=r"smooth must be in \[0, 1\], not 2.0"):
+        options({"smooth": 2.0}, plot_log)
     assert "say where the picture goes" in refusal(folders=[whole], out="")
     assert "cannot write" in refusal(folders=[whole], out=str(tmp_path))
     assert not (tmp_path / out).exists()
