@@ -28,7 +28,7 @@ DEFAULTS = {
     "val": "",  # files or folders that are held out, in place of a part of the input
     "val_fraction": 0.05,  # of the documents, held out; 0: none, 1: all; in [0, 1]
     "workers": 0,  # processes that tokenize; 0: one for each core
-    "block_size": 0,  # a block of so many tokens holds one document at most; 0: several
+    "block_size": 0,  # in [0, 65536], tokens of a block that holds one document at most; 0: several
 }
 
 DOCUMENT = 4096  # characters at least of a document cut from a .txt file; at most twice that
@@ -138,7 +138,6 @@ def main(config):
     clash = val and "val_fraction" in config.get("user_keys", ())
     require(not clash, "give val or val_fraction, not both: what val names is all that is held out")
     L, workers = config["block_size"], config["workers"] or writer.cores()
-    require(0 <= L <= 2**16, f"block_size must be from 0 to 65536, not {L}")
     vocabulary = tokenizer.named(config["tokenizer"], documents([*items, *val]), checkpoint.load)
     pairs = split(lambda: documents(items), 0 if val else config["val_fraction"])
     pairs = itertools.chain(pairs, (("val", text) for text in documents(val)))
