@@ -126,8 +126,7 @@ def sample(model, n, steps):
         token = torch.multinomial(p.flatten(0, 1), 1).view(n, L)
         unmask = (x == model.mask_id) & (torch.rand(n, L) < (t - s) / t)  # (m(t) - m(s)) / m(t)
         x = torch.where(unmask, token, x)
-        # -> sample.py: when a position is unmasked does not depend on the network, so steps are
-        #    drawn ahead, idle ones skipped, and the network asked only for what is due
+        # -> sample.py: steps are drawn ahead, idle ones skipped; only what is due is asked for
     return x
 
 
@@ -146,9 +145,5 @@ def main(steps=800, n=3):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == []:
-        main()
-    elif sys.argv[1:] == ["--quick"]:
-        main(20)
-    else:
-        print(__doc__)
+    known = sys.argv[1:] in ([], ["--quick"])
+    main(20 if sys.argv[1:] else 800) if known else print(__doc__)

@@ -7,6 +7,6 @@ import model
 
 DEFAULTS = model.DEFAULTS | {"n_layer": 6, "n_head": 4, "n_embd": 256, "block_size": 256}
 DEFAULTS |= {"norm": "layer", "bias": True, "qk_norm": False, "zero_init": "none"}
-RECIPE = {"zero_init": "none", "loss_weight": "bound", "compile": False}
+RECIPE = {"zero_init": "none", "loss_weight": "bound", "mask_rate": "uniform", "compile": False}
 RECIPE |= {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1}
 RECIPE |= {"lr_decay": "cosine", "decay_start": 0.0}

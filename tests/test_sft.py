@@ -362,7 +362,7 @@ def test_with_something_behind_the_gap_nothing_is_cut_off(tmp_path):
     config = command(small(tmp_path / "old", tmp_path / "run"))
     (record, *_) = sample.main(config | {"suffix": "\nz"})
     assert record["text"].endswith("\nz") and len(record["text"]) == 14
-    with pytest.raises(UserError, match="min_new_tokens is for answers"):
+    with pytest.raises(UserError, match="min_new_tokens must be at most the 0 to fill"):
         sample.main(config | {"suffix": "z", "min_new_tokens": 7})
 
 
