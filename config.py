@@ -48,6 +48,7 @@ RENAMED = {  # keys of earlier versions, in old commands and checkpoints, and wh
     "new_tokens": "max_new_tokens",
     "row_end": "eos_id",
     "row_width": "example_width",
+    "temp": "temperature",
     "unused_rows": "head_padding",
 }
 

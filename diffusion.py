@@ -24,7 +24,7 @@ sigma_bar is the total noise up to t; the factor is then exp(-sigma_bar) / (1 - 
 Multiplied by the rate m'/(1 - m) above, this is the rate of the reverse process: a masked token is
 unmasked at the rate m'/m, which no network has to say, and becomes v by the conditional. Hence the
 network needs no time input; it fills any gap, for any visible set is a condition that it was
-trained on; and to learn the conditionals is a cross-entropy, weighted to a bound (part 2), in nats.
+trained on; and to learn the conditionals is a cross-entropy (CE), weighted to a bound (part 2).
 """
 
 import math

@@ -90,6 +90,7 @@ class Draw(NamedTuple):
 
 
 def any_order(draw):
+    """All masked tokens, k of l of them, count l/k each."""
     mask, weight = diffusion.draw_mask("any_order", draw.u, draw.noise, prompt=draw.prompt)
     return mask, weight[:, None] * mask  # (b, W) each
 
@@ -371,13 +372,16 @@ def score(config, subject):
         nats = token_nats(subject.model, ids, **options)  # (draws, L)
     name, _ = estimator_of(subject.model, config["estimator"])
     result, text = by_token(subject.tokenizer, ids, nats)
-    print(f"{text}\n-log p(text): {method(name, f'{len(nats)} orders')}; {subject.words}")
+    what = "text, an answer to no prompt" if subject.trained.get("example_width") else "text"
+    print(f"{text}\n-log p({what}): {method(name, f'{len(nats)} orders')}; {subject.words}")
     return result | {"estimator": name}
 
 
 def main(config):
     """Evaluate config["ckpt"] on config["text"] or config["data"]; return the result, a dict."""
     check(config)
+    empty = "text" in config.get("user_keys", ()) and not config["text"]
+    require(not empty, "the text to score is empty")
     subject = load_subject(config, reads_text=bool(config["text"]))
     if config["text"]:
         return score(config, subject)
@@ -387,7 +391,7 @@ def main(config):
     ngram_nats = ngram.baseline(folder) if config["split"] == "val" else {}
     if ngram_nats:
         is_worse = result["nats_per_token"] > min(ngram_nats.values())
-        advice = "; the model is worse: it needs more training" if is_worse else ""
+        advice = "; the model is worse: train it longer (--max_minutes=)" if is_worse else ""
         print(f"{ngram.words(ngram_nats)}{advice}")
     return result | {"ngram_nats": ngram_nats}
 

@@ -220,7 +220,7 @@ class Transformer(nn.Module):
         self.block_size, self.vocab_size, self.mask_id = config["block_size"], V, V
         self.start_id = V if config["start_id"] < 0 else config["start_id"]
         self.row_loss = None  # of lib/fused.py, which lib/parallel.py may compile
-        self.embed = nn.Embedding.from_pretrained(torch.empty(V + 1, D), freeze=False)  # see below
+        self.embed = nn.Embedding.from_pretrained(torch.empty(V + 1, D), freeze=False)  # undrawn
         self.conv = nn.Parameter(torch.empty(conv, D)) if conv else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config["n_layer"]))
         self.norm = NORMS[config["norm"]](config)

@@ -212,8 +212,8 @@ def on_device(plan, policy, device, same_size=False):
     """Yield (Call, its tensors on the device, up to `u` or, where a policy remasks, `masked`).
 
     Where all calls are known they are copied together before the first, so none waits for a copy.
-    alike: each repeats its last sequence and its last position until all have one size, as a CUDA
-    graph must have; a token that is drawn twice is the same.
+    same_size: each repeats its last sequence and its last position until all have one size, as a
+    CUDA graph must have; a token that is drawn twice is the same.
     """
     n = 5 if policy.remasks else 4
     if not policy.planned:

@@ -185,7 +185,18 @@ def named(name, texts, load):
     tokenizer = from_meta(meta)
     if not isinstance(tokenizer, Char):
         return tokenizer
-    return Char(tokenizer.alphabet + "".join(sorted(characters(texts) - {*tokenizer.alphabet})))
+    new = "".join(sorted(characters(texts) - {*tokenizer.alphabet}))
+    if new:
+        print(f"{name} has no {new!r}: added to its alphabet, for --init_from= to learn")
+    return Char(tokenizer.alphabet + new)
+
+
+def lacks(known, meta):
+    """What the alphabet of a model lacks of that of some data, in words: two metas -> text."""
+    if not known["kind"] == meta["kind"] == "char":
+        return ""
+    new = "".join(sorted({*meta["alphabet"]} - {*known["alphabet"]}))
+    return f", without {new!r}" if new else ""
 
 
 def build(kind, texts):

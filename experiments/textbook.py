@@ -22,6 +22,7 @@ L, D, HEADS, LAYERS, BATCH = 64, 128, 4, 3, 32  # -> configs/: presets of all th
 def read(folder="data/pydocs"):
     """(training ids, held-out ids, characters) of a prepared text, or of one in every Python."""
     if (Path(folder) / "meta.json").is_file():
+        sys.path.append(str(Path(__file__).parents[1]))
         from data import loader, tokenizer
 
         parts = [loader.Tokens(folder, split) for split in ("train", "val")]
@@ -145,5 +146,4 @@ def main(steps=800, n=3):
 
 
 if __name__ == "__main__":
-    known = sys.argv[1:] in ([], ["--quick"])
-    main(20 if sys.argv[1:] else 800) if known else print(__doc__)
+    main(20 if "--quick" in sys.argv else 800)

@@ -10,7 +10,6 @@ How the formats name tensors and settings is in formats.py. Nothing in a file is
 
 import config as settings  # isort: skip (first, as in train.py)
 import contextlib
-import itertools
 import math
 import os
 import pickle
@@ -30,7 +29,7 @@ from config import UserError, choose, require
 from data import download
 from data.tokenizer import Unavailable, from_meta
 from lib import formats
-from lib.files import is_utf8, to_json, whole_file
+from lib.files import is_utf8, to_json, unused, whole_file
 from lib.stats import not_finite
 from model import Transformer, rotary_tables
 
@@ -92,8 +91,7 @@ def set_aside(path):
         checkpoints = [file for file in (path, *kept_beside(path).values()) if file.is_file()]
         if not checkpoints:
             return None
-        folders = (path.with_name(f"old_{n}") for n in itertools.count(1))
-        aside = next(folder for folder in folders if not folder.exists())
+        aside = unused(path.parent)
         aside.mkdir()
         for file in (*checkpoints, path.with_name("log.jsonl")):
             if file.is_file():

@@ -1,8 +1,7 @@
 """Checks of entries of tables (config.Table): each says what an entry lacks.
 
-They run at an entry's first use, in float64 and a few milliseconds. To add a
-schedule, an order, an objective or a loss weight takes one entry, there or in a script before it
-calls train.main:
+They run at an entry's first use, in float64 and some milliseconds. To add a schedule, an order, an
+objective or a loss weight takes one entry, there or in a script before it calls train.main:
 
     import diffusion
     import train

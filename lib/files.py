@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import importlib
+import itertools
 import json
 import math
 import os
@@ -48,8 +49,16 @@ def writing(path):
     """Make an OSError of the block a UserError that names the file or folder `path`."""
     try:
         yield
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"cannot write {path}: a file stands where a folder belongs") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def unused(folder):
+    """The first of old_1, old_2, ... in a folder that is not there yet."""
+    names = (Path(folder, f"old_{n}") for n in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ import torch
 import model as network
 from config import UserError, completed, require
 from data import examples, loader
+from data.tokenizer import lacks
 from diffusion import OBJECTIVES
 from lib import checkpoint, files, formats, parallel
 from lib.parallel import ANEW
@@ -185,9 +186,13 @@ def with_data(config, state, source):
     width, eos_id = examples.layout(data, meta)
     if state:
         same_tokenizer = state["tokenizer"] in (None, meta["tokenizer"])
+        known = state["tokenizer"] or meta["tokenizer"]
         message = f"{source} was trained with another tokenizer than {data} has"
         advice = f"prepare the data again with --tokenizer={source}"
-        require(same_tokenizer, f"{message}; {ANEW if 'optimizer' in state else advice}")
+        if "optimizer" in state:
+            advice += f", then begin from these weights: --init_from={source} --out_dir=ANOTHER"
+        message += f"{lacks(known, meta['tokenizer'])}; {advice}"
+        require(same_tokenizer, message)
         message = f"{source} has a vocabulary of {config['vocab_size']}, {data} one of {V}"
         require(config["vocab_size"] == V, message)
     resumed = state and "optimizer" in state

@@ -1,12 +1,13 @@
 """A checkpoint in use: its network, its tokenizer, how it computes, and the data it can read."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from config import choose, require
 from data import examples, loader
-from data.tokenizer import from_meta
+from data.tokenizer import from_meta, lacks
 from lib import checkpoint
 from lib.device import cast_products, dtype_name, machine
 from lib.text import encode, text_or_file
@@ -60,6 +61,8 @@ def folder_of(config, subject):
     folder = config["data"] or subject.trained.get("data")
     message = f"{config['ckpt']} does not say what it learnt from; give --data=FOLDER"
     require(folder and isinstance(folder, str), message)
+    message = f"{config['ckpt']} learnt from {folder}, which is not here; --data= says where it is"
+    require(config["data"] or Path(folder, "meta.json").is_file(), message)
     return folder
 
 
@@ -72,11 +75,12 @@ def open_text(config, subject, folder, split):
     most, V = subject.model.block_size, subject.model.vocab_size
     L, width = config["block_size"] or most, examples.layout(folder, tokens.meta)[0]
     require(most >= L, f"block_size must be at most the model's {most}, not {L}")
-    advice = f"prepare it with --tokenizer={ckpt}"
+    known, meta = subject.trained["tokenizer"], tokens.meta["tokenizer"]
+    new = lacks(known or meta, meta)
+    advice = f"prepare it{' without these' if new else ''} with --tokenizer={ckpt}"
+    require(known in (None, meta), f"{folder} has another tokenizer than {ckpt}{new}; {advice}")
     message = f"{folder} has a vocabulary of {tokens.vocab_size}, {ckpt} one of {V}"
     require(tokens.vocab_size == V, f"{message}; {advice}")
-    same_tokenizer = subject.trained["tokenizer"] in (None, tokens.meta["tokenizer"])
-    require(same_tokenizer, f"{folder} has another tokenizer than {ckpt}; {advice}")
     require(width <= most, f"{folder} has examples of {width} tokens, {ckpt} reads {most}")
     loader.fits(tokens, width or L)
     if loader.is_replaced(folder, subject.trained):

@@ -181,7 +181,8 @@ def test_a_run_from_before_the_renaming_is_resumed_as_if_nothing_had_changed(
     pairs.main(parse([*words, "--val_fraction=0.2"], pairs, examples, tokenizer))
     shutil.copy(FIXTURES / f"before_rename_{kind}.pt", tmp_path / "ckpt.pt")
     config = checkpoint.read(tmp_path)["config"] | {"max_iters": 8, "resume": True}
-    train.main(config | {"data": str(tmp_path / "data"), "out_dir": str(tmp_path)})
+    keys = {"data": str(tmp_path / "data"), "out_dir": str(tmp_path)}
+    train.main(config | keys | {"user_keys": {"out_dir": "--out_dir"}})
     assert checkpoint.read(tmp_path)["step"] == 8
     assert says(tmp_path, before_rename[kind], "resumed", atol=1e-3)
     assert not says(tmp_path, before_rename[kind], "logits", atol=0.1)

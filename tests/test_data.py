@@ -221,9 +221,11 @@ def test_ids_are_as_narrow_as_the_mask_allows(V, dtype, tmp_path):
     assert loader.Tokens(tmp_path, "train")[:].tolist() == list(range(V - 9, V))
 
 
-def test_preparing_again_leaves_no_old_shard_and_a_failure_leaves_the_old_data(tmp_path):
-    numbers(tmp_path, 50, shard_tokens=7)
-    assert np.array_equal(numbers(tmp_path, 20)[:], np.arange(20))
+def test_preparing_again_keeps_other_data_aside_and_a_failure_leaves_what_is_there(tmp_path):
+    old = numbers(tmp_path, 50, shard_tokens=7)[:]
+    for _ in range(2):  # the same data again are no others
+        assert np.array_equal(numbers(tmp_path, 20)[:], np.arange(20))
+    assert np.array_equal(loader.Tokens(tmp_path / "old_1", "train")[:], old)
     (tmp_path / "train_notes.txt").touch()
 
     def fails_half_way():
@@ -234,7 +236,7 @@ def test_preparing_again_leaves_no_old_shard_and_a_failure_leaves_the_old_data(t
         writer.prepare(tmp_path, fails_half_way(), tokenizer.Byte())
     assert np.array_equal(loader.Tokens(tmp_path, "train")[:], np.arange(20))
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["meta.json", "train_00000.bin", "train_notes.txt"]
+    assert names == ["meta.json", "old_1", "train_00000.bin", "train_notes.txt"]
 
 
 def test_nothing_to_prepare_is_an_error_and_leaves_no_folder(tmp_path):

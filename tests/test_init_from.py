@@ -13,11 +13,13 @@ from test_sft import TEXT, TINY, letters, run, small, words
 
 import config as settings
 import diffusion
+import evaluate
 import model as network
 import train
 from config import UserError
 from data import examples, loader, tokenizer, writer
 from data.pairs import prepare as pairs
+from data.text import prepare
 from lib import checkpoint, resume
 from lib.parallel import ANEW
 
@@ -131,11 +133,28 @@ def test_a_new_run_whose_folder_was_not_named_does_not_go_on_with_another(data, 
         with pytest.raises(UserError, match=re.escape(reason)) as error:
             train.main(settings.parse(argv, settings, diffusion, network, train))
         assert ANEW in str(error.value) and (out / "ckpt.pt").read_bytes() == saved
-    other = tokenizer.Char(" abcdefgh")  # data of another alphabet: the advice is a new folder, too
-    writer.prepare(others, [("train", "abcdefgh" * 20), ("val", "cab " * 50)], other)
-    with pytest.raises(UserError, match="another tokenizer") as error:
-        run(others, out, max_iters=4)
-    assert ANEW in str(error.value)
+
+
+def test_of_data_with_more_characters_it_is_said_which_and_how_to_go_on(tmp_path, capsys):
+    text, out = tmp_path / "text", tmp_path / "out"
+    parts = [("train", "abcdefgh" * 20), ("val", "cab " * 50)]
+    writer.prepare(text, parts, tokenizer.Char(" abcdefgh"))
+    run(text, out, block_size=8)
+    (tmp_path / "more.txt").write_text(("abcdé" * 40 + "\n\n" + "abc\n" * 50) * 20)
+    words = [f"--input={tmp_path / 'more.txt'}", f"--out={text}", f"--tokenizer={out}"]
+    prepare.main(settings.parse(words, prepare, tokenizer))
+    assert f"{out} has no '\\né': added to its alphabet" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"has, without '\\né'; prepare .*--init_from=.*--out_dir="):
+        run(text, out, block_size=8, max_iters=4)
+    config = settings.options({"ckpt": str(out)}, settings, diffusion, evaluate)
+    with pytest.raises(
+        UserError, match="without '\\\\né'; prepare it without these with --tokenizer="
+    ):
+        evaluate.main(config)
+    run(text, tmp_path / "other", init_from=out, block_size=8)
+    (text / "meta.json").rename(tmp_path / "away.json")
+    with pytest.raises(UserError, match="which is not here; --data= says where it is"):
+        evaluate.main(config)
 
 
 def test_a_resumed_run_says_what_of_its_recipe_is_changed(data, tmp_path, capsys):

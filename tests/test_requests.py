@@ -342,10 +342,12 @@ def test_an_answer_ends_behind_the_text_that_is_given_and_never_in_a_gap_before_
         assert (ended > 0) == wish.endswith("4")
 
 
-def test_a_page_of_answers_has_their_width_and_a_sign_for_their_end(checkpoints):
+def test_a_page_of_answers_begins_with_a_prompt_and_has_a_sign_for_their_end(checkpoints):
     keys = {"ckpt": str(checkpoints["examples"]), "device": "cpu"}
     config = settings.options(keys, settings, diffusion, decoding)
-    assert page.made(config, page.with_weights)["text"] == "___9"
+    with pytest.raises(UserError, match="this model answers prompts"):
+        page.made(config, page.with_weights)
+    assert page.made(config | {"template": "ab___7"}, page.with_weights)["text"] == "ab___7"
     trace = page.made(config | {"prompt": "ab", "user_keys": {}}, page.recorded)
     assert len(trace["samples"][0]["start"]) == 9
     tokenizer = Char("\0ab")

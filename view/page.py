@@ -66,8 +66,9 @@ def with_weights(subject, o):
     in_network_js = {"norm": ("layer", "rms"), "mlp": ("gelu", "swiglu", "relu2")}  # to network.js
     simple = simple and all(config[key] in in_network_js[key] for key in in_network_js)
     require(simple, "a page cannot hold this model; record a sample of it with --trace")
-    length = trained.get("example_width") or model.block_size
-    template = text_or_file(o["template"]) or f"___{length}"
+    asks = o["template"] or not trained.get("example_width")
+    require(asks, "this model answers prompts: begin with one and a gap, --template='Why?___20'")
+    template = text_or_file(o["template"]) or f"___{model.block_size}"
     sample.request(tokenizer, model, template=template)  # or its UserError
     about = f"This file holds a masked diffusion language model of {n:,} parameters, which writes "
     about += "here, in your browser; nothing is fetched. Its matrices are rounded to 8‑bit whole "

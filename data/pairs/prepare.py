@@ -57,7 +57,6 @@ def main(config):
     held = writer.adjusted(prompts, config["val_fraction"])
     items = (pair for path in paths for pair in pairs(path))
     ids = tokenized(items, tokenizer, held, config["width"])
-    writer.say_replaced(config["out"])
     meta = examples.prepare(config["out"], ids, tokenizer, config["width"])
     print(examples.summary(config["out"], meta))
     writer.say_unheld(config["out"], meta, config["val_fraction"])

@@ -141,7 +141,6 @@ def main(config):
     vocabulary = tokenizer.named(config["tokenizer"], documents([*items, *val]), checkpoint.load)
     pairs = split(lambda: documents(items), 0 if val else config["val_fraction"])
     pairs = itertools.chain(pairs, (("val", text) for text in documents(val)))
-    writer.say_replaced(config["out"])
     meta = writer.prepare(config["out"], pairs, vocabulary, workers, block_size=L)
     print(writer.summary(config["out"], meta))
     writer.say_unheld(config["out"], meta, 0 if val else config["val_fraction"])
