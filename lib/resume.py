@@ -40,6 +40,7 @@ USED_BY = {
 }
 FIXED = {"objective", "random_length"}  # what a resumed run cannot change, as its shape
 OLDER = {"depth": 0, "init_from": "", "random_length": 0.0}  # of checkpoints that lack these keys
+WERE = {"mask_rate": "uniform"}  # defaults that have changed since: a run keeps what it began with
 
 
 def checkpoint_path(config):
@@ -176,7 +177,8 @@ def with_saved(config, state, source):
     if resumed and "user_keys" in config and not user_keys.get("out_dir", "").startswith("--"):
         old, new = str(saved.get("data")), config["data"]
         require(Path(old) == Path(new), f"{source} has learnt from {old}, not {new}; {advice}")
-    return config | {key: saved[key] for key in keys}
+    kept = {k: saved.get(k, v) for k, v in WERE.items() if resumed and k not in user_keys}
+    return config | kept | {key: saved[key] for key in keys}
 
 
 def with_data(config, state, source):
