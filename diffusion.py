@@ -35,7 +35,7 @@ import torch
 
 from config import Table
 from lib import fused, philox
-from lib.entries import of_objective, of_order, of_schedule
+from lib.entries import check_objective, check_order, check_schedule
 
 DEFAULTS = {
     "schedule": "loglinear",  # one of SCHEDULES; any_order, lambda_dce and ar train without one
@@ -60,7 +60,9 @@ def geometric(t, sigma_min=1e-4, sigma_max=20.0):
     return -torch.expm1(-sigma_bar), slope * torch.exp(-sigma_bar)
 
 
-SCHEDULES = Table("schedule", of_schedule, loglinear=loglinear, cosine=cosine, geometric=geometric)
+SCHEDULES = Table(
+    "schedule", check_schedule, loglinear=loglinear, cosine=cosine, geometric=geometric
+)
 
 
 # ---- 2. Objectives are data: which positions are masked, and the loss weight of a masked token ---
@@ -91,7 +93,7 @@ def t_dce(u, noise, n, schedule):
 
 OBJECTIVES = Table(
     "objective",
-    of_objective,  # the first use of an entry checks that its weights make the bound
+    check_objective,  # the first use of an entry checks that its weights make the bound
     any_order=Objective(any_order, attention=("full", "order")),
     lambda_dce=Objective(lambda_dce),
     t_dce=Objective(t_dce),
@@ -140,7 +142,7 @@ def draw_mask(objective, u, noise, schedule=loglinear, prompt=None):
 # predicts each token of x0 from those before it in the order, all L terms of the chain rule.
 ORDERS = Table(  # from noise and place (B, L) in [0, 1), coin (B, 1): numbers, sorted to an order
     "order",
-    of_order,
+    check_order,
     uniform=lambda noise, place, coin, p: noise,
     left_to_right=lambda noise, place, coin, p: place,
     right_to_left=lambda noise, place, coin, p: -place,
@@ -215,7 +217,7 @@ def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, bound_weigh
     loss, terms, ce = cross_entropy(model, h, target, w, normalised)
     if bound_weight is not None:
         w, terms = counted(x0, mask, bound_weight, masked_idx)[2].to(w), ce  # (N,) each
-    return loss, summed(w * terms, masked_idx, x0)
+    return loss, fused.summed(w * terms, masked_idx, x0)
 
 
 def ar_nll(model, x0, mask=None, weight=None, masked_idx=None):
@@ -230,7 +232,7 @@ def ar_nll(model, x0, mask=None, weight=None, masked_idx=None):
     h = model.hidden(x, masked_idx)  # (N, D)
     w = w.to(h.device, h.dtype)
     loss, ce, _ = cross_entropy(model, h, target, w)
-    return loss, summed(w * ce, masked_idx, x0)
+    return loss, fused.summed(w * ce, masked_idx, x0)
 
 
 def order_nll(model, x0, order, weight=None):
@@ -254,11 +256,6 @@ def counted(x0, mask, weight, masked_idx=None):
     masked_idx = fused.masked_indices(mask) if masked_idx is None else masked_idx  # (N,)
     w = (weight.view(len(x0), -1) * mask).flatten()[masked_idx]  # (N,)
     return masked_idx, x0.flatten()[masked_idx], w
-
-
-def summed(values, masked_idx, x0):
-    """The sum over each sequence of values (N,) at flat indices (N,): (B,)."""
-    return values.new_zeros(x0.numel()).index_copy(0, masked_idx, values).view(x0.shape).sum(1)
 
 
 class Loss(torch.nn.Module):

@@ -50,7 +50,7 @@ from data import ngram
 from lib import fused
 from lib import subject as subjects
 from lib.bar import progress_bar
-from lib.entries import of_estimator
+from lib.entries import check_estimator
 from lib.rows import Requests, batches, random_numbers
 from lib.stats import certainty, finite, mean_over_sets, report, t95
 from lib.text import by_token
@@ -155,7 +155,7 @@ class Estimator(NamedTuple):
 
 ESTIMATORS = Table(
     "estimator",
-    lambda entry: of_estimator(entry, Draw),
+    lambda entry: check_estimator(entry, Draw),
     any_order=Estimator(any_order, along("uniform")),  # the latter for an `order` network
     lambda_dce=Estimator(lambda_dce),
     t_dce=Estimator(t_dce),
@@ -236,7 +236,7 @@ def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
     for span in fused.chunks(len(target), fused.head_chunk(model.vocab_size, model.device)):
         logits = diffusion.guided(model, [each[span] for each in h], cfg_scale)  # (chunk, V)
         ces.append(F.cross_entropy(logits, target[span], reduction="none"))
-    return diffusion.summed(weight.flatten()[idx] * torch.cat(ces), idx, x0)
+    return fused.summed(weight.flatten()[idx] * torch.cat(ces), idx, x0)
 
 
 def of_set(estimator, nats):

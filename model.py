@@ -146,7 +146,7 @@ class Block(nn.Module):
         B, L, D = z.shape
         qkv = self.qkv(z).view(B, L, 3, self.n_head, -1)  # (B, L, 3, H, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
-        q, k = self.normalised_and_turned(q, cos, sin), self.normalised_and_turned(k, cos, sin)
+        q, k = self.norm_and_rotate(q, cos, sin), self.norm_and_rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, L so far, d) each
         return fused.attention(q, k, v, self.causal).transpose(1, 2).reshape(B, L, D)
@@ -159,11 +159,11 @@ class Block(nn.Module):
         """
         (B, T, _), (n, read, last) = z.shape, streams
         qkv = self.qkv(z).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
-        q, k = self.normalised_and_turned(qkv[:2], cos, sin)  # (B, H, T, d) each
+        q, k = self.norm_and_rotate(qkv[:2], cos, sin)  # (B, H, T, d) each
         q = q[:, :, n:] if last else q
         return read(q, torch.stack([k, qkv[2]])).transpose(1, 2).flatten(2)
 
-    def normalised_and_turned(self, z, cos, sin):
+    def norm_and_rotate(self, z, cos, sin):
         """Queries or keys (..., d), normalised if they are to be, and turned to their positions."""
         if self.qk_norm:
             z = F.rms_norm(z, z.shape[-1:]).to(z.dtype)  # CUDA's autocast makes it float32
@@ -185,8 +185,8 @@ class Block(nn.Module):
         q = F.linear(z.flatten(0, 1).index_select(0, masked_idx), to_q)  # (N, D)
         q, place = q.view(-1, *kv.shape[3:]), masked_idx % L  # (N, H, d), (N,)
         q, k = (
-            self.normalised_and_turned(q, cos[place, None], sin[place, None]),
-            self.normalised_and_turned(k, cos, sin),
+            self.norm_and_rotate(q, cos[place, None], sin[place, None]),
+            self.norm_and_rotate(k, cos, sin),
         )
         if len(masked_idx) <= 2 * B:  # each query gets a copy of its own sequence
             row = masked_idx // L  # (N,)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import diffusion
 from config import Table
 from lib import fused, philox
-from lib.entries import of_sampler
+from lib.entries import check_sampler
 
 
 # ---- 1. Unmasking times: when a position is unmasked, known before the network is asked ----------
@@ -385,7 +385,7 @@ def smdm_counts(n, steps):
 
 SAMPLERS = Table(
     "sampler",
-    of_sampler,
+    check_sampler,
     ancestral=ancestral,
     euler=euler,
     any_order=any_order,

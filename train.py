@@ -280,7 +280,7 @@ def seed_dropout(config, step, team):
 def log_now(config, losses, spent, signal, team, log):
     """Wait for the device and log the step -> the signal that stops any of the processes, or 0."""
     step, path = log.clock.step, resume.checkpoint_path(config)
-    (loss, nelbo), stopped, memory = parallel.agree(losses, signal, team)
+    (loss, nelbo), stopped, memory = parallel.reduce_over_processes(losses, signal, team)
     sound = math.isfinite(loss) or config["skip_nonfinite"]
     checkpoint.require_sound(sound, f"the loss is {loss} at step {step}", path)
     log.write_step(step, loss, nelbo, learning_rate(step - 1, config, spent), memory)
@@ -289,14 +289,14 @@ def log_now(config, losses, spent, signal, team, log):
 
 def evaluate_held_out(config, model, val, team):
     """(dict, line) of report on the held-out requests, of which each process evaluates its part."""
-    items = parallel.deal([len(prompt) + len(answer) for prompt, answer in val.requests], team)
+    items = parallel.my_share([len(prompt) + len(answer) for prompt, answer in val.requests], team)
     options = {"draws": config["eval_draws"], "seed": config["seed"], "groups": items}
     with team.autocast():
         try:
             nats = evaluate.answer_nats(model, [val.requests[i] for i in items], **options).tolist()
         except NotFinite:  # the others do not know yet
             nats = [math.nan] * len(items)
-    parallel.release(model)
+    parallel.reshard(model)
     parts = parallel.gather(list(zip(items, nats, strict=True)), team)
     nats_of = dict(pair for part in parts for pair in part)
     return report([nats_of[i] for i in range(len(val.requests))], val.counts, val.bytes_per_token)
@@ -329,7 +329,7 @@ def one_sample(config, model, tokenizer, val, team):
     options = {"seed": config["seed"]} | {key: sample.ANSWERS[key] for key in keys}
     with team.autocast():
         ids = sample.sample(model, x, **options)[0][0].tolist()
-    parallel.release(model)
+    parallel.reshard(model)
     return sample.text_of(tokenizer, ids, len(prompt), config["eos_id"])
 
 
@@ -338,7 +338,7 @@ def main(config):
     """Train as config says -> the last evaluation, a dict of report, or None. Raises UserError."""
     config = settings.completed(config, settings, diffusion, network, sys.modules[__name__])
     team = parallel.join(config)
-    with resume.alone(config, team):  # a second start with this out_dir is refused
+    with resume.locked_out_dir(config, team):  # a second start with this out_dir is refused
         return train(config, team)
 
 
@@ -353,12 +353,13 @@ def train(config, team):
     dataset, val = examples.open_data(config)
 
     # The network and recipe that fit the time, the machine and the text, where they are not given.
-    config = resume.settle(with_dial(config, dataset, team), state, team.world)
+    config = resume.with_place_in_data(with_dial(config, dataset, team), state, team.world)
     clock = Clock(config, state, team)
 
     # Model, average of its weights, optimizers; the loss, compiled and spread over the processes.
     model, ema, optimizers = build(config, team, state)
-    loss_fn = parallel.engine(diffusion.Loss(model, config["objective"]), config, team)
+    loss_fn = diffusion.Loss(model, config["objective"])
+    loss_fn = parallel.prepare_for_training(loss_fn, config, team)
     batches = make_batches(config, dataset, team, state["step"] if state else 0)
     if team.device.type != "cpu":  # there a thread beside the step would only take turns with it
         batches = loader.prefetch(batches)

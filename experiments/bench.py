@@ -249,7 +249,7 @@ def training(V, B, rounds, device, shape=SMALL, only=()):
     def compiled(_, model):
         config = {"compile": True, "recompute": False}
         team = parallel.Team(device=device)
-        loss_of = parallel.engine(diffusion.Loss(model, "any_order"), config, team)
+        loss_of = parallel.prepare_for_training(diffusion.Loss(model, "any_order"), config, team)
         return lambda *batch: loss_of(*batch)[0]
 
     last_block = "+ queries, projection and MLP of the last block at masked positions only"

@@ -112,7 +112,9 @@ def loss_and_gradients(config, team, engine=None):
         model.cos, model.sin = (z.to(team.device) for z in network.rotary_tables(config))
         parallel.fill(model, weights.items(), "")
     loss_of = diffusion.Loss(model, config["objective"])
-    loss_of = parallel.engine(loss_of, config, team._replace(world=2 if engine else 1))
+    loss_of = parallel.prepare_for_training(
+        loss_of, config, team._replace(world=2 if engine else 1)
+    )
     dataset = SimpleNamespace(batch=lambda *_: some_tokens(config))
     batch = train.make_batch(config, dataset, 0, range(B)).each(lambda z: z.to(team.device))
     with team.autocast():

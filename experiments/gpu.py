@@ -126,7 +126,10 @@ class Part:
         """(step, model) of a run that begins: step(batches) is one step as train.main does it."""
         model, ema, optimizers = train.build(config, self.team)
         loss_of = diffusion.Loss(model, config["objective"])
-        loss_of, count = parallel.engine(loss_of, config, self.team), itertools.count()
+        loss_of, count = (
+            parallel.prepare_for_training(loss_of, config, self.team),
+            itertools.count(),
+        )
 
         def step(batches, config=config):
             train.train_step(config, next(count), batches, loss_of, optimizers, self.team)

@@ -33,7 +33,7 @@ import torch
 from lib.philox import uniforms
 
 
-def of_schedule(schedule):
+def check_schedule(schedule):
     """It must be t (T,) -> (m (T,), m' (T,)), where m grows from 0 to 1 and m' is its slope."""
     t, h = torch.linspace(0.01, 0.99, 50, dtype=torch.float64), 1e-5  # (50,)
     pair = schedule(t)
@@ -52,7 +52,7 @@ def of_schedule(schedule):
     return "" if (slope > 0).all() else "must grow at every t: m' > 0"
 
 
-def of_loss_weight(weigh):
+def check_loss_weight(weigh):
     """It must be the bound's weights (b,) -> weights (b,) above 0."""
     weight = torch.linspace(1, 100, 50, dtype=torch.float64)  # (50,)
     result = weigh(weight)
@@ -63,7 +63,7 @@ def of_loss_weight(weigh):
     return "" if result.isfinite().all() and (result > 0).all() else "must give weights above 0"
 
 
-def of_mask_rate(mask_rate):
+def check_mask_rate(mask_rate):
     """It must be u (b,) -> (rate (b,), density (b,)), rate between 0 and 1, density du/d rate."""
     u, h = torch.linspace(0.02, 0.98, 49, dtype=torch.float64), 1e-6  # (49,)
     rate, density = mask_rate(u)  # (49,) each
@@ -77,14 +77,14 @@ def of_mask_rate(mask_rate):
     return ""
 
 
-def of_lr_decay(decay):
+def check_lr_decay(decay):
     """It must be the part of the decay that is over -> the part of the rate that stays."""
     parts = [decay(done) for done in (0.0, 0.5, 1.0)]
     right = all(math.isfinite(part) and 0 <= part <= 1 for part in parts)
     return "" if right else f"must give parts from 0 to 1, not {parts} at 0, 0.5 and 1"
 
 
-def of_order(order):
+def check_order(order):
     """It must be (noise (B, L), place (B, L), coin (B, 1), p) -> numbers (B, L) to sort by."""
     noise = torch.linspace(0, 0.9, 15, dtype=torch.float64).view(3, 5)  # (3, 5)
     place, coin = (torch.arange(5) / 5).expand(3, 5), noise[:, :1]  # (3, 5), (3, 1)
@@ -94,7 +94,7 @@ def of_order(order):
     return "" if key.isfinite().all() else "gives numbers that are not finite, which have no order"
 
 
-def of_objective(objective):
+def check_objective(objective):
     """Its draw must have the weights of the bound: h_k, the mean CE of k masked tokens, once each.
 
     For three tokens, that is, E[weight; i masked, k masked in all] = 1/3 for all i and k. This is
@@ -139,7 +139,7 @@ def counted_once(v, mask, weight):
     return ""
 
 
-def of_estimator(estimator, draw_of):
+def check_estimator(estimator, draw_of):
     """Its row must have the weights of the bound as an objective's draw; its order be an order.
 
     draw_of(u, noise, turn, prompt, schedule) -> what both are functions of (evaluate.Draw).
@@ -166,7 +166,7 @@ def of_estimator(estimator, draw_of):
     return ""
 
 
-def of_sampler(sampler):
+def check_sampler(sampler):
     """It must be (masked (N, L) bool, options) -> a policy that unmasks all, step by step.
 
     A dry run: it answers sample.py's loop as the policies of samplers.py do.

@@ -22,6 +22,11 @@ def masked_indices(mask, multiple=1):
     return (~flat).to(torch.uint8).argsort(stable=True)[:N]
 
 
+def summed(values, masked_idx, x0):
+    """The sum over each sequence of x0 (B, L) of values (N,) at flat indices (N,): (B,)."""
+    return values.new_zeros(x0.numel()).index_copy(0, masked_idx, values).view(x0.shape).sum(1)
+
+
 # ---- Head and cross-entropy ----------------------------------------------------------------------
 
 

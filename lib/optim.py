@@ -12,14 +12,14 @@ import torch
 
 from config import Table
 from lib import parallel
-from lib.entries import of_lr_decay
+from lib.entries import check_lr_decay
 
 OPTIMIZERS = Table(  # {name: (learning rate up to a width of 96, whether Muon moves matrices)}
     "optimizer", adamw=(4e-3, False), muon=(1e-2, True)
 )
 LR_DECAYS = Table(  # {name: part of the decay that is over -> part of the learning rate that stays}
     "lr_decay",
-    of_lr_decay,
+    check_lr_decay,
     cosine=lambda done: 0.5 * (1 + math.cos(math.pi * done)),
     linear=lambda done: 1 - done,
     constant=lambda done: 1.0,

@@ -116,7 +116,7 @@ def gather(value, team):
     return parts
 
 
-def agree(losses, signal, team):
+def reduce_over_processes(losses, signal, team):
     """(mean of each loss, largest signal, most memory in MiB) over all processes.
 
     Waits for the device.
@@ -143,7 +143,7 @@ def together(path, team):
         raise UserError(f"{lost}; {advice}") from None
 
 
-def deal(lengths, team):
+def my_share(lengths, team):
     """The items that this process works on: of each length as many as any other process.
 
     So all make the same network calls. Where the division leaves a rest, some items are done twice.
@@ -183,7 +183,7 @@ def shard(model, team):
         fsdp.register_fsdp_forward_method(model, method)
 
 
-def engine(loss_fn, config, team):
+def prepare_for_training(loss_fn, config, team):
     """A diffusion.Loss made ready for training: blocks recomputed, compiled, gradients averaged.
 
     Blocks are compiled one at a time; as they are alike, they share their programs. A step is as
@@ -224,7 +224,7 @@ def accumulate(loss_fn, last):
     return loss_fn.no_sync() if waits else contextlib.nullcontext()
 
 
-def release(model):
+def reshard(model):
     """Drop the weights that a call outside training has gathered (fsdp)."""
     if hasattr(model, "reshard"):
         model.reshard()

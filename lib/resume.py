@@ -48,7 +48,7 @@ def checkpoint_path(config):
 
 
 @contextlib.contextmanager
-def alone(config, team):
+def locked_out_dir(config, team):
     """Keep other runs out of out_dir during the block, and sweep up half-written files.
 
     The first process does so for all. Raises UserError in every process where another run has the
@@ -245,7 +245,7 @@ def check(config):
     require(is_chance, f"order_p must be in [0, 1] for a mixture, not {config['order_p']}")
 
 
-def settle(config, state, world):
+def with_place_in_data(config, state, world):
     """The config with `ahead`, the sequences that a resumed run has seen beyond step * batch_size.
 
     They are not 0 once batch_size has changed. Raises UserError for a batch that cannot be divided

@@ -5,13 +5,13 @@ import math
 import torch
 
 from config import Table
-from lib.entries import of_loss_weight, of_mask_rate
+from lib.entries import check_loss_weight, check_mask_rate
 
 # {name: weight of a masked token in the bound (b,) -> its weight in training}. sqrt and constant
 # make gradients less noisy; half of all L/k are above 2, so the factor 2 keeps the loss's size.
 LOSS_WEIGHTS = Table(
     "loss_weight",
-    of_loss_weight,
+    check_loss_weight,
     bound=lambda weight: weight,
     sqrt=lambda weight: 2 * weight.sqrt(),
     constant=lambda weight: torch.full_like(weight, 2.0),
@@ -30,4 +30,6 @@ def bell(u, width=0.7):
 
 
 # {name: u (b,) uniform -> the u that masks are drawn from, and its density (b,)}
-MASK_RATES = Table("mask_rate", of_mask_rate, uniform=lambda u: (u, torch.ones_like(u)), bell=bell)
+MASK_RATES = Table(
+    "mask_rate", check_mask_rate, uniform=lambda u: (u, torch.ones_like(u)), bell=bell
+)

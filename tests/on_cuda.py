@@ -93,8 +93,8 @@ def widened(block, z, cos, sin):
 @pytest.mark.parametrize(
     ("owner", "name", "mistake", "says"),
     [
-        (diffusion, "summed", strays, "all tensors to be on the same device"),
-        (network.Block, "normalised_and_turned", widened, "expected to have the same dtype"),
+        (fused, "summed", strays, "all tensors to be on the same device"),
+        (network.Block, "norm_and_rotate", widened, "expected to have the same dtype"),
     ],
 )
 def test_a_planted_mistake_that_a_cpu_forgives_is_caught(
@@ -159,7 +159,9 @@ def steps_of(device, bf16=False, **keys):
     dataset = SimpleNamespace(batch=lambda first, position: blocks[list(position)])
     team = Team(device=device, autocast=lambda: torch.autocast(device.type, enabled=bf16))
     model, ema, optimizers = train.build(config, team)
-    loss_of = parallel.engine(diffusion.Loss(model, config["objective"]), config, team)
+    loss_of = parallel.prepare_for_training(
+        diffusion.Loss(model, config["objective"]), config, team
+    )
     batches = list(itertools.islice(train.make_batches(config, dataset, team), 4))
     losses = []
     for step in range(2):

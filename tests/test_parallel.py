@@ -280,10 +280,10 @@ def test_processes_whose_clocks_differ_have_one_learning_rate_and_one_end(finish
 def test_what_is_dealt_out_is_everything_in_calls_of_equal_number():
     lengths = [16] * 7 + [5] + [9] * 4
     for world in (1, 2, 3, 4, 20):
-        hands = [parallel.deal(lengths, Team(world, rank)) for rank in range(world)]
+        hands = [parallel.my_share(lengths, Team(world, rank)) for rank in range(world)]
         assert {i for hand in hands for i in hand} == set(range(len(lengths)))
         assert len({tuple(sorted(lengths[i] for i in hand)) for hand in hands}) == 1
-    assert parallel.deal(lengths, Team()) == [7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5, 6]
+    assert parallel.my_share(lengths, Team()) == [7, 8, 9, 10, 11, 0, 1, 2, 3, 4, 5, 6]
 
 
 def test_the_end_of_another_process_is_one_line_and_other_errors_stay_what_they_are(tmp_path):

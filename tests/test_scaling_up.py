@@ -156,7 +156,7 @@ def count(group, bucket):
     return sent.then(lambda done: done.value()[0])
 
 net = network.Transformer(config)
-loss_of = parallel.engine(diffusion.Loss(net, "any_order"), config, team)
+loss_of = parallel.prepare_for_training(diffusion.Loss(net, "any_order"), config, team)
 loss_of.register_comm_hook(None, count)
 counts["ddp"] = step(loss_of, 2)
 
@@ -166,7 +166,7 @@ parallel.shard(net, team)
 net.to_empty(device=team.device)
 net.cos, net.sin = network.rotary_tables(config)
 parallel.fill(net, net.initial_weights(), "")
-loss_of = parallel.engine(diffusion.Loss(net, "any_order"), config, team)
+loss_of = parallel.prepare_for_training(diffusion.Loss(net, "any_order"), config, team)
 counts["fsdp"] = [step(loss_of, 1), step(loss_of, 2)]
 counts["held"] = sum(p.to_local().nbytes for p in net.parameters())
 if rank == 0:
@@ -340,7 +340,7 @@ def test_a_preset_can_be_trained_on_one_card_and_on_eight(stated):
     config = resume.with_size(settings.parse([path], settings, diffusion, network, train))
     resume.check(config)
     for world in (1, 8 if config["batch_size"] % (8 * config["micro_batch_size"]) == 0 else 4):
-        resume.settle(config, None, world)
+        resume.with_place_in_data(config, None, world)
 
 
 # ---- The command and the example -----------------------------------------------------------------
