@@ -71,6 +71,10 @@ class Objective(NamedTuple):
     normalised: bool = True  # False: the output is a score, not log-probabilities
     attention: tuple = ("full",)  # what the network must have
 
+    @property
+    def causal(self):  # the baseline: nothing is masked
+        return self.attention == ("causal",)
+
 
 def any_order(u, noise, n, schedule):
     """Exactly k masked, k uniform on 1..n, weight n/k. RADD eq. 2.16, G.3 (any-order AR)."""
@@ -165,9 +169,8 @@ def draw_order(name, noise, coin, p=0.5, prompt=None):
 def stratified(jitter, rows, batch_size):
     """u (B,) for draw_mask: one in each of batch_size strata of (0, 1), in antithetic pairs.
 
-    rows (B,) are their numbers in the global batch; 2j and 2j + 1 are a pair (u, 1 - u) and
-    bring the same jitter in [0, 1). A batch covers (0, 1) evenly; a row always has its own stratum,
-    so data must come to rows at random. In any_order a pair (k, L + 1 - k) masks L + 1 tokens.
+    rows (B,) are their numbers in the global batch; 2j and 2j + 1 are a pair (u, 1 - u) and bring
+    the same jitter in [0, 1). A row always has its own stratum, so data must come at random.
     """
     u = (rows // 2 + 1 - jitter) / batch_size  # (B,) in (0, 1/2 + 1/(2 batch_size)]
     return torch.where(rows % 2 == 1, 1 - u, u)
@@ -270,7 +273,7 @@ class Loss(torch.nn.Module):
         if order is not None:
             loss, terms = order_nll(model, x0, order, weight)
             return loss, terms.sum(1)
-        if "causal" in self.objective.attention:
+        if self.objective.causal:
             return ar_nll(model, x0, mask, weight, masked_idx)
         return nelbo(model, x0, mask, weight, masked_idx, normalised, bound_weight)
 

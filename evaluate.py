@@ -147,6 +147,7 @@ class Estimator(NamedTuple):
     exact: bool = False  # nothing is drawn
     mean_of_p: bool = False  # a set says -log(mean of p), not the mean of -log p
     normalised: bool = True  # False: the output is a score, not log-probabilities
+    name: str = ""  # in ESTIMATORS, given by estimator_of
 
     def row_of(self, draw):
         """What a row masks (b, W) bool, and the weight (b, W) of what it counts."""
@@ -165,13 +166,13 @@ ESTIMATORS = Table(
     left_to_right=Estimator(order=along("left_to_right"), exact=True),
     right_to_left=Estimator(order=along("right_to_left"), exact=True),
 )
-AR = Estimator(ar, along("left_to_right"), exact=True)  # of causal networks
+AR = Estimator(ar, along("left_to_right"), exact=True, name="ar")  # of causal networks
 
 
 def estimator_of(model, name):
-    """(name, Estimator) that evaluates this network: the one of that name, unless it is causal."""
-    estimator = ESTIMATORS[name]
-    return ("ar", AR) if model.config["attention"] == "causal" else (name, estimator)
+    """The Estimator that evaluates this network: the one of that name, unless it is causal."""
+    estimator = ESTIMATORS[name]._replace(name=name)
+    return AR if model.causal else estimator
 
 
 # ---- 2. A set of draws for many requests, in full batches ----------------------------------------
@@ -183,13 +184,15 @@ def set_nats(model, requests, o, number=0, size=1, progress=False):
     2, three requests whose answers have 5 tokens take 6 rows by any_order, which counts all that a
     row masks, and 30 by chain, which counts one token in a row: its `turn` says which.
     """
-    _, estimator = estimator_of(model, o["estimator"])
+    estimator = estimator_of(model, o["estimator"])
     one_pass = requests.in_one_pass(model, estimator)
-    lengths, groups = requests.lengths(), requests.group_of_each()  # (N, 2) prompts, answers; (N,)
+    lengths = requests.lengths()  # (N, 2) of prompts and answers
+    groups = requests.group_of_each()  # (N,)
     row_a_token = estimator.row is None and not one_pass
     turns = lengths[:, 1] if row_a_token else lengths[:, 1].clip(max=1)  # (N,) rows of a draw
     nats = torch.zeros(len(lengths), size, dtype=torch.float64)
-    cost, calls = {"rows": 0, "calls": 0}, []  # ((request, draw), nats) of the rows, (b,) each
+    cost = {"rows": 0, "calls": 0}
+    calls = []  # ((request, draw), nats) of the rows, (b,) each
     with progress_bar(progress, nats.numel(), "draw") as bar:
         for i, k, turn in batches(lengths.sum(1), turns, size, o["batch_size"]):  # (b,) each
             x0, prompt = requests.rows(i)  # (b, W), (b,)
@@ -216,23 +219,25 @@ def nats_of_call(model, requests, estimator, x0, draw):
     fill = (0, max(0, requests.pad_to - x0.shape[1]))
     x0 = F.pad(x0, fill, value=model.mask_id)  # (b, W + fill)
     mask, weight, cond = (F.pad(each, fill) for each in (mask, weight, draw.place < 0))
-    guidance = (cond, requests.cfg_scale) if requests.cfg_scale else ()
-    return nats_of_rows(model, x0, mask, weight, estimator, *guidance)
+    cond = cond if requests.cfg_scale else None
+    return nats_of_rows(model, x0, mask, weight, estimator, cond, requests.cfg_scale)
 
 
 def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
     """weight * CE, summed over each row (b, W) -> (b,), guided by cond (b, W). One network call."""
     idx = weight.flatten().nonzero().flatten()  # (n,) what counts, and alone leaves the network
     x0, mask, weight, idx = fused.moved(model.device, x0, mask, weight.float(), idx)
-    if model.config["attention"] == "causal":
+    if model.causal:
         require(cond is None, "cfg_scale needs a masked diffusion model, not a causal one")
         return diffusion.ar_nll(model, x0, mask, weight, idx)[1]
     require(cond is None or estimator.normalised, "t_dse has no guidance; cfg_scale must be 0")
     if cond is None:
         return diffusion.nelbo(model, x0, mask, weight, idx, estimator.normalised)[1]
     (cond,) = fused.moved(model.device, cond)  # (b, W)
-    x, target = torch.where(mask, model.mask_id, x0), x0.flatten()[idx]  # (b, W), (n,)
-    h, ces = diffusion.states(model, x, idx, cond, cfg_scale), []
+    x = torch.where(mask, model.mask_id, x0)  # (b, W)
+    target = x0.flatten()[idx]  # (n,)
+    h = diffusion.states(model, x, idx, cond, cfg_scale)
+    ces = []
     for span in fused.chunks(len(target), fused.head_chunk(model.vocab_size, model.device)):
         logits = diffusion.guided(model, [each[span] for each in h], cfg_scale)  # (chunk, V)
         ces.append(F.cross_entropy(logits, target[span], reduction="none"))
@@ -241,8 +246,8 @@ def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
 
 def of_set(estimator, nats):
     """What a set of K draws says: nats (N, K) -> (N,). NotFinite where one is no number."""
-    K, nats = nats.shape[1], finite(nats, "log-likelihoods")
-    return math.log(K) - (-nats).logsumexp(1) if estimator.mean_of_p else nats.mean(1)
+    nats = finite(nats, "log-likelihoods")
+    return math.log(nats.shape[1]) - (-nats).logsumexp(1) if estimator.mean_of_p else nats.mean(1)
 
 
 # ---- 3. Answers after prompts, and whole texts ---------------------------------------------------
@@ -259,7 +264,7 @@ def answer_nats(model, requests, groups=None, cfg_scale=0.0, pad_to=0, progress=
     batch_size, schedule, seed.
     """
     o, requests = merged(options), Requests(requests, groups, cfg_scale, pad_to)
-    _, estimator = estimator_of(model, o["estimator"])
+    estimator = estimator_of(model, o["estimator"])
     size = 1 if estimator.exact else o["draws"]
     nats, _ = set_nats(model, requests, o, size=size, progress=progress)  # (N, size)
     return of_set(estimator, nats)
@@ -275,12 +280,13 @@ def estimate(model, requests, lengths=None, progress=False, **options):
     """
     began = time.time()
     o = merged(options)
-    _, estimator = estimator_of(model, o["estimator"])
+    estimator = estimator_of(model, o["estimator"])
     requests = Requests([r if isinstance(r, tuple) else (r[:0], r) for r in requests])
     n_tokens = sum(len(answer) for _, answer in requests.pairs) if lengths is None else sum(lengths)
     draws = 1 if estimator.exact else o["draws"]
     sizes = [min(o["strata"], draws - first) for first in range(0, draws, o["strata"])]
-    sets, info = [], {"rows": 0, "calls": 0}
+    sets = []
+    info = {"rows": 0, "calls": 0}
     for number, size in enumerate(sizes):
         nats, cost = set_nats(model, requests, o, number, size, progress)  # (S, size)
         sets.append(of_set(estimator, nats))
@@ -302,9 +308,11 @@ def token_nats(model, ids, **options):
     Given those before it in an order, one order a draw; UserError for what is no chain rule.
     """
     o = merged(options)
-    name, estimator = estimator_of(model, o["estimator"])
-    require(estimator.order and not estimator.mean_of_p, f"{name} has no tokens' nats; try chain")
-    L, K = len(ids), 1 if estimator.exact else o["draws"]
+    estimator = estimator_of(model, o["estimator"])
+    message = f"{estimator.name} has no tokens' nats; try chain"
+    require(estimator.order and not estimator.mean_of_p, message)
+    L = len(ids)
+    K = 1 if estimator.exact else o["draws"]
     one_pass = model.config["attention"] == "order"  # a row has all terms of a draw
     nats = torch.zeros(K, L, dtype=torch.float64)
     for row in torch.arange(K if one_pass else K * L).split(o["batch_size"]):
@@ -312,7 +320,8 @@ def token_nats(model, ids, **options):
         k, turn = (row, zero) if one_pass else (row // L, row % L)  # (b,) each
         u, noise = random_numbers(o["seed"], 0, zero, k, K, L)  # (b,), (b, L)
         draw = Draw(u, noise, turn, prompt=zero, schedule=None)
-        x0, order = torch.as_tensor(ids).expand(len(row), L), estimator.order(draw)  # (b, L) each
+        x0 = torch.as_tensor(ids).expand(len(row), L)  # (b, L)
+        order = estimator.order(draw)  # (b, L)
         if one_pass:
             terms = diffusion.order_nll(model, *fused.moved(model.device, x0, order))[1]  # (b, L)
         else:
@@ -330,15 +339,6 @@ def check(config):
     require(draws % K == 0 or not ESTIMATORS[estimator].mean_of_p, message)
 
 
-def load_subject(config, reads_text=False):
-    """The Subject of config["ckpt"]; UserError where the estimator needs a scale that it lacks."""
-    subject = subjects.load_subject(config, reads_text)
-    scaled = config["estimator"] != "t_dse" or subject.trained.get("objective") == "t_dse"
-    advice = "was not trained with t_dse, so its scores have no scale; use --estimator=t_dce"
-    require(scaled, f"{config['ckpt']} {advice}")
-    return subject
-
-
 def evaluate(config, subject, folder, split):
     """Evaluate one split of a prepared folder -> a dict, and in words how and what came out."""
     meta, part, L = subjects.open_text(config, subject, folder, split)
@@ -346,7 +346,7 @@ def evaluate(config, subject, folder, split):
     options = {key: config[key] for key in keys} | {"progress": True}
     with subject.autocast():
         nats, info = estimate(subject.model, part.requests, part.counts, **options)
-    name, _ = estimator_of(subject.model, config["estimator"])
+    name = estimator_of(subject.model, config["estimator"]).name
     result, text = report(nats, part.counts, part.bytes_per_token)
     result |= info | {"estimator": name, "block_size": L, "data": str(folder)}
     draws = f"{result['draws']} draws a sequence in sets of {config['strata']}"
@@ -370,7 +370,7 @@ def score(config, subject):
     options = {key: config[key] for key in ("estimator", "draws", "seed", "batch_size")}
     with subject.autocast():
         nats = token_nats(subject.model, ids, **options)  # (draws, L)
-    name, _ = estimator_of(subject.model, config["estimator"])
+    name = estimator_of(subject.model, config["estimator"]).name
     result, text = by_token(subject.tokenizer, ids, nats)
     what = "text, an answer to no prompt" if subject.trained.get("example_width") else "text"
     print(f"{text}\n-log p({what}): {method(name, f'{len(nats)} orders')}; {subject.words}")
@@ -382,7 +382,7 @@ def main(config):
     check(config)
     empty = "text" in config.get("user_keys", ()) and not config["text"]
     require(not empty, "the text to score is empty")
-    subject = load_subject(config, reads_text=bool(config["text"]))
+    subject = subjects.load_evaluable(config, reads_text=bool(config["text"]))
     if config["text"]:
         return score(config, subject)
     folder = subjects.folder_of(config, subject)

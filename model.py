@@ -232,6 +232,10 @@ class Transformer(nn.Module):
                 for name, value in self.initial_weights():
                     self.get_parameter(name).copy_(value)
 
+    @property
+    def causal(self):
+        return self.config["attention"] == "causal"
+
     def initial_weights(self):
         """Yield (name, value): N(0, 2/(5 D)), output projections N(0, 1/(D n_layer^2)).
 

@@ -46,6 +46,7 @@ from data import choice as sets
 from data import examples
 from lib.files import to_json, whole_file
 from lib.stats import mean_and_error, plus_minus, shown_perplexity
+from lib.subject import load_evaluable
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # whatever checkpoint.load takes
@@ -157,7 +158,7 @@ def main(config):
     """Ask config["ckpt"] the questions of config["set"], print how and the accuracy -> a dict."""
     check(config)
     questions, path = sets.read(config["set"], config["from"], config["limit"])
-    subject = evaluate.load_subject(config, reads_text=True)
+    subject = load_evaluable(config, reads_text=True)
     check_network(config, subject, "cfg_scale", "pad_to")
     began, model, L = time.time(), subject.model, subject.model.block_size
     require(config["pad_to"] <= L, f"pad_to must be at most the block's {L} tokens")
@@ -173,7 +174,7 @@ def main(config):
         else:
             right = picks[0] == [question.gold for question in questions]  # (n,)
     result = {"set": config["set"], "questions": len(questions), "cfg_scale": config["cfg_scale"]}
-    result["estimator"], _ = evaluate.estimator_of(model, config["estimator"])
+    result["estimator"] = evaluate.estimator_of(model, config["estimator"]).name
     result |= {"texts": len(requests), "texts_cut": cut[0], "options_cut": cut[1]}
     result |= accuracies(config["set"], questions, nats, picks, right)
     result["seconds"] = time.time() - began

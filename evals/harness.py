@@ -39,6 +39,7 @@ import sample
 from config import UserError, nearest, require
 from data import examples
 from evals import choice
+from lib.subject import load_evaluable
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # whatever checkpoint.load takes
@@ -185,7 +186,7 @@ def check(config):
 def main(config):
     """Run the tasks on config["ckpt"], print the harness's table; return its results, a dict."""
     check(config)
-    subject = evaluate.load_subject(config, reads_text=True)
+    subject = load_evaluable(config, reads_text=True)
     choice.check_network(config, subject, "cfg_scale")
     lm_eval, LM, TaskManager = packages()
     manager = TaskManager(include_path=config["include_path"] or None)
@@ -204,7 +205,7 @@ def main(config):
     keys = {"tasks": tasks, "task_manager": manager, "bootstrap_iters": 1000}
     with subject.autocast():
         output = lm_eval.simple_evaluate(Answerer(), limit=config["limit"] or None, **keys)
-    name, _ = evaluate.estimator_of(subject.model, config["estimator"])
+    name = evaluate.estimator_of(subject.model, config["estimator"]).name
     likelihoods = evaluate.method(name, f"{config['draws']} draws")
     text = "left to right" if subject.causal else f"by {config['sampler']}, {config['steps']} steps"
     method = f"likelihoods {likelihoods}; text {text}; cfg_scale {config['cfg_scale']}"

@@ -50,6 +50,7 @@ from data.tokenizer import from_meta
 from lib.device import machine
 from lib.files import optional
 from lib.stats import FEWEST, finite, mean_and_error, perplexity, plus_minus
+from lib.subject import load_evaluable
 
 DEFAULTS = {
     "judge": "",  # whatever checkpoint.load takes, or hf:NAME, a causal model of transformers
@@ -92,7 +93,7 @@ class Checkpoint:
 
     def __init__(self, config):
         config = evaluate.DEFAULTS | config | {"ckpt": config["judge"]}
-        self.subject = evaluate.load_subject(config, reads_text=True)
+        self.subject = load_evaluable(config, reads_text=True)
         tokenizer = self.subject.tokenizer
         self.encode, self.decode = tokenizer.encode, tokenizer.decode
         self.vocab_size, self.block_size = tokenizer.vocab_size, self.subject.model.block_size
@@ -254,7 +255,7 @@ def samples_of(config):
         return read_samples(config["samples"]), f"from {config['samples']}"
     for_sample = {key: value for key, value in config.items() if key not in DEFAULTS}
     with contextlib.redirect_stdout(None):  # the samples themselves are not what is asked for
-        records = sample.main(for_sample)
+        records = sample.fill(for_sample, sample.open_model(for_sample))
     keys = ("sampler", "steps", "temperature", "top_k", "top_p", "cfg_scale", "seed")
     options = ", ".join(f"{key} {config[key]}" for key in keys)
     return records, f"from {config['ckpt']}: {options}; noise float64"

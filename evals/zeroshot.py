@@ -25,7 +25,7 @@ from config import UserError, choose, require
 from data import loader
 from lib.files import to_json, whole_file
 from lib.stats import shown_perplexity
-from lib.subject import open_text
+from lib.subject import load_evaluable, open_text
 
 DEFAULTS = {
     "sets": "all",  # all, or a list such as lambada,ptb
@@ -48,7 +48,7 @@ def main(config):
     # A file that cannot be read or written is an error now, not after the first set; so is a
     # folder that does not fit.
     keep(config["out"], finished(config["out"]))
-    subject = evaluate.load_subject(config)
+    subject = load_evaluable(config)
     for folder in folders.values():
         open_text(config, subject, folder, "test")
     weights, rows = digest(subject.model), []

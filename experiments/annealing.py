@@ -48,6 +48,7 @@ from config import require
 from evals import quality
 from experiments import results
 from lib.stats import finite, plus_minus
+from lib.subject import load_evaluable
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # a masked model that writes; empty: the exact part alone
@@ -220,7 +221,7 @@ def write_text(config, subject, noise, steps):
 def trained_part(config, steps):
     """(rows of the table, figures) of samples by ckpt."""
     judge = quality.open_judge(quality.DEFAULTS | config)
-    subject = evaluate.load_subject(evaluate.DEFAULTS | config, reads_text=True)
+    subject = load_evaluable(evaluate.DEFAULTS | config, reads_text=True)
     require(not subject.causal, f"{config['ckpt']} is causal: it has no mask to draw")
     rows, figures = [], {}
 

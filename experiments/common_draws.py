@@ -21,6 +21,7 @@ import evaluate
 from data import choice as sets
 from evals import choice
 from experiments import results
+from lib.subject import load_evaluable
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # whatever checkpoint.load takes
@@ -54,7 +55,7 @@ def main(config):
     began = time.time()
     limit, seeds = (8, 3) if config["quick"] else (config["limit"], config["seeds"])
     questions, _ = sets.read(config["set"], config["from"], limit)
-    subject = evaluate.load_subject(evaluate.DEFAULTS | config, reads_text=True)
+    subject = load_evaluable(evaluate.DEFAULTS | config, reads_text=True)
     model = subject.model
     asked = choice.requests_of(questions, subject.tokenizer, model.start_id, model.block_size)
     requests, group_of_each, _, _ = asked

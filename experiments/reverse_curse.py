@@ -213,7 +213,7 @@ def exam(ctx, folders, texts, tests, people):
     """
     tokenizer, validation, items = Words(texts), tests["validation"], tests["reverse_dtn"]
     model, tries = best_of(ctx, folders, tokenizer, validation)
-    net, causal, w = (model, tokenizer, ctx), model.config["attention"] == "causal", 0.0
+    net, causal, w = (model, tokenizer, ctx), model.causal, 0.0
     ends = [(checkpoint.load(folder, ctx.device)[0], tokenizer, ctx) for folder in folders]
     if not causal:
         of_w = {w: right(ask(net, validation, w), validation) for w in guidance.SCALES}

@@ -108,7 +108,7 @@ def one_of_four(text, words, n):
 
 def padded(model):
     """How far rows are filled up with masks: a masked model has seen whole blocks only."""
-    return 0 if model.config["attention"] == "causal" else model.block_size
+    return 0 if model.causal else model.block_size
 
 
 def right(ctx, folder, name, questions):

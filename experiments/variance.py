@@ -28,6 +28,7 @@ from data import loader
 from experiments import results
 from lib.rows import distinct_uniforms, random_numbers
 from lib.stats import finite
+from lib.subject import load_evaluable
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # a trained masked model
@@ -126,7 +127,7 @@ PLOTS = {"": draw}
 def main(config):
     """Print, write and return the variance of each method's rows, and what an interval takes."""
     config = config | ({"draws": 16, "sequences": 4} if config["quick"] else {})
-    subject = evaluate.load_subject(evaluate.DEFAULTS | config)
+    subject = load_evaluable(evaluate.DEFAULTS | config)
     exact = f"{config['ckpt']} is causal: its likelihood is exact and needs no draws"
     require(not subject.causal, exact)
     tokens, L = loader.Tokens(config["data"], config["split"]), subject.model.block_size

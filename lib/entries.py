@@ -104,8 +104,7 @@ def check_objective(objective):
     if not (isinstance(objective.attention, tuple) and objective.attention):
         return "must have an attention that is a tuple of one or more of model.ATTENTIONS"
     if objective.draw is None:
-        causal = objective.attention == ("causal",)
-        return "" if causal else "has no draw, which a network that is not causal needs"
+        return "" if objective.causal else "has no draw, which a network that is not causal needs"
     v, noises = numbers_of_three()
     for noise, prompt in noises:
         n = 3 if prompt is None else torch.full_like(prompt, 3)

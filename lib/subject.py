@@ -24,7 +24,7 @@ class Subject(NamedTuple):
 
     @property
     def causal(self):
-        return self.trained["attention"] == "causal"
+        return self.model.causal
 
 
 def load_subject(config, reads_text=False, cast=True):
@@ -45,6 +45,15 @@ def load_subject(config, reads_text=False, cast=True):
     weights = "averaged weights" if ema and trained.get("ema") else "raw weights"
     words = f"{dtype_name(autocast, device)}, {weights}, seed {config['seed']}"
     return Subject(model, tokenizer, trained, autocast, words)
+
+
+def load_evaluable(config, reads_text=False):
+    """load_subject, but UserError where the estimator needs scores with a scale, and has none."""
+    subject = load_subject(config, reads_text)
+    scaled = config["estimator"] != "t_dse" or subject.trained.get("objective") == "t_dse"
+    advice = "was not trained with t_dse, so its scores have no scale; use --estimator=t_dce"
+    require(scaled, f"{config['ckpt']} {advice}")
+    return subject
 
 
 def ids_of_text(subject, text):

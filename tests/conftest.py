@@ -33,7 +33,7 @@ class Table(torch.nn.Module):
     length L = block_size only.
     """
 
-    config, row_loss = {"attention": "full"}, None
+    config, causal, row_loss = {"attention": "full"}, False, None
 
     def __init__(self, logits):
         super().__init__()

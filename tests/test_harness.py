@@ -26,6 +26,7 @@ from config import UserError
 from data import tokenizer
 from evals import choice, harness
 from lib import checkpoint
+from lib.subject import load_evaluable
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 ALPHABET = "abcdefghij .?QA:uestionr\n"
@@ -200,7 +201,7 @@ def test_an_answer_as_long_as_the_block_is_cut_and_not_its_prompt(tmp_path, atte
     monkeypatch.setattr(sample, "sample", spy)
     config = settings.options({"steps": 2}, settings, diffusion, harness)
     given = evaluate.DEFAULTS | settings.DEFAULTS | FLOAT32
-    subject = evaluate.load_subject(given | {"ckpt": str(save_model(tmp_path, attention))})
+    subject = load_evaluable(given | {"ckpt": str(save_model(tmp_path, attention))})
     requests = [(p, {"until": [], "max_gen_toks": n}) for p, (n, _) in prompts.items()]
     requests = [SimpleNamespace(args=pair) for pair in requests]
     texts = harness.generated(subject, config, cuts, requests)
@@ -211,7 +212,7 @@ def test_an_answer_as_long_as_the_block_is_cut_and_not_its_prompt(tmp_path, atte
 
 
 def test_what_a_block_cuts_of_contexts_and_continuations_is_counted(tmp_path):
-    subject = evaluate.load_subject(
+    subject = load_evaluable(
         evaluate.DEFAULTS | settings.DEFAULTS | FLOAT32 | {"ckpt": str(save_model(tmp_path))}
     )
     config, cuts = (

@@ -29,6 +29,7 @@ from lib.device import mean_length
 from lib.files import to_json
 from lib.parallel import Team
 from lib.stats import NotFinite
+from lib.subject import load_evaluable
 from view import page
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -336,7 +337,7 @@ def test_a_process_whose_part_is_nan_still_meets_the_others(data, tmp_path, monk
 def test_nothing_has_the_likelihood_1_whatever_stands_before_it(data, tmp_path):
     run(data, tmp_path, max_iters=2)
     keys = {"ckpt": str(tmp_path), "dtype": "float32"}
-    subject = evaluate.load_subject(evaluate.DEFAULTS | settings.DEFAULTS | keys)
+    subject = load_evaluable(evaluate.DEFAULTS | settings.DEFAULTS | keys)
     config = settings.options({"draws": 2}, settings, diffusion, harness)
     args = [("the ", ""), ("", ""), ("the cat", ""), ("the", " cat")]
     requests = [SimpleNamespace(args=pair, task_name="t", doc_id=i) for i, pair in enumerate(args)]
