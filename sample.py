@@ -28,20 +28,19 @@ import contextlib
 import itertools
 import sys
 import time
-from importlib import import_module
 
 import torch
 
 import diffusion
 from config import require
 from lib import fused, philox
-from lib import subject as subjects
 from lib.bar import progress_bar
 from lib.cache import Cache, OrderCache
 from lib.device import can_compile, compile_hidden, wait
 from lib.files import to_json, whole_file
-from lib.stats import finite
-from lib.text import request, suppress_eos, suppress_tokens, text_of, text_or_file
+from lib.stats import Probabilities
+from lib.subject import load_subject
+from lib.text import check_causal, request, suppress_eos, suppress_tokens, text_of, text_or_file
 from samplers import SAMPLERS, calls, entropy_of, on_device
 
 DEFAULTS = {
@@ -71,7 +70,6 @@ REQUEST |= {"watch", "out", "user_keys"}  # the command's own keys: `sample` tak
 # How a model of examples answers unless told otherwise: the likeliest tokens, one in each call as
 # far as the steps reach. 98% of new sums were right, 88% by ancestral (experiments/arithmetic.py).
 ANSWERS = {"sampler": "confidence", "temperature": 0.0, "num_samples": 1}
-DRAWN = "probabilities of drawn tokens"
 LOGITS = 2**24  # how many are drawn from at once: in float64 with their copies at most 1 GiB
 
 
@@ -85,8 +83,7 @@ def categorical(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     In float64. Gumbel noise in float32 cuts off the tails, which lowers the temperature unasked
     (arXiv 2409.02908); here a float32 sum over 50,257 tokens would go in steps of 1e-7, and rare
     tokens have less probability than that. The caller brings one uniform number for each draw, so
-    sampling is a function of its noise. Logits of nan or infinity raise NotFinite on the CPU, where
-    that is known without waiting; on another device their p are nan.
+    sampling is a function of its noise. Logits of nan or infinity give p of nan.
     """
     on_mps = logits.device.type == "mps"  # which has no float64
     logits = (logits.cpu() if on_mps else logits).double()  # (N, V)
@@ -98,8 +95,6 @@ def categorical(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         target = u.to(edge)[:, None] * edge[:, -1:]  # (N, 1)
         token = torch.searchsorted(edge, target, right=True).clamp(max=p.shape[-1] - 1)  # (N, 1)
         p = p.gather(-1, token) / edge[:, -1:]  # (N, 1)
-    if p.device.type == "cpu":
-        finite(p, DRAWN)
     return token.squeeze(-1), p.squeeze(-1)
 
 
@@ -120,19 +115,19 @@ def keep_likely(p, top_k, top_p):
     return p
 
 
-def draw(model, h, u, suppress, policy, o, keep_logits=False):
+def draw(model, h, due, suppress, policy, o, keep_logits=False):
     """Draw the tokens of n positions -> (token, p, entropy (n,) each, logits (n, V) if kept).
 
-    h: their states, a list of (n, D) as diffusion.guided takes them; u (n,) uniform; suppress (n,)
-    or None. It goes by pieces of at most LOGITS logits, whose float64 tables are most of the memory
-    here: an adaptive sampler draws at all masked positions of a batch at once.
+    h: their states, a list of (n, D) as diffusion.guided takes them; due: their Call, on the
+    device; suppress (N*L,) or None. It goes by pieces of at most LOGITS logits, whose float64
+    tables are most of the memory here: an adaptive sampler draws at all masked positions at once.
     """
     pieces, kept = [], []
-    for piece in fused.chunks(len(u), max(1, LOGITS // model.vocab_size)):
+    for piece in fused.chunks(len(due.u), max(1, LOGITS // model.vocab_size)):
         logits = diffusion.guided(model, [each[piece] for each in h], o["cfg_scale"])  # (piece, V)
         if suppress is not None:
-            suppress_tokens(logits, suppress[piece])
-        token, p = categorical(logits, u[piece], o["temperature"], o["top_k"], o["top_p"])
+            suppress_tokens(logits, suppress[due.at[piece]])
+        token, p = categorical(logits, due.u[piece], o["temperature"], o["top_k"], o["top_p"])
         pieces.append((token, p, entropy_of(logits, policy)))
         if keep_logits:
             kept.append(logits)
@@ -157,56 +152,59 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     o = settings.options(options, settings, diffusion, sys.modules[__name__])
     most = f"a sequence has at least one token and at most block_size {model.block_size}"
     require(0 < x.shape[1] <= model.block_size and len(x), f"{most}, not {tuple(x.shape)}")
-    if model.config["attention"] == "causal":
+    if model.causal:
         return sample_ar(model, x, o, suppress, progress)
     return sample_mdm(model, x, o, suppress, progress, on_call)
 
 
 def sample_mdm(model, x, o, suppress=None, progress=False, on_call=None):
     """sample by a masked diffusion model: call by call, as the sampler's policy says."""
-    began, (N, L), device = time.time(), x.shape, x.device
-    cond, masked = x != model.mask_id, (x == model.mask_id).cpu()  # (N, L) each
+    began = time.time()
+    N, L = x.shape
+    masked = (x == model.mask_id).cpu()  # (N, L)
+    policy = SAMPLERS[o["sampler"]](masked, o)
+    states_of = Predictor(model, x != model.mask_id, policy, o)
+    nfe = torch.zeros(N, dtype=torch.long)  # (N,)
+    graphs = o["compile"] and x.device.type == "cuda" and model.config["attention"] == "full"
+    plan = on_device(calls(policy, nfe, o["batch_size"]), policy, x.device, same_size=graphs)
     x = x.clone(memory_format=torch.contiguous_format)  # (N, L)
-    flat, policy = x.view(-1), SAMPLERS[o["sampler"]](masked, o)
-    states_of, nfe = Predictor(model, cond, policy, o), torch.zeros(N, dtype=torch.long)  # (N,)
-    suppress = None if suppress is None else suppress.to(device).flatten()  # (N*L,)
-    same_size = o["compile"] and device.type == "cuda" and model.config["attention"] == "full"
-    plan = on_device(calls(policy, nfe, o["batch_size"]), policy, device, same_size)
-    total = torch.zeros((), dtype=torch.float64, device="cpu" if device.type == "mps" else device)
+    flat = x.view(-1)  # (N*L,) the same memory
+    suppress = None if suppress is None else suppress.to(x.device).flatten()  # (N*L,)
+    seen = Probabilities()
     with progress_bar(progress, int(masked.sum()), "token") as bar:
-        for call, tensors in plan:
-            live, at, idx, u = tensors[:4]  # (b,) sequences, (n,) positions twice, (n,) noise
+        for call, due in plan:  # the same on the CPU and on the device: n positions
             if policy.remasks:
-                flat.index_fill_(0, tensors[4], model.mask_id)
-            h = states_of(x, call, live, idx)  # the states of n positions
-            ruled_out = None if suppress is None else suppress[at]  # (n,)
-            token, p, entropy, logits = draw(model, h, u, ruled_out, policy, o, bool(on_call))
-            total = total + p[: len(call.at)].sum()  # nan if a p is: no call has to wait for it
-            keep = torch.ones(len(call.at), dtype=torch.bool)  # (n,) what is unmasked
-            if not policy.planned:
-                keep = accepted(policy, call, L, p, entropy)
-                (kept,) = fused.moved(token.device, keep)  # (n,)
-                token = torch.where(kept, token, model.mask_id)
-            flat[at] = token.to(x)
+                flat.index_fill_(0, due.masked, model.mask_id)
+            h = states_of(x, call, due)
+            token, p, entropy, logits = draw(model, h, due, suppress, policy, o, bool(on_call))
+            seen.see(p)
+            keep, token = accepted(policy, call, model.mask_id, token, p, entropy)
+            flat[due.at] = token.to(x)
             if on_call:
                 columns = call.at // L, call.at % L, call.done[call.idx // L], token, p, logits
-                on_call(*(column[: len(keep)].cpu()[keep] for column in columns))
+                on_call(*(column.cpu()[keep] for column in columns))
             bar.update(int(keep.sum()))
-    total, left = torch.stack([total, (x == model.mask_id).sum().to(total.device)]).tolist()
-    finite(total, DRAWN)
-    require(not left, f"the sampler '{o['sampler']}' must unmask all, but leaves {left:.0f} tokens")
-    wait(device)
+    seen.check()
+    left = int((x == model.mask_id).sum())
+    require(not left, f"the sampler '{o['sampler']}' must unmask all, but leaves {left} tokens")
+    wait(x.device)
     return x, {"nfe": nfe, "expected_nfe": policy.expected_nfe, "seconds": time.time() - began}
 
 
-def accepted(policy, call, L, p, entropy):
-    """Which of a call's tokens are unmasked: (n,) bool, on the CPU. The host has to wait for p."""
+def accepted(policy, call, mask_id, token, p, entropy):
+    """Which of a call's tokens are unmasked, (n,) bool on the CPU, and the tokens, else mask_id.
+
+    All of them without a wait for p (n,) where the policy is planned.
+    """
+    if policy.planned:
+        return torch.ones(len(token), dtype=torch.bool), token
+    L = policy.masked_at(call.live, call.done).shape[1]
     tables = torch.full((2, len(call.live), L), -1.0, dtype=p.dtype)  # p and entropy
     tables[1] = torch.inf
-    pair = torch.stack([p, entropy.to(p)]).cpu()  # (2, n)
-    finite(pair[0], DRAWN)
-    tables.flatten(1)[:, call.idx] = pair
-    return policy.accept(call.live, call.done, *tables).flatten()[call.idx]
+    tables.flatten(1)[:, call.idx] = torch.stack([p, entropy.to(p)]).cpu()  # (2, n)
+    keep = policy.accept(call.live, call.done, *tables).flatten()[call.idx]  # (n,)
+    (kept,) = fused.moved(token.device, keep)  # (n,)
+    return keep, torch.where(kept, token, mask_id)
 
 
 class Predictor:
@@ -217,24 +215,31 @@ class Predictor:
     """
 
     def __init__(self, model, cond, policy, o):
-        self.model, self.cond, self.policy, self.cfg_scale = model, cond, policy, o["cfg_scale"]
-        self.slots, (N, L) = {}, cond.shape  # {sequence: slot}
-        self.B, self.caches = min(o["batch_size"], N), []
+        N, L = cond.shape
+        self.model, self.cond, self.policy = model, cond, policy
+        self.cfg_scale = o["cfg_scale"]
+        self.B = min(o["batch_size"], N)
+        self.slots = {}  # {sequence: slot}
+        self.caches = []
         if model.config["attention"] == "order":
             self.gaps = ~cond.cpu()  # (N, L)
             self.caches = [OrderCache(self.B, L) for _ in range(2 if self.cfg_scale else 1)]
 
-    def __call__(self, x, call, live, idx):
-        """x (N, L); live (b,) and idx (n,) of the Call on its device -> a list of states (n, D)."""
-        x, cond = x[live], self.cond[live] if self.cfg_scale else None  # (b, L) each
+    def __call__(self, x, call, due):
+        """x (N, L), a Call on the CPU and on x's device -> a list of states (n, D)."""
+        x = x[due.live]  # (b, L)
+        cond = self.cond[due.live] if self.cfg_scale else None  # (b, L)
         if not self.caches:
-            return diffusion.states(self.model, x, idx, cond, self.cfg_scale)
+            h = diffusion.states(self.model, x, due.idx, cond, self.cfg_scale)
+            return [each[: len(due.at)] for each in h]  # without what a CUDA graph is padded with
         visible = ~self.policy.masked_at(call.live, call.done)  # (b, L) known to the CPU
-        texts, slots = [(x, visible)], self.slots_of(call.live.tolist())
+        texts = [(x, visible)]
         if self.cfg_scale:
             without = x.masked_fill(cond, self.model.mask_id)  # (b, L)
             texts.append((without, visible & self.gaps[call.live]))
-        pairs, ask = zip(texts, self.caches, strict=True), self.model.hidden_from_cache
+        slots = self.slots_of(call.live.tolist())
+        ask = self.model.hidden_from_cache
+        pairs = zip(texts, self.caches, strict=True)
         return [ask(*text, call.idx, cache, slots) for text, cache in pairs]
 
     def slots_of(self, live):
@@ -255,8 +260,11 @@ def sample_ar(model, x, o, suppress=None, progress=False):
     given, and each one after that adds a position, drawn or given.
     """
     require(o["cfg_scale"] == 0, "cfg_scale needs a masked diffusion model, not a causal one")
-    began, (N, L), B = time.time(), x.shape, o["batch_size"]
-    x, masked = x.clone(), (x == model.mask_id).cpu()  # (N, L) each
+    began = time.time()
+    N, L = x.shape
+    B = o["batch_size"]
+    x = x.clone()  # (N, L)
+    masked = (x == model.mask_id).cpu()  # (N, L)
     noise, to_fill = fused.moved(x.device, philox.uniforms(o["seed"], 1, range(N), L), masked)
     suppress = torch.full_like(x, -1) if suppress is None else suppress.to(x.device)  # (N, L)
     nfe = torch.zeros(N, dtype=torch.long)  # (N,)
@@ -274,44 +282,29 @@ def sample_ar(model, x, o, suppress=None, progress=False):
     return x, {"nfe": nfe, "expected_nfe": expected, "seconds": time.time() - began}
 
 
-def fill_span(model, span, y, to_fill, u, suppress, o):
-    """Fill y (b, L) in place, one position of the span a call; yields after each call."""
-    cache, total = [Cache(y.shape[1]) for _ in model.blocks], 0.0
-    new = torch.cat([y.new_full((len(y), 1), model.start_id), y[:, : span[0]]], dim=1)  # (b, n)
+def fill_span(model, span, x, to_fill, u, suppress, o):
+    """Fill x (b, L) in place, one position of the span a call; yields after each call."""
+    cache = [Cache(x.shape[1]) for _ in model.blocks]
+    new = torch.cat([x.new_full((len(x), 1), model.start_id), x[:, : span[0]]], dim=1)  # (b, n)
+    seen = Probabilities()
     for i in span:
         logits = model.head(model.hidden(new, cache=cache)[:, -1])  # (b, V)
         suppress_tokens(logits, suppress[:, i])
         token, p = categorical(logits.float(), u[:, i], o["temperature"], o["top_k"], o["top_p"])
-        total = total + p  # nan if a p is: looked at in the end, so no call waits for it
-        y[:, i] = torch.where(to_fill[:, i], token.to(y), y[:, i])
-        new = y[:, i : i + 1]  # (b, 1)
+        seen.see(p)
+        x[:, i] = torch.where(to_fill[:, i], token.to(x), x[:, i])
+        new = x[:, i : i + 1]  # (b, 1)
         yield
-    finite(total.cpu(), DRAWN)
+    seen.check()
 
 
 # ---- 3. The command -----------------------------------------------------------------------------
-def check(config, causal):
-    """Raise UserError for settings that this program or a causal network cannot have."""
-    sampler = config["sampler"]
-    if causal:
-        is_default = "sampler" not in config.get("user_keys", ())
-        message = f"this network is causal: it has the sampler left_to_right, not '{sampler}'"
-        require(sampler == "left_to_right" or is_default, message)
-        reads_ahead = config["suffix"] or config["template"]
-        require(not reads_ahead, "a causal network cannot see a suffix or fill a template")
-        require(not config["watch"], "watch shows masks that fill; this network is causal")
-
-
-def main(config):
-    """Load a checkpoint, fill num_samples copies of the request, print and return the records."""
-    return fill(config, load_subject(config))
-
-
-def load_subject(config):
+def open_model(config):
     """The Subject of config["ckpt"], compiled if the config says so."""
-    subject = subjects.load_subject(config, reads_text=True)
-    check(config, subject.causal)
-    if config["compile"] and not subject.causal and can_compile(subject.model.device):
+    subject = load_subject(config, reads_text=True)
+    if subject.causal:
+        check_causal(config)
+    elif config["compile"] and can_compile(subject.model.device):
         compile_hidden(subject.model, subject.model.device)
     return subject
 
@@ -322,8 +315,10 @@ def fill(config, subject):
     x, suppress, end, eos_id = requested(config, subject)  # (N, L) each
     options = {key: config[key] for key in config if key not in REQUEST}
     on_call = None
-    if config["watch"]:  # the only mode that needs a view
-        on_call = import_module("view.watch").watch(tokenizer, x, model.mask_id, options)
+    if config["watch"]:
+        from view.watch import watch  # which imports this file, so not at the top
+
+        on_call = watch(tokenizer, x, model.mask_id, options)
     with subject.autocast():
         tokens, info = sample(model, x, suppress, not on_call, on_call, **options)
     records = [
@@ -362,24 +357,14 @@ def say(records, info, n_new, out):
     print(f" {seconds:.2f} s for {len(records)} samples of {L} tokens, {speed:.0f} tokens/s")
 
 
-def suited(config, trained):
+def suited(config, subject):
     """The config with ANSWERS for a model of examples, where the user has not said otherwise."""
-    of_examples, causal = trained.get("example_width"), trained["attention"] == "causal"
-    kept = {*config.get("user_keys", ANSWERS)} | ({"sampler"} if causal else set())
-    return config | {key: ANSWERS[key] for key in ANSWERS if of_examples and key not in kept}
-
-
-def command(config):
-    """main, with ANSWERS; in a terminal, without a request in the command, it asks for prompts."""
-    subject = load_subject(config)
-    config = suited(config, subject.trained)
-    if {"prompt", "suffix", "template", "num_samples", "out"} & {*config["user_keys"]}:
-        return fill(config, subject)
-    if all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):
-        return converse(config, subject)
-    free = "no prompt, and no terminal to ask for one, so these are free samples"
-    print(f"{free}; a prompt from a pipe: --prompt=FILE:/dev/stdin", file=sys.stderr)
-    return fill(config, subject)
+    if "user_keys" not in config or not subject.trained.get("example_width"):
+        return config
+    answers = {key: ANSWERS[key] for key in ANSWERS if key not in config["user_keys"]}
+    if subject.causal:  # left to right, whatever the sampler
+        answers.pop("sampler", None)
+    return config | answers
 
 
 def converse(config, subject):
@@ -396,5 +381,18 @@ def converse(config, subject):
                 print(error)
 
 
+def main(config):
+    """Fill the request of a command; without one, in a terminal, ask for prompts."""
+    subject = open_model(config)
+    config = suited(config, subject)
+    if {"prompt", "suffix", "template", "num_samples", "out"} & {*config["user_keys"]}:
+        return fill(config, subject)
+    if all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):
+        return converse(config, subject)
+    free = "no prompt, and no terminal to ask for one, so these are free samples"
+    print(f"{free}; a prompt from a pipe: --prompt=FILE:/dev/stdin", file=sys.stderr)
+    return fill(config, subject)
+
+
 if __name__ == "__main__":
-    settings.run(command, settings, diffusion, sys.modules[__name__])
+    settings.run(main, settings, diffusion, sys.modules[__name__])

@@ -66,10 +66,7 @@ def expected_nfe(r, L):
     n (1 - (1 - 1/n)^L) for n log-linear steps, RADD eq. D.31; behind a prompt, too, for L counts
     masked tokens alone, RADD eq. D.30. For L = 128: 81 at n = 128, 120 at n = 1,024, and towards L
     for many steps. What more steps buy: tokens unmasked in one step are drawn independently, each
-    given the tokens visible before. If "New York" and "Los Angeles" are equally likely, one step
-    gives "New Angeles" and "Los York" a quarter of the time each; of n log-linear steps both words
-    have the same one once in n times, so each comes 1/(4n) of the time. This is the only error of
-    few steps.
+    given the tokens visible before, which is the only error of few steps.
     """
     return float((1 - (1 - r) ** L).sum())
 
@@ -209,25 +206,26 @@ def calls(policy, nfe, batch_size):
 
 
 def on_device(plan, policy, device, same_size=False):
-    """Yield (Call, its tensors on the device, up to `u` or, where a policy remasks, `masked`).
+    """Yield each Call twice, as it is and on the device (of `masked` where a policy remasks).
 
     Where all calls are known they are copied together before the first, so none waits for a copy.
-    same_size: each repeats its last sequence and its last position until all have one size, as a
-    CUDA graph must have; a token that is drawn twice is the same.
+    same_size: on the device `live` and `idx` repeat their last until they have one size in all
+    calls, as a CUDA graph must have (sample.Predictor drops the states of the repeats).
     """
     n = 5 if policy.remasks else 4
     if not policy.planned:
-        yield from ((call, fused.moved(device, *call[:n])) for call in plan)
+        yield from ((call, Call(*fused.moved(device, *call[:n]), *call[n:])) for call in plan)
         return
     plan = list(plan)
     columns = [list(column) for column in zip(*(call[:n] for call in plan), strict=True)]
     if same_size and plan:
-        most = -(-max(map(len, columns[1])) // 16) * 16  # a multiple of 16: few different sizes
-        for i, size in enumerate((len(plan[0].live), most, most, most)):
+        most = -(-max(map(len, columns[2])) // 16) * 16  # a multiple of 16: few different sizes
+        for i, size in ((0, len(plan[0].live)), (2, most)):
             columns[i] = [torch.cat([z, z[-1:].expand(size - len(z))]) for z in columns[i]]
     moved = fused.moved(device, *map(torch.cat, columns))
     parts = [z.split([*map(len, column)]) for z, column in zip(moved, columns, strict=True)]
-    yield from zip(plan, zip(*parts, strict=True), strict=True)
+    for call, tensors in zip(plan, zip(*parts, strict=True), strict=True):
+        yield call, Call(*tensors, *call[n:])
 
 
 def step_to_call(unmask_step):
@@ -324,8 +322,9 @@ def entropy_bound(masked, o):
     """
 
     def rule(live, done, p, entropy):
-        h, order = entropy.sort(dim=1, stable=True)  # (b, L)
-        within = h.isfinite() & (h.cumsum(1) - h <= o["max_entropy"])  # (b, L)
+        entropy, order = entropy.sort(dim=1, stable=True)  # (b, L) each
+        before = entropy.cumsum(1) - entropy  # (b, L)
+        within = entropy.isfinite() & (before <= o["max_entropy"])  # (b, L)
         return torch.zeros_like(within).scatter(1, order, within)
 
     return Adaptive(masked, o["seed"], rule, by_entropy=True)

@@ -23,6 +23,27 @@ def finite(values, what):
     return values
 
 
+class Probabilities:
+    """Those of drawn tokens: NotFinite if one is nan, at once on a CPU, elsewhere by `check`.
+
+    So no call waits for the device.
+    """
+
+    what = "probabilities of drawn tokens"
+
+    def __init__(self):
+        self.total = 0.0
+
+    def see(self, p):
+        if p.device.type == "cpu":
+            finite(p, self.what)
+        else:
+            self.total = self.total + p.sum()
+
+    def check(self):
+        finite(self.total, self.what)
+
+
 def not_finite(weights):
     """The name of the first tensor that holds nan or infinity, or None."""
     ends = ((name, w.aminmax()) for name, w in weights.items() if w.numel())  # without a copy

@@ -91,6 +91,16 @@ def by_token(tokenizer, ids, nats):
     return result, "\n".join(lines)
 
 
+def check_causal(config):
+    """Raise UserError for keys of sample.py that a causal network cannot have."""
+    message = f"this network is causal: it has the sampler left_to_right, not '{config['sampler']}'"
+    chosen = "sampler" in config.get("user_keys", ())
+    require(config["sampler"] == "left_to_right" or not chosen, message)
+    reads_ahead = config["suffix"] or config["template"]
+    require(not reads_ahead, "a causal network cannot see a suffix or fill a template")
+    require(not config["watch"], "watch shows masks that fill; this network is causal")
+
+
 def suppress_eos(x, begins, least, eos_id):
     """`suppress` of sample: no eos_id before begins[i] and at `least` positions from it, x (N, L).
 

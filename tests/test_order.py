@@ -233,7 +233,7 @@ def test_guidance_of_an_order_network_is_that_of_its_uncached_logits():
     o = {"cfg_scale": 0.7, "batch_size": 7}
     call = samplers.Call(torch.arange(7), idx, idx, None, None, torch.zeros(7, dtype=torch.long))
     policy = policy_of("any_order", ~cond)
-    h = decoding.Predictor(model, cond, policy, o)(x, call, call.live, idx)  # two of (n, D)
+    h = decoding.Predictor(model, cond, policy, o)(x, call, call)  # two of (n, D)
     cached, plain = diffusion.guided(model, h, 0.7), predict(model, x, idx, cond, 0.7)
     assert torch.allclose(cached, plain, atol=1e-5)  # (n, V) each
 

@@ -92,7 +92,7 @@ def test_a_request_that_cannot_be_met_is_refused(keys, says):
 
 @pytest.fixture
 def program(tmp_path):
-    """program(**keys) -> what sample.main returns, for a small saved model."""
+    """program(**keys) -> what sample.fill returns, for a small saved model."""
 
     def run(attention="full", **keys):
         model = network_of(vocab_size=MASK, block_size=BLOCK, attention=attention)
@@ -101,7 +101,8 @@ def program(tmp_path):
         checkpoint.save(tmp_path / "ckpt.pt", state | {"ema": None, "step": 1})
         defaults = settings.defaults_of([settings, diffusion, decoding])
         own = {"ckpt": str(tmp_path), "device": "cpu", "dtype": "float32", "user_keys": list(keys)}
-        return decoding.main(defaults | own | keys)
+        config = defaults | own | keys
+        return decoding.fill(config, decoding.open_model(config))
 
     return run
 
@@ -299,7 +300,7 @@ def test_without_a_terminal_stdin_is_read_only_if_it_is_named(checkpoints):
 
 def command(ckpt, *words):
     words = [f"--ckpt={ckpt}", "--device=cpu", "--prompt=ab", *words]
-    return decoding.command(settings.parse(words, settings, diffusion, decoding))
+    return decoding.main(settings.parse(words, settings, diffusion, decoding))
 
 
 def test_a_model_of_examples_answers_as_measured_best_unless_it_is_told_otherwise(
@@ -332,7 +333,7 @@ def test_an_answer_ends_behind_the_text_that_is_given_and_never_in_a_gap_before_
     words += ["--temperature=9", "--sampler=any_order"]  # an eos where it may be in 1 of 30 draws
     for wish, last in (("--template=a___9b", 11), ("--suffix=b", 9), ("--template=a___6b___4", 8)):
         parsed = settings.parse([*words, wish], settings, diffusion, decoding)
-        records, ended = decoding.command(parsed), 0
+        records, ended = decoding.main(parsed), 0
         for record in records:
             ids = record["tokens"]
             assert 29 not in ids[:last]

@@ -344,14 +344,18 @@ def command(ckpt):
     return config | {"temperature": 3.0}
 
 
+def fill(config):
+    return sample.fill(config, sample.open_model(config))
+
+
 @pytest.mark.parametrize("objective", ["any_order", "ar"])
 def test_the_command_answers_a_prompt_up_to_the_eos_and_keeps_all_tokens(objective, data, tmp_path):
     config = command(small(data, tmp_path, objective=objective))
-    for record in sample.main(config):
+    for record in fill(config):
         assert len(record["tokens"]) == 14, "a whole example"
         answer = bytes(record["tokens"][4:]).split(b"\0")[0].decode(errors="replace")
         assert record["text"] == "b1: " + answer
-    for record in sample.main(config | {"min_new_tokens": 7}):
+    for record in fill(config | {"min_new_tokens": 7}):
         assert 0 not in record["tokens"][4:11]
 
 
@@ -360,10 +364,10 @@ def test_with_something_behind_the_gap_nothing_is_cut_off(tmp_path):
     pair = text.encode("b1: "), text.encode("bb")
     examples.prepare(tmp_path / "old", [(s, "", *pair) for s in ("train", "val")], text, width=14)
     config = command(small(tmp_path / "old", tmp_path / "run"))
-    (record, *_) = sample.main(config | {"suffix": "\nz"})
+    (record, *_) = fill(config | {"suffix": "\nz"})
     assert record["text"].endswith("\nz") and len(record["text"]) == 14
     with pytest.raises(UserError, match="min_new_tokens must be at most the 0 to fill"):
-        sample.main(config | {"suffix": "z", "min_new_tokens": 7})
+        fill(config | {"suffix": "z", "min_new_tokens": 7})
 
 
 def test_an_export_still_knows_its_width_and_its_eos(data, tmp_path):

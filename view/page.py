@@ -61,7 +61,7 @@ def with_weights(subject, o):
     """The data of a page that holds the network; UserError where it cannot."""
     model, tokenizer, trained, *_ = subject
     config, n, kind = model.config, model.n_parameters(), tokenizer.kind
-    simple = n <= MOST and config["attention"] != "causal" and kind in ("char", "byte")
+    simple = n <= MOST and not model.causal and kind in ("char", "byte")
     simple = simple and not any(config[key] for key in ("rotary_bf16", "head_padding", "conv"))
     in_network_js = {"norm": ("layer", "rms"), "mlp": ("gelu", "swiglu", "relu2")}  # to network.js
     simple = simple and all(config[key] in in_network_js[key] for key in in_network_js)
@@ -86,7 +86,7 @@ def recorded(subject, o):
     """The data of a page or a picture that plays samples drawn now, by the keys of sample.py."""
     model, tokenizer, *_ = subject
     rule = "a record holds one draw a position: no causal network, no sampler that masks again"
-    require(model.config["attention"] != "causal", rule)
+    require(not model.causal, rule)
     x, suppress, *_ = sample.requested(o, subject)  # (N, L) each
     policy = sample.SAMPLERS[o["sampler"]]((x == model.mask_id).cpu(), o)
     require(not policy.remasks, rule)
@@ -101,8 +101,7 @@ def made(config, make):
     """make(subject, the keys of sample.py) of what config["ckpt"] names."""
     subject = load_subject(config, reads_text=True, cast=False)  # weights as they were saved
     keys = settings.defaults_of([settings, diffusion, sample])
-    config = sample.suited(config, subject.trained)
-    sample.check(config, causal=False)  # of a causal network `make` has more to say
+    config = sample.suited(config, subject)
     with subject.autocast():
         return make(subject, {key: config[key] for key in keys})
 
