@@ -37,7 +37,7 @@ import sample
 from data import examples, loader
 from data.tokenizer import from_meta
 from diffusion import OBJECTIVES
-from lib import checkpoint, fused, optim, parallel, philox, resume
+from lib import fused, optim, parallel, philox, resume
 from lib.budget import Clock, with_dial
 from lib.files import Stop
 from lib.log import Log
@@ -118,7 +118,8 @@ class Batch(NamedTuple):
 
     def inputs(self):
         """The arguments of diffusion.Loss by name: all but the counts."""
-        return {name: getattr(self, name) for name in self._fields[:-2]}
+        counts = ("n_tokens", "n_real")
+        return {name: value for name, value in self._asdict().items() if name not in counts}
 
     def each(self, move):
         """The batch with every tensor moved."""
@@ -138,7 +139,7 @@ def make_batch(config, dataset, step, rows):
     L = x0.shape[1]
     n_tokens = config["batch_size"] * L
     counts = {"n_tokens": n_tokens, "n_real": n_tokens}
-    if OBJECTIVES[config["objective"]].draw is None:
+    if OBJECTIVES[config["objective"]].causal:
         return Batch(x0, **counts)
     if config["attention"] == "order":
         return Batch(x0, order=draw_training_order(config, step, rows, L), **counts)
@@ -151,7 +152,8 @@ def make_batch(config, dataset, step, rows):
 
 def draw_training_mask(config, step, rows, L, prompt=None):
     """mask (b, L), weights (b,) in training and of the bound, of `rows` of the global batch."""
-    B, schedule = config["batch_size"], diffusion.SCHEDULES[config["schedule"]]
+    B = config["batch_size"]
+    schedule = diffusion.SCHEDULES[config["schedule"]]
     u, noise = diffusion.stratified_uniforms(config["seed"], step, rows, B, L)  # (b,), (b, L)
     rate, density = MASK_RATES[config["mask_rate"]](u)  # (b,) u drawn anew, and its density
     mask, bound = diffusion.draw_mask(config["objective"], rate, noise, schedule, prompt)
@@ -174,11 +176,12 @@ def make_example_batch(config, dataset, step, rows):
     fills every position. Its nats count, but all are divided by the answer's tokens, its first eos
     the last (where sample.py cuts its text, too). A dropped prompt is masked and does not count.
     """
-    causal = OBJECTIVES[config["objective"]].draw is None
+    causal = OBJECTIVES[config["objective"]].causal
     first = loader.sequences_before(config, step)
     data = dataset[dataset.index(first, rows)]
     x0, prompt, length = map(torch.from_numpy, data)  # (b, L), (b,), (b,)
-    L, place = x0.shape[1], torch.arange(x0.shape[1])  # (L,)
+    L = x0.shape[1]
+    place = torch.arange(L)  # (L,)
     in_prompt = place < prompt[:, None]  # (b, L)
     if causal:
         mask = ~in_prompt & (place < length[:, None])  # (b, L)
@@ -249,9 +252,11 @@ def train_step(config, step, batches, loss_fn, optimizers, team, spent=0.0):
     used, which the learning rate follows as it does the steps.
     """
     set_learning_rate(optimizers, learning_rate(step, config, spent))
-    seed_dropout(config, step, team)
+    if config["dropout"]:  # each process draws its own, the same whenever this step is taken
+        philox.seed_torch(config["seed"], step, STREAMS["dropout"] + team.rank)
     share, micro = shares(config, team)
-    cuda, total, nelbo = team.device.type == "cuda", 0.0, 0.0
+    cuda = team.device.type == "cuda"
+    total = nelbo = 0.0
     for first in range(0, share, micro):
         batch = next(batches).each(lambda tensor: tensor.to(team.device, non_blocking=cuda))
         with parallel.accumulate(loss_fn, last=first + micro == share):
@@ -269,46 +274,39 @@ def train_step(config, step, batches, loss_fn, optimizers, team, spent=0.0):
     return total, nelbo, skipped
 
 
-def seed_dropout(config, step, team):
-    """Let each process draw its own dropout, the same whenever this step is taken."""
-    if config["dropout"]:
-        stream = philox.uniforms(config["seed"], step, [STREAMS["dropout"] + team.rank], 1)
-        torch.manual_seed(int(stream * 2**53))
-
-
 # ---- 3. Now and then -----------------------------------------------------------------------------
 def log_now(config, losses, spent, signal, team, log):
     """Wait for the device and log the step -> the signal that stops any of the processes, or 0."""
-    step, path = log.clock.step, resume.checkpoint_path(config)
+    step = log.clock.step
     (loss, nelbo), stopped, memory = parallel.reduce_over_processes(losses, signal, team)
     sound = math.isfinite(loss) or config["skip_nonfinite"]
-    checkpoint.require_sound(sound, f"the loss is {loss} at step {step}", path)
+    resume.require_sound(config, sound, f"the loss is {loss} at step {step}")
     log.write_step(step, loss, nelbo, learning_rate(step - 1, config, spent), memory)
     return stopped
 
 
-def evaluate_held_out(config, model, val, team):
+def evaluate_held_out(config, step, model, val, team):
     """(dict, line) of report on the held-out requests, of which each process evaluates its part."""
     items = parallel.my_share([len(prompt) + len(answer) for prompt, answer in val.requests], team)
     options = {"draws": config["eval_draws"], "seed": config["seed"], "groups": items}
-    with team.autocast():
-        try:
-            nats = evaluate.answer_nats(model, [val.requests[i] for i in items], **options).tolist()
-        except NotFinite:  # the others do not know yet
-            nats = [math.nan] * len(items)
+    part = None  # unless its nats are finite, which the other processes have to hear
+    with contextlib.suppress(NotFinite), team.autocast():
+        nats = evaluate.answer_nats(model, [val.requests[i] for i in items], **options).tolist()
+        part = dict(zip(items, nats, strict=True))
     parallel.reshard(model)
-    parts = parallel.gather(list(zip(items, nats, strict=True)), team)
-    nats_of = dict(pair for part in parts for pair in part)
+    parts = parallel.gather(part, team)
+    resume.require_sound(config, None not in parts, f"the loss is nan at step {step}")
+    nats_of = {i: nats for part in parts for i, nats in part.items()}
     return report([nats_of[i] for i in range(len(val.requests))], val.counts, val.bytes_per_token)
 
 
 def evaluate_now(config, model, ema, tokenizer, val, team, log):
     """Evaluate and show a sample, on the screen and in the log -> a dict of report, or None."""
-    step, best, result = log.clock.step, (ema or model).eval(), None
+    step = log.clock.step
+    best = (ema or model).eval()
+    result = None
     if val:
-        result, line = evaluate_held_out(config, best, val, team)
-        sound, path = math.isfinite(result["nats_per_token"]), resume.checkpoint_path(config)
-        checkpoint.require_sound(sound, f"the loss is nan at step {step}", path)
+        result, line = evaluate_held_out(config, step, best, val, team)
         log.say(f"step {step}: {line}")
         log.write({"step": step} | result)
     if config["show_sample"]:  # by all processes: with fsdp none of them can alone
@@ -366,22 +364,25 @@ def train(config, team):
 
     log = Log(config, model, dataset, clock, team)
     log.say_start(model, dataset, val, "averaged" if ema else "raw")
-    result, stopped = None, False
+    result = None
+    stopped = 0
     with Stop() as stop, log, parallel.together(path, team), contextlib.closing(batches):
         for step in clock:
             # One step: forward, loss.backward(), and a move of the weights.
             spent = clock.spent()
-            *losses, skip = train_step(config, step - 1, batches, loss_fn, optimizers, team, spent)
-            if skip:
+            loss, nelbo, skipped = train_step(
+                config, step - 1, batches, loss_fn, optimizers, team, spent
+            )
+            if skipped:
                 log.skip(step)
             elif ema:
                 update_ema(ema, model, config["ema"], step)
-            log.step(losses[0])
+            log.step(loss)
 
             # Now and then, and at the end: wait for the device, log, evaluate, save.
             last = clock.tick(config["log_interval"])
             if step % config["log_interval"] == 0 or last or (stop.signal and team.world == 1):
-                stopped = log_now(config, losses, spent, stop.signal, team, log)
+                stopped = log_now(config, (loss, nelbo), spent, stop.signal, team, log)
             if clock.due(config["eval_interval"], share=0.1):
                 result = evaluate_now(config, model, ema, tokenizer, val, team, log)
             if clock.due(config["save_interval"] or config["eval_interval"]) or stopped:

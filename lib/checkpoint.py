@@ -69,12 +69,6 @@ def save(path, state, keep=1):
                 files[step].unlink()
 
 
-def require_sound(sound, what, path):
-    """Raise UserError unless `sound`: its message is `what`, and the last good checkpoint."""
-    last = f"the last good checkpoint is {path}" if path.is_file() else "nothing was saved before"
-    require(sound, f"{what}; {last}")
-
-
 def kept_beside(path):
     """{step: file} of the checkpoints that `save` has kept beside `path`."""
     pattern = re.compile(rf"{re.escape(path.stem)}_(\d+)\.pt")

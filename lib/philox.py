@@ -24,3 +24,8 @@ def distinct_uniforms(seed, step, counters, n):
     """uniforms, with a counter that repeats drawn once: all rows of a chain rule share one."""
     counters, row = counters.unique(return_inverse=True)
     return uniforms(seed, step, counters, n)[row]  # (b, n)
+
+
+def seed_torch(seed, step, counter):
+    """Seed torch's own generators by one of the numbers."""
+    torch.manual_seed(int(uniforms(seed, step, [counter], 1) * 2**53))

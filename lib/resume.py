@@ -47,6 +47,13 @@ def checkpoint_path(config):
     return Path(config["out_dir"]) / "ckpt.pt"
 
 
+def require_sound(config, sound, what):
+    """Raise UserError unless `sound`: its message is `what`, and the last good checkpoint."""
+    path = checkpoint_path(config)
+    last = f"the last good checkpoint is {path}" if path.is_file() else "nothing was saved before"
+    require(sound, f"{what}; {last}")
+
+
 @contextlib.contextmanager
 def locked_out_dir(config, team):
     """Keep other runs out of out_dir during the block, and sweep up half-written files.
@@ -285,7 +292,7 @@ def save(config, tokenizer, clock, model, ema, optimizers, team):
     state["optimizer"] = [optimizer.state_dict() for optimizer in optimizers]
     state = parallel.whole(state, keep=team.rank == 0)
     if team.rank == 0:
-        what = f"the weights are not finite at step {step}"
-        checkpoint.require_sound(not not_finite(state["model"]), what, path)
+        sound = not not_finite(state["model"])
+        require_sound(config, sound, f"the weights are not finite at step {step}")
         checkpoint.save(path, state, config["keep"])
     parallel.gather(None, team)
