@@ -260,10 +260,10 @@ def answer_nats(model, requests, groups=None, cfg_scale=0.0, pad_to=0, progress=
     """-log p(answer | prompt) of each request: N pairs (prompt ids, answer ids) -> (N,) float64.
 
     By one stratified set of `draws`. groups, cfg_scale, pad_to: as in Requests; the options of one
-    question are a group, so that they compare with little noise. options: estimator, draws,
-    batch_size, schedule, seed.
+    question are a group, which compares them with little noise. options: keys of DEFAULTS.
     """
-    o, requests = merged(options), Requests(requests, groups, cfg_scale, pad_to)
+    o = merged(options)
+    requests = Requests(requests, groups, cfg_scale, pad_to)
     estimator = estimator_of(model, o["estimator"])
     size = 1 if estimator.exact else o["draws"]
     nats, _ = set_nats(model, requests, o, size=size, progress=progress)  # (N, size)

@@ -146,7 +146,8 @@ class Block(nn.Module):
         B, L, D = z.shape
         qkv = self.qkv(z).view(B, L, 3, self.n_head, -1)  # (B, L, 3, H, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
-        q, k = self.norm_and_rotate(q, cos, sin), self.norm_and_rotate(k, cos, sin)
+        q = self.norm_and_rotate(q, cos, sin)  # (B, H, L, d)
+        k = self.norm_and_rotate(k, cos, sin)  # (B, H, L, d)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, L so far, d) each
         return fused.attention(q, k, v, self.causal).transpose(1, 2).reshape(B, L, D)
@@ -183,11 +184,10 @@ class Block(nn.Module):
         kv = F.linear(z, to_kv).view(B, L, 2, self.n_head, -1)  # (B, L, 2, H, d)
         k, v = kv.permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
         q = F.linear(z.flatten(0, 1).index_select(0, masked_idx), to_q)  # (N, D)
-        q, place = q.view(-1, *kv.shape[3:]), masked_idx % L  # (N, H, d), (N,)
-        q, k = (
-            self.norm_and_rotate(q, cos[place, None], sin[place, None]),
-            self.norm_and_rotate(k, cos, sin),
-        )
+        q = q.view(-1, *kv.shape[3:])  # (N, H, d)
+        place = masked_idx % L  # (N,)
+        q = self.norm_and_rotate(q, cos[place, None], sin[place, None])  # (N, H, d)
+        k = self.norm_and_rotate(k, cos, sin)  # (B, H, L, d)
         if len(masked_idx) <= 2 * B:  # each query gets a copy of its own sequence
             row = masked_idx // L  # (N,)
             return fused.attention(q.unsqueeze(2), k[row], v[row], False).flatten(1)
@@ -305,7 +305,8 @@ class Transformer(nn.Module):
         """As `hidden`: it reads visible tokens, left to right, then answers the queries."""
         B, L = x.shape
         idx = torch.arange(B * L) if masked_idx is None else masked_idx.cpu()  # (N,)
-        visible, slots = x.cpu() != self.mask_id, torch.arange(B)  # (B, L), (B,)
+        visible = x.cpu() != self.mask_id  # (B, L)
+        slots = torch.arange(B)  # (B,)
         h = self.hidden_from_cache(x, visible, idx, OrderCache(B, L), slots)  # (N, D)
         return h.view(B, L, -1) if masked_idx is None else h
 

@@ -38,10 +38,10 @@ from lib.bar import progress_bar
 from lib.cache import Cache, OrderCache
 from lib.device import can_compile, compile_hidden, wait
 from lib.files import to_json, whole_file
-from lib.stats import Probabilities
+from lib.stats import Probabilities, entropy_of
 from lib.subject import load_subject
 from lib.text import check_causal, request, suppress_eos, suppress_tokens, text_of, text_or_file
-from samplers import SAMPLERS, calls, entropy_of, on_device
+from samplers import SAMPLERS, calls, on_device
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # what checkpoint.load takes: a run's folder, published weights
@@ -105,7 +105,8 @@ def keep_likely(p, top_k, top_p):
     """
     if 0 < top_k < p.shape[-1]:
         least = p.topk(top_k, dim=-1).values[:, -1:]  # (N, 1)
-        equal, room = p == least, top_k - (p > least).sum(-1, keepdim=True)  # (N, V), (N, 1)
+        equal = p == least  # (N, V)
+        room = top_k - (p > least).sum(-1, keepdim=True)  # (N, 1)
         p = p.masked_fill((p < least) | (equal & (equal.cumsum(-1) > room)), 0.0)
     if top_p < 1:
         share = p / p.sum(-1, keepdim=True)  # (N, V)
@@ -128,7 +129,8 @@ def draw(model, h, due, suppress, policy, o, keep_logits=False):
         if suppress is not None:
             suppress_tokens(logits, suppress[due.at[piece]])
         token, p = categorical(logits, due.u[piece], o["temperature"], o["top_k"], o["top_p"])
-        pieces.append((token, p, entropy_of(logits, policy)))
+        entropy = entropy_of(logits) if policy.by_entropy else torch.zeros_like(p)  # (piece,)
+        pieces.append((token, p, entropy))
         if keep_logits:
             kept.append(logits)
     token, p, entropy = map(torch.cat, zip(*pieces, strict=True))  # (n,) each
@@ -192,11 +194,8 @@ def sample_mdm(model, x, o, suppress=None, progress=False, on_call=None):
 
 
 def accepted(policy, call, mask_id, token, p, entropy):
-    """Which of a call's tokens are unmasked, (n,) bool on the CPU, and the tokens, else mask_id.
-
-    All of them without a wait for p (n,) where the policy is planned.
-    """
-    if policy.planned:
+    """Which of a call's tokens are unmasked, (n,) bool on the CPU, and the tokens, else mask_id."""
+    if policy.planned:  # all of them: no call waits for its p
         return torch.ones(len(token), dtype=torch.bool), token
     L = policy.masked_at(call.live, call.done).shape[1]
     tables = torch.full((2, len(call.live), L), -1.0, dtype=p.dtype)  # p and entropy
@@ -337,7 +336,8 @@ def requested(config, subject):
     ids = request(tokenizer, model, **texts, length=config["length"] or length)
     x = torch.tensor([ids] * config["num_samples"])  # (N, L)
     end = max((i + 1 for i, token in enumerate(ids) if token != model.mask_id), default=0)
-    least, eos_id = config["min_new_tokens"], trained.get("eos_id", -1)
+    least = config["min_new_tokens"]
+    eos_id = trained.get("eos_id", -1)
     knows_eos = least or eos_id >= 0
     suppress = suppress_eos(x, [end] * len(x), least, eos_id) if knows_eos else None  # (N, L)
     return x.to(model.device), suppress, end, eos_id
@@ -350,10 +350,12 @@ def say(records, info, n_new, out):
             file.writelines(to_json(record) + "\n" for record in records)
     for i, record in enumerate(records, start=1):
         print(f"---- sample {i}: {record['nfe']} network calls\n{record['text']}")
-    nfe, expected, seconds = info["nfe"].double().mean(), info["expected_nfe"], info["seconds"]
+    nfe, seconds = info["nfe"].double().mean(), info["seconds"]
+    expected = info["expected_nfe"]
     expected = "" if expected is None else f", expected {expected:.1f}"
     print(f"---- NFE {nfe:.1f} a sequence{expected} for {n_new} masked tokens;", end="")
-    L, speed = len(records[0]["tokens"]), n_new * len(records) / max(seconds, 1e-6)
+    L = len(records[0]["tokens"])
+    speed = n_new * len(records) / max(seconds, 1e-6)
     print(f" {seconds:.2f} s for {len(records)} samples of {L} tokens, {speed:.0f} tokens/s")
 
 

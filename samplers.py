@@ -92,7 +92,8 @@ class Policy:
 
     def noise(self, live, done):
         """Uniform numbers (b, L), new at every call: a position may be drawn more than once."""
-        L, pairs = self.due(live, done).shape[1], zip(live.tolist(), done.tolist(), strict=True)
+        L = self.due(live, done).shape[1]
+        pairs = zip(live.tolist(), done.tolist(), strict=True)
         return torch.cat([philox.uniforms(self.seed, 2 + call, [n], L) for n, call in pairs])
 
     def accept(self, live, done, p, entropy):
@@ -104,7 +105,8 @@ class FixedOrder(Policy):
     """Each position is drawn once, at unmask_step (N, L), which is -1 at conditions."""
 
     def __init__(self, unmask_step, seed, expected_nfe=None):
-        self.step, self.call = unmask_step, step_to_call(unmask_step)  # (N, L) each
+        self.step = unmask_step  # (N, L)
+        self.call = step_to_call(unmask_step)  # (N, L)
         self.nfe = self.call.max(1).values + 1  # (N,)
         mean = float(self.nfe.double().mean())  # what is expected where the order alone is drawn
         self.expected_nfe = mean if expected_nfe is None else expected_nfe
@@ -132,7 +134,8 @@ class Adaptive(Policy):
     planned = False
 
     def __init__(self, masked, seed, rule, by_entropy=False, expected_nfe=None):
-        self.masked, self.seed, self.rule = masked.clone(), seed, rule  # (N, L)
+        self.masked = masked.clone()  # (N, L)
+        self.seed, self.rule = seed, rule
         self.by_entropy, self.expected_nfe = by_entropy, expected_nfe
 
     def unfinished(self, done):
@@ -195,7 +198,8 @@ def calls(policy, nfe, batch_size):
             return
         done = nfe[live]  # (b,)
         due, noise = policy.due(live, done), policy.noise(live, done)  # (b, L) each
-        L, idx = due.shape[1], due.flatten().nonzero().flatten()  # (n,)
+        L = due.shape[1]
+        idx = due.flatten().nonzero().flatten()  # (n,)
         masked = idx[:0]
         if policy.remasks:
             row, place = policy.masked_at(live, done).nonzero(as_tuple=True)  # (m,) each
@@ -238,14 +242,6 @@ def step_to_call(unmask_step):
     return torch.empty_like(step).scatter(1, order, (step > before).cumsum(1) - 1)
 
 
-def entropy_of(logits, policy):
-    """Entropy (n,) in nats of the distributions of logits (n, V); 0 unless the policy needs it."""
-    if not policy.by_entropy:
-        return logits.new_zeros(len(logits), dtype=torch.float32)
-    log_p = logits.float().log_softmax(-1)  # (n, V)
-    return -(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(-1)
-
-
 # ---- 4. Samplers: (masked (N, L) bool, options) -> policy ----------------------------------------
 def ancestral(masked, o):
     """Ancestral sampling: each position by itself, at a step drawn from the unmasking schedule."""
@@ -259,8 +255,8 @@ def euler(masked, o):
 
 def by_time(masked, o, unmask_prob):
     """Draw all steps from the unmasking schedule, which knows the time alone."""
-    (N, L), schedule = masked.shape, diffusion.SCHEDULES[o["schedule"]]
-    r = unmask_schedule(schedule, o["steps"], unmask_prob)  # (steps,)
+    N, L = masked.shape
+    r = unmask_schedule(diffusion.SCHEDULES[o["schedule"]], o["steps"], unmask_prob)  # (steps,)
     u = philox.uniforms(o["seed"], 0, range(N), L)  # (N, L)
     step = torch.searchsorted(r.cumsum(0), u, right=True).clamp(max=o["steps"] - 1)  # (N, L)
     expected = sum(expected_nfe(r, int(n)) for n in masked.sum(1)) / N
@@ -348,11 +344,12 @@ def remask_rescale(masked, o):
 
 def remasking(masked, o, sigma_of):
     """Walk through the steps once, without a network; sigma_of(highest) -> sigma of a step."""
-    (N, L), steps = masked.shape, o["steps"]
-    t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)  # (steps + 1,)
+    N, L = masked.shape
+    t = torch.linspace(1, 0, o["steps"] + 1, dtype=torch.float64)  # (steps + 1,)
     alpha = (1 - diffusion.SCHEDULES[o["schedule"]](t)[0]).tolist()  # that a token is visible
     alpha[-1] = 1.0  # the last step unmasks all, and masks nothing again
-    is_masked, events = masked.clone(), [[] for _ in range(N)]  # (N, L)
+    is_masked = masked.clone()  # (N, L)
+    events = [[] for _ in range(N)]
     for k, (alpha_t, alpha_s) in enumerate(itertools.pairwise(alpha)):
         sigma = sigma_of(min(1.0, (1 - alpha_s) / alpha_t if alpha_t else 1.0))
         p = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)  # that a masked token is unmasked
@@ -375,7 +372,8 @@ def evenly(n, steps):
 
 def smdm_counts(n, steps):
     """SMDM's counts, rounded in float32 as there; steps that unmask none get no call."""
-    t, counts = torch.linspace(1, 1e-5, steps + 1), []  # (steps + 1,)
+    t = torch.linspace(1, 1e-5, steps + 1)  # (steps + 1,)
+    counts = []
     for i in range(steps):
         counts.append(n if i == steps - 1 else int(n * (1 - t[i + 1] / t[i])))
         n -= counts[-1]

@@ -256,7 +256,7 @@ def model_terms(config):
     device, autocast = machine(config)
     model, _, trained = checkpoint.load(config["ckpt"], device)
     exact = f"{config['ckpt']} is causal: its loss is exact, there is nothing to audit"
-    require(trained["attention"] != "causal", exact)
+    require(not model.causal, exact)
     tokens, L = loader.Tokens(config["data"], "val"), model.block_size
     alike = trained["tokenizer"] in (None, tokens.meta["tokenizer"])
     alike = alike and tokens.vocab_size == model.vocab_size

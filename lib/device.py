@@ -240,8 +240,7 @@ def flops_of_step(config, model, dataset):
     """Operations of a training step, forward and backward, for the positions that it predicts."""
     share, L = 1.0, dataset.block_size
     if config["example_width"]:
-        padding = config["attention"] != "causal"
-        share = dataset.counted(range(dataset.n), padding).mean() / L
+        share = dataset.counted(range(dataset.n), not model.causal).mean() / L
     sequences = config["batch_size"] * mean_length(config, dataset) / L
     return step_flops(model, sequences, L, share)
 

@@ -44,6 +44,12 @@ class Probabilities:
         finite(self.total, self.what)
 
 
+def entropy_of(logits):
+    """Entropy (n,) in nats of the distributions of logits (n, V)."""
+    log_p = logits.float().log_softmax(-1)  # (n, V)
+    return -(log_p.exp() * log_p.nan_to_num(neginf=0.0)).sum(-1)
+
+
 def not_finite(weights):
     """The name of the first tensor that holds nan or infinity, or None."""
     ends = ((name, w.aminmax()) for name, w in weights.items() if w.numel())  # without a copy
