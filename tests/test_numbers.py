@@ -320,7 +320,7 @@ def test_a_sampler_on_another_device_notices_when_the_numbers_arrive(
 
 
 def test_a_process_whose_part_is_nan_still_meets_the_others(data, tmp_path, monkeypatch):
-    """It says nan, and all of them end in one line together."""
+    """It says so, and all of them end in one line together."""
     met, gather = [], train.parallel.gather
     monkeypatch.setattr(train.parallel, "gather", lambda *given: met.append(1) or gather(*given))
     monkeypatch.setattr(

@@ -134,11 +134,11 @@ def test_the_rank_of_a_name_is_among_all_names_that_are_asked_for(monkeypatch):
         reverse_curse.evaluate, "answer_nats", lambda _, requests, **o: asked.append(o) or nats
     )
     words = berglund.Words(["one two three four Ann Bo Cy"])
-    model = SimpleNamespace(causal=True)
+    model = SimpleNamespace(config={"attention": "causal"})
     ctx = SimpleNamespace(autocast=contextlib.nullcontext)
     first, rank = reverse_curse.ranked((model, words, ctx), items)
     assert (first, rank) == (25, (1 + 2 + 3 + 3) / 4) and "pad_to" not in asked[0]
-    model.causal = False
+    model.config["attention"] = "full"
     reverse_curse.ranked((model, words, ctx), items)
     assert asked[1]["pad_to"] == reverse_curse.WIDTH
 
