@@ -44,7 +44,9 @@ def read_meta(folder):
     """The meta.json of a prepared folder; UserError where it is missing or damaged."""
     folder = Path(folder)
     recipe = f"{preparer('text')} --input=FILE --out={folder}"
-    if (Path(__file__).parent / folder.name / "prepare.py").is_file():
+    if folder.is_file():
+        recipe = f"{preparer('text')} --input={folder} --out={Path('data', folder.stem)}"
+    elif (Path(__file__).parent / folder.name / "prepare.py").is_file():
         recipe = preparer(folder.name)
     path = folder / "meta.json"
     require(path.is_file(), f"no prepared data in {folder}; prepare it with: python {recipe}")

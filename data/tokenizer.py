@@ -187,16 +187,15 @@ def named(name, texts, load):
         return tokenizer
     new = "".join(sorted(characters(texts) - {*tokenizer.alphabet}))
     if new:
-        print(f"{name} has no {new!r}: added to its alphabet, for --init_from= to learn")
+        end = ", the first of which ends answers" if "\0" in new else ""
+        print(f"{name} has no {new!r}: added to its alphabet{end}, for --init_from= to learn")
     return Char(tokenizer.alphabet + new)
 
 
 def lacks(known, meta):
-    """What the alphabet of a model lacks of that of some data, in words: two metas -> text."""
-    if not known["kind"] == meta["kind"] == "char":
-        return ""
-    new = "".join(sorted({*meta["alphabet"]} - {*known["alphabet"]}))
-    return f", without {new!r}" if new else ""
+    """The characters that the alphabet of some data has and that of a model has not: two metas."""
+    are_chars = known["kind"] == meta["kind"] == "char"
+    return "".join(sorted({*meta["alphabet"]} - {*known["alphabet"]})) if are_chars else ""
 
 
 def build(kind, texts):

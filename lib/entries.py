@@ -181,8 +181,10 @@ def check_sampler(sampler):
     for number, call in enumerate(samplers.calls(policy, nfe, 2)):
         if number == 1000:
             return "never ends"
-        p = uniforms(0, number, range(len(call.live)), 4)  # (b, 4)
-        p = torch.where(policy.due(call.live, call.done), p, -1.0)
+        due = policy.due(call.live, call.done)  # (b, 4)
+        if (due & ~masked[call.live]).any():
+            return "must leave what is not masked as it is"
+        p = torch.where(due, uniforms(0, number, range(len(call.live)), 4), -1.0)  # (b, 4)
         if not policy.planned:
             policy.accept(call.live, call.done, p, torch.where(p < 0, torch.inf, p))
     missing = [name for name in ("by_entropy", "expected_nfe") if not hasattr(policy, name)]

@@ -195,13 +195,8 @@ def with_data(config, state, source):
     width, eos_id = examples.layout(data, meta)
     if state:
         same_tokenizer = state["tokenizer"] in (None, meta["tokenizer"])
-        known = state["tokenizer"] or meta["tokenizer"]
         message = f"{source} was trained with another tokenizer than {data} has"
-        advice = f"prepare the data again with --tokenizer={source}"
-        if "optimizer" in state:
-            advice += f", then begin from these weights: --init_from={source} --out_dir=ANOTHER"
-        message += f"{lacks(known, meta['tokenizer'])}; {advice}"
-        require(same_tokenizer, message)
+        require(same_tokenizer, f"{message}; {tokenizer_advice(state, source, data, meta)}")
         message = f"{source} has a vocabulary of {config['vocab_size']}, {data} one of {V}"
         require(config["vocab_size"] == V, message)
     resumed = state and "optimizer" in state
@@ -218,6 +213,21 @@ def with_data(config, state, source):
     train_hash = (state["config"] if same_data else meta).get("train_hash")
     config = config | {"vocab_size": V, "train_hash": train_hash}
     return config | {"example_width": width, "eos_id": eos_id}
+
+
+def tokenizer_advice(state, source, data, meta):
+    """What to do where a checkpoint and the data have not one tokenizer, in words."""
+    prepare = f"prepare the data again with --tokenizer={source}"
+    begin = f"begin from these weights: --init_from={source} --out_dir=ANOTHER"
+    if "optimizer" not in state:
+        return prepare
+    if state["config"].get("data") != data:
+        return f"it has learnt from {state['config'].get('data')}; {ANEW}"
+    known = state["tokenizer"]
+    grown = known["kind"] == "char" and lacks(known, meta["tokenizer"])
+    if grown and meta["tokenizer"]["alphabet"].startswith(known["alphabet"]):
+        return f"the data also have {grown!r}; {begin}"
+    return f"{prepare}, then {begin}"
 
 
 def with_attention(config, state, source):

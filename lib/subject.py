@@ -86,8 +86,11 @@ def open_text(config, subject, folder, split):
     require(most >= L, f"block_size must be at most the model's {most}, not {L}")
     known, meta = subject.trained["tokenizer"], tokens.meta["tokenizer"]
     new = lacks(known or meta, meta)
-    advice = f"prepare it{' without these' if new else ''} with --tokenizer={ckpt}"
-    require(known in (None, meta), f"{folder} has another tokenizer than {ckpt}{new}; {advice}")
+    advice = f"take {new!r} out of the text, then " if new else ""
+    advice += f"prepare it with --tokenizer={ckpt}"
+    if Path(folder, "old_1").is_dir():
+        advice += f"; the data that were there before are in {folder}/old_*"
+    require(known in (None, meta), f"{folder} has another tokenizer than {ckpt}; {advice}")
     message = f"{folder} has a vocabulary of {tokens.vocab_size}, {ckpt} one of {V}"
     require(tokens.vocab_size == V, f"{message}; {advice}")
     require(width <= most, f"{folder} has examples of {width} tokens, {ckpt} reads {most}")

@@ -125,7 +125,7 @@ REAL = {
     ),
     "another vocabulary": (
         ["evaluate.py", "--ckpt=run", "--data=greek"],
-        "greek has a vocabulary of 3, run one of",
+        "greek has another tokenizer than run; take ",
     ),
     "empty text": (
         ["-m", "data.text.prepare", "--out=prepared", "--input=empty.txt"],

@@ -384,7 +384,7 @@ BAD_TABLE = {
     ),
     "another vocabulary": (
         "--sets=lm1b",
-        "data/zeroshot/lm1b has another tokenizer than run, without 'αβγ'",
+        "data/zeroshot/lm1b has another tokenizer than run; take 'αβγ' out of the text",
     ),
     "a text": ("--sets=ptb --data=short", "--data is for evaluate.py: zero-shot sets have their"),
     "a split": ("--sets=ptb --split=val", "--split is for evaluate.py"),

@@ -144,11 +144,13 @@ def test_of_data_with_more_characters_it_is_said_which_and_how_to_go_on(tmp_path
     words = [f"--input={tmp_path / 'more.txt'}", f"--out={text}", f"--tokenizer={out}"]
     prepare.main(settings.parse(words, prepare, tokenizer))
     assert f"{out} has no '\\né': added to its alphabet" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"has, without '\\né'; prepare .*--init_from=.*--out_dir="):
+    with pytest.raises(
+        UserError, match=r"the data also have '\\né'; begin .*--init_from=.*--out_dir="
+    ):
         run(text, out, block_size=8, max_iters=4)
     config = settings.options({"ckpt": str(out)}, settings, diffusion, evaluate)
     with pytest.raises(
-        UserError, match="without '\\\\né'; prepare it without these with --tokenizer="
+        UserError, match=r"take '\\né' out of the text, then .* before are in .*old_"
     ):
         evaluate.main(config)
     run(text, tmp_path / "other", init_from=out, block_size=8)

@@ -116,8 +116,8 @@ def row_of(draw, factor=1.0):
 class Lazy(samplers.Adaptive):
     """A policy that never unmasks a token."""
 
-    def __init__(self):
-        super().__init__(torch.full((2, 4), True), 0, None)
+    def __init__(self, masked):
+        super().__init__(masked, 0, None)
 
     def accept(self, live, done, p, entropy):
         return torch.zeros_like(self.masked[live])
@@ -166,7 +166,8 @@ LACKING = [
     ("ESTIMATORS", E(order=lambda draw: draw.noise), "must give an order (b, W): each position"),
     ("SAMPLERS", lambda masked, o: None, "fails with AttributeError"),
     ("SAMPLERS", lambda masked: None, "fails with TypeError"),
-    ("SAMPLERS", lambda masked, o: Lazy(), "never ends"),
+    ("SAMPLERS", lambda masked, o: Lazy(masked), "never ends"),
+    ("SAMPLERS", lambda masked, o: samplers.any_order(masked | True, o), "must leave what is not"),
     ("SAMPLERS", lambda masked, o: samplers.Policy(), "fails with AttributeError"),
 ]
 WHERE = diffusion, train, evaluate, samplers, weighting, optim
@@ -202,7 +203,8 @@ def test_an_entry_that_is_replaced_is_looked_at_again(monkeypatch):
 
 
 README = (ROOT / "README.md").read_text(encoding="utf8")
-SHOWN = re.findall(r"^```py\n(.*?)^```", README, re.S | re.M)
+SHOWN = re.findall(r"^```py\n(.*?)^config.run\(train.main, .*?^```", README, re.S | re.M)
+assert SHOWN, "README shows a schedule, an order and an objective"
 SHOWN.append(textwrap.dedent(entries.__doc__[entries.__doc__.index("    import diffusion") :]))
 
 
