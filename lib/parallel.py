@@ -14,6 +14,7 @@ import atexit
 import contextlib
 import datetime
 import functools
+import gc
 import os
 import re
 import sys
@@ -67,8 +68,17 @@ def join(config):
             torch.cuda.set_device(device)
             backend, group["device_id"] = "nccl", device  # without it NCCL guesses the card
         dist.init_process_group(backend, **group)
-        atexit.register(dist.destroy_process_group)  # or a thread of gloo outlives Python
+        atexit.register(leave)
     return Team(world, rank, device, autocast)
+
+
+def leave():
+    """End the group while Python lives, whose lock a thread of gloo may need for its last tensor.
+
+    The group ends with the last reference to it, and DDP is in cycles that hold one.
+    """
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def launched(env):
