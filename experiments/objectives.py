@@ -162,6 +162,7 @@ def draw(axes, figures):
                 field.plot(x, y, next(styles), color=color)
                 ends[kind.removesuffix(", stratified")] = x[-1], y[-1]
         field.set(xlabel="training FLOPs", ylabel="nats per token (64 blocks)")
+        field.xaxis.set_major_formatter("{x:.0e}")
         field.set_title(f"{data}: one bound, {len(ends) - 1} ways to draw it")
         results.name_ends(field, ends)
 
