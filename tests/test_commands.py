@@ -177,6 +177,12 @@ def test_real_commands_leave_everything_as_it_was(finished):
 # ---- In this process: the same entry, without the seconds that a start takes ---------------------
 
 BAD = {
+    "nothing to score": (["evaluate", "--ckpt=run", "--text="], "the text to score is empty"),
+    "a text as a folder": (
+        [*TRAIN, "--data=data/meta.json"],
+        "--input=data/meta.json --out=data/meta",
+    ),
+    "a file as a folder": ([*TRAIN, "--out_dir=data/meta.json"], "a file stands where a folder"),
     # What comes in: presets and keys
     "a missing preset": (
         [TRAIN[0], "smal.py", *TRAIN[1:]],

@@ -164,3 +164,11 @@ def test_the_default_recipe_is_the_one_of_the_screenings():
     recipe |= {"lr_decay": "linear", "decay_start": 0.3, "weight_decay": 0.0, "block_size": 128}
     assert recipe.items() <= config.items()
     assert settings.defaults_of(MODULES).keys() >= recipe.keys()
+
+
+def test_where_far_more_is_held_out_than_was_wanted_it_is_said(tmp_path, capsys):
+    counts = {"train": {"tokens": 50}, "val": {"tokens": 50}}
+    writer.say_unheld(tmp_path, {"splits": counts}, 0.05)
+    assert "holds 50% of its tokens out, not val_fraction 0.05" in capsys.readouterr().out
+    writer.say_unheld(tmp_path, {"splits": counts | {"val": {"tokens": 3}}}, 0.05)
+    assert capsys.readouterr().out == ""
