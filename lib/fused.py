@@ -190,10 +190,10 @@ def attention(q, k, v, causal=False, seen=None):
         # In bfloat16 on a CPU the kernel of SDPA takes about three times as long as its products
         # written out. The scale goes into q (which rounds it once more, unless it is a power of
         # two), because torch.compile treats the softmax of a scaled table in a way of its own that
-        # takes 1.6 times as long.
-        score = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).float()  # (B, H, Lq, Lk)
+        # takes 1.6 times as long. A softmax of bfloat16 is summed in float32 and rounded once.
+        score = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, Lq, Lk)
         score = score if seen is None else score.masked_fill(~seen, -torch.inf)
-        return score.softmax(-1).to(v.dtype) @ v
+        return score.softmax(-1) @ v
     causal = causal and Lq > 1 and seen is None
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal)
 
@@ -210,9 +210,9 @@ def attention_in_order(q, kv):
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # written out, as above
         scaled = queries * q.shape[-1] ** -0.5  # (B, H, n, d)
         unseen = torch.ones(n, n, dtype=torch.bool).triu(1)  # (n, n)
-        score = (scaled @ keys.transpose(-2, -1)).float().masked_fill(unseen, -torch.inf)
-        own_score = (scaled.float() * own_k.float()).sum(-1, keepdim=True)  # (B, H, n, 1)
-        p = torch.cat([score, own_score], dim=-1).softmax(-1).to(v.dtype)  # (B, H, n, n + 1)
+        score = (scaled @ keys.transpose(-2, -1)).masked_fill(unseen, -torch.inf)  # (B, H, n, n)
+        own_score = (scaled.float() * own_k.float()).sum(-1, keepdim=True).to(score)  # (B, H, n, 1)
+        p = torch.cat([score, own_score], dim=-1).softmax(-1)  # (B, H, n, n + 1)
         y = p[..., :n] @ values + p[..., n:] * own_v
     else:
         tril = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
