@@ -41,7 +41,7 @@ from lib.files import to_json, whole_file
 from lib.stats import Probabilities, entropy_of
 from lib.subject import load_subject
 from lib.text import check_causal, request, suppress_eos, suppress_tokens, text_of, text_or_file
-from samplers import SAMPLERS, calls, on_device
+from samplers import SAMPLERS, STREAMS, calls, on_device
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # what checkpoint.load takes: a run's folder, published weights
@@ -264,7 +264,8 @@ def sample_ar(model, x, o, suppress=None, progress=False):
     B = o["batch_size"]
     x = x.clone()  # (N, L)
     masked = (x == model.mask_id).cpu()  # (N, L)
-    noise, to_fill = fused.moved(x.device, philox.uniforms(o["seed"], 1, range(N), L), masked)
+    noise = philox.uniforms(o["seed"], STREAMS["token"], range(N), L)  # (N, L)
+    noise, to_fill = fused.moved(x.device, noise, masked)
     suppress = torch.full_like(x, -1) if suppress is None else suppress.to(x.device)  # (N, L)
     nfe = torch.zeros(N, dtype=torch.long)  # (N,)
     with progress_bar(progress, -(-N // B) * L, "token") as bar:

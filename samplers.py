@@ -2,8 +2,9 @@
 
 - A fixed order knows the step of every position before the first call; the network has no say.
   any_order draws from the p(x0) that is bounded in training. So do ancestral and Euler sampling but
-  for tokens that are unmasked in one step, and with enough steps these are few. left_to_right draws
-  from the p of that one order, the one that evaluate.py's estimator of this name evaluates.
+  for tokens unmasked in one step: these are drawn independently, each given what was visible
+  before. It is the only error of few steps, and what more steps buy (README: "New York").
+  left_to_right draws from the p of that one order, which evaluate.py's left_to_right evaluates.
 - An adaptive sampler asks for all masked positions at every call and unmasks those it is most
   confident of. So it draws from another distribution than the network's, at any number of calls.
 - A remasking sampler also masks tokens again, at steps that are known beforehand as well. Given the
@@ -24,6 +25,9 @@ import diffusion
 from config import Table
 from lib import fused, philox
 from lib.entries import check_sampler
+
+# Which random numbers of a sequence are for what; "call" and "remask" count on from there.
+STREAMS = {"order": 0, "token": 1, "call": 2, "remask": 2**40}
 
 
 # ---- 1. Unmasking times: when a position is unmasked, known before the network is asked ----------
@@ -65,8 +69,7 @@ def expected_nfe(r, L):
     A step needs a call only if it unmasks something: sum_k 1 - (1 - r_k)^L, RADD eq. 3.4, D.22;
     n (1 - (1 - 1/n)^L) for n log-linear steps, RADD eq. D.31; behind a prompt, too, for L counts
     masked tokens alone, RADD eq. D.30. For L = 128: 81 at n = 128, 120 at n = 1,024, and towards L
-    for many steps. What more steps buy: tokens unmasked in one step are drawn independently, each
-    given the tokens visible before, which is the only error of few steps.
+    for many steps.
     """
     return float((1 - (1 - r) ** L).sum())
 
@@ -94,7 +97,8 @@ class Policy:
         """Uniform numbers (b, L), new at every call: a position may be drawn more than once."""
         L = self.due(live, done).shape[1]
         pairs = zip(live.tolist(), done.tolist(), strict=True)
-        return torch.cat([philox.uniforms(self.seed, 2 + call, [n], L) for n, call in pairs])
+        stream = STREAMS["call"]
+        return torch.cat([philox.uniforms(self.seed, stream + call, [n], L) for n, call in pairs])
 
     def accept(self, live, done, p, entropy):
         """Which of the tokens drawn are kept (b, L). The loop asks where not `planned`."""
@@ -110,7 +114,8 @@ class FixedOrder(Policy):
         self.nfe = self.call.max(1).values + 1  # (N,)
         mean = float(self.nfe.double().mean())  # what is expected where the order alone is drawn
         self.expected_nfe = mean if expected_nfe is None else expected_nfe
-        self.u = philox.uniforms(seed, 1, range(len(unmask_step)), unmask_step.shape[1])  # (N, L)
+        N, L = unmask_step.shape
+        self.u = philox.uniforms(seed, STREAMS["token"], range(N), L)  # (N, L)
 
     def masked_at(self, live, done):
         return self.call[live] >= done[:, None]
@@ -257,7 +262,7 @@ def by_time(masked, o, unmask_prob):
     """Draw all steps from the unmasking schedule, which knows the time alone."""
     N, L = masked.shape
     r = unmask_schedule(diffusion.SCHEDULES[o["schedule"]], o["steps"], unmask_prob)  # (steps,)
-    u = philox.uniforms(o["seed"], 0, range(N), L)  # (N, L)
+    u = philox.uniforms(o["seed"], STREAMS["order"], range(N), L)  # (N, L)
     step = torch.searchsorted(r.cumsum(0), u, right=True).clamp(max=o["steps"] - 1)  # (N, L)
     expected = sum(expected_nfe(r, int(n)) for n in masked.sum(1)) / N
     return FixedOrder(torch.where(masked, step, -1), o["seed"], expected)
@@ -265,7 +270,8 @@ def by_time(masked, o, unmask_prob):
 
 def any_order(masked, o):
     """One token a call, in an order drawn uniformly, as in the bound any_order (RADD, table 6)."""
-    u = philox.uniforms(o["seed"], 0, range(len(masked)), masked.shape[1])  # (N, L)
+    N, L = masked.shape
+    u = philox.uniforms(o["seed"], STREAMS["order"], range(N), L)  # (N, L)
     return FixedOrder(torch.where(masked, u.argsort(1).argsort(1), -1), o["seed"])
 
 
@@ -353,7 +359,7 @@ def remasking(masked, o, sigma_of):
     for k, (alpha_t, alpha_s) in enumerate(itertools.pairwise(alpha)):
         sigma = sigma_of(min(1.0, (1 - alpha_s) / alpha_t if alpha_t else 1.0))
         p = (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)  # that a masked token is unmasked
-        u = philox.uniforms(o["seed"], 2**40 + k, range(N), L)  # (N, L)
+        u = philox.uniforms(o["seed"], STREAMS["remask"] + k, range(N), L)  # (N, L)
         due = is_masked & (u < p)  # (N, L)
         for n in due.any(1).nonzero().flatten().tolist():
             events[n].append((due[n], is_masked[n].clone()))
