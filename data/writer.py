@@ -35,7 +35,7 @@ from tqdm import tqdm
 from config import UserError, require
 from data import loader
 from data import tokenizer as tokenizers
-from lib.files import only_one, to_json, unused, whole_file, writing
+from lib.files import only_one, set_aside, to_json, whole_file, writing
 
 SHARD = 100_000_000  # tokens in a shard, the last one aside
 FEW = 1000  # documents or prompts, of which a hash may hold out none, or far too many
@@ -151,12 +151,12 @@ def replacing(folder):
 
 
 def publish(building, folder, meta):
-    """Swap the new shards in, without a meta.json until the last of them is there; see set_aside.
+    """Swap the new shards in, without a meta.json until the last of them is there; see clear_away.
 
     meta.json gets a hash of the training text, by which a model knows what it has learnt from.
     """
     meta["train_hash"] = loader.hash_of(loader.shards(building, "train"))
-    set_aside(folder, meta)
+    clear_away(folder, meta)
     for new in building.iterdir():
         new.replace(folder / new.name)
     with whole_file(folder / "meta.json") as path:
@@ -173,20 +173,18 @@ def summary(folder, meta):
     return f"{folder}: {splits}; {meta['tokenizer']['kind']} tokenizer, V = {V}"
 
 
-def set_aside(folder, meta):
+def clear_away(folder, meta):
     """Take the data that a folder holds out of the way; those that are not as `meta` are kept."""
     path = folder / "meta.json"
     if not path.is_file():
         return
-    is_same = path.read_bytes() == described(meta).encode()
-    aside = None if is_same else unused(folder)
     splits = {"train", "val", "test", *meta["splits"]}
     old = [path, *(file for split in splits for file in folder.glob(f"{split}_*.bin"))]
-    if aside:
-        aside.mkdir()
-        print(f"the data that were here are kept in {aside}")
+    if path.read_bytes() != described(meta).encode():
+        print(f"the data that were here are kept in {set_aside(folder, old)}")
+        return
     for file in old:
-        file.replace(aside / file.name) if aside else file.unlink()
+        file.unlink()
 
 
 def described(meta):

@@ -29,7 +29,7 @@ from config import UserError, choose, require
 from data import download
 from data.tokenizer import Unavailable, from_meta
 from lib import formats
-from lib.files import is_utf8, to_json, unused, whole_file
+from lib.files import is_utf8, set_aside, to_json, whole_file
 from lib.stats import not_finite
 from model import Transformer, rotary_tables
 
@@ -76,21 +76,16 @@ def kept_beside(path):
     return {int(name[1]): file for file, name in names.items() if name}
 
 
-def set_aside(path):
-    """Move the checkpoints and the log of the run at `path` to a new folder old_1, old_2 or so on.
+def set_run_aside(path):
+    """files.set_aside of the checkpoints and the log of the run at `path`, None without the former.
 
-    Returns that folder, or None where there is no checkpoint. UserError where it cannot be done.
+    Raises UserError where it cannot be done.
     """
     try:
         checkpoints = [file for file in (path, *kept_beside(path).values()) if file.is_file()]
         if not checkpoints:
             return None
-        aside = unused(path.parent)
-        aside.mkdir()
-        for file in (*checkpoints, path.with_name("log.jsonl")):
-            if file.is_file():
-                file.rename(aside / file.name)
-        return aside
+        return set_aside(path.parent, [*checkpoints, path.with_name("log.jsonl")])
     except OSError as error:
         raise UserError(f"cannot move {path} aside: {error.strerror or error}") from None
 

@@ -55,10 +55,15 @@ def writing(path):
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def unused(folder):
-    """The first of old_1, old_2, ... in a folder that is not there yet."""
+def set_aside(folder, files):
+    """Move the files, where they are there, to a new folder old_1, old_2 or so on; return that."""
     names = (Path(folder, f"old_{n}") for n in itertools.count(1))
-    return next(name for name in names if not name.exists())
+    aside = next(name for name in names if not name.exists())
+    aside.mkdir()
+    for file in files:
+        if file.is_file():
+            file.rename(aside / file.name)
+    return aside
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from data.loader import sequences_before
 from lib.bar import bar_is_off
-from lib.checkpoint import set_aside
+from lib.checkpoint import set_run_aside
 from lib.device import flops_of_step, matmul_flops, mean_length, nominal_flops
 from lib.files import optional, to_json, whole_file, writing
 
@@ -55,7 +55,7 @@ class Log:
             if self.config[key]:
                 self.sinks.append(sink(self.config, self.path.parent, self.start, self.resources))
         lines = []
-        if not self.start and (aside := set_aside(self.path.with_name("ckpt.pt"))):
+        if not self.start and (aside := set_run_aside(self.path.with_name("ckpt.pt"))):
             print(f"the run that was here is kept: --ckpt={aside}")
         if self.start and self.path.is_file():
             lines = self.path.read_text("utf8", errors="replace").splitlines(keepends=True)
