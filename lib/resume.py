@@ -2,9 +2,9 @@
 
 Which of them decides a key:
 
-  model.DEFAULTS, the shape   the checkpoint, where there is one, also the keys FIXED of a resumed
-                              run: another value that the user set is an error. Of a new network
-                              the command, then the dial (lib/budget.py)
+  model.DEFAULTS, the shape   the checkpoint, where there is one, also the keys RESUMED of a resumed
+                              run: another value that the user set is an error, unless that table
+                              allows it. Of a new network the command, then the dial (lib/budget.py)
   attention                   of a new network the objective
   block_size                  as the shape, but the user may change it with init_from, because
                               positions are rotary. Of a new network the data: the width of
@@ -38,9 +38,10 @@ USED_BY = {
     "order": ("order", "uniform"),
     "order_p": ("order", None),
 }
-FIXED = {"objective", "random_length"}  # what a resumed run cannot change, as its shape
-OLDER = {"depth": 0, "init_from": "", "random_length": 0.0}  # of checkpoints that lack these keys
-WERE = {"mask_rate": "uniform"}  # defaults that have changed since: a run keeps what it began with
+# {key: may the user set another value}, what a resumed run takes from its checkpoint, as its shape.
+RESUMED = {"objective": False, "random_length": False, "mask_rate": True}
+# What older checkpoints, which lack these keys, were made with.
+OLDER = {"depth": 0, "init_from": "", "mask_rate": "uniform", "random_length": 0.0}
 
 
 def checkpoint_path(config):
@@ -165,15 +166,17 @@ def with_size(config):
 
 
 def with_saved(config, state, source):
-    """The config with the model keys of the state and, if the run resumes, those of FIXED.
+    """The config with the model keys of the state and, if the run resumes, those of RESUMED.
 
     UserError where the user set one differently. So is what speaks of a new run, for which somebody
     forgot to name a folder: an init_from where there was none; other data, without an --out_dir.
     """
     saved, resumed = OLDER | state["config"], "optimizer" in state
     keys, user_keys = {*network.DEFAULTS, "depth"}, config.get("user_keys", {})
-    keys |= FIXED if resumed else set()
-    keys -= {"block_size"} if not resumed and "block_size" in user_keys else set()
+    if resumed:
+        keys |= {key for key, free in RESUMED.items() if not (free and key in user_keys)}
+    else:
+        keys -= {"block_size"} & user_keys.keys()
     advice = ANEW if resumed else "init_from takes a model as it is"
     require(keys <= saved.keys(), f"{source} does not say how its model was made; {advice}")
     for key in (key for key in user_keys if key in keys):
@@ -184,8 +187,7 @@ def with_saved(config, state, source):
     if resumed and "user_keys" in config and not user_keys.get("out_dir", "").startswith("--"):
         old, new = str(saved.get("data")), config["data"]
         require(Path(old) == Path(new), f"{source} has learnt from {old}, not {new}; {advice}")
-    kept = {k: saved.get(k, v) for k, v in WERE.items() if resumed and k not in user_keys}
-    return config | kept | {key: saved[key] for key in keys}
+    return config | {key: saved[key] for key in keys}
 
 
 def with_data(config, state, source):
