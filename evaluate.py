@@ -70,7 +70,7 @@ DEFAULTS = {
     "batch_size": 32,  # rows in one network call; 1 or more
     "ema": True,  # use the averaged weights if the checkpoint has them
 }
-
+MODULES = (settings, diffusion, sys.modules[__name__])  # whose keys the config has
 SURE = 100  # degrees of freedom from which an error is trusted: with few it may be small by chance
 
 
@@ -253,7 +253,7 @@ def of_set(estimator, nats):
 # ---- 3. Answers after prompts, and whole texts ---------------------------------------------------
 def merged(options):
     """`options` over the DEFAULTS; UserError for what they cannot be."""
-    return settings.options(options, settings, diffusion, sys.modules[__name__])
+    return settings.options(options, *MODULES)
 
 
 def answer_nats(model, requests, groups=None, cfg_scale=0.0, pad_to=0, progress=False, **options):
@@ -397,4 +397,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, diffusion, sys.modules[__name__])
+    settings.run(main, *MODULES)

@@ -65,6 +65,7 @@ DEFAULTS = {
     "watch": False,  # show how the samples emerge, call by call
     "out": "",  # also write the samples to this .jsonl file
 }
+MODULES = (settings, diffusion, sys.modules[__name__])  # whose keys the config has
 REQUEST = {"ckpt", "prompt", "suffix", "template", "length", "min_new_tokens", "num_samples"}
 REQUEST |= {"watch", "out", "user_keys"}  # the command's own keys: `sample` takes the others
 # How a model of examples answers unless told otherwise: the likeliest tokens, one in each call as
@@ -151,7 +152,7 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     right. on_call(sequence (n,), position (n,), call (n,), token (n,), p (n,), logits (n, V)), all
     on the CPU, is told of the tokens that each call unmasks (no causal network's).
     """
-    o = settings.options(options, settings, diffusion, sys.modules[__name__])
+    o = settings.options(options, *MODULES)
     most = f"a sequence has at least one token and at most block_size {model.block_size}"
     require(0 < x.shape[1] <= model.block_size and len(x), f"{most}, not {tuple(x.shape)}")
     if model.causal:
@@ -398,4 +399,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, diffusion, sys.modules[__name__])
+    settings.run(main, *MODULES)

@@ -97,6 +97,7 @@ DEFAULTS = {
     "tensorboard": False,  # write the log to out_dir/tensorboard, too
     "profile": 0,  # how many steps torch's profiler records in out_dir/trace.json
 }
+MODULES = (settings, diffusion, network, sys.modules[__name__])  # whose keys the config has
 # Tables that DEFAULTS names, for config.py to find them here.
 ORDERS, OPTIMIZERS, LR_DECAYS = diffusion.ORDERS, optim.OPTIMIZERS, optim.LR_DECAYS
 # Random numbers that are no batch's: positions of their own, which no batch reaches.
@@ -334,7 +335,7 @@ def one_sample(config, model, tokenizer, val, team):
 # ---- 4. The recipe -------------------------------------------------------------------------------
 def main(config):
     """Train as config says -> the last evaluation, a dict of report, or None. Raises UserError."""
-    config = settings.completed(config, settings, diffusion, network, sys.modules[__name__])
+    config = settings.completed(config, *MODULES)
     team = parallel.join(config)
     with resume.locked_out_dir(config, team):  # a second start with this out_dir is refused
         return train(config, team)
@@ -395,4 +396,4 @@ def train(config, team):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, diffusion, network, sys.modules[__name__])
+    settings.run(main, *MODULES)

@@ -41,7 +41,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import diffusion
 import evaluate
 import sample
 from config import UserError, first_line, require
@@ -286,4 +285,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, diffusion, sample, sys.modules[__name__])
+    settings.run(main, *sample.MODULES, sys.modules[__name__])

@@ -19,7 +19,6 @@ import math
 
 import torch
 
-import diffusion
 import evaluate
 from config import UserError, choose, require
 from data import loader
@@ -148,4 +147,4 @@ def wider(mean, half):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, diffusion, evaluate, sys.modules[__name__])
+    settings.run(main, *evaluate.MODULES, sys.modules[__name__])

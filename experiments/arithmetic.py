@@ -19,8 +19,6 @@ from pathlib import Path
 import torch
 
 import config as settings
-import diffusion
-import model as network
 import sample
 import train
 from data import examples
@@ -120,7 +118,7 @@ def fit(config, folder, objective, width):
     keys |= {"compile": not config["quick"]}
     keys |= {} if objective == "ar" else {"loss_weight": "constant"}
     words = [config["preset"], *(f"--{key}={value}" for key, value in keys.items())]
-    recipe = settings.parse(words, settings, diffusion, network, train)
+    recipe = settings.parse(words, *train.MODULES)
     train.main(recipe)
     device, autocast = machine(recipe)
     model, tokenizer, _ = checkpoint.load(str(out), device)

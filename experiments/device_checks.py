@@ -75,7 +75,7 @@ def small(part, attention, **keys):
     known = {"attention": attention, "objective": OBJECTIVES[attention], "optimizer": "adamw"}
     known |= {"learning_rate": 1e-3, "batch_size": B, "compile": False}
     known |= (TOY if part.quick else SMALL) | keys
-    return settings.options(known, settings, diffusion, network, train) | {"example_width": 0}
+    return settings.options(known, *train.MODULES) | {"example_width": 0}
 
 
 def team_of(part, dtype):

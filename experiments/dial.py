@@ -16,8 +16,6 @@ import time
 import torch
 
 import config as settings
-import diffusion
-import model as network
 import train
 from data import examples, loader
 from experiments import recipe, results
@@ -38,7 +36,7 @@ def settings_of(config, operations, depth=0, seed=1337):
     words = [f"--data={config['data']}", "--resume=False", "--show_sample=False", "--compile=False"]
     words += ["--eval_sequences=200", f"--seed={seed}", f"--depth={depth}"]
     words += [f"--{key}={config[key]}" for key in ("device", "dtype")]
-    run = settings.parse(words, settings, diffusion, network, train)
+    run = settings.parse(words, *train.MODULES)
     V = loader.read_meta(config["data"])["vocab_size"]
     run |= {"vocab_size": V, "attention": "full", "example_width": 0}
     if not depth:

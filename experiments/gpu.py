@@ -38,7 +38,6 @@ import torch
 
 import config as settings
 import diffusion
-import model as network
 import train
 from data import loader
 from experiments import device_checks, device_speed, loading, results, scaling_up
@@ -110,7 +109,7 @@ class Part:
     def preset(self, name, **keys):
         """The config of a preset; with --quick that of a toy of its kind."""
         words = [str(ROOT / f"configs/{name}.py"), f"--dtype={self.config['dtype']}"]
-        config = resume.with_size(settings.parse(words, settings, diffusion, network, train))
+        config = resume.with_size(settings.parse(words, *train.MODULES))
         config |= {"vocab_size": scaling_up.PRESETS[name], "attention": "full", "example_width": 0}
         return config | self.some({}, TOY | {"vocab_size": 1100}) | keys
 

@@ -18,8 +18,6 @@ from fractions import Fraction
 import torch
 
 import config as settings
-import diffusion
-import model as network
 import sample
 import train
 from config import require
@@ -129,7 +127,7 @@ def small_model(config, folder):
     keys |= {key: config[key] for key in ("seed", "max_iters", "device", "dtype")}
     keys |= {"eval_interval": config["max_iters"]}
     words = [config["preset"], *(f"--{key}={value}" for key, value in keys.items())]
-    train.main(settings.parse(words, settings, diffusion, network, train))
+    train.main(settings.parse(words, *train.MODULES))
     return out
 
 

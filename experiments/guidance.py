@@ -22,8 +22,6 @@ import tempfile
 import torch
 
 import config as settings
-import diffusion
-import model as network
 import sample
 import train
 from config import require
@@ -121,7 +119,7 @@ def tune(config, tokenizer, block_size, folder):
     keys |= {"learning_rate": 1e-3, "show_sample": False} | RECIPE
     keys |= {key: config[key] for key in ("seed", "device", "dtype")}
     words = [f"--{key}={value}" for key, value in keys.items()]
-    train.main(settings.parse(words, settings, diffusion, network, train))
+    train.main(settings.parse(words, *train.MODULES))
     return checkpoint.load(out, machine(config)[0])[0].eval(), meta["end"]
 
 

@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 import config as settings
 import diffusion
-import model as network
 import train
 from config import require
 from data import loader
@@ -67,7 +66,7 @@ def write_tokens(folder, n, shards, V=V):
 
 def config_of(**keys):
     """The config of a training run."""
-    return settings.options(keys, settings, diffusion, network, train)
+    return settings.options(keys, *train.MODULES)
 
 
 def measure(folder, rounds):

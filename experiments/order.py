@@ -73,7 +73,7 @@ SHAPE |= {"qk_norm": False, "zero_init": "none"}
 
 def run_config(config, name, seed):
     """The training config of a run, with the steps that cost as much as the preset's."""
-    base = settings.parse([config["preset"]], settings, diffusion, network, train)
+    base = settings.parse([config["preset"]], *train.MODULES)
     base |= {"vocab_size": loader.read_meta(base["data"])["vocab_size"]}
     run = base | KINDS[name]
     run |= {"attention": "causal"} if run["objective"] == "ar" else {}

@@ -22,8 +22,6 @@ import torch
 from tqdm import tqdm
 
 import config as settings
-import diffusion
-import model as network
 import train
 from config import choose, require
 from data import loader
@@ -88,7 +86,7 @@ def settings_of(config, name, seed):
     words = [config["preset"], f"--data={config['data']}", "--resume=False", "--show_sample=False"]
     words += ["--eval_sequences=200", f"--seed={seed}"]
     words += [f"--{key}={config[key]}" for key in ("device", "dtype")]
-    base = settings.parse(words, settings, diffusion, network, train)
+    base = settings.parse(words, *train.MODULES)
     V = loader.read_meta(config["data"])["vocab_size"]
     base |= {"vocab_size": V, "attention": "full"}
     run_config = base | {
@@ -115,7 +113,7 @@ def run(config, name, seed):
 def mark(config, name):
     """What a row depends on: the preset as it is now, the variant, length, data, dtype."""
     keys = [config[key] for key in ("steps", "data", "device", "dtype")]
-    preset = settings.parse([config["preset"]], settings, diffusion, network, train)
+    preset = settings.parse([config["preset"]], *train.MODULES)
     return results.mark(preset, VARIANTS[name], *keys)
 
 

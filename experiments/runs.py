@@ -166,7 +166,7 @@ class Runs:
     def recipe(self, data, keys, flops, seed):
         """The training config of a run, with the steps that cost so many FLOPs."""
         config = self.config
-        base = settings.parse([config["preset"]], settings, diffusion, network, train)
+        base = settings.parse([config["preset"]], *train.MODULES)
         run = base | keys | {"data": str(data), "seed": seed}
         run |= {k: min(v, run[k] or v) for k, v in QUICK.items()} if config["quick"] else {}
         attention = train.OBJECTIVES[run["objective"]].attention
@@ -190,7 +190,7 @@ class Runs:
         keys = dict(keys)
         independent = keys.pop("independent", False)
         recipe = self.recipe(self.text(data), keys, flops, seed)
-        usual = settings.defaults_of([settings, diffusion, network, train])
+        usual = settings.defaults_of(train.MODULES)
         changed = {k: v for k, v in recipe.items() if k not in SIDE and v != usual[k]}
         digest = results.mark(sorted(changed.items()), independent, within.__name__)[:8]
         name = f"{recipe['objective']}_{flops:.0e}_{seed}_{digest}"

@@ -27,9 +27,7 @@ import time
 import torch
 
 import config as settings
-import diffusion
 import evaluate
-import model as network
 import train
 from config import choose
 from data import loader
@@ -45,7 +43,6 @@ DEFAULTS = {
     "flops": 1e13,  # operations of training, for flops
     "seeds": 3,  # 1337, 1338, ...; 1 or more
 }
-TRAINING = (diffusion, network, train)
 RECORDS = [  # nats per character by the clock and after 1e13 operations, and what changed
     {"clock": 1.944, "commit": "a4539dd", "change": "6 layers of 128, Muon, ReLU squared"},
     {
@@ -69,7 +66,7 @@ def recipe(config, form, seed, folder):
     line = [config["preset"], *(f"--{key}={value}" for key, value in keys.items())]
     if form == "clock":
         return [*line, f"--max_minutes={config['minutes']}", "--max_iters=0", "--eval_interval=1e9"]
-    run_config = settings.parse(line, settings, *TRAINING)
+    run_config = settings.parse(line, *train.MODULES)
     steps = int(config["flops"] / step_flops(run_config))
     settings.require(steps, f"a step takes more than {config['flops']:g} operations")
     last = ["--max_minutes=0", f"--max_iters={steps}", f"--eval_interval={steps}"]
@@ -98,7 +95,7 @@ def run(config, form, seed):
         row["steps"] = checkpoint.read(f"{folder}/run")["step"]
         keys = {key: config[key] for key in ("data", "device", "dtype")}
         result = evaluate.main(
-            settings.options(keys | {"ckpt": f"{folder}/run"}, settings, diffusion, evaluate)
+            settings.options(keys | {"ckpt": f"{folder}/run"}, *evaluate.MODULES)
         )
     return row | {key: result[key] for key in ("nats_per_token", "draw_half", "perplexity")}
 

@@ -21,8 +21,6 @@ import torch
 from tqdm import tqdm
 
 import config as settings
-import diffusion
-import model as network
 import train
 from data import writer
 from data.tokenizer import Char
@@ -164,7 +162,7 @@ def keys_of(config, folder):
 def run_of(keys):
     """The config of a run."""
     line = [f"--{key}={value}" for key, value in keys.items()]
-    return settings.parse(line, settings, diffusion, network, train)
+    return settings.parse(line, *train.MODULES)
 
 
 def main(config):

@@ -147,7 +147,7 @@ OBJECTIVES["t_dce"] |= {"bias": True, "norm": "layer", "mlp": "gelu", "head_padd
 
 def steps_of(device, bf16=False, **keys):
     """(losses, weights, waits) of two training steps; the waits are those of the second."""
-    config = settings.defaults_of([settings, diffusion, network, train]) | SHAPE | keys
+    config = settings.defaults_of(train.MODULES) | SHAPE | keys
     config |= {
         "learning_rate": 1e-3,
         "batch_size": 4,
@@ -285,7 +285,7 @@ KINDS = {"masked": {"optimizer": "muon", "ema": 0.9}, "ar": {"objective": "ar"}}
 def test_the_programs_train_resume_sample_and_evaluate(kind, dtype, cuda, data, tmp_path):
     keys = KINDS[kind] | {"max_iters": 8, "lr_decay": "constant", "show_sample": True}
     keys |= {"skip_nonfinite": True, "log_interval": 1}
-    modules = settings, diffusion, network, train
+    modules = train.MODULES
     out = tmp_path / "cuda"
     for end in (4, 8):
         line = words(data, out, **keys | {"device": "cuda", "dtype": dtype, "max_iters": end})
@@ -296,9 +296,9 @@ def test_the_programs_train_resume_sample_and_evaluate(kind, dtype, cuda, data, 
     asked = {"ckpt": str(out), "device": "cuda", "dtype": dtype}
     options = {"num_samples": 2, "steps": 4, "out": str(tmp_path / "samples.jsonl")}
     lines = [f"--{key}={value}" for key, value in (asked | options).items()]
-    assert len(sample.main(settings.parse(lines, settings, diffusion, sample))) == 2
+    assert len(sample.main(settings.parse(lines, *sample.MODULES))) == 2
     lines = [f"--{key}={value}" for key, value in (asked | {"data": data, "sequences": 3}).items()]
-    result = evaluate.main(settings.parse(lines, settings, diffusion, evaluate))
+    result = evaluate.main(settings.parse(lines, *evaluate.MODULES))
     assert 0 < result["nats_per_token"] < 5
 
 
@@ -307,7 +307,7 @@ def test_quality_and_choices_run_too(cuda, tmp_path):
     keys = {"ckpt": str(tmp_path), "device": "cuda", "dtype": "bfloat16"}
     judged = keys | {"judge": str(tmp_path), "num_samples": 2, "steps": 4, "judge_draws": 2}
     lines = [f"--{key}={value}" for key, value in judged.items()]
-    quality.main(settings.parse(lines, settings, diffusion, sample, quality))
+    quality.main(settings.parse(lines, *sample.MODULES, quality))
     question = {"context": WORDS[:8], "options": ["the", "cat"], "gold": 0}
     (tmp_path / "plain.jsonl").write_text(json.dumps(question) + "\n")
     keys |= {"from": str(tmp_path), "set": "plain", "draws": 2, "cfg_scale": 0.5}

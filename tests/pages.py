@@ -14,7 +14,6 @@ import pytest
 import torch
 from plain import DEFAULTS
 
-import diffusion
 import sample
 from data.tokenizer import Char
 from model import Transformer
@@ -146,7 +145,7 @@ def network(kind="demo", alphabet=ALPHABET, **keys):
 
 
 def options(**keys):
-    return page.settings.options(keys, page.settings, diffusion, sample)
+    return page.settings.options(keys, *sample.MODULES)
 
 
 def written(path, model, tokenizer, template="the ___8 sat on ___4."):

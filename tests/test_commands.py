@@ -15,9 +15,7 @@ from conftest import ROOT
 from plain import DEFAULTS, RECIPE
 
 import config as settings
-import diffusion
 import evaluate
-import model as network
 import sample
 import train
 from data import writer
@@ -32,9 +30,9 @@ TRAIN += [f"--{key}={value}" for key, value in RECIPE.items()]
 SAMPLE = ["sample", "--ckpt=run", "--out=samples.jsonl"]
 EVALUATE = ["evaluate", "--ckpt=run", "--data=data"]
 MODULES = {
-    "train": (train.main, settings, diffusion, network, train),
-    "sample": (sample.main, settings, diffusion, sample),
-    "evaluate": (evaluate.main, settings, diffusion, evaluate),
+    "train": (train.main, *train.MODULES),
+    "sample": (sample.main, *sample.MODULES),
+    "evaluate": (evaluate.main, *evaluate.MODULES),
 }
 
 

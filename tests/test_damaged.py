@@ -13,8 +13,6 @@ from test_export import command
 from test_formats import edit
 
 import config as settings
-import diffusion
-import model as network
 import train
 from config import UserError
 from data.tokenizer import Char
@@ -222,7 +220,7 @@ def test_a_run_cannot_be_resumed_from_a_part_of_another_kind(tmp_path, key):
 
 def test_a_run_with_an_unknown_objective_cannot_be_resumed(tmp_path):
     saved = checkpoint.read(FIXTURES / "before_rename_ar.pt")["config"]
-    config = settings.defaults_of([settings, diffusion, network, train]) | saved
+    config = settings.defaults_of(train.MODULES) | saved
     with pytest.raises(UserError, match="unknown objective 'arr'; did you mean 'ar'"):
         resume.with_attention(config | {"objective": "arr"}, None, "")
 

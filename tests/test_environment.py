@@ -22,8 +22,6 @@ from conftest import ROOT
 from test_train import log, run, words
 
 import config as settings
-import diffusion
-import model as network
 import sample
 import train
 from config import parse
@@ -36,8 +34,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LINE = "The cat sat on the mat; “a dog” ran to the log, and cat {} ran after it.\n\n"
 TEXT = "".join(LINE.format(number) for number in range(800))
 PREPARE = (prepare.main, prepare, tokenizer)
-TRAIN = (train.main, settings, diffusion, network, train)
-SAMPLE = (sample.main, settings, diffusion, sample)
+TRAIN = (train.main, *train.MODULES)
+SAMPLE = (sample.main, *sample.MODULES)
 SCRIPTS = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("*.py"))]
 SOURCES = SCRIPTS + [
     path.relative_to(ROOT).as_posix()
@@ -210,7 +208,7 @@ def test_ctrl_c_that_ends_a_run_at_once_says_what_is_saved(data, tmp_path, monke
     def said(**keys):
         monkeypatch.setattr(sys, "argv", ["train.py", *words(data, tmp_path, **keys)])
         with pytest.raises(SystemExit) as end:
-            settings.run(train.main, settings, diffusion, network, train)
+            settings.run(train.main, *train.MODULES)
         assert end.value.code == 130
         return capsys.readouterr().err
 

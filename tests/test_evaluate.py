@@ -14,7 +14,6 @@ from conftest import ROOT
 from plain import DEFAULTS
 
 import config as settings
-import diffusion
 import evaluate
 from data import loader, writer
 from data.loader import spread
@@ -25,7 +24,7 @@ from experiments import results, variance
 from lib import checkpoint
 from model import Transformer
 
-MODULES = (settings, diffusion, evaluate)
+MODULES = evaluate.MODULES
 TEXT = "the cät sat on the mat; a dog ran to the log. " * 20
 CHAR = Char("".join(sorted(set(TEXT))))
 FLOAT32 = {"device": "cpu", "dtype": "float32"}
@@ -270,12 +269,12 @@ def lines(path):
 
 SLOW = """
 import time
-import config, diffusion, evaluate
+import config, evaluate
 from evals import zeroshot
 
 plain = evaluate.evaluate
 evaluate.evaluate = lambda *args: time.sleep(1) or plain(*args)
-config.run(zeroshot.main, config, diffusion, evaluate, zeroshot)
+config.run(zeroshot.main, *evaluate.MODULES, zeroshot)
 """
 
 

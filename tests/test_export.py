@@ -14,8 +14,6 @@ from conftest import ROOT
 from safetensors.torch import load_file
 from test_checkpoint import CAUSAL, X, network, run, same
 
-import config as settings
-import diffusion
 import evaluate
 import sample
 from config import UserError, parse
@@ -196,9 +194,7 @@ def test_text_goes_into_a_published_model_as_its_authors_have_it(tmp_path, vocab
     ckpt = f"--ckpt={tmp_path / 'out'}"
 
     def sampled(*words):
-        [record] = sample.main(
-            parse([ckpt, "--num_samples=1", *words], settings, diffusion, sample)
-        )
+        [record] = sample.main(parse([ckpt, "--num_samples=1", *words], *sample.MODULES))
         return record["text"], record["tokens"]
 
     text, tokens = sampled("--prompt=A list", "--length=9")
@@ -225,5 +221,5 @@ def test_text_goes_into_a_published_model_as_its_authors_have_it(tmp_path, vocab
     ]
     prepare_text.main(parse([*words, "--val_fraction=0.4"], prepare_text, tokenizer))
     words = [ckpt, f"--data={tmp_path / 'data'}", "--sequences=3", "--draws=2"]
-    result = evaluate.main(parse(words, settings, diffusion, evaluate))
+    result = evaluate.main(parse(words, *evaluate.MODULES))
     assert abs(result["nats_per_token"] - math.log(V)) < 1, "a network that knows nothing"

@@ -177,10 +177,10 @@ def json_files(draw, tree):
 # ---- Command lines, presets, templates -----------------------------------------------------------
 
 PROGRAMS = {
-    "train": (train.main, [config, diffusion, network, train]),
-    "sample": (sample.main, [config, diffusion, sample]),
-    "evaluate": (evaluate.main, [config, diffusion, evaluate]),
-    "zeroshot": (zeroshot.main, [config, diffusion, evaluate, zeroshot]),
+    "train": (train.main, train.MODULES),
+    "sample": (sample.main, sample.MODULES),
+    "evaluate": (evaluate.main, evaluate.MODULES),
+    "zeroshot": (zeroshot.main, (*evaluate.MODULES, zeroshot)),
     "harness": (harness.main, [config, diffusion, harness]),
     "checkpoint": (checkpoint.main, [checkpoint]),
     "plot_log": (lambda given: plot_log.main(given | {"folders": [given["out"]]}), [plot_log]),

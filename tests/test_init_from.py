@@ -12,9 +12,7 @@ from conftest import ROOT
 from test_sft import TEXT, TINY, letters, run, small, words
 
 import config as settings
-import diffusion
 import evaluate
-import model as network
 import train
 from config import UserError
 from data import examples, loader, tokenizer, writer
@@ -40,7 +38,7 @@ def test_a_run_begins_with_the_weights_and_the_model_keys_of_another(form, data,
     keys = {"init_from": source, "learning_rate": 1e-30, "weight_decay": 0.0, "max_iters": 1}
     argv = words(data, tmp_path / "out", **keys)
     argv = [word for word in argv if not word.startswith(("--n_", "--bias"))]
-    train.main(settings.parse(argv, settings, diffusion, network, train))
+    train.main(settings.parse(argv, *train.MODULES))
     one, two = (checkpoint.load(out)[0].state_dict() for out in (source, tmp_path / "out"))
     assert all(torch.equal(one[name], two[name]) for name in one) and "blocks.1.qkv.weight" in two
     assert checkpoint.read(tmp_path / "out")["step"] == 1
@@ -103,7 +101,7 @@ def test_the_published_models_can_be_begun_with(shared, data, tmp_path):
         keys = {key: value for key, value in TINY.items() if not key.startswith("n_")}
         keys |= {"init_from": str(folder / f"{name}.safetensors"), "objective": objective}
         keys |= {"max_iters": 1, "data": str(own), "out_dir": str(tmp_path / name)}
-        config = settings.parse([], settings, diffusion, network, train) | keys
+        config = settings.parse([], *train.MODULES) | keys
         train.main(config)
         assert checkpoint.read(tmp_path / name)["config"]["block_size"] == 2048
         with pytest.raises(UserError, match="has a vocabulary of 64"):
@@ -131,7 +129,7 @@ def test_a_new_run_whose_folder_was_not_named_does_not_go_on_with_another(data, 
         ([*words(data, out), "--random_length=0.5"], "was trained with random_length=0.0"),
     ):
         with pytest.raises(UserError, match=re.escape(reason)) as error:
-            train.main(settings.parse(argv, settings, diffusion, network, train))
+            train.main(settings.parse(argv, *train.MODULES))
         assert ANEW in str(error.value) and (out / "ckpt.pt").read_bytes() == saved
 
 
@@ -148,7 +146,7 @@ def test_of_data_with_more_characters_it_is_said_which_and_how_to_go_on(tmp_path
         UserError, match=r"the data also have '\\né'; begin .*--init_from=.*--out_dir="
     ):
         run(text, out, block_size=8, max_iters=4)
-    config = settings.options({"ckpt": str(out)}, settings, diffusion, evaluate)
+    config = settings.options({"ckpt": str(out)}, *evaluate.MODULES)
     with pytest.raises(
         UserError, match=r"take '\\né' out of the text, then .* before are in .*old_"
     ):
@@ -182,7 +180,7 @@ def test_a_preset_may_hold_what_only_another_network_heeds(data, tmp_path):
     path.write_text("{'mask_rate': 'bell', 'loss_weight': 'sqrt', 'prompt_drop': 0.1}")
     argv = words(data, tmp_path / "out", objective="ar", max_iters=1)
     argv = [str(path), *(word for word in argv if not word.startswith("--loss_weight"))]
-    train.main(settings.parse(argv, settings, diffusion, network, train))
+    train.main(settings.parse(argv, *train.MODULES))
     assert (tmp_path / "out/ckpt.pt").is_file()
 
 

@@ -16,8 +16,6 @@ from conftest import ROOT
 from test_train import TEXT, log, process, refusal, run, same, state_of, until, words
 
 import config as settings
-import diffusion
-import model as network
 import sample
 import train
 from config import UserError
@@ -27,8 +25,8 @@ from lib.files import only_one, whole_file
 from lib.parallel import ANEW
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TRAIN = (train.main, settings, diffusion, network, train)
-SAMPLE = (sample.main, settings, diffusion, sample)
+TRAIN = (train.main, *train.MODULES)
+SAMPLE = (sample.main, *sample.MODULES)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,6 @@ from test_environment import AS_FILES, SAMPLE, SOURCES, TEXT, TEXT_OF, command, 
 from test_train import run, words
 
 import config as settings
-import diffusion
 import evaluate
 import train
 from config import UserError, parse
@@ -53,7 +52,7 @@ def test_any_name_of_a_folder_is_taken_from_text_to_sample(name, tmp_path, monke
     assert exit_code(monkeypatch, SAMPLE, *line) == 0
     keys = {"ckpt": f"{folder}/out", "data": f"{folder}/data", "sequences": 2, "draws": 2}
     line = [f"--{key}={value}" for key, value in keys.items()]
-    assert evaluate.main(parse(line, settings, diffusion, evaluate))["tokens"] == 32
+    assert evaluate.main(parse(line, *evaluate.MODULES))["tokens"] == 32
     checkpoint.export(f"{folder}/out", f"{folder}/exported", "nanomdm")
     assert checkpoint.load(f"{folder}/exported")[0].block_size == 16
     assert os.listdir(tmp_path) == [name]

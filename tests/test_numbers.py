@@ -134,7 +134,7 @@ def test_data_that_were_prepared_anew_since_a_model_learnt_from_them_are_named(t
             run(data, out, **keys)
         else:
             options = {"ckpt": str(out), "draws": 1, "strata": 1}
-            evaluate.main(settings.options(options, settings, diffusion, evaluate))
+            evaluate.main(settings.options(options, *evaluate.MODULES))
         return capsys.readouterr().out.count("was prepared anew since")
 
     texts = [("train", TEXT), ("val", TEXT[:500])]

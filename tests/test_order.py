@@ -12,7 +12,6 @@ from conftest import predict, states
 import config as settings
 import diffusion
 import evaluate
-import model as network
 import sample as decoding
 import samplers
 import train
@@ -298,7 +297,7 @@ def config_of(folder, out, *words):
     more += [f"--{key}={value}" for key, value in plain.RECIPE.items()]
     places = [f"--data={folder}", f"--out_dir={out}", "--attention=order", "--log_interval=1"]
     words = [*shape, *more, *places, "--warmup_iters=2", "--learning_rate=1e-2", *words]
-    return settings.parse(words, settings, diffusion, network, train)
+    return settings.parse(words, *train.MODULES)
 
 
 def test_an_order_network_learns_answers_and_resumes_as_if_never_stopped(folder, tmp_path):

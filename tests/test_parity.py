@@ -16,7 +16,6 @@ from plain import DEFAULTS
 
 import config as settings
 import diffusion
-import model as network
 import sample
 import samplers
 import train
@@ -646,9 +645,7 @@ def test_smdm_initialisation_has_the_published_deviations(smdm):
 def test_a_preset_trains_the_published_model_on_so_many_tokens(
     name, vocab_size, parameters, tokens
 ):
-    config = resume.with_size(
-        settings.parse([str(ROOT / f"configs/{name}.py")], settings, diffusion, network, train)
-    )
+    config = resume.with_size(settings.parse([str(ROOT / f"configs/{name}.py")], *train.MODULES))
     resume.check(config)
     with torch.device("meta"):
         model = Transformer(config | {"vocab_size": vocab_size})
@@ -660,7 +657,7 @@ def test_a_preset_trains_the_published_model_on_so_many_tokens(
 
 def test_another_size_of_the_table_is_one_word_after_the_preset():
     words = [str(ROOT / "configs/smdm_170m.py"), "--size=336M"]
-    config = resume.with_size(settings.parse(words, settings, diffusion, network, train))
+    config = resume.with_size(settings.parse(words, *train.MODULES))
     resume.check(config)
     with torch.device("meta"):
         model = Transformer(config | {"vocab_size": 32000})

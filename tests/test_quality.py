@@ -14,7 +14,6 @@ from conftest import ROOT
 from plain import DEFAULTS
 
 import config as settings
-import diffusion
 import sample
 from config import UserError
 from data import writer
@@ -168,7 +167,7 @@ def world(tmp_path_factory):
 def run(world, monkeypatch, *words):
     """What the command does, in this process: quality.main's result or SystemExit."""
     monkeypatch.chdir(world)
-    config = settings.parse(list(words), settings, diffusion, sample, quality)
+    config = settings.parse(list(words), *sample.MODULES, quality)
     return quality.main(config | {"device": "cpu", "dtype": "float32"})
 
 
@@ -274,7 +273,7 @@ def test_bad_input_is_one_line_that_names_it(case, world, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setattr(sys, "argv", ["quality.py", *words])
     with pytest.raises(SystemExit) as exit:
-        settings.run(quality.main, settings, diffusion, sample, quality)
+        settings.run(quality.main, *sample.MODULES, quality)
     out, err = capsys.readouterr()
     assert exit.value.code == 2 and out == "" and err.count("\n") == 1
     assert err.startswith("quality.py: ") and message in err
@@ -308,7 +307,7 @@ def test_a_hugging_face_judge_gives_the_models_own_loss_but_for_the_first_token(
     import transformers
 
     given = {"judge": f"hf:{gpt2}", "batch_size": 2, "device": "cpu", "dtype": "float32"}
-    judge = quality.open_judge(settings.options(given, settings, diffusion, sample, quality))
+    judge = quality.open_judge(settings.options(given, *sample.MODULES, quality))
     ids = [Char(ALPHABET).encode(text) for text in ("the cat", "a dog", "the mat")]
     model = transformers.AutoModelForCausalLM.from_pretrained(gpt2).eval()
     for row, nats in zip(ids, judge.nats(ids), strict=True):
@@ -323,6 +322,6 @@ def test_a_hugging_face_judge_gives_the_models_own_loss_but_for_the_first_token(
 
 def test_a_hugging_face_judge_that_is_not_there_is_one_line(gpt2, tmp_path):
     given = {"judge": f"hf:{tmp_path}", "device": "cpu"}
-    config = settings.options(given, settings, diffusion, sample, quality)
+    config = settings.options(given, *sample.MODULES, quality)
     with pytest.raises(UserError, match="transformers cannot load the judge hf:"):
         quality.open_judge(config)

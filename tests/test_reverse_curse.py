@@ -10,8 +10,6 @@ import pytest
 import torch
 
 import config as settings
-import diffusion
-import model as network
 import train
 from config import UserError
 from data import tokenizer, writer
@@ -324,7 +322,7 @@ def test_guidance_runs_in_both_forms(tmp_path):
     keys |= {"max_iters": 2, "warmup_iters": 1, "show_sample": False, "eval_sequences": 2}
     keys |= {"compile": False}
     argv = [f"--{key}={value}" for key, value in keys.items()]
-    train.main(settings.parse(argv, settings, diffusion, network, train))
+    train.main(settings.parse(argv, *train.MODULES))
     figures, table = run(guidance, tmp_path, ckpt=tmp_path / "run", data=tmp_path / "text")
     assert {"last_unsupervised_w", "middle_unsupervised_on", "last_standard_off"} <= figures.keys()
     assert "last word, standard" in table

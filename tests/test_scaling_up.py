@@ -115,7 +115,7 @@ def test_a_checkpoint_has_as_many_bytes_as_the_formula_says(ema, tmp_path, monke
     keys |= {"max_iters": 1, "ema": ema, "data": tmp_path / "data", "out_dir": tmp_path}
     keys |= {"device": "cpu", "show_sample": False, "eval_sequences": 2} | plain.RECIPE
     words = [f"--{key}={value}" for key, value in keys.items()]
-    train.main(settings.parse(words, settings, diffusion, network, train))
+    train.main(settings.parse(words, *train.MODULES))
     net, _, _ = checkpoint.load(tmp_path)
     size = (tmp_path / "ckpt.pt").stat().st_size
     assert size == pytest.approx(scaling_up.checkpoint_bytes(net, ema), rel=0.02)
@@ -337,7 +337,7 @@ def test_the_preset_for_one_card_says_how_fast_and_how_good_it_should_be():
 def test_a_preset_can_be_trained_on_one_card_and_on_eight(stated):
     config, _, _ = stated
     path = str(ROOT / f"configs/{Path(config['out_dir']).name}.py")
-    config = resume.with_size(settings.parse([path], settings, diffusion, network, train))
+    config = resume.with_size(settings.parse([path], *train.MODULES))
     resume.check(config)
     for world in (1, 8 if config["batch_size"] % (8 * config["micro_batch_size"]) == 0 else 4):
         resume.with_place_in_data(config, None, world)
@@ -382,5 +382,5 @@ def test_the_slurm_example_is_sound_and_every_key_in_it_exists():
     assert subprocess.run(["bash", "-n", path], check=False).returncode == 0
     words = re.findall(r"--\w+=\S+|configs/\w+\.py", path.read_text().split("train.py", 1)[1])
     words = [str(ROOT / word) if word.endswith(".py") else word for word in words]
-    config = settings.parse(words, settings, diffusion, network, train)
+    config = settings.parse(words, *train.MODULES)
     resume.check(resume.with_size(config))

@@ -54,7 +54,7 @@ def words(data, out, **keys):
 
 
 def config_of(data, out="unused", **keys):
-    return settings.parse(words(data, out, **keys), settings, diffusion, network, train)
+    return settings.parse(words(data, out, **keys), *train.MODULES)
 
 
 def run(data, out, **keys):
@@ -384,7 +384,7 @@ def test_evaluate_finds_the_bound_of_the_run_on_the_held_out_answers(
     result = run(data, tmp_path, objective=objective, eval_sequences=10, max_iters=3)
     argv = [f"--ckpt={tmp_path}", f"--data={data}", "--draws=2"]
     argv += ["--device=cpu", "--dtype=float32"]
-    bound = evaluate.main(settings.parse(argv, settings, diffusion, evaluate))
+    bound = evaluate.main(settings.parse(argv, *evaluate.MODULES))
     for key in ("nats_per_token", "bits_per_byte", "tokens"):
         assert bound[key] == pytest.approx(result[key], rel=1e-12)
     assert "10 answers in examples of 14, given their prompts" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 import json
 
 import config as settings
+import train
 from data import tokenizer, writer
 from experiments import results, speedrun
 
@@ -19,7 +20,7 @@ def test_a_claim_is_trained_to_its_operations_and_evaluated(tmp_path):
     figures = speedrun.main(settings.parse(given, settings, results, speedrun))
     assert json.loads((tmp_path / "speedrun.json").read_text()) == figures
     assert figures["flops, seed 1337"] < 3
-    mine = settings.parse([str(preset)], settings, *speedrun.TRAINING)
+    mine = settings.parse([str(preset)], *train.MODULES)
     steps = int(1e9 / speedrun.step_flops(mine))
     assert f"| {steps:,} |" in (tmp_path / "speedrun.md").read_text()
 

@@ -21,7 +21,7 @@ from data.zeroshot import prepare as zeroshot
 from lib import checkpoint, device, entries, formats, optim, resume, weighting
 
 SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": L, "vocab_size": V}
-KEYS = settings.defaults_of([settings, diffusion, network, train]) | SHAPE
+KEYS = settings.defaults_of(train.MODULES) | SHAPE
 MODEL = Table(random_logits())
 CAUSAL = network.Transformer(KEYS | {"attention": "causal"})
 X = torch.full((1, L), V)  # (1, L)
@@ -233,7 +233,7 @@ def test_the_entries_that_are_shown_are_all_that_a_run_by_them_takes(lines, tmp_
     ):
         given = keys | own | {"out_dir": tmp_path / str(i)}
         words = [f"--{key}={value}" for key, value in given.items()]
-        result = train.main(settings.parse(words, settings, diffusion, network, train))
+        result = train.main(settings.parse(words, *train.MODULES))
         assert 0 < result["nats_per_token"] < 99
     model = checkpoint.load(tmp_path / "0")[0]
     x0, info = sample.sample(model, torch.full((2, 20), model.mask_id), steps=4, schedule=schedule)

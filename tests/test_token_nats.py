@@ -92,13 +92,13 @@ def run(tmp_path_factory):
     keys = {"data": data, "out_dir": out, "max_iters": 2, "eval_interval": 2, "batch_size": 2}
     keys |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 20, "device": "cpu"}
     words = [f"--{key}={value}" for key, value in keys.items()]
-    train.main(settings.parse(words, settings, diffusion, network, train))
+    train.main(settings.parse(words, *train.MODULES))
     return out, data
 
 
 def evaluated(*words):
     words = ["--device=cpu", *words]
-    return evaluate.main(settings.parse(words, settings, diffusion, evaluate))
+    return evaluate.main(settings.parse(words, *evaluate.MODULES))
 
 
 def test_a_sentence_is_scored_and_it_is_said_how(run, tmp_path, capsys):

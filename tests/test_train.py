@@ -22,7 +22,6 @@ from plain import RECIPE
 import config as settings
 import diffusion
 import evaluate
-import model as network
 import train
 from config import UserError
 from data import loader, ngram, writer
@@ -39,7 +38,7 @@ TINY |= {"eval_sequences": 6, "eval_draws": 2, "show_sample": False}
 TINY |= {"device": "cpu", "dtype": "float32"} | RECIPE
 # What differs between two runs that are the same.
 CLOCK = {"tokens_per_second", "mfu", "memory_mib", "seconds_left", "minutes"}
-MODULES = (settings, diffusion, network, train)
+MODULES = train.MODULES
 
 
 @pytest.fixture(scope="session")
@@ -339,7 +338,7 @@ def test_the_bound_of_the_run_is_the_one_that_evaluate_finds(keys, data, tmp_pat
     result = run(data, tmp_path, seed=5, **keys)
     given = {"ckpt": str(tmp_path), "data": str(data), "draws": 2, "sequences": 6, "seed": 5}
     given |= {"device": "cpu", "dtype": "float32"}
-    other = evaluate.main(settings.options(given, settings, diffusion, evaluate))
+    other = evaluate.main(settings.options(given, *evaluate.MODULES))
     for key in ("nats_per_token", "standard_error", "bits_per_byte", "tokens"):
         assert other[key] == result[key]
 

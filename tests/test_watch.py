@@ -9,7 +9,6 @@ import pytest
 import torch
 from pages import HOSTILE, finish, masked_now, network, options, start_of
 
-import diffusion
 import sample
 from view import page, svg, watch
 from view.watch import Recorder
@@ -83,7 +82,7 @@ def test_a_page_is_written_beside_its_checkpoint(recording, tmp_path, monkeypatc
     model, tokenizer = network()
     trained = model.config | {"tokenizer": tokenizer.meta()}
     monkeypatch.setattr("lib.checkpoint.load", lambda *_, ema: (model, tokenizer, trained))
-    modules = [page.settings, diffusion, sample, page]
+    modules = [*sample.MODULES, page]
     config = page.settings.parse([f"--ckpt={tmp_path}", "--device=cpu"], *modules)
     page.main(config)
     assert (tmp_path / "page.html").is_file() and "page.html" in capsys.readouterr().out

@@ -19,7 +19,6 @@ import re
 
 import torch
 
-import diffusion
 import model as network
 import sample
 from config import require
@@ -100,7 +99,7 @@ def recorded(subject, o):
 def made(config, make):
     """make(subject, the keys of sample.py) of what config["ckpt"] names."""
     subject = load_subject(config, reads_text=True, cast=False)  # weights as they were saved
-    keys = settings.defaults_of([settings, diffusion, sample])
+    keys = settings.defaults_of(sample.MODULES)
     config = sample.suited(config, subject)
     with subject.autocast():
         return make(subject, {key: config[key] for key in keys})
@@ -128,4 +127,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, diffusion, sample, sys.modules[__name__])
+    settings.run(main, *sample.MODULES, sys.modules[__name__])
