@@ -32,24 +32,20 @@ import time
 import torch
 
 import diffusion
+import samplers
 from config import require
 from lib import fused, philox
 from lib.bar import progress_bar
 from lib.cache import Cache, OrderCache
-from lib.device import can_compile, compile_hidden, wait
+from lib.device import calls_on_device, can_compile, compile_hidden, wait
 from lib.files import to_json, whole_file
 from lib.stats import Probabilities, entropy_of
 from lib.subject import load_subject
 from lib.text import check_causal, request, suppress_eos, suppress_tokens, text_of, text_or_file
-from samplers import SAMPLERS, STREAMS, calls, on_device
+from samplers import SAMPLERS
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # what checkpoint.load takes: a run's folder, published weights
-    "sampler": "ancestral",  # one of SAMPLERS; a model of examples answers by confidence
-    "steps": 128,  # unmasking steps, 1 or more; not of any_order, *_to_*, threshold, entropy_bound
-    "threshold": 0.9,  # in [0, 1]; for threshold: unmask the tokens that are at least this probable
-    "max_entropy": 0.1,  # for entropy_bound: the most nats that a call's tokens add up to, save one
-    "eta": 0.05,  # in [0, 1]; for remask: the highest probability to be masked again at a step
     "temperature": 1.0,  # 0: the likeliest token, which is how a model of examples answers
     "top_k": 0,  # keep the k likeliest tokens; 0: all
     "top_p": 1.0,  # keep the likeliest tokens that hold this much probability, in (0, 1]
@@ -65,7 +61,7 @@ DEFAULTS = {
     "watch": False,  # show how the samples emerge, call by call
     "out": "",  # also write the samples to this .jsonl file
 }
-MODULES = (settings, diffusion, sys.modules[__name__])  # whose keys the config has
+MODULES = (settings, diffusion, samplers, sys.modules[__name__])  # whose keys the config has
 REQUEST = {"ckpt", "prompt", "suffix", "template", "length", "min_new_tokens", "num_samples"}
 REQUEST |= {"watch", "out", "user_keys"}  # the command's own keys: `sample` takes the others
 # How a model of examples answers unless told otherwise: the likeliest tokens, one in each call as
@@ -143,8 +139,8 @@ def draw(model, h, due, suppress, policy, o, keep_logits=False):
 def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     """Fill every mask_id of x (N, L) and change nothing else -> (tokens (N, L), info).
 
-    options: keys of DEFAULTS that are not of REQUEST, schedule, seed; UserError for values they
-    cannot have, or where the sampler leaves masks. suppress (N, L): a token that a position must
+    options: keys of MODULES' DEFAULTS that are not of REQUEST; UserError for values they cannot
+    have, or where the sampler leaves masks. suppress (N, L): a token that a position must
     not get, -1 for none. info: nfe (N,) network calls of each sequence, expected_nfe their expected
     mean (None: only sampling tells), seconds. A sequence is a pure function of (seed, its place in
     x): the batch size changes how long it takes, not what comes out (except where an adaptive
@@ -169,7 +165,8 @@ def sample_mdm(model, x, o, suppress=None, progress=False, on_call=None):
     states_of = Predictor(model, x != model.mask_id, policy, o)
     nfe = torch.zeros(N, dtype=torch.long)  # (N,)
     graphs = o["compile"] and x.device.type == "cuda" and model.config["attention"] == "full"
-    plan = on_device(calls(policy, nfe, o["batch_size"]), policy, x.device, same_size=graphs)
+    plan = samplers.calls(policy, nfe, o["batch_size"])
+    plan = calls_on_device(plan, policy, x.device, same_size=graphs)
     x = x.clone(memory_format=torch.contiguous_format)  # (N, L)
     flat = x.view(-1)  # (N*L,) the same memory
     suppress = None if suppress is None else suppress.to(x.device).flatten()  # (N*L,)
@@ -265,7 +262,7 @@ def sample_ar(model, x, o, suppress=None, progress=False):
     B = o["batch_size"]
     x = x.clone()  # (N, L)
     masked = (x == model.mask_id).cpu()  # (N, L)
-    noise = philox.uniforms(o["seed"], STREAMS["token"], range(N), L)  # (N, L)
+    noise = philox.uniforms(o["seed"], samplers.STREAMS["token"], range(N), L)  # (N, L)
     noise, to_fill = fused.moved(x.device, noise, masked)
     suppress = torch.full_like(x, -1) if suppress is None else suppress.to(x.device)  # (N, L)
     nfe = torch.zeros(N, dtype=torch.long)  # (N,)

@@ -11,8 +11,9 @@
   true conditionals, what is visible at a time is distributed as it is without remasking; given a
   network's, it is not.
 
-To add a sampler, add an entry to SAMPLERS: a function (masked (N, L) bool, options) -> Policy.
-`calls`, here, asks the policy what is due; the loop in sample.py asks it what to accept.
+To add a sampler, add an entry to SAMPLERS: a function (masked (N, L) bool, options) -> Policy, the
+options being those of DEFAULTS, schedule and seed. `calls`, here, asks the policy what is due; the
+loop in sample.py asks it what to accept.
 """
 
 import itertools
@@ -21,11 +22,18 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+import config as settings
 import diffusion
-from config import Table
-from lib import fused, philox
+from lib import philox
 from lib.entries import check_sampler
 
+DEFAULTS = {
+    "sampler": "ancestral",  # one of SAMPLERS; a model of examples answers by confidence
+    "steps": 128,  # unmasking steps, 1 or more; not of any_order, *_to_*, threshold, entropy_bound
+    "threshold": 0.9,  # in [0, 1]; for threshold: unmask the tokens that are at least this probable
+    "max_entropy": 0.1,  # for entropy_bound: the most nats that a call's tokens add up to, save one
+    "eta": 0.05,  # in [0, 1]; for remask: the highest probability to be masked again at a step
+}
 # Which random numbers of a sequence are for what; "call" and "remask" count on from there.
 STREAMS = {"order": 0, "token": 1, "call": 2, "remask": 2**40}
 
@@ -214,29 +222,6 @@ def calls(policy, nfe, batch_size):
         nfe[live] += 1
 
 
-def on_device(plan, policy, device, same_size=False):
-    """Yield each Call twice, as it is and on the device (of `masked` where a policy remasks).
-
-    Where all calls are known they are copied together before the first, so none waits for a copy.
-    same_size: on the device `live` and `idx` repeat their last until they have one size in all
-    calls, as a CUDA graph must have (sample.Predictor drops the states of the repeats).
-    """
-    n = 5 if policy.remasks else 4
-    if not policy.planned:
-        yield from ((call, Call(*fused.moved(device, *call[:n]), *call[n:])) for call in plan)
-        return
-    plan = list(plan)
-    columns = [list(column) for column in zip(*(call[:n] for call in plan), strict=True)]
-    if same_size and plan:
-        most = -(-max(map(len, columns[2])) // 16) * 16  # a multiple of 16: few different sizes
-        for i, size in ((0, len(plan[0].live)), (2, most)):
-            columns[i] = [torch.cat([z, z[-1:].expand(size - len(z))]) for z in columns[i]]
-    moved = fused.moved(device, *map(torch.cat, columns))
-    parts = [z.split([*map(len, column)]) for z, column in zip(moved, columns, strict=True)]
-    for call, tensors in zip(plan, zip(*parts, strict=True), strict=True):
-        yield call, Call(*tensors, *call[n:])
-
-
 def step_to_call(unmask_step):
     """The call, from 0 in each sequence, that unmasks each position: (N, L), -1 at conditions.
 
@@ -386,9 +371,9 @@ def smdm_counts(n, steps):
     return [count for count in counts if count]
 
 
-SAMPLERS = Table(
+SAMPLERS = settings.Table(
     "sampler",
-    check_sampler,
+    lambda entry: check_sampler(entry, calls, settings.DEFAULTS | diffusion.DEFAULTS | DEFAULTS),
     ancestral=ancestral,
     euler=euler,
     any_order=any_order,

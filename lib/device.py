@@ -15,7 +15,7 @@ import torch
 
 import config as settings
 from config import choose, first_line, require
-from lib.fused import product_dtype
+from lib.fused import moved, product_dtype
 
 
 def machine(config):
@@ -140,6 +140,29 @@ def compile_hidden(model, device, graphs=True):
     options = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
     options = options if graphs and device.type == "cuda" else {}
     model.hidden = torch.compile(model.hidden, options=options)
+
+
+def calls_on_device(plan, policy, device, same_size=False):
+    """Yield each Call of samplers.py twice, as it is and on the device (`masked` if it remasks).
+
+    Where all calls are known they are copied together before the first, so none waits for a copy.
+    same_size: on the device `live` and `idx` repeat their last until they have one size in all
+    calls, as a CUDA graph must have (sample.Predictor drops the states of the repeats).
+    """
+    n = 5 if policy.remasks else 4
+    if not policy.planned:
+        yield from ((call, call._make([*moved(device, *call[:n]), *call[n:]])) for call in plan)
+        return
+    plan = list(plan)
+    columns = [list(column) for column in zip(*(call[:n] for call in plan), strict=True)]
+    if same_size and plan:
+        most = -(-max(map(len, columns[2])) // 16) * 16  # a multiple of 16: few different sizes
+        for i, size in ((0, len(plan[0].live)), (2, most)):
+            columns[i] = [torch.cat([z, z[-1:].expand(size - len(z))]) for z in columns[i]]
+    tables = moved(device, *map(torch.cat, columns))
+    parts = [z.split([*map(len, column)]) for z, column in zip(tables, columns, strict=True)]
+    for call, tensors in zip(plan, zip(*parts, strict=True), strict=True):
+        yield call, call._make([*tensors, *call[n:]])
 
 
 def wait(device):

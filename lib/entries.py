@@ -165,20 +165,15 @@ def check_estimator(estimator, draw_of):
     return ""
 
 
-def check_sampler(sampler):
+def check_sampler(sampler, calls, options):
     """It must be (masked (N, L) bool, options) -> a policy that unmasks all, step by step.
 
-    A dry run: it answers sample.py's loop as the policies of samplers.py do.
+    A dry run: it answers sample.py's loop as the policies of samplers.py do. calls: that of
+    samplers.py, (policy, nfe (N,), batch_size) -> what is asked for, call by call.
     """
-    import config
-    import diffusion
-    import sample  # here, for it imports the samplers
-    import samplers
-
     masked = torch.tensor([[True, False, True, True], [False, True, True, True]])  # (2, 4)
-    options = config.options({"steps": 5}, config, diffusion, sample)
-    policy, nfe = sampler(masked.clone(), options), torch.zeros(2, dtype=torch.long)  # (2,)
-    for number, call in enumerate(samplers.calls(policy, nfe, 2)):
+    policy = sampler(masked.clone(), options | {"steps": 5})
+    for number, call in enumerate(calls(policy, torch.zeros(2, dtype=torch.long), 2)):
         if number == 1000:
             return "never ends"
         due = policy.due(call.live, call.done)  # (b, 4)

@@ -206,7 +206,7 @@ def uncached(model, x, policy):
 def test_cached_sampling_is_the_uncached_token_for_token(name):
     model = tiny(V=5, L=8)
     x, keys = requests_for(model), {"sampler": name, "steps": 4, "seed": 3}
-    o = settings.options(keys, settings, diffusion, decoding)
+    o = settings.options(keys, *decoding.MODULES)
     plain = uncached(model, x, samplers.SAMPLERS[name](x == model.mask_id, o))
     for batch_size in (1, 3, 7):
         tokens, _ = decoding.sample(model, x, batch_size=batch_size, **keys)
@@ -329,7 +329,7 @@ def test_only_any_order_trains_an_order_network(folder, tmp_path):
 
 
 def policy_of(name, masked, **keys):
-    o = settings.options({"sampler": name, "seed": 1, **keys}, settings, diffusion, decoding)
+    o = settings.options({"sampler": name, "seed": 1, **keys}, *decoding.MODULES)
     return samplers.SAMPLERS[name](masked, o)
 
 

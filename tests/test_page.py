@@ -25,6 +25,7 @@ from plain import DEFAULTS
 
 import diffusion
 import sample
+import samplers
 from lib import philox
 from model import Transformer
 from view import page
@@ -85,7 +86,7 @@ CASES += [{"sampler": "entropy_bound", "max_entropy": z} for z in (0.0, 1.0, 4.0
 def draws_of_both(chromium, model, tokenizer, case):
     """The page draws what sample.py draws, of three sequences; returns their calls (3,)."""
     o = {"steps": 6, "temperature": 0.9} | case
-    limits = {key: sample.DEFAULTS[key] for key in ("threshold", "max_entropy")}
+    limits = {key: samplers.DEFAULTS[key] for key in ("threshold", "max_entropy")}
     start = start_of(tokenizer, model)
     x = torch.tensor([start] * 3)
     tokens, info = sample.sample(model, x, seed=5, **o)

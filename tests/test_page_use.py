@@ -6,7 +6,7 @@ import time
 import torch
 from pages import HOSTILE, ON_PAGE, finish, masked_now, network, shown
 
-import sample
+import samplers
 from view import page
 
 # ---- The steps of a sample -----------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_a_sampler_has_its_own_fields_and_ends_when_it_is_done(demo):
         chromium.js(f"$('sampler').value = '{sampler}'; $('sampler').onchange()")
         assert chromium.js(f"{fields}.map((e) => e.id)") == own.get(sampler, ["steps"])
     for key in ("threshold", "max_entropy"):
-        assert chromium.js(f"+$('{key}').value") == sample.DEFAULTS[key]
+        assert chromium.js(f"+$('{key}').value") == samplers.DEFAULTS[key]
     chromium.js("$('sampler').value = 'threshold'; $('sampler').onchange()")
     chromium.js("$('steps').value = ''; $('threshold').value = 0.2; $('samples').value = 3")
     chromium.mouse("document.querySelector('form .main')")

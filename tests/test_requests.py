@@ -14,7 +14,6 @@ from conftest import ROOT
 from test_sample import network_of
 
 import config as settings
-import diffusion
 import model as network
 import sample as decoding
 from config import UserError
@@ -99,7 +98,7 @@ def program(tmp_path):
         config = model.config | {"objective": "ar" if attention == "causal" else "any_order"}
         state = {"config": config, "tokenizer": TEXT.meta(), "model": model.state_dict()}
         checkpoint.save(tmp_path / "ckpt.pt", state | {"ema": None, "step": 1})
-        defaults = settings.defaults_of([settings, diffusion, decoding])
+        defaults = settings.defaults_of(decoding.MODULES)
         own = {"ckpt": str(tmp_path), "device": "cpu", "dtype": "float32", "user_keys": list(keys)}
         config = defaults | own | keys
         return decoding.fill(config, decoding.open_model(config))
@@ -300,7 +299,7 @@ def test_without_a_terminal_stdin_is_read_only_if_it_is_named(checkpoints):
 
 def command(ckpt, *words):
     words = [f"--ckpt={ckpt}", "--device=cpu", "--prompt=ab", *words]
-    return decoding.main(settings.parse(words, settings, diffusion, decoding))
+    return decoding.main(settings.parse(words, *decoding.MODULES))
 
 
 def test_a_model_of_examples_answers_as_measured_best_unless_it_is_told_otherwise(
@@ -332,7 +331,7 @@ def test_an_answer_ends_behind_the_text_that_is_given_and_never_in_a_gap_before_
     words = [f"--ckpt={checkpoints['examples']}", "--device=cpu", "--num_samples=40"]
     words += ["--temperature=9", "--sampler=any_order"]  # an eos where it may be in 1 of 30 draws
     for wish, last in (("--template=a___9b", 11), ("--suffix=b", 9), ("--template=a___6b___4", 8)):
-        parsed = settings.parse([*words, wish], settings, diffusion, decoding)
+        parsed = settings.parse([*words, wish], *decoding.MODULES)
         records, ended = decoding.main(parsed), 0
         for record in records:
             ids = record["tokens"]
@@ -345,7 +344,7 @@ def test_an_answer_ends_behind_the_text_that_is_given_and_never_in_a_gap_before_
 
 def test_a_page_of_answers_begins_with_a_prompt_and_has_a_sign_for_their_end(checkpoints):
     keys = {"ckpt": str(checkpoints["examples"]), "device": "cpu"}
-    config = settings.options(keys, settings, diffusion, decoding)
+    config = settings.options(keys, *decoding.MODULES)
     with pytest.raises(UserError, match="this model answers prompts"):
         page.made(config, page.with_weights)
     assert page.made(config | {"template": "ab___7"}, page.with_weights)["text"] == "ab___7"

@@ -45,7 +45,7 @@ def sample(model, x, sampler="ancestral", steps=128, schedule="loglinear", **opt
 def policy_of(masked, sampler, steps, schedule="loglinear", seed=0):
     """The policy of a sampler for the masks (N, L)."""
     options = {"sampler": sampler, "steps": steps, "schedule": schedule, "seed": seed}
-    return SAMPLERS[sampler](masked, settings.options(options, settings, diffusion, decoding))
+    return SAMPLERS[sampler](masked, settings.options(options, *decoding.MODULES))
 
 
 def unmask_steps(masked, *arguments, u=None, **keys):

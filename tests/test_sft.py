@@ -339,7 +339,7 @@ def test_guidance_takes_the_calls_of_plain_sampling_and_scale_0_changes_nothing(
 
 def command(ckpt):
     """The config of sample.py for three answers to one prompt."""
-    config = settings.DEFAULTS | diffusion.DEFAULTS | sample.DEFAULTS | {"ckpt": str(ckpt)}
+    config = settings.defaults_of(sample.MODULES) | {"ckpt": str(ckpt)}
     config |= {"prompt": "b1: ", "num_samples": 3, "device": "cpu", "steps": 4}
     return config | {"temperature": 3.0}
 

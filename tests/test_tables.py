@@ -75,7 +75,7 @@ def test_an_unknown_name_is_a_user_error_also_from_python(call):
 
 
 def test_every_table_is_one_that_refuses_unknown_names():
-    modules = (diffusion, network, sample, evaluate, train, choice, tokenizer)
+    modules = (diffusion, network, samplers, sample, evaluate, train, choice, tokenizer)
     names = [(module, name) for module in modules for name in vars(module) if name.isupper()]
     tables = {name: getattr(module, name) for module, name in names}
     tables = {name: table for name, table in tables.items() if isinstance(table, dict)}

@@ -21,6 +21,7 @@ import torch
 
 import model as network
 import sample
+import samplers
 from config import require
 from lib.files import to_json, whole_file
 from lib.subject import load_subject
@@ -77,7 +78,7 @@ def with_weights(subject, o):
     table = [token_text(tokenizer, token) for token in range(len(tokenizer.table) - 1)]
     data = {"mask_id": model.mask_id, "table": table, "tokenizer": kind, "about": about}
     data |= {"text": template, "config": {key: config[key] for key in network.DEFAULTS}}
-    data["options"] = {key: (sample.DEFAULTS | o)[key] for key in ("threshold", "max_entropy")}
+    data["options"] = {key: (samplers.DEFAULTS | o)[key] for key in ("threshold", "max_entropy")}
     return data | pack(model)[0]
 
 
