@@ -70,7 +70,7 @@ DEFAULTS = {
     "batch_size": 32,  # rows in one network call; 1 or more
     "ema": True,  # use the averaged weights if the checkpoint has them
 }
-MODULES = (settings, diffusion, sys.modules[__name__])  # whose keys the config has
+MODULES = (settings, diffusion, sys.modules[__name__])  # whose keys it takes
 SURE = 100  # degrees of freedom from which an error is trusted: with few it may be small by chance
 
 

@@ -61,7 +61,7 @@ DEFAULTS = {
     "watch": False,  # show how the samples emerge, call by call
     "out": "",  # also write the samples to this .jsonl file
 }
-MODULES = (settings, diffusion, samplers, sys.modules[__name__])  # whose keys the config has
+MODULES = (settings, diffusion, samplers, sys.modules[__name__])  # whose keys it takes
 REQUEST = {"ckpt", "prompt", "suffix", "template", "length", "min_new_tokens", "num_samples"}
 REQUEST |= {"watch", "out", "user_keys"}  # the command's own keys: `sample` takes the others
 # How a model of examples answers unless told otherwise: the likeliest tokens, one in each call as

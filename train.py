@@ -32,6 +32,7 @@ import torch
 
 import diffusion
 import evaluate
+import lib.log
 import model as network
 import sample
 from data import examples, loader
@@ -93,11 +94,8 @@ DEFAULTS = {
     "save_interval": 0,  # steps between two checkpoints; 0: as eval_interval
     "keep": 1,  # checkpoints to keep, 1 or more; above 1 the last ones also stay as ckpt_STEP.pt
     "log_interval": 10,  # steps between log entries, 1 or more; a stop is looked for as often
-    "wandb": "",  # the project of wandb that gets the log, too
-    "tensorboard": False,  # write the log to out_dir/tensorboard, too
-    "profile": 0,  # how many steps torch's profiler records in out_dir/trace.json
 }
-MODULES = (settings, diffusion, network, sys.modules[__name__])  # whose keys the config has
+MODULES = (settings, diffusion, network, lib.log, sys.modules[__name__])  # whose keys it takes
 # Tables that DEFAULTS names, for config.py to find them here.
 ORDERS, OPTIMIZERS, LR_DECAYS = diffusion.ORDERS, optim.OPTIMIZERS, optim.LR_DECAYS
 # Random numbers that are no batch's: positions of their own, which no batch reaches.

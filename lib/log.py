@@ -20,6 +20,11 @@ from lib.checkpoint import set_run_aside
 from lib.device import flops_of_step, matmul_flops, mean_length, nominal_flops
 from lib.files import optional, to_json, whole_file, writing
 
+DEFAULTS = {
+    "wandb": "",  # the project of wandb that gets the log of training, too
+    "tensorboard": False,  # write it to out_dir/tensorboard, too
+    "profile": 0,  # how many steps torch's profiler records in out_dir/trace.json
+}
 MORE = "give more --max_minutes, or --compile=False"
 OFTEN = 100  # readings of the text, after which most runs have turned (experiments/epochs.py)
 

@@ -45,9 +45,8 @@ PROGRAMS = programs()
 
 def modules_of(program):
     """The modules whose keys a program takes, as it names them itself."""
-    module = importlib.import_module(program)
-    words = PROGRAMS[program][1:]
-    return [module if word == "sys.modules[__name__]" else getattr(module, word) for word in words]
+    names = vars(importlib.import_module(program))
+    return eval(f"[{', '.join(PROGRAMS[program][1:])}]", names)
 
 
 def made(folder, text, name="made"):
