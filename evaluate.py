@@ -51,7 +51,7 @@ from lib import fused
 from lib import subject as subjects
 from lib.bar import progress_bar
 from lib.entries import check_estimator
-from lib.rows import Requests, batches, random_numbers
+from lib.rows import Requests, random_numbers
 from lib.stats import certainty, finite, mean_over_sets, report, t95
 from lib.text import by_token
 
@@ -180,9 +180,9 @@ def estimator_of(model, name):
 def set_nats(model, requests, o, number=0, size=1, progress=False):
     """Set `number` of `size` draws for Requests -> (nats (N, size), {"rows", "calls"} it took).
 
-    o: the options, as `merged` has them. A row is one sequence that the network reads. With size =
-    2, three requests whose answers have 5 tokens take 6 rows by any_order, which counts all that a
-    row masks, and 30 by chain, which counts one token in a row: its `turn` says which.
+    o: the options of all MODULES. A row is one sequence that the network reads. With size = 2,
+    three requests whose answers have 5 tokens take 6 rows by any_order, which counts all that a row
+    masks, and 30 by chain, which counts one token in a row: its `turn` says which.
     """
     estimator = estimator_of(model, o["estimator"])
     one_pass = requests.in_one_pass(model, estimator)
@@ -194,7 +194,7 @@ def set_nats(model, requests, o, number=0, size=1, progress=False):
     cost = {"rows": 0, "calls": 0}
     calls = []  # ((request, draw), nats) of the rows, (b,) each
     with progress_bar(progress, nats.numel(), "draw") as bar:
-        for i, k, turn in batches(lengths.sum(1), turns, size, o["batch_size"]):  # (b,) each
+        for i, k, turn in requests.batches(turns, size, o["batch_size"]):  # (b,) each
             x0, prompt = requests.rows(i)  # (b, W), (b,)
             u, noise = random_numbers(o["seed"], number, groups[i], k, size, x0.shape[1])
             draw = Draw(u, noise, turn, prompt, diffusion.SCHEDULES[o["schedule"]])
@@ -251,18 +251,13 @@ def of_set(estimator, nats):
 
 
 # ---- 3. Answers after prompts, and whole texts ---------------------------------------------------
-def merged(options):
-    """`options` over the DEFAULTS; UserError for what they cannot be."""
-    return settings.options(options, *MODULES)
-
-
 def answer_nats(model, requests, groups=None, cfg_scale=0.0, pad_to=0, progress=False, **options):
     """-log p(answer | prompt) of each request: N pairs (prompt ids, answer ids) -> (N,) float64.
 
     By one stratified set of `draws`. groups, cfg_scale, pad_to: as in Requests; the options of one
     question are a group, which compares them with little noise. options: keys of DEFAULTS.
     """
-    o = merged(options)
+    o = settings.options(options, *MODULES)
     requests = Requests(requests, groups, cfg_scale, pad_to)
     estimator = estimator_of(model, o["estimator"])
     size = 1 if estimator.exact else o["draws"]
@@ -279,7 +274,7 @@ def estimate(model, requests, lengths=None, progress=False, **options):
     token, rows and calls of the network, seconds.
     """
     began = time.time()
-    o = merged(options)
+    o = settings.options(options, *MODULES)
     estimator = estimator_of(model, o["estimator"])
     requests = Requests([r if isinstance(r, tuple) else (r[:0], r) for r in requests])
     n_tokens = sum(len(answer) for _, answer in requests.pairs) if lengths is None else sum(lengths)
@@ -307,7 +302,7 @@ def token_nats(model, ids, **options):
 
     Given those before it in an order, one order a draw; UserError for what is no chain rule.
     """
-    o = merged(options)
+    o = settings.options(options, *MODULES)
     estimator = estimator_of(model, o["estimator"])
     message = f"{estimator.name} has no tokens' nats; try chain"
     require(estimator.order and not estimator.mean_of_p, message)

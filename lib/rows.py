@@ -1,4 +1,4 @@
-"""The rows that a network evaluates for many requests: random numbers, and full batches."""
+"""What a network is asked to evaluate: requests, the rows that they take, and random numbers."""
 
 from typing import NamedTuple
 
@@ -35,6 +35,22 @@ class Requests(NamedTuple):
         x0 = np.stack([np.concatenate(self.pairs[j]).astype(np.int64) for j in i])  # (b, W)
         return torch.from_numpy(x0), torch.tensor([len(self.pairs[j][0]) for j in i])
 
+    def batches(self, turns, size, batch_size):
+        """Yield (request (b,), draw (b,), turn (b,)) with b <= batch_size, for every row once.
+
+        turns (N,): how many rows one draw takes; size: draws. Only requests of equal length share a
+        batch, so that there is no padding.
+        """
+        lengths = self.lengths().sum(1)  # (N,)
+        for length in np.unique(lengths):
+            members = np.flatnonzero(lengths == length)
+            first = np.cumsum([0, *turns[members] * size])  # (members + 1,) each one's first row
+            for start in range(0, first[-1], batch_size):
+                row = np.arange(start, min(start + batch_size, first[-1]))  # (b,)
+                i = np.searchsorted(first, row, side="right") - 1  # (b,)
+                draw, turn = np.divmod(row - first[i], turns[members[i]])  # (b,) each
+                yield members[i], torch.from_numpy(draw), torch.from_numpy(turn)
+
 
 def random_numbers(seed, number, group, draw, size, n):
     """u (b,) and noise (b, n) for the draws `draw` (b,) of requests of `group` (b,).
@@ -45,19 +61,3 @@ def random_numbers(seed, number, group, draw, size, n):
     jitter = distinct_uniforms(seed, 2 * number + 1, group * size + draw // 2, 1)  # (b, 1)
     noise = distinct_uniforms(seed, 2 * number, group * size + draw, n)  # (b, n)
     return diffusion.stratified(jitter.squeeze(1), draw, size), noise
-
-
-def batches(lengths, turns, size, batch_size):
-    """Yield (request (b,), draw (b,), turn (b,)) with b <= batch_size, for every row once.
-
-    lengths (N,) of the requests; turns (N,): how many rows one draw takes. Only requests of equal
-    length share a batch, so that there is no padding.
-    """
-    for length in np.unique(lengths):
-        members = np.flatnonzero(lengths == length)
-        first = np.cumsum([0, *turns[members] * size])  # (members + 1,) each request's first row
-        for start in range(0, first[-1], batch_size):
-            row = np.arange(start, min(start + batch_size, first[-1]))  # (b,)
-            i = np.searchsorted(first, row, side="right") - 1  # (b,)
-            draw, turn = np.divmod(row - first[i], turns[members[i]])  # (b,) each
-            yield members[i], torch.from_numpy(draw), torch.from_numpy(turn)

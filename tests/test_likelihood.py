@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from conftest import L, Table, V, random_joint, random_logits, states, true_conditionals
 from plain import DEFAULTS
 
+import config as settings
 import diffusion
+import evaluate
 from data.loader import spread
 from evaluate import (
     ESTIMATORS,
@@ -19,7 +21,6 @@ from evaluate import (
     Requests,
     answer_nats,
     estimate,
-    merged,
     nats_of_rows,
     of_set,
     random_numbers,
@@ -43,7 +44,7 @@ def nats_of(model, blocks, **options):
 
 def one_set(model, requests, size, number=0, **options):
     """What set `number` of `size` draws says of each request: (N,)."""
-    o = merged(options)
+    o = settings.options(options, *evaluate.MODULES)
     nats, _ = set_nats(model, Requests(requests), o, number, size)  # (N, size)
     return of_set(ESTIMATORS[o["estimator"]], nats)
 
