@@ -108,8 +108,7 @@ OBJECTIVES = Table(
 # Why the sum over k is a bound. Along a random order, the chain rule -log p = sum_k CE(k-th token |
 # those before it) is a likelihood. While k tokens are masked, the next one is any of the k, so its
 # expected cost is h_k, the mean CE of the masked tokens: the bound is h_1 + ... + h_L. One draw
-# takes one k, uniformly, so its h_k counts L times: L h_k = L/k * (sum of CE over the k masked
-# tokens). By hand, for L = 3: with weights 3, 3/2, 1 it is (3 h_1 + 3/2 * 2 h_2 + 1 * 3 h_3)/3.
+# takes one k, uniformly, so h_k counts L times: L h_k = L/k * (sum of their CE). By hand: README.
 #
 # Why all objectives are this bound, RADD eq. 3.7. Masking each token with probability lam ~ U(0, 1)
 # makes k uniform on 0..L, 1/(L + 1) each; given k, lam is Beta(k + 1, L - k + 1), and 1/lam has the
@@ -142,8 +141,7 @@ def draw_mask(objective, u, noise, schedule=loglinear, prompt=None):
     return mask & (noise < torch.inf), weight
 
 
-# With attention=order a network (model.py) is trained on orders in place of masks: in one pass it
-# predicts each token of x0 from those before it in the order, all L terms of the chain rule.
+# What a network with attention=order (model.py) is trained on, in place of masks.
 ORDERS = Table(  # from noise and place (B, L) in [0, 1), coin (B, 1): numbers, sorted to an order
     "order",
     check_order,
@@ -225,12 +223,10 @@ def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, bound_weigh
 
 def ar_nll(model, x0, mask=None, weight=None, masked_idx=None):
     """Exact -log p(x0) of a causal network: the baseline. As nelbo; without a mask all counts."""
-    B, L = x0.shape  # here the network does read shifted text: a start token, then the one before
-    x = torch.cat([x0.new_full((B, 1), model.start_id), x0[:, :-1]], dim=1)  # (B, L)
+    x = torch.nn.functional.pad(x0[:, :-1], (1, 0), value=model.start_id)  # (B, L) shifted
     if mask is None:
-        h = model.hidden(x).flatten(0, 1)  # (B*L, D)
-        loss, ce, _ = cross_entropy(model, h, x0.flatten(), h.new_ones(B * L))
-        return loss, ce.view(B, L).sum(1)
+        loss, terms = of_all(model, model.hidden(x).flatten(0, 1), x0)
+        return loss, terms.sum(1)
     masked_idx, target, w = counted(x0, mask, weight, masked_idx)  # (N,) each
     h = model.hidden(x, masked_idx)  # (N, D)
     w = w.to(h.device, h.dtype)
@@ -244,14 +240,18 @@ def order_nll(model, x0, order, weight=None):
     order[b, k] (B, L) is the position that is unmasked k-th, terms[b, k] its CE times weight (B, L)
     or 1, no gradient. Averaged over uniform orders their sum is the any_order bound: no k is drawn.
     """
-    B, L = x0.shape
     target = x0.gather(1, order)  # (B, L) in the order in which they are unmasked
-    clean = torch.cat([x0.new_full((B, 1), model.mask_id), target[:, :-1]], dim=1)  # (B, L)
-    places = torch.cat([order.new_zeros(B, 1), order[:, :-1], order], dim=1)  # (B, 2L)
+    clean = torch.nn.functional.pad(target[:, :-1], (1, 0), value=model.mask_id)  # (B, L)
+    places = torch.cat([order.new_zeros(len(order), 1), order[:, :-1], order], dim=1)  # (B, 2L)
     h = model.hidden_in_order(clean, places).flatten(0, 1)  # (B*L, D)
-    w = h.new_ones(B * L) if weight is None else weight.flatten().to(h.dtype)  # (B*L,)
+    return of_all(model, h, target, weight)
+
+
+def of_all(model, h, target, weight=None):
+    """(loss, terms (B, L)) of all of target (B, L), from h (B*L, D); weight (B, L), or None: 1."""
+    w = h.new_ones(len(h)) if weight is None else weight.flatten().to(h.dtype)  # (B*L,)
     loss, ce, _ = cross_entropy(model, h, target.flatten(), w)
-    return loss, (w * ce).view(B, L)
+    return loss, (w * ce).view(target.shape)
 
 
 def counted(x0, mask, weight, masked_idx=None):
