@@ -7,12 +7,7 @@ It is not told the time, for what it predicts does not depend on it (diffusion.p
 - attention=full sees both sides: masked diffusion as in both papers. One unmasked token changes
   every hidden state, so nothing can be kept from one call to the next.
 - attention=causal sees the left: the autoregressive baseline (ARM), with a cache (lib/cache.py).
-- attention=order is any-order generation with a cache: clean tokens are read in the order in which
-  they are unmasked, each seeing itself and those before; a *query*, the mask at some position, sees
-  the clean tokens so far and itself. What comes later changes no earlier key or value, so a cache
-  is exact, and one pass over [clean tokens; queries] gives all L terms of a chain rule. What it
-  predicts depends on the order as well as on the set of visible tokens. Left to right it is an ARM
-  with queries. (XLNet, arXiv 1906.08237; sigma-GPT, 2404.09562; Eso-LM, 2506.01928.)
+- attention=order is any-order generation with a cache: part 3, which the others do not need.
 - One class holds both papers' architectures (RADD: LayerNorm, biases, GELU; SMDM: RMSNorm, SwiGLU,
   no biases; both rotary) and what trains faster at small scale (QK-norm, zero initialisation).
 
@@ -80,6 +75,7 @@ def rotate(z, cos, sin):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(z.dtype)
 
 
+# ---- 1. A block ----------------------------------------------------------------------------------
 ATTENTIONS = ("full", "causal", "order")
 NORMS = Table(
     "norm",
@@ -127,17 +123,16 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.drop = nn.Dropout(config["dropout"])
 
-    def forward(self, h, cos, sin, masked_idx=None, cache=None, streams=None):
+    def forward(self, h, cos, sin, masked_idx=None, cache=None):
         """(B, L, D) -> (B, L, D), or at flat positions masked_idx (N,) alone: (N, D)."""
         z = self.norm1(h)  # (B, L, D)
-        if streams is not None:
-            y = self.attention_in_order(z, cos, sin, streams)  # (B, T, D)
-            h = h[:, -y.shape[1] :]  # (B, T, D)
-        elif masked_idx is None:
-            y = self.attention(z, cos, sin, cache)  # (B, L, D)
-        else:  # from here on a position depends on itself alone
-            h = h.flatten(0, 1).index_select(0, masked_idx)  # (N, D), a faster gradient than []
-            y = self.attention_at(masked_idx, z, cos, sin)  # (N, D)
+        if masked_idx is None:
+            return self.after_attention(h, self.attention(z, cos, sin, cache))  # (B, L, D)
+        h = h.flatten(0, 1).index_select(0, masked_idx)  # (N, D), a faster gradient than []
+        return self.after_attention(h, self.attention_at(masked_idx, z, cos, sin))  # (N, D)
+
+    def after_attention(self, h, y):
+        """h and y, what attention has read, -> h, (..., D) each: of each position by itself."""
         h = h + self.drop(self.proj(y))
         return h + self.drop(self.mlp(self.norm2(h)))
 
@@ -151,18 +146,6 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, H, L so far, d) each
         return fused.attention(q, k, v, self.causal).transpose(1, 2).reshape(B, L, D)
-
-    def attention_in_order(self, z, cos, sin, streams):
-        """z (B, n + Q, D), n clean tokens, then Q queries -> the same, or of the queries alone.
-
-        Clean tokens are read by all that come later, a query by none but itself. Of the last block
-        only the queries are needed.
-        """
-        (B, T, _), (n, read, last) = z.shape, streams
-        qkv = self.qkv(z).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
-        q, k = self.norm_and_rotate(qkv[:2], cos, sin)  # (B, H, T, d) each
-        q = q[:, :, n:] if last else q
-        return read(q, torch.stack([k, qkv[2]])).transpose(1, 2).flatten(2)
 
     def norm_and_rotate(self, z, cos, sin):
         """Queries or keys (..., d), normalised if they are to be, and turned to their positions."""
@@ -198,16 +181,15 @@ class Block(nn.Module):
         return y.transpose(1, 2).reshape(B * L, D).index_select(0, masked_idx)
 
 
-class Streams(NamedTuple):
-    """How a block of an `order` network reads."""
-
-    n: int  # clean tokens; the others are queries
-    read: object  # (q (B, H, T, d), k and v (2, B, H, n + Q, d)) -> what each q reads (B, H, T, d)
-    last: bool  # the last block, of which queries alone are wanted
-
-
+# ---- 2. The network ------------------------------------------------------------------------------
 class Transformer(nn.Module):
     """model(x) -> logits (B, L, V) for x (B, L) in [0, V]; V = mask_id."""
+
+    block_class = Block
+
+    def __new__(cls, config=None):  # None: a copy
+        in_order = cls is Transformer and config and config["attention"] == "order"
+        return super().__new__(OrderTransformer if in_order else cls)
 
     def __init__(self, config):
         super().__init__()
@@ -222,7 +204,7 @@ class Transformer(nn.Module):
         self.row_loss = None  # of lib/fused.py, which lib/parallel.py may compile
         self.embed = nn.Embedding.from_pretrained(torch.empty(V + 1, D), freeze=False)  # undrawn
         self.conv = nn.Parameter(torch.empty(conv, D)) if conv else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config["n_layer"]))
+        self.blocks = nn.ModuleList(self.block_class(config) for _ in range(config["n_layer"]))
         self.norm = NORMS[config["norm"]](config)
         self.unembed = nn.Linear(D, V + config["head_padding"], bias=config["bias"])
         for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
@@ -259,8 +241,6 @@ class Transformer(nn.Module):
 
         With a `cache`, a list of one Cache a block, a causal network goes on from what they hold.
         """
-        if self.config["attention"] == "order":
-            return self.hidden_from_visible(x, masked_idx)
         start = cache[0].n if cache else 0
         end = start + x.shape[1]
         assert end <= self.block_size, f"{end} tokens, block_size {self.block_size}"
@@ -282,45 +262,6 @@ class Transformer(nn.Module):
         padded = F.pad(h, (0, 0, half, half))  # (B, L + width - 1, D)
         return sum(padded[:, i : i + L] * weight for i, weight in enumerate(self.conv))
 
-    # The next three are for `order` networks alone: skip them at first.
-
-    def hidden_in_order(self, clean, places, attend=None):
-        """Hidden states (B, Q, D) of the queries of an `order` network.
-
-        clean (B, n): ids in the order in which they are unmasked, a start token first. places
-        (B, n + Q): their positions, then those of the queries. Here Q = n, and query k sees the
-        clean tokens 0..k: all terms of a chain rule in one pass. With the `attend` of a cache's
-        Reading (lib/cache.py), all queries see all that their sequence has read.
-        """
-        n, Q = clean.shape[1], places.shape[1] - clean.shape[1]
-        queries = torch.full((len(clean), Q), self.mask_id, device=clean.device)  # (B, Q)
-        cos, sin = self.cos[places][:, None], self.sin[places][:, None]  # (B, 1, n + Q, d/2) each
-        h = self.embed(torch.cat([clean, queries], dim=1))  # (B, n + Q, D)
-        for i, block in enumerate(self.blocks):
-            read = functools.partial(attend, i) if attend else fused.attention_in_order
-            h = block(h, cos, sin, streams=Streams(n, read, i == len(self.blocks) - 1))
-        return self.norm(h)
-
-    def hidden_from_visible(self, x, masked_idx=None):
-        """As `hidden`: it reads visible tokens, left to right, then answers the queries."""
-        B, L = x.shape
-        idx = torch.arange(B * L) if masked_idx is None else masked_idx.cpu()  # (N,)
-        visible = x.cpu() != self.mask_id  # (B, L)
-        slots = torch.arange(B)  # (B,)
-        h = self.hidden_from_cache(x, visible, idx, OrderCache(B, L), slots)  # (N, D)
-        return h.view(B, L, -1) if masked_idx is None else h
-
-    def hidden_from_cache(self, x, visible, masked_idx, cache, slots):
-        """Hidden states (N, D) at flat positions masked_idx (N,) of x (B, L), in slots of a cache.
-
-        First it reads those tokens of visible (B, L) that an OrderCache does not hold yet in slots
-        (B,). All but x is on the CPU.
-        """
-        reading = cache.plan_call(slots, visible, masked_idx, x.device)
-        clean = F.pad(x, (1, 0), value=self.mask_id).gather(1, reading.columns)  # (B, n)
-        h = self.hidden_in_order(clean, reading.places, reading.attend)  # (B, Q, D)
-        return h[reading.answers]
-
     def head_parameters(self):
         """(weight (V, D), bias (V,) or None) of the head; the mask has no output."""
         weight, bias, V = self.unembed.weight, self.unembed.bias, self.vocab_size
@@ -341,3 +282,82 @@ class Transformer(nn.Module):
 
     def n_parameters(self):
         return sum(p.numel() for p in self.parameters())
+
+
+# ---- 3. A network with attention=order -----------------------------------------------------------
+class Streams(NamedTuple):
+    """How a block of such a network reads."""
+
+    n: int  # clean tokens; the others are queries
+    read: object  # (q (B, H, T, d), k and v (2, B, H, n + Q, d)) -> what each q reads (B, H, T, d)
+    last: bool  # the last block, of which queries alone are wanted
+
+
+class OrderBlock(Block):
+    def forward(self, h, cos, sin, streams):
+        """(B, n + Q, D), n clean tokens, then Q queries -> the same, or of the queries alone."""
+        y = self.attention_in_order(self.norm1(h), cos, sin, streams)  # (B, T, D)
+        return self.after_attention(h[:, -y.shape[1] :], y)
+
+    def attention_in_order(self, z, cos, sin, streams):
+        """z (B, n + Q, D), n clean tokens, then Q queries -> the same, or of the queries alone.
+
+        Clean tokens are read by all that come later, a query by none but itself. Of the last block
+        only the queries are needed.
+        """
+        (B, T, _), (n, read, last) = z.shape, streams
+        qkv = self.qkv(z).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
+        q, k = self.norm_and_rotate(qkv[:2], cos, sin)  # (B, H, T, d) each
+        q = q[:, :, n:] if last else q
+        return read(q, torch.stack([k, qkv[2]])).transpose(1, 2).flatten(2)
+
+
+class OrderTransformer(Transformer):
+    """Any-order generation with a cache.
+
+    Clean tokens are read in the order in which they are unmasked, each seeing itself and those
+    before; a *query*, the mask at some position, sees the clean tokens so far and itself. What
+    comes later changes no earlier key or value, so a cache is exact, and one pass over [clean
+    tokens; queries] gives all L terms of a chain rule. What it predicts depends on the order as
+    well as on the set of visible tokens. Left to right it is an ARM with queries. (XLNet, arXiv
+    1906.08237; sigma-GPT, 2404.09562; Eso-LM, 2506.01928.)
+    """
+
+    block_class = OrderBlock
+
+    def hidden(self, x, masked_idx=None):
+        """As of Transformer: it reads visible tokens, left to right, then answers the queries."""
+        B, L = x.shape
+        idx = torch.arange(B * L) if masked_idx is None else masked_idx.cpu()  # (N,)
+        visible = x.cpu() != self.mask_id  # (B, L)
+        slots = torch.arange(B)  # (B,)
+        h = self.hidden_from_cache(x, visible, idx, OrderCache(B, L), slots)  # (N, D)
+        return h.view(B, L, -1) if masked_idx is None else h
+
+    def hidden_in_order(self, clean, places, attend=None):
+        """Hidden states (B, Q, D) of the queries.
+
+        clean (B, n): ids in the order in which they are unmasked, a start token first. places
+        (B, n + Q): their positions, then those of the queries. Here Q = n, and query k sees the
+        clean tokens 0..k: all terms of a chain rule in one pass. With the `attend` of a cache's
+        Reading (lib/cache.py), all queries see all that their sequence has read.
+        """
+        n, Q = clean.shape[1], places.shape[1] - clean.shape[1]
+        queries = torch.full((len(clean), Q), self.mask_id, device=clean.device)  # (B, Q)
+        cos, sin = self.cos[places][:, None], self.sin[places][:, None]  # (B, 1, n + Q, d/2) each
+        h = self.embed(torch.cat([clean, queries], dim=1))  # (B, n + Q, D)
+        for i, block in enumerate(self.blocks):
+            read = functools.partial(attend, i) if attend else fused.attention_in_order
+            h = block(h, cos, sin, streams=Streams(n, read, i == len(self.blocks) - 1))
+        return self.norm(h)
+
+    def hidden_from_cache(self, x, visible, masked_idx, cache, slots):
+        """Hidden states (N, D) at flat positions masked_idx (N,) of x (B, L), in slots of a cache.
+
+        First it reads those tokens of visible (B, L) that an OrderCache does not hold yet in slots
+        (B,). All but x is on the CPU.
+        """
+        reading = cache.plan_call(slots, visible, masked_idx, x.device)
+        clean = F.pad(x, (1, 0), value=self.mask_id).gather(1, reading.columns)  # (B, n)
+        h = self.hidden_in_order(clean, reading.places, reading.attend)  # (B, Q, D)
+        return h[reading.answers]

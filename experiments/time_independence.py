@@ -51,7 +51,7 @@ class TimedBlock(network.Block):
         super().__init__(config)
         self.modulate = nn.Linear(WIDTH, 6 * config["n_embd"])
 
-    def forward(self, h, cos, sin, masked_idx=None, cache=None, streams=None):
+    def forward(self, h, cos, sin, masked_idx=None, cache=None):
         """As Block.forward; `cond` (B, WIDTH) is set by Timed.hidden."""
         each = self.modulate(F.silu(self.cond))[:, None].chunk(6, dim=-1)  # six of (B, 1, D)
         z = self.norm1(h) * (1 + each[0]) + each[1]  # (B, L, D)

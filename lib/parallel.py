@@ -190,7 +190,8 @@ def shard(model, team):
         fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
     fsdp.fully_shard(model, mesh=mesh)  # what is left: embedding, last norm and head
     for method in ("hidden", "hidden_in_order"):
-        fsdp.register_fsdp_forward_method(model, method)
+        if hasattr(model, method):
+            fsdp.register_fsdp_forward_method(model, method)
 
 
 def prepare_for_training(loss_fn, config, team):
