@@ -35,7 +35,7 @@ What makes it fast: draws of a set are stratified in antithetic pairs (u, 1 - u)
 its own: an eighth of the calls of independent ones for the same interval. Sets are independent.
 """
 
-import config as settings  # isort: skip (first: from here on Ctrl-C is one line)
+from lib import program  # isort: skip (first: from here on Ctrl-C is one line)
 import math
 import sys
 import time
@@ -44,6 +44,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+import config as settings
 import diffusion
 from config import Table, require
 from data import ngram
@@ -392,4 +393,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, *MODULES)
+    program.run(main, *MODULES)

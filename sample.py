@@ -23,7 +23,7 @@ head. An `order` network (model.py) reads each clean token once, into a cache (c
     the calls of that sequence, which are two:             [1, -1, 0, 1]
 """
 
-import config as settings  # isort: skip (first: from here on Ctrl-C is one line)
+from lib import program  # isort: skip (first: from here on Ctrl-C is one line)
 import contextlib
 import itertools
 import sys
@@ -31,6 +31,7 @@ import time
 
 import torch
 
+import config as settings
 import diffusion
 import samplers
 from config import require
@@ -396,4 +397,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, *MODULES)
+    program.run(main, *MODULES)

@@ -20,7 +20,7 @@ What makes it fast: a step waits for no number from the device; blocks are compi
 bfloat16; half of the positions pass the head (diffusion.py, model.py, lib/fused.py).
 """
 
-import config as settings  # isort: skip (first: from here on Ctrl-C is one line)
+from lib import program  # isort: skip (first: from here on Ctrl-C is one line)
 import contextlib
 import copy
 import itertools
@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import torch
 
+import config as settings
 import diffusion
 import evaluate
 import lib.log
@@ -394,4 +395,4 @@ def train(config, team):
 
 
 if __name__ == "__main__":
-    settings.run(main, *MODULES)
+    program.run(main, *MODULES)

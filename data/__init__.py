@@ -4,4 +4,4 @@
 evaluates the tokens does not belong here.
 """
 
-import config  # noqa: F401 (first of all: from here on Ctrl-C is one line)
+from lib import program  # noqa: F401 (first of all: from here on Ctrl-C is one line)

@@ -4,4 +4,4 @@ What estimates a likelihood belongs in evaluate.py, what prepares data in data/,
 paper that is measured in experiments/.
 """
 
-import config  # noqa: F401 (first of all: from here on Ctrl-C is one line)
+from lib import program  # noqa: F401 (first of all: from here on Ctrl-C is one line)

@@ -32,12 +32,13 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, too
-import config as settings  # isort: skip (first, as in train.py)
+from lib import program  # isort: skip (first, as in train.py)
 import time
 
 import numpy as np
 import torch
 
+import config as settings
 import diffusion
 import evaluate
 import sample
@@ -241,4 +242,4 @@ def keep(path, questions, nats, picks, right):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, diffusion, sys.modules[__name__])
+    program.run(main, settings, diffusion, sys.modules[__name__])

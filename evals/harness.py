@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, too
-import config as settings  # isort: skip (first, as in train.py)
+from lib import program  # isort: skip (first, as in train.py)
 import collections
 import contextlib
 from functools import partial
@@ -33,6 +33,7 @@ from functools import partial
 import numpy as np
 import torch
 
+import config as settings
 import diffusion
 import evaluate
 import sample
@@ -218,4 +219,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, diffusion, sys.modules[__name__])
+    program.run(main, settings, diffusion, sys.modules[__name__])

@@ -32,7 +32,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, too
-import config as settings  # isort: skip (first, as in train.py)
+from lib import program  # isort: skip (first, as in train.py)
 import contextlib
 import functools
 from collections import Counter
@@ -285,4 +285,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, *sample.MODULES, sys.modules[__name__])
+    program.run(main, *sample.MODULES, sys.modules[__name__])

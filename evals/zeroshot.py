@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, too
-import config as settings  # isort: skip (first, as in train.py)
+from lib import program  # isort: skip (first, as in train.py)
 import hashlib
 import json
 import math
@@ -147,4 +147,4 @@ def wider(mean, half):
 
 
 if __name__ == "__main__":
-    settings.run(main, *evaluate.MODULES, sys.modules[__name__])
+    program.run(main, *evaluate.MODULES, sys.modules[__name__])

@@ -5,4 +5,4 @@ write), runs.py (what they train) and what they can of each other; nothing outsi
 here.
 """
 
-import config  # noqa: F401 (first of all: from here on Ctrl-C is one line)
+from lib import program  # noqa: F401 (first of all: from here on Ctrl-C is one line)

@@ -47,6 +47,7 @@ import sample
 from config import require
 from evals import quality
 from experiments import results
+from lib import program
 from lib.stats import finite, plus_minus
 from lib.subject import load_evaluable
 
@@ -296,4 +297,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, sys.modules[__name__])
+    program.run(main, settings, results, sys.modules[__name__])

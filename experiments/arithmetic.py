@@ -24,7 +24,7 @@ import train
 from data import examples
 from experiments import results
 from experiments.gsm8k import final, same
-from lib import checkpoint
+from lib import checkpoint, program
 from lib.device import machine
 
 DEFAULTS = {
@@ -205,4 +205,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, sys.modules[__name__])
+    program.run(main, settings, results, sys.modules[__name__])

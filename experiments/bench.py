@@ -38,7 +38,7 @@ import sample
 import samplers
 from data import loader
 from experiments import baselines, results
-from lib import fused, parallel
+from lib import fused, parallel, program
 from lib.device import can_compile, keep_memory, machine, peak_memory, step_flops, wait
 from lib.files import to_json
 
@@ -552,4 +552,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, sys.modules[__name__])
+    program.run(main, settings, results, sys.modules[__name__])

@@ -39,6 +39,7 @@ import sample
 import samplers
 from config import choose
 from experiments import baselines, bench, frontier, papers, results, runs
+from lib import program
 
 DEFAULTS = {
     "data": "data/corpus",  # a prepared folder
@@ -234,4 +235,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, runs, frontier, sys.modules[__name__])
+    program.run(main, settings, results, runs, frontier, sys.modules[__name__])

@@ -21,6 +21,7 @@ import evaluate
 from data import choice as sets
 from evals import choice
 from experiments import results
+from lib import program
 from lib.subject import load_evaluable
 
 DEFAULTS = {
@@ -84,4 +85,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, diffusion, results, sys.modules[__name__])
+    program.run(main, settings, diffusion, results, sys.modules[__name__])

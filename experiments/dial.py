@@ -19,7 +19,7 @@ import config as settings
 import train
 from data import examples, loader
 from experiments import recipe, results
-from lib import budget
+from lib import budget, program
 
 DEFAULTS = {
     "data": "",  # a prepared folder
@@ -114,4 +114,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, sys.modules[__name__])
+    program.run(main, settings, results, sys.modules[__name__])

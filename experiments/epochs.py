@@ -30,6 +30,7 @@ import config as settings
 from data import loader, tokenizer
 from experiments import papers, results, runs
 from experiments.scaling_up import numbers
+from lib import program
 
 DEFAULTS = {
     "data": "data/shakespeare,data/pydocs",  # prepared folders, two tables each
@@ -220,4 +221,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, runs, sys.modules[__name__])
+    program.run(main, settings, results, runs, sys.modules[__name__])

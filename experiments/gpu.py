@@ -43,7 +43,7 @@ from data import loader
 from experiments import device_checks, device_speed, loading, results, scaling_up
 from experiments.bench import seconds_of
 from lib import device as devices
-from lib import parallel, resume
+from lib import parallel, program, resume
 from lib.optim import update_ema
 
 DEFAULTS = {
@@ -334,4 +334,4 @@ def measured_on(part):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, sys.modules[__name__])
+    program.run(main, settings, results, sys.modules[__name__])

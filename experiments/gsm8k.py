@@ -25,7 +25,7 @@ from data import examples
 from data import tokenizer as tokenizers
 from data.gsm8k import prepare
 from experiments import results
-from lib import checkpoint
+from lib import checkpoint, program
 from lib.device import machine
 
 DEFAULTS = {
@@ -176,4 +176,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, sys.modules[__name__])
+    program.run(main, settings, results, sys.modules[__name__])

@@ -27,7 +27,7 @@ import train
 from config import require
 from data import examples, loader
 from experiments import results
-from lib import checkpoint
+from lib import checkpoint, program
 from lib import subject as subjects
 from lib.device import machine
 from lib.stats import mean_and_error, plus_minus
@@ -214,4 +214,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, sys.modules[__name__])
+    program.run(main, settings, results, sys.modules[__name__])

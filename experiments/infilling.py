@@ -28,7 +28,7 @@ import config as settings
 import diffusion
 import sample
 from experiments import orders, results, runs
-from lib import checkpoint, fused, philox
+from lib import checkpoint, fused, philox, program
 
 DEFAULTS = {
     "data": "data/corpus",  # a prepared folder of bytes
@@ -244,4 +244,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, runs, sys.modules[__name__])
+    program.run(main, settings, results, runs, sys.modules[__name__])

@@ -32,6 +32,7 @@ from config import require
 from data import loader
 from experiments import results
 from experiments.bench import alternate, middle, resident
+from lib import program
 from lib.device import machine
 from lib.files import to_json
 from lib.parallel import Team
@@ -185,4 +186,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, sys.modules[__name__])
+    program.run(main, settings, results, sys.modules[__name__])

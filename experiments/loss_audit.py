@@ -72,7 +72,7 @@ from config import require
 from data import loader
 from data.loader import spread
 from experiments import results
-from lib import checkpoint, philox
+from lib import checkpoint, philox, program
 from lib.device import machine
 from lib.fused import masked_indices
 from lib.stats import FEWEST, finite, t95
@@ -350,4 +350,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, sys.modules[__name__])
+    program.run(main, settings, results, sys.modules[__name__])

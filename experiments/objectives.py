@@ -31,7 +31,7 @@ import diffusion
 import train
 from data import loader
 from experiments import papers, results, runs
-from lib import checkpoint, fused, philox
+from lib import checkpoint, fused, philox, program
 
 DEFAULTS = {
     "data": "data/pydocs,data/corpus",  # prepared folders, one table each
@@ -190,4 +190,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, runs, sys.modules[__name__])
+    program.run(main, settings, results, runs, sys.modules[__name__])

@@ -34,7 +34,7 @@ from config import choose
 from data import loader
 from experiments import results
 from experiments.runs import step_flops
-from lib import checkpoint, philox
+from lib import checkpoint, philox, program
 from lib.device import cast_products, machine
 from lib.stats import mean_half, plus_minus
 
@@ -259,4 +259,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, diffusion, results, sys.modules[__name__])
+    program.run(main, settings, diffusion, results, sys.modules[__name__])

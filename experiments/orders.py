@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import config as settings
 from experiments import frontier, papers, results, runs
-from lib import checkpoint
+from lib import checkpoint, program
 
 DEFAULTS = {
     "data": "data/corpus",  # a prepared folder
@@ -136,4 +136,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, runs, frontier, sys.modules[__name__])
+    program.run(main, settings, results, runs, frontier, sys.modules[__name__])

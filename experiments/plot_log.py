@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config import UserError, nearest, require, run
+from config import UserError, nearest, require
+from lib import program
 from lib.files import optional, whole_file
 
 DEFAULTS = {
@@ -165,4 +166,4 @@ def main(config):
 if __name__ == "__main__":
     folders = [word for word in sys.argv[1:] if not word.startswith("-")]
     sys.argv[1:] = [word for word in sys.argv[1:] if word.startswith("-")]
-    run(lambda config: main(config | {"folders": folders}), sys.modules[__name__])
+    program.run(lambda config: main(config | {"folders": folders}), sys.modules[__name__])

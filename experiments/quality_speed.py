@@ -42,7 +42,7 @@ from tqdm import tqdm
 import config as settings
 from experiments import bench, frontier, papers, results, runs
 from experiments import equal_quality as equal
-from lib import checkpoint
+from lib import checkpoint, program
 from lib.device import cast_products, machine
 
 DEFAULTS = {
@@ -303,4 +303,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, runs, frontier, sys.modules[__name__])
+    program.run(main, settings, results, runs, frontier, sys.modules[__name__])

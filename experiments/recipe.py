@@ -27,6 +27,7 @@ from config import choose, require
 from data import loader
 from experiments import results
 from experiments.runs import independent_draws, step_flops
+from lib import program
 
 DEFAULTS = {
     "preset": "configs/pydocs_2400.py",  # the base that the variants change
@@ -197,4 +198,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, sys.modules[__name__])
+    program.run(main, settings, results, sys.modules[__name__])

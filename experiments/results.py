@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-import config as settings
 from config import UserError
+from lib import program
 from lib.files import optional, to_json, whole_file, writing
 
 DEFAULTS = {
@@ -183,4 +183,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, sys.modules[__name__])
+    program.run(main, sys.modules[__name__])

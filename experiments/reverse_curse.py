@@ -48,7 +48,7 @@ from data import examples
 from data.loader import spread
 from experiments import guidance, results, runs
 from experiments.berglund import TASKS, Words, compose, names_of, read, validating
-from lib import checkpoint
+from lib import checkpoint, program
 from lib.stats import FEWEST, t95
 
 DEFAULTS = {
@@ -423,4 +423,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, runs, sys.modules[__name__])
+    program.run(main, settings, results, runs, sys.modules[__name__])

@@ -39,7 +39,7 @@ import model as network
 import train
 from experiments import isoflop, papers, results, runs
 from experiments.scaling_up import numbers
-from lib import budget, formats
+from lib import budget, formats, program
 
 DEFAULTS = {
     "data": "data/corpus",  # a prepared folder
@@ -245,4 +245,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, runs, sys.modules[__name__])
+    program.run(main, settings, results, runs, sys.modules[__name__])

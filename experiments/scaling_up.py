@@ -19,7 +19,7 @@ import model as network
 from config import require
 from data.loader import id_type
 from experiments import results
-from lib import formats, fused
+from lib import formats, fused, program
 from lib.device import step_flops
 
 DEFAULTS = {
@@ -376,4 +376,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, results, sys.modules[__name__])
+    program.run(main, results, sys.modules[__name__])

@@ -32,7 +32,7 @@ import train
 from config import choose
 from data import loader
 from experiments import results, runs
-from lib import budget, checkpoint
+from lib import budget, checkpoint, program
 from lib.stats import mean_half
 
 DEFAULTS = {
@@ -132,4 +132,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, sys.modules[__name__])
+    program.run(main, settings, results, sys.modules[__name__])

@@ -25,7 +25,7 @@ import train
 from data import writer
 from data.tokenizer import Char
 from experiments import results
-from lib import checkpoint, log
+from lib import checkpoint, log, program
 
 DEFAULTS = {
     "kills": 100,  # how many processes are killed; 1 or more
@@ -196,4 +196,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, sys.modules[__name__])
+    program.run(main, settings, results, sys.modules[__name__])

@@ -35,7 +35,7 @@ import config as settings
 import evaluate
 from data import examples, writer
 from experiments import papers, results, runs
-from lib import checkpoint
+from lib import checkpoint, program
 from lib.stats import plus_minus, t95
 
 DEFAULTS = {
@@ -250,4 +250,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, runs, sys.modules[__name__])
+    program.run(main, settings, results, runs, sys.modules[__name__])

@@ -28,7 +28,7 @@ import diffusion
 import evaluate
 import model as network
 from experiments import papers, results, runs
-from lib import checkpoint
+from lib import checkpoint, program
 
 DEFAULTS = {
     "data": "data/corpus",  # a prepared folder
@@ -202,4 +202,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, runs, sys.modules[__name__])
+    program.run(main, settings, results, runs, sys.modules[__name__])

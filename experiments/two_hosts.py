@@ -28,7 +28,7 @@ import torch
 
 import config as settings
 from experiments import results, survive
-from lib import checkpoint
+from lib import checkpoint, program
 
 DEFAULTS = {
     "steps": 400,  # of the run; 40 or more
@@ -206,4 +206,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, sys.modules[__name__])
+    program.run(main, settings, results, sys.modules[__name__])

@@ -19,6 +19,7 @@ import torch
 
 import config as settings
 from experiments import results
+from lib import program
 
 DEFAULTS = {
     "preset": "configs/pydocs_2400.py",  # what is trained
@@ -78,4 +79,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, sys.modules[__name__])
+    program.run(main, settings, results, sys.modules[__name__])

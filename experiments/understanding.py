@@ -50,7 +50,7 @@ from data import loader
 from data.tokenizer import from_meta
 from evals import choice
 from experiments import guidance, orders, papers, results, runs
-from lib import checkpoint
+from lib import checkpoint, program
 from lib.stats import t95
 
 DEFAULTS = {
@@ -275,4 +275,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, runs, sys.modules[__name__])
+    program.run(main, settings, results, runs, sys.modules[__name__])

@@ -26,6 +26,7 @@ import evaluate
 from config import require
 from data import loader
 from experiments import results
+from lib import program
 from lib.rows import distinct_uniforms, random_numbers
 from lib.stats import finite
 from lib.subject import load_evaluable
@@ -161,4 +162,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, sys.modules[__name__])
+    program.run(main, settings, results, sys.modules[__name__])

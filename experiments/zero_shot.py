@@ -33,6 +33,7 @@ from pathlib import Path
 import config as settings
 from data import loader, tokenizer, writer
 from experiments import orders, papers, results, runs
+from lib import program
 
 DEFAULTS = {
     "data": "data/corpus",  # a prepared folder of bytes
@@ -150,4 +151,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, settings, results, runs, sys.modules[__name__])
+    program.run(main, settings, results, runs, sys.modules[__name__])

@@ -8,7 +8,7 @@ or .bin file, or a Hub name (JingyangOu/radd-t-dce, nieshen/SMDM/mdm_safetensors
 How the formats name tensors and settings is in formats.py. Nothing in a file is executed.
 """
 
-import config as settings  # isort: skip (first, as in train.py)
+from lib import program  # isort: skip (first, as in train.py)
 import contextlib
 import math
 import os
@@ -384,4 +384,4 @@ def main(config):
 
 if __name__ == "__main__":
     del sys.argv[1 : 2 if sys.argv[1:2] == ["export"] else 1]
-    settings.run(main, sys.modules[__name__])
+    program.run(main, sys.modules[__name__])

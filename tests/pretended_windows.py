@@ -117,15 +117,13 @@ def program(module, *words):
     import config
 
     modules = {
-        "train": ("config", "diffusion", "model", "train"),
-        "sample": ("config", "diffusion", "sample"),
-        "evaluate": ("config", "diffusion", "evaluate"),
         "data.text.prepare": ("data.text.prepare", "data.tokenizer"),
         "lib.checkpoint": ("lib.checkpoint",),
-        "view.page": ("config", "diffusion", "sample", "view.page"),
+        "view.page": ("config", "diffusion", "samplers", "sample", "view.page"),
     }
-    parts = [importlib.import_module(name) for name in modules[module]]
-    return importlib.import_module(module).main(config.parse(words, *parts))
+    command = importlib.import_module(module)
+    parts = [importlib.import_module(name) for name in modules.get(module, ())]
+    return command.main(config.parse(words, *(parts or command.MODULES)))
 
 
 def train(*words):

@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT
 from plain import DEFAULTS, RECIPE
 
-import config as settings
 import evaluate
+import lib.program
 import sample
 import train
 from data import writer
@@ -321,7 +321,7 @@ def test_bad_input_is_one_line_that_names_it_and_nothing_is_written(
     monkeypatch.chdir(world)
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *words])
     with pytest.raises(SystemExit) as exit:
-        settings.run(*MODULES[program])
+        lib.program.run(*MODULES[program])
     out, err = capsys.readouterr()
     err = re.sub(r"\r[^\n]*\r", "", err)  # a progress bar that was there and is gone
     assert exit.value.code == 2 and err.startswith(f"{program}.py: ") and message in err

@@ -15,6 +15,7 @@ from conftest import ROOT
 
 import config as settings
 import diffusion
+import lib.program
 from config import RENAMED, UserError, choose, defaults_of, help_text, options, parse, read_preset
 from lib.device import machine
 from lib.files import Stop, sweep, whole_file
@@ -392,7 +393,7 @@ def outcome(monkeypatch, capsys, main, *words):
     monkeypatch.setattr(sys, "argv", ["some/where/program.py", *words])
     code = None
     try:
-        settings.run(main, MODULE)
+        lib.program.run(main, MODULE)
     except SystemExit as exit:
         code = exit.code
     return code, *capsys.readouterr()
@@ -443,7 +444,7 @@ def test_a_line_stays_one_line_whatever_the_user_typed(monkeypatch, capsys):
 
 def test_help_says_what_can_be_set_and_runs_nothing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["some/where/program.py", "--seed=1", "--help"])
-    settings.run(None, settings)
+    lib.program.run(None, settings)
     out, err = capsys.readouterr()
     assert "usage: program.py [PRESET.py] [--key=value ...]" in out
     assert help_text(settings) in out and err == ""

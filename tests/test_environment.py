@@ -22,6 +22,7 @@ from conftest import ROOT
 from test_train import log, run, words
 
 import config as settings
+import lib.program
 import sample
 import train
 from config import parse
@@ -43,9 +44,7 @@ SOURCES = SCRIPTS + [
     for path in sorted(ROOT.glob(f"{folder}/**/*.py"))
 ]
 TEXT_OF = {name: (ROOT / name).read_text("utf8") for name in SOURCES}
-PROGRAMS = [
-    name for name, text in TEXT_OF.items() if re.search(r"^    (settings\.)?run\(", text, re.M)
-]
+PROGRAMS = [name for name, text in TEXT_OF.items() if re.search(r"^    program\.run\(", text, re.M)]
 # Those in folders that are run as a file, too, and not only with -m.
 AS_FILES = [name for name in PROGRAMS if "/" not in name or "sys.path.insert(" in TEXT_OF[name]]
 
@@ -78,7 +77,7 @@ def exit_code(monkeypatch, program, *line):
     """What a command exits with, in this process."""
     monkeypatch.setattr(sys, "argv", ["program.py", *map(str, line)])
     try:
-        settings.run(*program)
+        lib.program.run(*program)
     except SystemExit as end:
         return end.code
     return 0
@@ -208,7 +207,7 @@ def test_ctrl_c_that_ends_a_run_at_once_says_what_is_saved(data, tmp_path, monke
     def said(**keys):
         monkeypatch.setattr(sys, "argv", ["train.py", *words(data, tmp_path, **keys)])
         with pytest.raises(SystemExit) as end:
-            settings.run(train.main, *train.MODULES)
+            lib.program.run(train.main, *train.MODULES)
         assert end.value.code == 130
         return capsys.readouterr().err
 

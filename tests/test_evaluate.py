@@ -269,12 +269,13 @@ def lines(path):
 
 SLOW = """
 import time
-import config, evaluate
+import evaluate
 from evals import zeroshot
+from lib import program
 
 plain = evaluate.evaluate
 evaluate.evaluate = lambda *args: time.sleep(1) or plain(*args)
-config.run(zeroshot.main, *evaluate.MODULES, zeroshot)
+program.run(zeroshot.main, *evaluate.MODULES, zeroshot)
 """
 
 

@@ -13,6 +13,7 @@ from plain import DEFAULTS
 
 import config as settings
 import diffusion
+import lib.program
 import sample
 from data import writer
 from data.tokenizer import Char
@@ -304,7 +305,7 @@ def run(module, world, monkeypatch, *words):
     monkeypatch.chdir(world)
     words = ["--quick=True", "--results=found", "--device=cpu", "--dtype=float32", *words]
     monkeypatch.setattr(sys, "argv", ["program.py", *words])
-    return settings.run(module.main, settings, results, module)
+    return lib.program.run(module.main, settings, results, module)
 
 
 def test_the_loss_audit_writes_its_figures_table_and_plot(world, monkeypatch, capsys):

@@ -34,6 +34,7 @@ from hypothesis import strategies as st
 import config
 import diffusion
 import evaluate
+import lib.program
 import model as network
 import sample
 import train
@@ -208,7 +209,7 @@ def command(name, argv):
         patch.setattr(sys, "stderr", said)
         patch.setattr(sys, "stdout", io.StringIO())
         try:
-            config.run(main, *modules)
+            lib.program.run(main, *modules)
         except SystemExit as stop:
             line = said.getvalue()
             assert stop.code == 2 and line.count("\n") == 1 and line.startswith(f"{name}.py: ")

@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from test_train import TEXT, log, process, refusal, run, same, state_of, until, words
 
-import config as settings
+import lib.program
 import sample
 import train
 from config import UserError
@@ -219,7 +219,7 @@ def nobody_reads(monkeypatch, path=None):
 def exit_code(monkeypatch, program, *line):
     monkeypatch.setattr(sys, "argv", ["program.py", *map(str, line)])
     with pytest.raises(SystemExit) as end:
-        settings.run(*program)
+        lib.program.run(*program)
     return end.value.code
 
 

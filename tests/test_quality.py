@@ -14,6 +14,7 @@ from conftest import ROOT
 from plain import DEFAULTS
 
 import config as settings
+import lib.program
 import sample
 from config import UserError
 from data import writer
@@ -273,7 +274,7 @@ def test_bad_input_is_one_line_that_names_it(case, world, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setattr(sys, "argv", ["quality.py", *words])
     with pytest.raises(SystemExit) as exit:
-        settings.run(quality.main, *sample.MODULES, quality)
+        lib.program.run(quality.main, *sample.MODULES, quality)
     out, err = capsys.readouterr()
     assert exit.value.code == 2 and out == "" and err.count("\n") == 1
     assert err.startswith("quality.py: ") and message in err

@@ -468,10 +468,10 @@ def test_text_that_unpacks_to_more_than_memory_is_refused(tmp_path, monkeypatch)
     (tmp_path / "claim.txt.xz").write_bytes(lzma.compress(b"little", filters=huge))
     script = f"""
 import resource
-from config import run
 from data.text import prepare
+from lib import program
 resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
-run(lambda config: list(prepare.documents([{str(tmp_path / "claim.txt.xz")!r}])), prepare)
+program.run(lambda config: list(prepare.documents([{str(tmp_path / "claim.txt.xz")!r}])), prepare)
 """
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60

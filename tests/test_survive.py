@@ -249,7 +249,8 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path):
 # ---- Several processes ---------------------------------------------------------------------------
 
 PROGRAM = """
-import os, pathlib, signal, sys, time, train, config, lib.log
+import os, pathlib, signal, sys, time, train, lib.log
+from lib import program
 here, step_of = pathlib.Path(sys.argv.pop(1)), train.train_step
 mine = here / f"ended_{os.environ['RANK']}"
 lib.log.matmul_flops = lambda *_: 1e9
@@ -262,7 +263,7 @@ def train_step(config, step, *rest):
 
 train.train_step = train_step
 try:
-    config.run(train.main, *train.MODULES)
+    program.run(train.main, *train.MODULES)
 finally:
     mine.exists() or mine.write_text(str(time.time()))
 """

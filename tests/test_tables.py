@@ -203,7 +203,7 @@ def test_an_entry_that_is_replaced_is_looked_at_again(monkeypatch):
 
 
 README = (ROOT / "README.md").read_text(encoding="utf8")
-SHOWN = re.findall(r"^```py\n(.*?)^config.run\(train.main, .*?^```", README, re.S | re.M)
+SHOWN = re.findall(r"^```py\n(.*?)^lib.program.run\(train.main, .*?^```", README, re.S | re.M)
 assert SHOWN, "README shows a schedule, an order and an objective"
 SHOWN.append(textwrap.dedent(entries.__doc__[entries.__doc__.index("    import diffusion") :]))
 

@@ -3,4 +3,4 @@
 What samples or evaluates belongs in the five scripts; the JavaScript here is held to it by tests.
 """
 
-import config  # noqa: F401 (first of all: from here on Ctrl-C is one line)
+from lib import program  # noqa: F401 (first of all: from here on Ctrl-C is one line)

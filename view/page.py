@@ -12,13 +12,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, too
-import config as settings  # isort: skip (first, as in train.py)
+from lib import program  # isort: skip (first, as in train.py)
 import base64
 import os
 import re
 
 import torch
 
+import config as settings
 import model as network
 import sample
 import samplers
@@ -128,4 +129,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, *sample.MODULES, sys.modules[__name__])
+    program.run(main, *sample.MODULES, sys.modules[__name__])

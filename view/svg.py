@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, t
 
 from html import escape
 
-import config as settings
 import sample
+from lib import program
 from lib.files import whole_file
 from view import page
 
@@ -124,4 +124,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    settings.run(main, *sample.MODULES, sys.modules[__name__])
+    program.run(main, *sample.MODULES, sys.modules[__name__])

@@ -15,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
 
-from config import require, run
+from config import require
 from data import examples, writer
 from data import tokenizer as tokenizers
-from lib import checkpoint
+from lib import checkpoint, program
 
 DEFAULTS = {
     "input": "",  # files, separated by commas
@@ -75,4 +75,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__], examples, tokenizers)
+    program.run(main, sys.modules[__name__], examples, tokenizers)

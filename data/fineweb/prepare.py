@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
-from config import UserError, choose, require, run  # isort: skip (first, as in train.py)
+from lib import program  # isort: skip (first, as in train.py)
 import contextlib
 import json
 import shutil
@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import numpy as np
 from tqdm import tqdm
 
+from config import UserError, choose, require
 from data import download, loader, tokenizer, writer
 from lib.files import only_one, to_json, whole_file, writing
 
@@ -196,4 +197,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__])
+    program.run(main, sys.modules[__name__])

@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, t
 import itertools
 import re
 
-from config import require, run
+from config import require
 from data import download, examples
 from data import tokenizer as tokenizers
-from lib import checkpoint
+from lib import checkpoint, program
 
 DEFAULTS = {
     "from": "",  # a folder that holds the files; without one they are downloaded
@@ -111,4 +111,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__], examples, tokenizers)
+    program.run(main, sys.modules[__name__], examples, tokenizers)

@@ -20,9 +20,8 @@ import sysconfig
 from collections import Counter
 from pydoc_data.topics import topics
 
-from config import run
 from data import tokenizer, writer
-from lib import checkpoint
+from lib import checkpoint, program
 
 DEFAULTS = {
     "out": "data/pydocs",  # folder to prepare
@@ -90,4 +89,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__], tokenizer)
+    program.run(main, sys.modules[__name__], tokenizer)

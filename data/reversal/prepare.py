@@ -15,11 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
 
-from config import require, run
+from config import require
 from data import download, examples
 from data import tokenizer as tokenizers
 from data.pairs.prepare import pairs
-from lib import checkpoint
+from lib import checkpoint, program
 
 DEFAULTS = {
     "from": "",  # a folder that holds the .jsonl files; without one they are downloaded
@@ -81,4 +81,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__], examples, tokenizers)
+    program.run(main, sys.modules[__name__], examples, tokenizers)

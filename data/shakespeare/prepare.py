@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
 
-from config import require, run
+from config import require
 from data import download, tokenizer, writer
-from lib import checkpoint
+from lib import checkpoint, program
 
 DEFAULTS = {
     "input": "",  # a local copy of the text; without one it is downloaded
@@ -37,4 +37,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__], tokenizer)
+    program.run(main, sys.modules[__name__], tokenizer)

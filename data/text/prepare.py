@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, t
 import itertools
 import json
 
-from config import UserError, require, run
+from config import UserError, require
 from data import tokenizer, writer
-from lib import checkpoint
+from lib import checkpoint, program
 
 DEFAULTS = {
     "input": "",  # files or folders, separated by commas
@@ -147,4 +147,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__], tokenizer)
+    program.run(main, sys.modules[__name__], tokenizer)

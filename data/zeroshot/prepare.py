@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
-from config import UserError, choose, require, run  # isort: skip (first, as in train.py)
+from lib import program  # isort: skip (first, as in train.py)
 import re
 import shutil
 import tarfile
@@ -30,6 +30,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from config import UserError, choose, require
 from data import download, examples, loader, writer
 from data import tokenizer as tokenizers
 from lib import checkpoint
@@ -308,4 +309,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    run(main, sys.modules[__name__])
+    program.run(main, sys.modules[__name__])
