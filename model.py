@@ -171,14 +171,7 @@ class Block(nn.Module):
         place = masked_idx % L  # (N,)
         q = self.norm_and_rotate(q, cos[place, None], sin[place, None])  # (N, H, d)
         k = self.norm_and_rotate(k, cos, sin)  # (B, H, L, d)
-        if len(masked_idx) <= 2 * B:  # each query gets a copy of its own sequence
-            row = masked_idx // L  # (N,)
-            return fused.attention(q.unsqueeze(2), k[row], v[row], False).flatten(1)
-        # With more queries a table of all positions, zeros where nothing is asked, costs less.
-        table = q.new_zeros(B * L, *q.shape[1:]).index_copy(0, masked_idx, q)  # (B*L, H, d)
-        q = table.view(B, L, *q.shape[1:]).transpose(1, 2)  # (B, H, L, d)
-        y = fused.attention(q, k, v, False)  # (B, H, L, d)
-        return y.transpose(1, 2).reshape(B * L, D).index_select(0, masked_idx)
+        return fused.attention_at(masked_idx, q, k, v).flatten(1)
 
 
 # ---- 2. The network ------------------------------------------------------------------------------
@@ -187,7 +180,7 @@ class Transformer(nn.Module):
 
     block_class = Block
 
-    def __new__(cls, config=None):  # None: a copy
+    def __new__(cls, config=None):  # with attention=order that of part 3; a copy has no config
         in_order = cls is Transformer and config and config["attention"] == "order"
         return super().__new__(OrderTransformer if in_order else cls)
 

@@ -89,10 +89,10 @@ def categorical(logits, u, temperature=1.0, top_k=0, top_p=1.0):
         p, token = logits.softmax(-1).max(-1, keepdim=True)  # (N, 1) each
     else:
         p = keep_likely((logits / temperature).softmax(-1), top_k, top_p)  # (N, V)
-        edge = p.cumsum(-1)  # (N, V)
-        target = u.to(edge)[:, None] * edge[:, -1:]  # (N, 1)
-        token = torch.searchsorted(edge, target, right=True).clamp(max=p.shape[-1] - 1)  # (N, 1)
-        p = p.gather(-1, token) / edge[:, -1:]  # (N, 1)
+        cdf = p.cumsum(-1)  # (N, V)
+        target = u.to(cdf)[:, None] * cdf[:, -1:]  # (N, 1)
+        token = torch.searchsorted(cdf, target, right=True).clamp(max=p.shape[-1] - 1)  # (N, 1)
+        p = p.gather(-1, token) / cdf[:, -1:]  # (N, 1)
     return token.squeeze(-1), p.squeeze(-1)
 
 
@@ -103,14 +103,14 @@ def keep_likely(p, top_k, top_p):
     """
     if 0 < top_k < p.shape[-1]:
         least = p.topk(top_k, dim=-1).values[:, -1:]  # (N, 1)
-        equal = p == least  # (N, V)
-        room = top_k - (p > least).sum(-1, keepdim=True)  # (N, 1)
-        p = p.masked_fill((p < least) | (equal & (equal.cumsum(-1) > room)), 0.0)
+        tied = p == least  # (N, V)
+        room = top_k - (p > least).sum(-1, keepdim=True)  # (N, 1) for those that are tied
+        p = p.masked_fill((p < least) | (tied & (tied.cumsum(-1) > room)), 0.0)
     if top_p < 1:
         share = p / p.sum(-1, keepdim=True)  # (N, V)
         value, order = share.sort(dim=-1, descending=True, stable=True)  # (N, V) each
-        out = value.cumsum(-1) - value >= top_p  # (N, V) the mass before it is enough
-        p = p.masked_fill(torch.zeros_like(out).scatter(-1, order, out), 0.0)
+        beyond = value.cumsum(-1) - value >= top_p  # (N, V) the mass before it is enough
+        p = p.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
     return p
 
 
@@ -165,9 +165,9 @@ def sample_mdm(model, x, o, suppress=None, progress=False, on_call=None):
     policy = SAMPLERS[o["sampler"]](masked, o)
     states_of = Predictor(model, x != model.mask_id, policy, o)
     nfe = torch.zeros(N, dtype=torch.long)  # (N,)
-    graphs = o["compile"] and x.device.type == "cuda" and model.config["attention"] == "full"
+    has_graphs = o["compile"] and x.device.type == "cuda" and model.config["attention"] == "full"
     plan = samplers.calls(policy, nfe, o["batch_size"])
-    plan = calls_on_device(plan, policy, x.device, same_size=graphs)
+    plan = calls_on_device(plan, policy, x.device, same_size=has_graphs)
     x = x.clone(memory_format=torch.contiguous_format)  # (N, L)
     flat = x.view(-1)  # (N*L,) the same memory
     suppress = None if suppress is None else suppress.to(x.device).flatten()  # (N*L,)
@@ -196,11 +196,11 @@ def accepted(policy, call, mask_id, token, p, entropy):
     """Which of a call's tokens are unmasked, (n,) bool on the CPU, and the tokens, else mask_id."""
     if policy.planned:  # all of them: no call waits for its p
         return torch.ones(len(token), dtype=torch.bool), token
-    L = policy.masked_at(call.live, call.done).shape[1]
-    tables = torch.full((2, len(call.live), L), -1.0, dtype=p.dtype)  # p and entropy
-    tables[1] = torch.inf
-    tables.flatten(1)[:, call.idx] = torch.stack([p, entropy.to(p)]).cpu()  # (2, n)
-    keep = policy.accept(call.live, call.done, *tables).flatten()[call.idx]  # (n,)
+    p_all = torch.full(policy.masked_at(call.live, call.done).shape, -1.0, dtype=p.dtype)  # (b, L)
+    entropy_all = torch.full_like(p_all, torch.inf)  # (b, L)
+    p, entropy = torch.stack([p, entropy.to(p)]).cpu()  # (n,) each, in one copy
+    p_all.view(-1)[call.idx], entropy_all.view(-1)[call.idx] = p, entropy
+    keep = policy.accept(call.live, call.done, p_all, entropy_all).flatten()[call.idx]  # (n,)
     (kept,) = fused.moved(token.device, keep)  # (n,)
     return keep, torch.where(kept, token, mask_id)
 
@@ -215,8 +215,7 @@ class Predictor:
     def __init__(self, model, cond, policy, o):
         N, L = cond.shape
         self.model, self.cond, self.policy = model, cond, policy
-        self.cfg_scale = o["cfg_scale"]
-        self.B = min(o["batch_size"], N)
+        self.cfg_scale, self.B = o["cfg_scale"], min(o["batch_size"], N)
         self.slots = {}  # {sequence: slot}
         self.caches = []
         if model.config["attention"] == "order":
@@ -227,16 +226,19 @@ class Predictor:
         """x (N, L), a Call on the CPU and on x's device -> a list of states (n, D)."""
         x = x[due.live]  # (b, L)
         cond = self.cond[due.live] if self.cfg_scale else None  # (b, L)
-        if not self.caches:
-            h = diffusion.states(self.model, x, due.idx, cond, self.cfg_scale)
-            return [each[: len(due.at)] for each in h]  # without what a CUDA graph is padded with
+        if self.caches:
+            return self.from_caches(x, cond, call)
+        h = diffusion.states(self.model, x, due.idx, cond, self.cfg_scale)
+        return [each[: len(due.at)] for each in h]  # without what a CUDA graph is padded with
+
+    def from_caches(self, x, cond, call):
+        """The same of an `order` network: x (b, L) and, guided, cond (b, L) of a call."""
         visible = ~self.policy.masked_at(call.live, call.done)  # (b, L) known to the CPU
         texts = [(x, visible)]
         if self.cfg_scale:
             without = x.masked_fill(cond, self.model.mask_id)  # (b, L)
             texts.append((without, visible & self.gaps[call.live]))
-        slots = self.slots_of(call.live.tolist())
-        ask = self.model.hidden_from_cache
+        slots, ask = self.slots_of(call.live.tolist()), self.model.hidden_from_cache
         pairs = zip(texts, self.caches, strict=True)
         return [ask(*text, call.idx, cache, slots) for text, cache in pairs]
 
@@ -259,8 +261,7 @@ def sample_ar(model, x, o, suppress=None, progress=False):
     """
     require(o["cfg_scale"] == 0, "cfg_scale needs a masked diffusion model, not a causal one")
     began = time.time()
-    N, L = x.shape
-    B = o["batch_size"]
+    (N, L), B = x.shape, o["batch_size"]
     x = x.clone()  # (N, L)
     masked = (x == model.mask_id).cpu()  # (N, L)
     noise = philox.uniforms(o["seed"], samplers.STREAMS["token"], range(N), L)  # (N, L)
@@ -336,8 +337,7 @@ def requested(config, subject):
     ids = request(tokenizer, model, **texts, length=config["length"] or length)
     x = torch.tensor([ids] * config["num_samples"])  # (N, L)
     end = max((i + 1 for i, token in enumerate(ids) if token != model.mask_id), default=0)
-    least = config["min_new_tokens"]
-    eos_id = trained.get("eos_id", -1)
+    least, eos_id = config["min_new_tokens"], trained.get("eos_id", -1)
     knows_eos = least or eos_id >= 0
     suppress = suppress_eos(x, [end] * len(x), least, eos_id) if knows_eos else None  # (N, L)
     return x.to(model.device), suppress, end, eos_id

@@ -257,7 +257,7 @@ def any_order(masked, o):
     """One token a call, in an order drawn uniformly, as in the bound any_order (RADD, table 6)."""
     N, L = masked.shape
     u = philox.uniforms(o["seed"], STREAMS["order"], range(N), L)  # (N, L)
-    return FixedOrder(torch.where(masked, u.argsort(1).argsort(1), -1), o["seed"])
+    return FixedOrder(torch.where(masked, rank(u), -1), o["seed"])
 
 
 def left_to_right(masked, o):
@@ -290,7 +290,7 @@ def most_confident(masked, o, counts):
     def rule(live, done, p, entropy):
         pairs = zip(live, done, strict=True)
         n = torch.tensor([num_transfer_tokens[i][call] for i, call in pairs])  # (b,)
-        return p.argsort(dim=1, descending=True, stable=True).argsort(1) < n[:, None]
+        return rank(p, descending=True) < n[:, None]
 
     expected = sum(map(len, num_transfer_tokens)) / len(masked)
     return Adaptive(masked, o["seed"], rule, expected_nfe=expected)
@@ -350,6 +350,11 @@ def remasking(masked, o, sigma_of):
             events[n].append((due[n], is_masked[n].clone()))
         is_masked = (is_masked & ~due) | (~is_masked & masked & (u < sigma))
     return Remasking(events, o["seed"])
+
+
+def rank(values, descending=False):
+    """How many values of its row come before each: (N, L) -> (N, L); of equal ones the first."""
+    return values.argsort(dim=1, descending=descending, stable=True).argsort(1)
 
 
 def evenly(n, steps):

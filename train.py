@@ -102,6 +102,8 @@ ORDERS, OPTIMIZERS, LR_DECAYS = diffusion.ORDERS, optim.OPTIMIZERS, optim.LR_DEC
 # Random numbers that are no batch's: positions of their own, which no batch reaches.
 STREAMS = {"length": 2**62, "dropout": 2**62 + 1, "prompt_drop": 2**61, "order": 2**60}
 
+FIXED, VARYING = 16, 128  # masked_idx is filled up to such a multiple, by whether N varies
+
 
 # ---- 1. A batch ----------------------------------------------------------------------------------
 class Batch(NamedTuple):
@@ -137,16 +139,15 @@ def make_batch(config, dataset, step, rows):
     if coin < config["random_length"]:
         x0 = x0[:, : 1 + int(length * x0.shape[1])]  # (b, L)
     L = x0.shape[1]
-    n_tokens = config["batch_size"] * L
-    counts = {"n_tokens": n_tokens, "n_real": n_tokens}
+    counts = dict.fromkeys(("n_tokens", "n_real"), config["batch_size"] * L)
     if OBJECTIVES[config["objective"]].causal:
         return Batch(x0, **counts)
     if config["attention"] == "order":
         return Batch(x0, order=draw_training_order(config, step, rows, L), **counts)
     mask, weight, bound = draw_training_mask(config, step, rows, L)  # (b, L), (b,) each
     # Each pair of any_order masks L + 1 positions, so N is the same in every step.
-    static = config["objective"] == "any_order" and len(rows) % 2 == 0
-    masked_idx = fused.masked_indices(mask, multiple=16 if static else 128)  # (N,)
+    is_fixed = config["objective"] == "any_order" and len(rows) % 2 == 0
+    masked_idx = fused.masked_indices(mask, multiple=FIXED if is_fixed else VARYING)  # (N,)
     return Batch(x0, mask, weight.float(), masked_idx, bound_weight=bound.float(), **counts)
 
 
@@ -178,11 +179,18 @@ def make_example_batch(config, dataset, step, rows):
     """
     causal = OBJECTIVES[config["objective"]].causal
     first = loader.sequences_before(config, step)
-    data = dataset[dataset.index(first, rows)]
-    x0, prompt, length = map(torch.from_numpy, data)  # (b, L), (b,), (b,)
+    numbers = dataset[dataset.index(first, rows)]
+    x0, prompt, length = map(torch.from_numpy, numbers)  # (b, L), (b,), (b,)
     L = x0.shape[1]
     place = torch.arange(L)  # (L,)
     in_prompt = place < prompt[:, None]  # (b, L)
+    all_rows = dataset.index(first, range(config["batch_size"]))  # (B,) of the global batch
+    n_tokens = int(dataset.counted(all_rows, padding=not causal).sum())
+    n_real = int(dataset.counted(all_rows, padding=False).sum())
+    counts = {"n_tokens": n_tokens, "n_real": n_real}
+    if config["attention"] == "order":
+        order = draw_training_order(config, step, rows, L, prompt)  # (b, L) prompts come first
+        return Batch(x0, weight=(~in_prompt).float(), order=order, **counts)
     if causal:
         mask = ~in_prompt & (place < length[:, None])  # (b, L)
         weight = bound = torch.ones(len(x0))  # (b,)
@@ -192,13 +200,7 @@ def make_example_batch(config, dataset, step, rows):
     counters = [STREAMS["prompt_drop"] + row for row in rows]
     coin = philox.uniforms(config["seed"], step, counters, 1)  # (b, 1)
     dropped = (coin < config["prompt_drop"]) & in_prompt  # (b, L)
-    all_rows = dataset.index(first, range(config["batch_size"]))  # (B,) of the global batch
-    n_tokens, n_real = (int(dataset.counted(all_rows, pad).sum()) for pad in (not causal, False))
-    counts = {"n_tokens": n_tokens, "n_real": n_real}
-    if config["attention"] == "order":
-        order = draw_training_order(config, step, rows, L, prompt)  # (b, L) prompts come first
-        return Batch(x0, weight=(~in_prompt).float(), order=order, **counts)
-    masked_idx = fused.masked_indices(mask, multiple=128)  # (N,)
+    masked_idx = fused.masked_indices(mask, multiple=VARYING)  # (N,)
     return Batch(x0, mask | dropped, weight, masked_idx, bound_weight=bound, **counts)
 
 
@@ -255,10 +257,10 @@ def train_step(config, step, batches, loss_fn, optimizers, team, spent=0.0):
     if config["dropout"]:  # each process draws its own, the same whenever this step is taken
         philox.seed_torch(config["seed"], step, STREAMS["dropout"] + team.rank)
     share, micro = shares(config, team)
-    cuda = team.device.type == "cuda"
+    on_cuda = team.device.type == "cuda"
     total = nelbo = 0.0
     for first in range(0, share, micro):
-        batch = next(batches).each(lambda tensor: tensor.to(team.device, non_blocking=cuda))
+        batch = next(batches).each(lambda tensor: tensor.to(team.device, non_blocking=on_cuda))
         with parallel.accumulate(loss_fn, last=first + micro == share):
             with team.autocast():
                 loss, nats = loss_fn(**batch.inputs())
@@ -287,14 +289,14 @@ def log_now(config, losses, spent, signal, team, log):
 
 def evaluate_held_out(config, step, model, val, team):
     """(dict, line) of report on the held-out requests, of which each process evaluates its part."""
-    items = parallel.my_share([len(prompt) + len(answer) for prompt, answer in val.requests], team)
-    options = {"draws": config["eval_draws"], "seed": config["seed"], "groups": items}
-    part = None  # unless its nats are finite, which the other processes have to hear
+    mine = parallel.my_share([len(prompt) + len(answer) for prompt, answer in val.requests], team)
+    options = {"draws": config["eval_draws"], "seed": config["seed"], "groups": mine}
+    nats_of = None  # unless all are finite, which the other processes have to hear
     with contextlib.suppress(NotFinite), team.autocast():
-        nats = evaluate.answer_nats(model, [val.requests[i] for i in items], **options).tolist()
-        part = dict(zip(items, nats, strict=True))
+        nats = evaluate.answer_nats(model, [val.requests[i] for i in mine], **options).tolist()
+        nats_of = dict(zip(mine, nats, strict=True))
     parallel.reshard(model)
-    parts = parallel.gather(part, team)
+    parts = parallel.gather(nats_of, team)
     resume.require_sound(config, None not in parts, f"the loss is nan at step {step}")
     nats_of = {i: nats for part in parts for i, nats in part.items()}
     return report([nats_of[i] for i in range(len(val.requests))], val.counts, val.bytes_per_token)
@@ -303,14 +305,14 @@ def evaluate_held_out(config, step, model, val, team):
 def evaluate_now(config, model, ema, tokenizer, val, team, log):
     """Evaluate and show a sample, on the screen and in the log -> a dict of report, or None."""
     step = log.clock.step
-    best = (ema or model).eval()
+    evaluated = (ema or model).eval()
     result = None
     if val:
-        result, line = evaluate_held_out(config, step, best, val, team)
+        result, line = evaluate_held_out(config, step, evaluated, val, team)
         log.say(f"step {step}: {line}")
         log.write({"step": step} | result)
     if config["show_sample"]:  # by all processes: with fsdp none of them can alone
-        log.say(f"---- a sample\n{one_sample(config, best, tokenizer, val, team)}\n----")
+        log.say(f"---- a sample\n{one_sample(config, evaluated, tokenizer, val, team)}\n----")
     model.train()
     log.clock.look(evaluated=True)
     log.restart(step)
@@ -364,8 +366,7 @@ def train(config, team):
 
     log = Log(config, model, dataset, clock, team)
     log.say_start(model, dataset, val, "averaged" if ema else "raw")
-    result = None
-    stopped = 0
+    result, stopped = None, 0
     with Stop() as stop, log, parallel.together(path, team), contextlib.closing(batches):
         for step in clock:
             # One step: forward, loss.backward(), and a move of the weights.

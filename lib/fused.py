@@ -198,6 +198,21 @@ def attention(q, k, v, causal=False, seen=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal)
 
 
+FEW = 2  # queries for each sequence, up to which copies of its keys and values cost less
+
+
+def attention_at(masked_idx, q, k, v):
+    """Attention of queries q (N, H, d) at flat positions (N,) to k, v (B, H, L, d): (N, H, d)."""
+    B, H, L, d = k.shape
+    if len(masked_idx) <= FEW * B:  # each query gets a copy of its own sequence
+        row = masked_idx // L  # (N,)
+        return attention(q.unsqueeze(2), k[row], v[row]).squeeze(2)
+    # With more queries a table of all positions, zeros where nothing is asked, costs less.
+    table = q.new_zeros(B * L, H, d).index_copy(0, masked_idx, q).view(B, L, H, d)
+    y = attention(table.transpose(1, 2), k, v)  # (B, H, L, d)
+    return y.transpose(1, 2).reshape(B * L, H, d).index_select(0, masked_idx)
+
+
 def attention_in_order(q, kv):
     """Attention among the 2n tokens of a chain rule, n clean ones, then n queries.
 
