@@ -10,7 +10,8 @@
   true conditionals, what is visible at a time is distributed as it is without remasking; given a
   network's, it is not.
 
-To add a sampler, add an entry to SAMPLERS: a function (masked (N, L) bool, options) -> Policy.
+To add a sampler, add an entry to SAMPLERS: a function (masked (N, L) bool, options) -> Policy. The
+options are the config's keys, as a dict: o["steps"], o["seed"].
 `calls`, here, asks the policy what is due; the loop in sample.py asks it what to accept.
 """
 
