@@ -91,7 +91,7 @@ DEFAULTS = {
     "eval_draws": 4,  # draws of the corruption for each of them, 1 or more
     "show_sample": True,  # print one unconditional sample at each evaluation
     "save_interval": 0,  # steps between two checkpoints; 0: as eval_interval
-    "keep": 1,  # checkpoints to keep, 1 or more; above 1 the last ones also stay as ckpt_STEP.pt
+    "keep": 1,  # last checkpoints to keep, 1 or more, above 1 as ckpt_STEP.pt; best.pt stays anyway
     "log_interval": 10,  # steps between log entries, 1 or more; a stop is looked for as often
     "wandb": "",  # the project of wandb that gets the log, too
     "tensorboard": False,  # write the log to out_dir/tensorboard, too
@@ -308,6 +308,7 @@ def evaluate_now(config, model, ema, tokenizer, val, team, log):
     if val:
         result, line = evaluate_held_out(config, step, best, val, team)
         log.say(f"step {step}: {line}")
+        resume.keep_best(config, tokenizer, log, model, ema, result, team)
         log.write({"step": step} | result)
     if config["show_sample"]:  # by all processes: with fsdp none of them can alone
         log.say(f"---- a sample\n{one_sample(config, best, tokenizer, val, team)}\n----")

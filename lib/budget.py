@@ -121,6 +121,8 @@ class Clock:
         self.limits, self.team = (config["max_iters"], config["max_minutes"]), team
         self.start = self.step = state["step"] if state else 0
         self.before = self.minutes = state.get("minutes", 0.0) if state else 0.0
+        self.tokens = state.get("tokens", 0.0) if state else 0.0  # these two are counted by the log
+        self.flops = state.get("flops", 0.0) if state else 0.0
         self.began, self.evaluating = now(), 0.0  # minutes spent on evaluations
         self.tenth, self.last = 0, self.done() >= 1
 
