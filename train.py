@@ -82,7 +82,7 @@ DEFAULTS = {
     "decay_start": 0.3,  # in [0, 1], the part of the run after which the decay begins
     "min_lr": 0.0,  # the learning rate at the end of the decay
     # system
-    "compile": True,  # torch.compile: starts later, then faster; needs a C++ compiler on the CPU
+    "compile": True,  # by a C++ compiler on a CPU; not below 2 max_minutes unless it is asked for
     "recompute": False,  # compute each block again for its gradient: slower, but with less memory
     "parallel": "ddp",  # ddp (each process has the network) | fsdp (a part of it); under torchrun
     # evaluation, checkpoints and the log
