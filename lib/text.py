@@ -30,15 +30,19 @@ def encode(tokenizer, model, text, start=True):
     return bos + tokenizer.encode(text, start) if text else []
 
 
-def before_gap(tokenizer, model, text, start):
-    """The ids of a text in front of a gap: without the space before it, which the gap has to bring.
+def without_space(tokenizer, model, text):
+    """A text in front of a gap without the space before it, which the gap has to bring.
 
     Where the token of a word includes that space (BPE), hardly any space stood alone in training.
     A model of examples takes its prompt literally, as it was in training.
     """
-    if tokenizer.joins_spaces and not model.config.get("example_width"):
-        text = text.removesuffix(" ")
-    return encode(tokenizer, model, text, start)
+    joins = tokenizer.joins_spaces and not model.config.get("example_width")
+    return text.removesuffix(" ") if joins else text
+
+
+def before_gap(tokenizer, model, text, start):
+    """The ids of a text in front of a gap."""
+    return encode(tokenizer, model, without_space(tokenizer, model, text), start)
 
 
 def request(tokenizer, model, prompt="", suffix="", template="", length=0):
@@ -77,16 +81,22 @@ def template_ids(tokenizer, model, template):
     return ids
 
 
-def by_token(tokenizer, ids, nats):
-    """The nats (draws, L) of each token of ids (L,), as a dict and as the text of a table."""
+def by_token(tokenizer, ids, nats, n):
+    """The nats (draws, L) of each token of ids (L,), as a dict and as the text of a table.
+
+    Behind n tokens, which count per token, all ids are the padding of an example.
+    """
     mean = nats.mean(0).tolist()
     total, half = mean_half(nats.sum(1))
     texts = [tokenizer.table[i].decode("utf8", "replace") for i in ids]
-    lines = [f"{value:10.4f}  {text!r}" for value, text in zip(mean, texts, strict=True)]
+    lines = [f"{value:10.4f}  {text!r}" for value, text in list(zip(mean, texts, strict=True))[:n]]
+    if n < len(ids):
+        padding = f"{len(ids) - n} more of the last, to the width of the examples"
+        lines.append(f"{sum(mean[n:]):10.4f}  {padding}")
     interval = plus_minus(half)
     interval += " (95% over the orders)" if interval else ""
     lines = ["      nats  token, given those before it in the order", *lines]
-    lines.append(f"{total:10.4f}  in all{interval}, {total / len(ids):.4f} per token")
+    lines.append(f"{total:10.4f}  in all{interval}, {total / n:.4f} per token")
     result = {"tokens": ids, "texts": texts, "nats": mean, "total": total, "draws": len(nats)}
     return result, "\n".join(lines)
 
