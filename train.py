@@ -329,7 +329,7 @@ def one_sample(config, model, tokenizer, val, team):
     with team.autocast():
         ids = sample.sample(model, x, **options)[0][0].tolist()
     parallel.reshard(model)
-    return sample.text_of(tokenizer, ids, len(prompt), config["eos_id"])
+    return sample.text_of(tokenizer, ids, len(prompt), config["eos_id"], apart=True)
 
 
 # ---- 4. The recipe -------------------------------------------------------------------------------

@@ -26,6 +26,10 @@ class Subject(NamedTuple):
     def causal(self):
         return self.model.causal
 
+    @property
+    def answers(self):  # prompts, rather than continues text
+        return bool(self.trained.get("example_width"))
+
 
 def load_subject(config, reads_text=False, cast=True):
     """The Subject of the checkpoint config["ckpt"].

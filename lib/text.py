@@ -1,4 +1,4 @@
-"""Text to the ids of a request, and the ids of a sample to text."""
+"""Text to the ids of a request, and the ids of a sample to text, which is shown."""
 
 import os
 import re
@@ -7,6 +7,7 @@ import torch
 
 from config import require
 from data.writer import opened
+from lib.files import to_json, whole_file
 from lib.stats import mean_half, plus_minus
 
 
@@ -126,12 +127,34 @@ def suppress_eos(x, begins, least, eos_id):
     return suppress
 
 
-def text_of(tokenizer, ids, begin=0, eos_id=-1):
-    """The text of a sample, which ends before the first eos_id from position `begin` on."""
+def text_of(tokenizer, ids, begin=0, eos_id=-1, apart=False):
+    """The text of a sample, which ends before the first eos_id from position `begin` on.
+
+    apart: an answer, what stands from there on, begins a line of its own.
+    """
     if eos_id < 0:
         return tokenizer.decode(ids)
     stop = ids.index(eos_id, begin) if eos_id in ids[begin:] else len(ids)
-    return tokenizer.decode([i for i in ids[:stop] if i != tokenizer.bos])
+    parts = ([i for i in ids[:n] if i != tokenizer.bos] for n in (stop, begin))
+    text, prompt = map(tokenizer.decode, parts)
+    glued = apart and prompt and not prompt.endswith("\n")
+    return f"{prompt}\n{text.removeprefix(prompt)}" if glued else text
+
+
+def say(records, texts, info, n_new, out):
+    """Print the texts and what they took; write the records to the file `out`, if there is one."""
+    if out:
+        with whole_file(out) as path, open(path, "w", encoding="utf8") as file:
+            file.writelines(to_json(record) + "\n" for record in records)
+    for i, (record, text) in enumerate(zip(records, texts, strict=True), start=1):
+        print(f"---- sample {i}: {record['nfe']} network calls\n{text}")
+    nfe, seconds = info["nfe"].double().mean(), info["seconds"]
+    expected = info["expected_nfe"]
+    expected = "" if expected is None else f", expected {expected:.1f}"
+    print(f"---- NFE {nfe:.1f} a sequence{expected} for {n_new} masked tokens;", end="")
+    L = len(records[0]["tokens"])
+    speed = n_new * len(records) / max(seconds, 1e-6)
+    print(f" {seconds:.2f} s for {len(records)} samples of {L} tokens, {speed:.0f} tokens/s")
 
 
 def suppress_tokens(logits, tokens):
