@@ -27,11 +27,11 @@ DEFAULTS = {
 }
 
 # The keys whose value is a path, or several separated by commas; in it ~ is the home folder.
-# fmt: off
 PATHS = {"ckpt", "data", "folder", "from", "gpt2", "include_path", "init_from", "input", "judge",
          "out", "out_dir", "page", "preset", "reference", "results", "rows", "runs", "samples",
-         "svg", "to", "tokenizer", "val"}
-# fmt: on
+         "svg", "to", "tokenizer", "val"}  # fmt: skip
+# {key: how files end that it takes, or files in the folders that it takes}
+ENDS = {"ckpt": (".pt", ".pth", ".safetensors"), "data": "meta.json", "out_dir": "ckpt.pt"}
 
 RENAMED = {  # keys of earlier versions, in old commands and checkpoints, and what others call them
     "causal": "attention",
@@ -62,11 +62,9 @@ def require(condition, message):
 def nearest(name, names):
     """The end of a message about an unknown name: the likely one of `names`, or all of them."""
     names = sorted(str(each) for each in names if str(each))
-    if name in RENAMED:
-        close = [RENAMED[name]] if RENAMED[name] in names else []
-    else:
-        close = difflib.get_close_matches(str(name), names, n=1)
-    if close:
+    old = name in RENAMED
+    close = [RENAMED[name]] if old else difflib.get_close_matches(str(name), names, n=1)
+    if close and close[0] in names:
         return f"; did you mean '{close[0]}'?"
     return f"; there is: {', '.join(names) or 'nothing'}"
 
@@ -138,8 +136,7 @@ def typed(key, value, default):
     if isinstance(default, float):
         require(math.isfinite(number), f"{key} must be a number, not {shown(value)}")
         return number
-    integral = number.is_integer()  # False for nan and infinity, too
-    require(integral, f"{key} must be a whole number, not {shown(value)}")
+    require(number.is_integer(), f"{key} must be a whole number, not {shown(value)}")
     return int(number if isinstance(value, str) and re.search("[.eE]", value) else value)
 
 
@@ -148,9 +145,8 @@ def at_home(key, value):
 
     def expanded(match):
         path = os.path.expanduser(match[0])
-        is_home = path != match[0] or os.path.lexists(path)
-        message = f"{key}: no home folder {match[0]}; a folder with that name is ./{match[0]}"
-        require(is_home, message)
+        there = path != match[0] or os.path.lexists(path)
+        require(there, f"{key}: no home folder {match[0]}; a folder with that name is ./{match[0]}")
         return path
 
     return re.sub(r"(?<![^,])~[^,]*", expanded, value)
@@ -267,12 +263,18 @@ def read_preset(path):
     return preset
 
 
+def taker(path, keys):
+    """The end of a message about a path that stands alone: the one of the keys that takes it."""
+    names = os.listdir(path) if os.path.isdir(path) else [path] if os.path.isfile(path) else []
+    fitting = [key for key in ENDS if key in keys and any(n.endswith(ENDS[key]) for n in names)]
+    return f"; did you mean --{fitting[0]}={path}?" if fitting else ""
+
+
 def parse(argv, *modules):
     """The config of a command line: the DEFAULTS < preset files < --key=value; --key is True.
 
-    config["user_keys"] says which keys the user set, and where: {key: "--key" or "FILE: key"}. So a
-    program can tell a wish from a default. Raises UserError for an unknown key, a wrong type or
-    value, or a missing preset.
+    config["user_keys"] says which keys the user set, and where: {key: "--key" or "FILE: key"}.
+    Raises UserError for an unknown key, a wrong type or value, or a missing preset.
     """
     defaults, items = defaults_of(modules), []
     for arg in argv:
@@ -284,7 +286,7 @@ def parse(argv, *modules):
             items.append((f"--{key}", key, True if alone else value))
         else:
             message = f"'{arg}' is neither a preset (configs/NAME.py) nor --key=value"
-            require(arg.endswith(".py"), message)
+            require(arg.endswith(".py"), message + taker(arg, defaults))
             items += [(f"{arg}: {key}", key, value) for key, value in read_preset(arg).items()]
     return merge(items, *modules) | {"user_keys": {key: where for where, key, _ in items}}
 

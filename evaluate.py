@@ -2,6 +2,7 @@
 
     python evaluate.py --ckpt=out/pydocs                                  its own data, held out
     python evaluate.py --ckpt=out/pydocs --text="The list is sorted."     token by token
+    python evaluate.py --ckpt=out/mine --text="A sequence." --prompt="What is a list?"
     python evaluate.py --ckpt=out/pydocs --precision=0.002 --draws=256    to within 0.002 nats
 
 - A masked diffusion model has a bound (NELBO: negative evidence lower bound), estimated from draws
@@ -60,6 +61,7 @@ DEFAULTS = {
     "ckpt": "out/pydocs",  # anything that checkpoint.load takes
     "data": "",  # a prepared folder; empty: the one that the checkpoint learnt from
     "text": "",  # a sentence (or FILE:PATH) to score token by token, in place of data
+    "prompt": "",  # what stands before the text (or FILE:PATH): a condition, which is not scored
     "split": "val",  # the part of the folder that is evaluated
     "estimator": "any_order",  # one of ESTIMATORS (SMDM: lambda_dce); a causal network needs none
     "draws": 16,  # for each sequence, 1 or more; where precision is given, the most of them
@@ -197,10 +199,8 @@ def set_nats(model, requests, o, number=0, size=1, progress=False):
     with progress_bar(progress, nats.numel(), "draw") as bar:
         for i, k, turn in requests.batches(turns, size, o["batch_size"]):  # (b,) each
             x0, prompt = requests.rows(i)  # (b, W), (b,)
-            u, noise = random_numbers(o["seed"], number, groups[i], k, size, x0.shape[1])
+            u, noise = random_numbers(o["seed"], number, groups[i], k, size, x0.shape[1], prompt)
             draw = Draw(u, noise, turn, prompt, diffusion.SCHEDULES[o["schedule"]])
-            noise = noise.gather(1, draw.place.clamp(min=0))  # (b, W) by the place in the answer
-            draw = draw._replace(noise=noise)
             row_nats = nats_of_call(model, requests, estimator, x0, draw)  # (b,)
             calls.append(((torch.from_numpy(i), k), row_nats))  # the host waits for no call
             cost["rows"] += len(x0) * (2 if one_pass or requests.cfg_scale else 1)
@@ -298,32 +298,33 @@ def estimate(model, requests, lengths=None, progress=False, **options):
 
 
 @torch.no_grad()
-def token_nats(model, ids, **options):
+def token_nats(model, ids, prompt=(), **options):
     """What each token of a text costs along the chain rule: ids (L,) -> nats (draws, L) float64.
 
-    Given those before it in an order, one order a draw; UserError for what is no chain rule.
+    Given the prompt (P,) of ids, and those before it in an order, one order a draw; UserError for
+    what is no chain rule.
     """
     o = settings.options(options, *MODULES)
     estimator = estimator_of(model, o["estimator"])
     message = f"{estimator.name} has no tokens' nats; try chain"
     require(estimator.order and not estimator.mean_of_p, message)
-    L = len(ids)
+    x0, P, L = torch.tensor([[*prompt, *ids]]), len(prompt), len(ids)  # (1, P + L)
     K = 1 if estimator.exact else o["draws"]
     one_pass = model.config["attention"] == "order"  # a row has all terms of a draw
     nats = torch.zeros(K, L, dtype=torch.float64)
     for row in torch.arange(K if one_pass else K * L).split(o["batch_size"]):
         zero = torch.zeros_like(row)  # (b,)
         k, turn = (row, zero) if one_pass else (row // L, row % L)  # (b,) each
-        u, noise = random_numbers(o["seed"], 0, zero, k, K, L)  # (b,), (b, L)
-        draw = Draw(u, noise, turn, prompt=zero, schedule=None)
-        x0 = torch.as_tensor(ids).expand(len(row), L)  # (b, L)
-        order = estimator.order(draw)  # (b, L)
+        u, noise = random_numbers(o["seed"], 0, zero, k, K, P + L, zero + P)  # (b,), (b, P + L)
+        draw = Draw(u, noise, turn, prompt=zero + P, schedule=None)
+        x, order = x0.expand(len(row), P + L), estimator.order(draw)  # (b, P + L) each
+        place = order[:, P:] - P  # (b, L) in the text
         if one_pass:
-            terms = diffusion.order_nll(model, *fused.moved(model.device, x0, order))[1]  # (b, L)
+            terms = diffusion.order_nll(model, *fused.moved(model.device, x, order))[1]  # (b, P+L)
         else:
-            terms = nats_of_rows(model, x0, *one_term(draw, order), estimator)[:, None]  # (b, 1)
-            order = order.gather(1, turn[:, None])  # (b, 1)
-        nats[k[:, None], order] = terms.cpu().double()
+            terms = nats_of_rows(model, x, *one_term(draw, order), estimator)[:, None]  # (b, 1)
+            place = place.gather(1, turn[:, None])  # (b, 1)
+        nats[k[:, None], place] = terms[:, -place.shape[1] :].cpu().double()
     return finite(nats, "log-likelihoods")
 
 
@@ -333,6 +334,8 @@ def check(config):
     draws, K, estimator = (config[key] for key in ("draws", "strata", "estimator"))
     message = f"{estimator} takes whole sets: draws {draws} must be a multiple of strata {K}"
     require(draws % K == 0 or not ESTIMATORS[estimator].mean_of_p, message)
+    is_asked = "text" in config.get("user_keys", ()) or config["prompt"]
+    require(config["text"] or not is_asked, "the text to score is empty: give --text=")
 
 
 def evaluate(config, subject, folder, split):
@@ -362,22 +365,19 @@ def method(name, draws):
 
 def score(config, subject):
     """Evaluate config["text"], print a line for each token -> {"tokens", "nats", "total", ...}."""
-    ids = subjects.ids_of_text(subject, config["text"])  # (L,)
+    prompt, ids, n, what = subjects.ids_of_text(subject, config)  # lists of P and L ids
     options = {key: config[key] for key in ("estimator", "draws", "seed", "batch_size")}
     with subject.autocast():
-        nats = token_nats(subject.model, ids, **options)  # (draws, L)
+        nats = token_nats(subject.model, ids, prompt, **options)  # (draws, L)
     name = estimator_of(subject.model, config["estimator"]).name
-    result, text = by_token(subject.tokenizer, ids, nats)
-    what = "text, an answer to no prompt" if subject.trained.get("example_width") else "text"
+    result, text = by_token(subject.tokenizer, ids, nats, n)
     print(f"{text}\n-log p({what}): {method(name, f'{len(nats)} orders')}; {subject.words}")
-    return result | {"estimator": name}
+    return result | {"prompt": prompt, "estimator": name}
 
 
 def main(config):
     """Evaluate config["ckpt"] on config["text"] or config["data"]; return the result, a dict."""
     check(config)
-    empty = "text" in config.get("user_keys", ()) and not config["text"]
-    require(not empty, "the text to score is empty")
     subject = subjects.load_evaluable(config, reads_text=bool(config["text"]))
     if config["text"]:
         return score(config, subject)

@@ -39,10 +39,17 @@ from lib import fused, philox
 from lib.bar import progress_bar
 from lib.cache import Cache, OrderCache
 from lib.device import calls_on_device, can_compile, compile_hidden, wait
-from lib.files import to_json, whole_file
 from lib.stats import Probabilities, entropy_of
 from lib.subject import load_subject
-from lib.text import check_causal, request, suppress_eos, suppress_tokens, text_of, text_or_file
+from lib.text import (
+    check_causal,
+    request,
+    say,
+    suppress_eos,
+    suppress_tokens,
+    text_of,
+    text_or_file,
+)
 from samplers import SAMPLERS
 
 DEFAULTS = {
@@ -325,7 +332,9 @@ def fill(config, subject):
         {"text": text_of(tokenizer, row, end, eos_id), "tokens": row, "nfe": nfe}
         for row, nfe in zip(tokens.tolist(), info["nfe"].tolist(), strict=True)
     ]
-    say(records, info, int((x[0] == model.mask_id).sum()), config["out"])
+    apart = not (config["suffix"] or config["template"])
+    texts = [text_of(tokenizer, record["tokens"], end, eos_id, apart) for record in records]
+    say(records, texts, info, int((x[0] == model.mask_id).sum()), config["out"])
     return records
 
 
@@ -343,25 +352,9 @@ def requested(config, subject):
     return x.to(model.device), suppress, end, eos_id
 
 
-def say(records, info, n_new, out):
-    """Print the records and what they took; also write them to the file `out`, if there is one."""
-    if out:
-        with whole_file(out) as path, open(path, "w", encoding="utf8") as file:
-            file.writelines(to_json(record) + "\n" for record in records)
-    for i, record in enumerate(records, start=1):
-        print(f"---- sample {i}: {record['nfe']} network calls\n{record['text']}")
-    nfe, seconds = info["nfe"].double().mean(), info["seconds"]
-    expected = info["expected_nfe"]
-    expected = "" if expected is None else f", expected {expected:.1f}"
-    print(f"---- NFE {nfe:.1f} a sequence{expected} for {n_new} masked tokens;", end="")
-    L = len(records[0]["tokens"])
-    speed = n_new * len(records) / max(seconds, 1e-6)
-    print(f" {seconds:.2f} s for {len(records)} samples of {L} tokens, {speed:.0f} tokens/s")
-
-
 def suited(config, subject):
     """The config with ANSWERS for a model of examples, where the user has not said otherwise."""
-    if "user_keys" not in config or not subject.trained.get("example_width"):
+    if "user_keys" not in config or not subject.answers:
         return config
     answers = {key: ANSWERS[key] for key in ANSWERS if key not in config["user_keys"]}
     if subject.causal:  # left to right, whatever the sampler
@@ -373,7 +366,8 @@ def converse(config, subject):
     """Ask for prompts and continue each, until there are no more."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  so that lines can be edited
-    print("Write a prompt (none: a free sample); Ctrl-D ends.")
+    free = "" if subject.answers else " (none: a free sample)"
+    print(f"Write a prompt{free}; Ctrl-D ends.")
     with contextlib.suppress(EOFError):
         for turn in itertools.count():
             request_keys = {"prompt": input("> "), "num_samples": 1, "seed": config["seed"] + turn}
@@ -391,8 +385,10 @@ def main(config):
         return fill(config, subject)
     if all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):
         return converse(config, subject)
-    free = "no prompt, and no terminal to ask for one, so these are free samples"
-    print(f"{free}; a prompt from a pipe: --prompt=FILE:/dev/stdin", file=sys.stderr)
+    pipe = "from a pipe: --prompt=FILE:/dev/stdin"
+    require(not subject.answers, f"this model answers prompts: give --prompt=..., or {pipe}")
+    free = "no prompt, and no terminal to ask for one, so these are free samples; a prompt"
+    print(free, pipe, file=sys.stderr)
     return fill(config, subject)
 
 

@@ -84,7 +84,7 @@ DEFAULTS = {
     "decay_start": 0.3,  # in [0, 1], the part of the run after which the decay begins
     "min_lr": 0.0,  # the learning rate at the end of the decay
     # system
-    "compile": True,  # torch.compile: starts later, then faster; needs a C++ compiler on the CPU
+    "compile": True,  # by a C++ compiler on a CPU; not below 2 max_minutes unless it is asked for
     "recompute": False,  # compute each block again for its gradient: slower, but with less memory
     "parallel": "ddp",  # ddp (each process has the network) | fsdp (a part of it); under torchrun
     # evaluation, checkpoints and the log
@@ -93,7 +93,7 @@ DEFAULTS = {
     "eval_draws": 4,  # draws of the corruption for each of them, 1 or more
     "show_sample": True,  # print one unconditional sample at each evaluation
     "save_interval": 0,  # steps between two checkpoints; 0: as eval_interval
-    "keep": 1,  # checkpoints to keep, 1 or more; above 1 the last ones also stay as ckpt_STEP.pt
+    "keep": 1,  # last checkpoints to keep, 1 or more, above 1 as ckpt_STEP.pt; best.pt stays anyway
     "log_interval": 10,  # steps between log entries, 1 or more; a stop is looked for as often
 }
 MODULES = (settings, diffusion, network, lib.log, sys.modules[__name__])  # whose keys it takes
@@ -310,6 +310,7 @@ def evaluate_now(config, model, ema, tokenizer, val, team, log):
     if val:
         result, line = evaluate_held_out(config, step, evaluated, val, team)
         log.say(f"step {step}: {line}")
+        resume.keep_best(config, tokenizer, log, model, ema, result, team)
         log.write({"step": step} | result)
     if config["show_sample"]:  # by all processes: with fsdp none of them can alone
         log.say(f"---- a sample\n{one_sample(config, evaluated, tokenizer, val, team)}\n----")
@@ -330,7 +331,7 @@ def one_sample(config, model, tokenizer, val, team):
     with team.autocast():
         ids = sample.sample(model, x, **options)[0][0].tolist()
     parallel.reshard(model)
-    return sample.text_of(tokenizer, ids, len(prompt), config["eos_id"])
+    return sample.text_of(tokenizer, ids, len(prompt), config["eos_id"], apart=True)
 
 
 # ---- 4. The recipe -------------------------------------------------------------------------------

@@ -60,7 +60,8 @@ def live(config, progress):
     def saving(path, state, keep):
         progress[2] = 1
         save(path, state, keep)
-        progress[1], progress[2] = state["step"], 0
+        progress[2] = 0
+        progress[1] = state["step"] if path.name == "ckpt.pt" else progress[1]
 
     train.train_step, checkpoint.save = train_step, saving
     output = Path(config["out_dir"]).with_suffix(".txt")

@@ -39,12 +39,13 @@ DEFAULTS = {
     "format": "nanomdm",  # one of FORMATS
 }
 FORMATS = formats.NAMES
+COUNTS = "minutes", "tokens", "flops"  # what a run has taken so far; older checkpoints lack some
 
 # ---- 1. Our own checkpoint -----------------------------------------------------------------------
 
 
 def save(path, state, keep=1):
-    """Write {config, tokenizer, model, ema, optimizer, step, minutes} whole or not at all.
+    """Write {config, tokenizer, model, ema, optimizer, step} and COUNTS whole or not at all.
 
     With keep > 1 the last `keep` checkpoints also stay as NAME_STEP.pt. The newest of these is a
     hard link to `path`, or a copy where the file system has no links.
@@ -82,7 +83,8 @@ def set_run_aside(path):
     Raises UserError where it cannot be done.
     """
     try:
-        checkpoints = [file for file in (path, *kept_beside(path).values()) if file.is_file()]
+        files = path, path.with_name("best.pt"), *kept_beside(path).values()
+        checkpoints = list(filter(Path.is_file, files))
         if not checkpoints:
             return None
         return set_aside(path.parent, [*checkpoints, path.with_name("log.jsonl")])
@@ -107,7 +109,7 @@ def read(path):
         advice = f"; copy {others[-1]} over it to resume from there" if others else ""
         raise UserError(f"{error}{advice}") from None
     require(is_ours(state), f"{file} is not a checkpoint of train.py: it has no config and model")
-    state = {"tokenizer": None, "ema": None, "minutes": 0.0} | state
+    state = {"tokenizer": None, "ema": None} | dict.fromkeys(COUNTS, 0.0) | state
     state["config"] = formats.own_config(state["config"], None, file, file)
     formats.entry(file, "objective", state["config"].get("objective"), "")
     check_parts(state, file)
@@ -121,10 +123,12 @@ def is_ours(state):
 
 def check_parts(state, file):
     """Raise UserError for the first part of a state from which no run can be resumed."""
-    step, minutes, meta, ema = map(state.get, ("step", "minutes", "tokenizer", "ema"))
+    step, meta, ema = map(state.get, ("step", "tokenizer", "ema"))
     message = f"{file}: no run can be resumed from its"
     require(type(step) is int and step >= 0, f"{message} step")
-    require(type(minutes) is float and 0 <= minutes < math.inf, f"{message} minutes")
+    for key in COUNTS:
+        count = state[key]
+        require(type(count) is float and 0 <= count < math.inf, f"{message} {key}")
     is_text = meta is None or is_dict(meta, str, lambda value: isinstance(value, str))
     require(is_text, f"{message} tokenizer")
     require(are_weights(state["model"]), f"{message} model")
@@ -223,7 +227,8 @@ def locate(path):
     """The file of weights that a path or a Hub name stands for; in a folder ours comes first."""
     if not os.path.isdir(path):
         return Path(path) if os.path.isfile(path) else from_hub(str(path))
-    names = ["ckpt.pt", "model.safetensors", "pytorch_model.bin", "checkpoints-meta/checkpoint.pth"]
+    names = ["ckpt.pt", "best.pt", "model.safetensors", "pytorch_model.bin"]
+    names += ["checkpoints-meta/checkpoint.pth"]
     for name in names:
         if os.path.isfile(Path(path, name)):
             return Path(path, name)

@@ -101,6 +101,8 @@ def check_objective(objective):
     checked by quadrature, with a curved schedule, without a prompt and behind one. u is v^3, since
     weights grow as 1/u.
     """
+    if not hasattr(objective, "attention"):
+        return f"is a {type(objective).__name__}: wrap it in diffusion.Objective(...)"
     if not (isinstance(objective.attention, tuple) and objective.attention):
         return "must have an attention that is a tuple of one or more of model.ATTENTIONS"
     if objective.draw is None:
@@ -143,6 +145,8 @@ def check_estimator(estimator, draw_of):
 
     draw_of(u, noise, turn, prompt, schedule) -> what both are functions of (evaluate.Draw).
     """
+    if not hasattr(estimator, "row"):
+        return f"is a {type(estimator).__name__}: wrap it in evaluate.Estimator(...)"
     if not (estimator.row or estimator.order):
         return "has neither row nor order"
     v, noises = numbers_of_three()

@@ -19,6 +19,7 @@ from lib.bar import bar_is_off
 from lib.checkpoint import set_run_aside
 from lib.device import flops_of_step, matmul_flops, mean_length, nominal_flops
 from lib.files import optional, to_json, whole_file, writing
+from lib.resume import best_of
 
 DEFAULTS = {
     "wandb": "",  # the project of wandb that gets the log of training, too
@@ -34,13 +35,18 @@ class Log:
 
     def __init__(self, config, model, dataset, clock, team):
         self.config, self.is_main = config, team.rank == 0
-        self.parameters, self.flops = model.n_parameters(), flops_of_step(config, model, dataset)
+        self.parameters = model.n_parameters()
+        self.flops = float(flops_of_step(config, model, dataset))
         self.peak = matmul_flops(team.device, team.autocast) * team.world  # a second, all processes
         self.tokens = config["batch_size"] * mean_length(config, dataset)  # of a step
         self.text = dataset.n * dataset.block_size  # tokens of an epoch
         self.path = Path(config["out_dir"]) / "log.jsonl"
         self.clock, self.start, self.skipped, self.sinks = clock, clock.start, 0, []
-        self.began, self.fifth, self.held_out = time.perf_counter(), None, []  # [(nats, step)]
+        if self.start and not clock.tokens:  # an older checkpoint does not say
+            steps = sequences_before(config, self.start) / config["batch_size"]  # of today's size
+            clock.tokens, clock.flops = steps * self.tokens, steps * self.flops
+        self.best = math.inf, 0  # nats per token and step of best.pt
+        self.began, self.fifth, self.evaluations = time.perf_counter(), None, []
         self.resources = contextlib.ExitStack()  # what has to be closed
         if self.is_main:
             self.begin()
@@ -60,6 +66,8 @@ class Log:
             if self.config[key]:
                 self.sinks.append(sink(self.config, self.path.parent, self.start, self.resources))
         lines = []
+        if self.start:
+            self.best = best_of(self.config)
         if not self.start and (aside := set_run_aside(self.path.with_name("ckpt.pt"))):
             print(f"the run that was here is kept: --ckpt={aside}")
         if self.start and self.path.is_file():
@@ -116,6 +124,8 @@ class Log:
     def step(self, loss):
         """Note that a step is done. After the tenth a line says how long the run will take."""
         self.bar.update()
+        self.clock.tokens += self.tokens
+        self.clock.flops += self.flops
         made = self.clock.step - self.start
         if self.is_main and made in (5, 10):  # by the fifth all is compiled
             loss.item()  # waits for the device
@@ -134,7 +144,7 @@ class Log:
     def say_plan(self, pace):
         """Print the line after ten steps; pace: the seconds that a step takes from now on."""
         steps, seconds = self.clock.left(pace)
-        tokens = (self.clock.step + steps) * self.tokens
+        tokens = self.clock.tokens + steps * self.tokens
         size = f"{self.parameters:,} parameters, {self.tokens:,.0f} tokens a step"
         left = f"{seconds / 60:.1f} minutes" if seconds > 60 else f"{seconds:.0f} seconds"
         end = f"{steps:,.0f} steps and {left} to the end"
@@ -148,18 +158,21 @@ class Log:
             self.say(f"of {self.minutes()} most were compilation; {MORE}")
 
     def say_end(self):
-        """Say at the end of a run whether it spent its time or its text badly."""
-        made = self.clock.step - self.start
-        best, step = min(self.held_out, default=(0.0, 0))
-        first = self.held_out[0][0] if self.held_out else math.inf
+        """Say at the end of a run whether it spent its time or its text badly.
+
+        Held-out text counts as worse than at best by more than the interval, which is wide for a
+        few sequences, or by a tenth.
+        """
+        made, (best, step) = self.clock.step - self.start, self.best
+        nats = [evaluation["nats_per_token"] for evaluation in self.evaluations]
         if self.config["compile"] and self.clock.spent() >= 1 and 0 < made < 10:
             self.say(f"{made} steps in {self.minutes()}, most of it compilation; {MORE}")
-        elif len(self.held_out) > 1 and self.held_out[-1][0] > first:
+        elif nats and max(self.evaluations[-1]["interval"][0], nats[-1] / 1.1) > best:
+            number = "NLL" if self.config["objective"] == "ar" else "NELBO"
+            there = f"{best:.3f} at step {step} ({self.path.with_name('best.pt')})"
+            self.say(f"the lowest held-out {number} was {there}; the last is {nats[-1]:.3f}")
+        elif len(nats) > 1 and nats[-1] > nats[0] == min(nats):
             self.say("held-out text is worse than it was at first: try a lower --learning_rate=")
-        elif self.held_out and self.held_out[-1][0] > best + 0.05:
-            then = f"with {best:.3f} nats at step {step}, and has {self.held_out[-1][0]:.3f} now"
-            advice = f"held-out text was best {then}: fewer steps, or more text, are better"
-            self.say(f"{advice}; the last weights are kept (--max_iters={step} ends there)")
 
     def skip(self, step):
         """Say that a step was skipped because its gradient was not finite."""
@@ -171,12 +184,13 @@ class Log:
         """Append an entry, a dict, to log.jsonl and send its numbers to the sinks."""
         if not self.is_main:
             return
+        if "nats_per_token" in entry and self.best[1]:
+            entry = entry | {"best_step": self.best[1]}  # that of best.pt
         numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float))}
         with writing(self.path), open(self.path, "a", encoding="utf8") as file:
             file.write(to_json(entry) + "\n")
         part = "val" if "nats_per_token" in entry else "train"
-        if part == "val":
-            self.held_out.append((entry["nats_per_token"], entry["step"]))
+        self.evaluations += [entry] if part == "val" else []
         for sink in self.sinks:
             sink(entry["step"], {f"{part}/{key}": value for key, value in numbers.items()})
 
@@ -199,10 +213,8 @@ class Log:
         self.bar.set_postfix_str(text)
         if self.bar.disable:
             self.say(f"step {step} of about {step + steps:.0f}: {text}, {left:.0f} s left")
-        read = sequences_before(self.config, step)
-        steps_read = read / self.config["batch_size"]  # in steps of today's size
         entry = {"step": step, "loss": loss, "nelbo": nelbo, "learning_rate": rate}
-        entry |= {"tokens": round(steps_read * self.tokens), "flops": steps_read * self.flops}
+        entry |= {"tokens": round(self.clock.tokens), "flops": self.clock.flops}
         entry |= {"tokens_per_second": tokens, "mfu": mfu, "memory_mib": memory}
         entry |= {"minutes": self.clock.minutes, "seconds_left": left}
         entry |= {"skipped": self.skipped} if self.skipped else {}

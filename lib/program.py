@@ -5,6 +5,7 @@ Every program imports this first, so that Ctrl-C is one line while it still impo
 
 import contextlib
 import errno
+import importlib.util
 import os
 import re
 import signal
@@ -75,8 +76,7 @@ def run(main, *modules):
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
             print(sys.modules["__main__"].__doc__ or "")
-            print(f"usage: {script} [PRESET.py] [--key=value ...]\n")
-            print(help_text(*modules))
+            print(f"usage: {script} [PRESET.py] [--key=value ...]\n\n{help_text(*modules)}")
         else:
             main(parse(sys.argv[1:], *modules))
         return sys.stdout.flush()
@@ -97,8 +97,9 @@ def run(main, *modules):
     sys.exit(code)
 
 
-if (
-    threading.current_thread() is threading.main_thread()
-    and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-):
+is_main = threading.current_thread() is threading.main_thread()
+if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, interrupted)
+if Path(*sys.argv[:1]).resolve().parent == ROOT and not importlib.util.find_spec("torch"):
+    print("no torch in this Python; first: source .venv/bin/activate", file=sys.stderr)
+    sys.exit(2)

@@ -17,6 +17,7 @@ Which of them decides a key:
 """
 
 import contextlib
+import math
 from pathlib import Path
 
 import torch
@@ -48,6 +49,10 @@ def checkpoint_path(config):
     return Path(config["out_dir"]) / "ckpt.pt"
 
 
+def best_path(config):
+    return Path(config["out_dir"]) / "best.pt"
+
+
 def require_sound(config, sound, what):
     """Raise UserError unless `sound`: its message is `what`, and the last good checkpoint."""
     path = checkpoint_path(config)
@@ -67,7 +72,7 @@ def locked_out_dir(config, team):
         try:
             folder = Path(config["out_dir"])
             if team.rank == 0 and held.enter_context(files.only_one(folder, "out_dir")):
-                files.sweep(folder, "ckpt.pt", "ckpt_*.pt", "log.jsonl", "trace.json")
+                files.sweep(folder, "*.pt", "log.jsonl", "trace.json")
         except UserError as error:
             refused = str(error)
         refused = parallel.gather(refused, team)[0]
@@ -296,15 +301,51 @@ def load_optimizers(optimizers, saved):
 
 def save(config, tokenizer, clock, model, ema, optimizers, team):
     """Write the checkpoint, all processes together; UserError for weights that are not finite."""
-    path, step = checkpoint_path(config), clock.step
     clock.look()
-    state = {"config": config, "tokenizer": tokenizer.meta(), "step": step}
-    state |= {"minutes": clock.minutes, "model": model.state_dict()}
-    state["ema"] = ema.state_dict() if ema else None
-    state["optimizer"] = [optimizer.state_dict() for optimizer in optimizers]
+    optimizer = [optimizer.state_dict() for optimizer in optimizers]
+    state = weights_of(config, tokenizer, clock, model, ema) | {"optimizer": optimizer}
+    write(checkpoint_path(config), state, team, config["keep"])
+
+
+def weights_of(config, tokenizer, clock, model, ema):
+    """What every checkpoint of a run holds."""
+    state = {"config": config, "tokenizer": tokenizer.meta(), "step": clock.step}
+    state |= {key: getattr(clock, key) for key in checkpoint.COUNTS}
+    return state | {"model": model.state_dict(), "ema": ema.state_dict() if ema else None}
+
+
+def write(path, state, team, keep=1):
+    """Write a state, made whole by all processes together, to a file, by the first of them."""
     state = parallel.whole(state, keep=team.rank == 0)
     if team.rank == 0:
         sound = not not_finite(state["model"])
-        require_sound(config, sound, f"the weights are not finite at step {step}")
-        checkpoint.save(path, state, config["keep"])
+        what = f"the weights are not finite at step {state['step']}"
+        require_sound(state["config"], sound, what)
+        checkpoint.save(path, state, keep)
     parallel.gather(None, team)
+
+
+def keep_best(config, tokenizer, log, model, ema, result, team):
+    """Write out_dir/best.pt if its evaluation, a dict of report, is the lowest so far.
+
+    Only once the training text has been read: no weights before can know it by heart, and a large
+    run, which reads nothing twice, is spared the disk.
+    """
+    nats = result["nats_per_token"]
+    is_best = log.clock.tokens > log.text and nats < log.best[0]
+    if parallel.gather(is_best, team)[0]:  # the first process knows what best.pt holds
+        log.best = nats, log.clock.step
+        state = weights_of(config, tokenizer, log.clock, model, ema)
+        state |= {"optimizer": [], "nats_per_token": nats}
+        write(best_path(config), state, team)
+
+
+def best_of(config):
+    """(nats per token of held-out text, step) of out_dir/best.pt; (inf, 0) where there is none."""
+    path = best_path(config)
+    if not path.is_file():
+        return math.inf, 0
+    state = checkpoint.read(path)
+    nats = state.get("nats_per_token")
+    require(type(nats) is float, f"{path} does not say how good it is: take it out of the folder")
+    return nats, state["step"]

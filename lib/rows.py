@@ -52,12 +52,14 @@ class Requests(NamedTuple):
                 yield members[i], torch.from_numpy(draw), torch.from_numpy(turn)
 
 
-def random_numbers(seed, number, group, draw, size, n):
+def random_numbers(seed, number, group, draw, size, n, prompt=None):
     """u (b,) and noise (b, n) for the draws `draw` (b,) of requests of `group` (b,).
 
     They belong to set `number`, of `size` draws over which u is stratified. Pure functions of the
-    arguments; the first columns of the noise do not depend on n.
+    arguments; the first columns of the noise do not depend on n, and stand behind the prompt (b,).
     """
     jitter = distinct_uniforms(seed, 2 * number + 1, group * size + draw // 2, 1)  # (b, 1)
     noise = distinct_uniforms(seed, 2 * number, group * size + draw, n)  # (b, n)
+    if prompt is not None:
+        noise = noise.gather(1, (torch.arange(n) - prompt[:, None]).clamp(min=0))
     return diffusion.stratified(jitter.squeeze(1), draw, size), noise

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import torch
 
-from config import choose, require
+from config import choose, require, shown
 from data import examples, loader
 from data.tokenizer import from_meta, lacks
 from lib import checkpoint
 from lib.device import cast_products, dtype_name, machine
-from lib.text import encode, text_or_file
+from lib.text import encode, text_or_file, without_space
 
 
 class Subject(NamedTuple):
@@ -25,6 +25,10 @@ class Subject(NamedTuple):
     @property
     def causal(self):
         return self.model.causal
+
+    @property
+    def answers(self):  # prompts, rather than continues text
+        return bool(self.trained.get("example_width"))
 
 
 def load_subject(config, reads_text=False, cast=True):
@@ -56,13 +60,29 @@ def load_evaluable(config, reads_text=False):
     return subject
 
 
-def ids_of_text(subject, text):
-    """The ids of a text on the command line; UserError if the network cannot read so many."""
-    model, text = subject.model, text_or_file(text)
-    ids, most = encode(subject.tokenizer, model, text), model.block_size
-    message = f"a text must have from 1 to {most} tokens (block_size), not {len(ids)}"
-    require(0 < len(ids) <= most, message)
-    return ids
+def ids_of_text(subject, config):
+    """(ids of config["prompt"], ids of config["text"], how many of these count, what both are).
+
+    As the model read them in training: of examples, eos ends an answer and, for a model that is not
+    causal, fills the example up. That padding costs nats and does not count. UserError where there
+    is nothing to score or too much to read.
+    """
+    model, tokenizer, width = subject.model, subject.tokenizer, subject.trained.get("example_width")
+    prompt, text = (text_or_file(config[key]) for key in ("prompt", "text"))
+    before = without_space(tokenizer, model, prompt)
+    head = encode(tokenizer, model, before)
+    ids = encode(tokenizer, model, prompt[len(before) :] + text, start=not head)
+    n, most = len(ids), (width or model.block_size) - len(head)
+    if width and ids:
+        n += 1
+        ids += [subject.trained["eos_id"]] * (1 if model.causal else max(1, most - n + 1))
+    unit = f"an example of {width}, with eos" if width else "block_size"
+    after = f", after a prompt of {len(head)}" if head else ""
+    message = f"a text must have from 1 to {max(0, most)} tokens ({unit}{after}), not {n}"
+    require(0 < n <= most, message)
+    given = " | no prompt" if width else ""
+    given = f" | {shown(before)}, {len(head)} tokens, which are not scored" if head else given
+    return head, ids, n, ("answer and eos" if width else "text") + given
 
 
 def folder_of(config, subject):

@@ -1,4 +1,4 @@
-"""Text to the ids of a request, and the ids of a sample to text."""
+"""Text to the ids of a request, and the ids of a sample to text, which is shown."""
 
 import os
 import re
@@ -7,6 +7,7 @@ import torch
 
 from config import require
 from data.writer import opened
+from lib.files import to_json, whole_file
 from lib.stats import mean_half, plus_minus
 
 
@@ -30,15 +31,19 @@ def encode(tokenizer, model, text, start=True):
     return bos + tokenizer.encode(text, start) if text else []
 
 
-def before_gap(tokenizer, model, text, start):
-    """The ids of a text in front of a gap: without the space before it, which the gap has to bring.
+def without_space(tokenizer, model, text):
+    """A text in front of a gap without the space before it, which the gap has to bring.
 
     Where the token of a word includes that space (BPE), hardly any space stood alone in training.
     A model of examples takes its prompt literally, as it was in training.
     """
-    if tokenizer.joins_spaces and not model.config.get("example_width"):
-        text = text.removesuffix(" ")
-    return encode(tokenizer, model, text, start)
+    joins = tokenizer.joins_spaces and not model.config.get("example_width")
+    return text.removesuffix(" ") if joins else text
+
+
+def before_gap(tokenizer, model, text, start):
+    """The ids of a text in front of a gap."""
+    return encode(tokenizer, model, without_space(tokenizer, model, text), start)
 
 
 def request(tokenizer, model, prompt="", suffix="", template="", length=0):
@@ -77,16 +82,22 @@ def template_ids(tokenizer, model, template):
     return ids
 
 
-def by_token(tokenizer, ids, nats):
-    """The nats (draws, L) of each token of ids (L,), as a dict and as the text of a table."""
+def by_token(tokenizer, ids, nats, n):
+    """The nats (draws, L) of each token of ids (L,), as a dict and as the text of a table.
+
+    Behind n tokens, which count per token, all ids are the padding of an example.
+    """
     mean = nats.mean(0).tolist()
     total, half = mean_half(nats.sum(1))
     texts = [tokenizer.table[i].decode("utf8", "replace") for i in ids]
-    lines = [f"{value:10.4f}  {text!r}" for value, text in zip(mean, texts, strict=True)]
+    lines = [f"{value:10.4f}  {text!r}" for value, text in list(zip(mean, texts, strict=True))[:n]]
+    if n < len(ids):
+        padding = f"{len(ids) - n} more of the last, to the width of the examples"
+        lines.append(f"{sum(mean[n:]):10.4f}  {padding}")
     interval = plus_minus(half)
     interval += " (95% over the orders)" if interval else ""
     lines = ["      nats  token, given those before it in the order", *lines]
-    lines.append(f"{total:10.4f}  in all{interval}, {total / len(ids):.4f} per token")
+    lines.append(f"{total:10.4f}  in all{interval}, {total / n:.4f} per token")
     result = {"tokens": ids, "texts": texts, "nats": mean, "total": total, "draws": len(nats)}
     return result, "\n".join(lines)
 
@@ -116,12 +127,34 @@ def suppress_eos(x, begins, least, eos_id):
     return suppress
 
 
-def text_of(tokenizer, ids, begin=0, eos_id=-1):
-    """The text of a sample, which ends before the first eos_id from position `begin` on."""
+def text_of(tokenizer, ids, begin=0, eos_id=-1, apart=False):
+    """The text of a sample, which ends before the first eos_id from position `begin` on.
+
+    apart: an answer, what stands from there on, begins a line of its own.
+    """
     if eos_id < 0:
         return tokenizer.decode(ids)
     stop = ids.index(eos_id, begin) if eos_id in ids[begin:] else len(ids)
-    return tokenizer.decode([i for i in ids[:stop] if i != tokenizer.bos])
+    parts = ([i for i in ids[:n] if i != tokenizer.bos] for n in (stop, begin))
+    text, prompt = map(tokenizer.decode, parts)
+    glued = apart and prompt and not prompt.endswith("\n")
+    return f"{prompt}\n{text.removeprefix(prompt)}" if glued else text
+
+
+def say(records, texts, info, n_new, out):
+    """Print the texts and what they took; write the records to the file `out`, if there is one."""
+    if out:
+        with whole_file(out) as path, open(path, "w", encoding="utf8") as file:
+            file.writelines(to_json(record) + "\n" for record in records)
+    for i, (record, text) in enumerate(zip(records, texts, strict=True), start=1):
+        print(f"---- sample {i}: {record['nfe']} network calls\n{text}")
+    nfe, seconds = info["nfe"].double().mean(), info["seconds"]
+    expected = info["expected_nfe"]
+    expected = "" if expected is None else f", expected {expected:.1f}"
+    print(f"---- NFE {nfe:.1f} a sequence{expected} for {n_new} masked tokens;", end="")
+    L = len(records[0]["tokens"])
+    speed = n_new * len(records) / max(seconds, 1e-6)
+    print(f" {seconds:.2f} s for {len(records)} samples of {L} tokens, {speed:.0f} tokens/s")
 
 
 def suppress_tokens(logits, tokens):

@@ -265,6 +265,28 @@ def test_a_word_that_is_no_setting_is_refused():
     assert "neither a preset (configs/NAME.py) nor --key=value" in refused
 
 
+@pytest.mark.parametrize(
+    ("program", "holds", "key"),
+    [
+        ("sample", "ckpt.pt", "ckpt"),
+        ("sample", "model.safetensors", "ckpt"),
+        ("sample", "meta.json", ""),
+        ("evaluate", "meta.json", "data"),
+        ("train", "meta.json", "data"),
+        ("train", "ckpt.pt", "out_dir"),
+        ("train", "mine.txt", ""),
+    ],
+)
+def test_a_path_that_stands_alone_is_answered_with_the_key_that_takes_it(
+    program, holds, key, tmp_path
+):
+    file = tmp_path / holds
+    file.touch()
+    for path in (tmp_path, file)[: 2 if key == "ckpt" else 1]:
+        end = f"; did you mean --{key}={path}?" if key else "nor --key=value"
+        assert refusal(parse, [str(path)], *modules_of(program)).endswith(end)
+
+
 def test_an_old_name_of_a_key_is_answered_with_the_new_one():
     answered = set()
     for program in PROGRAMS:

@@ -160,8 +160,8 @@ def test_a_pickle_of_strange_tensors_is_refused(smdm, change, message):
 
 
 def test_files_and_folders_without_a_checkpoint_are_refused(tmp_path, smdm):
-    names = "ckpt.pt, model.safetensors, pytorch_model.bin or checkpoints-meta/checkpoint.pth"
-    message = "no checkpoint in folder {}: it has no " + names
+    names = "ckpt.pt, best.pt, model.safetensors, pytorch_model.bin"
+    message = f"no checkpoint in folder {{}}: it has no {names} or checkpoints-meta/checkpoint.pth"
     assert refusal(tmp_path) == message.format(tmp_path)
     files = f"{smdm}/ar.safetensors or {smdm}/mdm.safetensors"
     assert refusal(smdm) == f"{message.format(smdm)}; name the file that is meant: {files}"

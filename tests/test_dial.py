@@ -78,6 +78,20 @@ def test_what_is_compiled_before_the_first_step_counts_as_time(data, tmp_path, m
     assert len(rates(tmp_path)) == 5 and rates(tmp_path)[0] == pytest.approx(1e-3 / 2)
 
 
+@pytest.mark.parametrize(
+    ("minutes", "words", "compiled"),
+    [(1.9, [], False), (1.9, ["--compile"], True), (2.0, [], True), (0.0, [], True)],
+)
+def test_a_run_too_short_for_it_is_compiled_only_if_that_is_asked_for(
+    minutes, words, compiled, data, tmp_path
+):
+    words = [*words, f"--max_minutes={minutes}", "--depth=2", f"--data={data}", "--block_size=16"]
+    config = settings.parse([*words, f"--out_dir={tmp_path}"], *MODULES) | {"example_width": 0}
+    assert budget.with_dial(config, None, Team())["compile"] == compiled
+    config.pop("user_keys")  # in Python the key is what it was given
+    assert budget.with_dial(config, None, Team())["compile"]
+
+
 @pytest.mark.parametrize(("iters", "minutes", "end"), [(8, 1.0, 8), (40, 1.0, 10), (8, 0.0, 8)])
 def test_whichever_is_over_first_ends_the_run_and_leads_the_decay(
     iters, minutes, end, data, tmp_path, monkeypatch

@@ -90,6 +90,14 @@ def command(*line, cwd=ROOT, **env):
     return subprocess.run([sys.executable, *map(str, line)], **keys, timeout=120)
 
 
+def test_a_python_without_torch_is_told_of_the_environment(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['torch'] = None")
+    for script in ("train.py", "sample.py", "evaluate.py"):
+        done = command(ROOT / script, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+        said = "no torch in this Python; first: source .venv/bin/activate\n"
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
 # ---- Windows -------------------------------------------------------------------------------------
 
 

@@ -1,11 +1,14 @@
-"""What is held out of little text, how training goes without it, and that README's lines run."""
+"""What is held out of little text, what it is for, and that README's lines run."""
 
 import json
 
 import pytest
-from test_train import MODULES, TINY, log
+import torch
+from test_train import MODULES, TINY, log, refusal, run, same
 
 import config as settings
+import diffusion
+import evaluate
 import train
 from config import parse
 from data import examples, loader, tokenizer, writer
@@ -172,3 +175,86 @@ def test_where_far_more_is_held_out_than_was_wanted_it_is_said(tmp_path, capsys)
     assert "holds 50% of its tokens out, not val_fraction 0.05" in capsys.readouterr().out
     writer.say_unheld(tmp_path, {"splits": counts | {"val": {"tokens": 3}}}, 0.05)
     assert capsys.readouterr().out == ""
+
+
+# ---- The best weights ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def letters(tmp_path):
+    """A folder of random letters: what is learnt of them by heart is no help with others."""
+    numbers = torch.randint(8, (2, 400), generator=torch.Generator().manual_seed(1)).tolist()
+    parts = [("".join("abcdefgh"[i] for i in row)) for row in numbers]
+    chars = tokenizer.Char("abcdefgh")
+    writer.prepare(tmp_path / "data", list(zip(("train", "val"), parts, strict=True)), chars)
+    return tmp_path / "data"
+
+
+OVERFIT = {"objective": "ar", "n_embd": 32, "eval_interval": 10, "save_interval": 10, "keep": 99}
+OVERFIT |= {"max_iters": 60, "lr_decay": "constant", "learning_rate": 1e-2}
+
+
+def nats_of(out):
+    """{step: nats per token} of the evaluations in the log, and the steps that it names best."""
+    entries = [entry for entry in log(out) if "nats_per_token" in entry]
+    nats = {entry["step"]: entry["nats_per_token"] for entry in entries}
+    return nats, [entry.get("best_step") for entry in entries]
+
+
+@pytest.mark.parametrize(("ema", "sequences"), [(0.0, 6), (0.5, 2)])  # of two no interval is known
+def test_the_best_weights_are_kept_when_a_run_learns_its_text_by_heart(
+    ema, sequences, letters, tmp_path, capsys
+):
+    out, keys = tmp_path / "out", OVERFIT | {"ema": ema, "eval_sequences": sequences}
+    run(letters, out, **keys)
+    nats, named = nats_of(out)
+    best = min(nats, key=nats.get)
+    state, then = checkpoint.read(out / "best.pt"), checkpoint.read(out / f"ckpt_{best}.pt")
+    assert state["step"] == best < 60 and named[-1] == best
+    assert same(state["model"], then["model"]) and same(state["ema"], then["ema"])
+    said = f"the lowest held-out NLL was {nats[best]:.3f} at step {best} ({out / 'best.pt'}); the "
+    assert f"{said}last is {nats[60]:.3f}\n" in capsys.readouterr().out
+    words = [f"--ckpt={out / 'best.pt'}", f"--sequences={sequences}"]
+    words += ["--device=cpu", "--dtype=float32"]
+    result = evaluate.main(parse(words, settings, diffusion, evaluate))
+    assert result["nats_per_token"] == pytest.approx(nats[best], rel=1e-5)
+
+
+def test_a_resumed_run_knows_its_best_weights_and_a_new_one_leaves_them_with_the_old(
+    letters, tmp_path, capsys
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(letters, whole, **OVERFIT)
+    for steps in (10, 40, 60):
+        run(letters, parts, **OVERFIT | {"max_iters": steps})
+        best = (parts / "best.pt").read_bytes()
+    assert same(*(checkpoint.read(out / "best.pt")["model"] for out in (whole, parts)))
+    assert nats_of(parts) == nats_of(whole)
+    run(letters, parts, **OVERFIT | {"max_iters": 70})
+    assert (parts / "best.pt").read_bytes() == best, "none was better"
+    for content, says in (
+        (best[:999], "is damaged"),
+        ((parts / "ckpt.pt").read_bytes(), "how good"),
+    ):
+        (parts / "best.pt").write_bytes(content)
+        assert says in refusal(letters, parts, **OVERFIT | {"max_iters": 80})
+    (parts / "best.pt").write_bytes(best)
+    run(letters, parts, **OVERFIT | {"max_iters": 10, "learning_rate": 1e-6, "resume": False})
+    assert (parts / "old_1" / "best.pt").read_bytes() == best
+    assert checkpoint.read(parts / "best.pt")["step"] == 10, "worse, and the best of its own run"
+    (parts / "ckpt.pt").unlink()
+    [path.unlink() for path in parts.glob("ckpt_*.pt")]
+    run(letters, parts, **OVERFIT | {"max_iters": 2, "eval_interval": 2})
+    assert sorted(path.name for path in (parts / "old_2").iterdir()) == ["best.pt", "log.jsonl"]
+    assert not (parts / "best.pt").exists(), "not yet read once"
+    assert f"kept: --ckpt={parts / 'old_2'}\n" in capsys.readouterr().out
+    assert checkpoint.load(parts / "old_2")[2]["max_iters"] == 10
+
+
+def test_a_text_read_once_or_without_a_held_out_part_keeps_no_best_weights(
+    letters, tmp_path, capsys
+):
+    run(letters, tmp_path / "once", **OVERFIT | {"max_iters": 3, "eval_interval": 1})
+    writer.prepare(tmp_path / "all", [("train", "abc" * 90)], tokenizer.Char("abc"))
+    run(tmp_path / "all", tmp_path / "whole", **OVERFIT | {"max_iters": 20})
+    assert not list(tmp_path.glob("*/best.pt")) and "lowest" not in capsys.readouterr().out

@@ -49,7 +49,8 @@ SPREAD_OVER = [*((2, name) for name in SPREAD), (4, "fsdp")]
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel") / "data"
-    writer.prepare(folder, [("train", TEXT), ("val", TEXT[:500])], Char("".join(sorted(set(TEXT)))))
+    parts = [("train", TEXT[:500]), ("val", TEXT[:500])]  # read once in four steps
+    writer.prepare(folder, parts, Char("".join(sorted(set(TEXT)))))
     return folder
 
 
@@ -196,6 +197,9 @@ def test_several_processes_train_as_one_does(world, name, finished, data, tmp_pa
     within = 1e-2 if "bf16" in name else 1e-4 if "muon" in name else 1e-5
     assert losses(out) == pytest.approx(losses(tmp_path), rel=within) and len(losses(out)) >= 3
     assert close(checkpoint.read(out), checkpoint.read(tmp_path), within)
+    if (steps := len(losses(out))) > 3:
+        best = checkpoint.read(out / "best.pt")
+        assert best["step"] == steps and close(best, checkpoint.read(tmp_path), within)
     evaluations = [[e for e in log(where) if "nats_per_token" in e] for where in (out, tmp_path)]
     several, one = ([e["nats_per_token"] for e in each] for each in evaluations)
     assert several == pytest.approx(one, rel=within) and several
@@ -207,6 +211,8 @@ def test_a_run_may_change_the_number_of_processes_and_how_they_share_it(finished
     assert len(losses(tmp_path)) == 12
     chain, whole = (checkpoint.read(out) for out in (finished / "chain", tmp_path))
     assert close(chain, whole, 1e-5) and chain["step"] == whole["step"] == 12
+    best = checkpoint.read(finished / "chain" / "best.pt")
+    assert best["step"] == 12 and close(best, whole, 1e-5)
 
 
 @pytest.mark.parametrize(("world", "name"), SPREAD_OVER)

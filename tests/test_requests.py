@@ -294,6 +294,14 @@ def test_without_a_terminal_stdin_is_read_only_if_it_is_named(checkpoints):
     assert done.stdout.count("calls\nthe list") == 4 and "no terminal" not in done.stderr
 
 
+def test_without_a_prompt_or_a_terminal_a_model_of_examples_says_what_it_wants(checkpoints):
+    words = [f"--ckpt={checkpoints['examples']}", "--device=cpu"]
+    with pytest.raises(UserError, match="this model answers prompts: give --prompt="):
+        decoding.main(settings.parse(words, *decoding.MODULES))
+    words += ["--num_samples=2"]  # who asks for free samples gets them
+    assert len(decoding.main(settings.parse(words, *decoding.MODULES))) == 2
+
+
 # ---- What suits answers --------------------------------------------------------------------------
 
 

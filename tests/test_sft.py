@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import L, V, states
 from plain import RECIPE
 from test_diffusion import CASES, corruptions
+from test_train import log
 
 import config as settings
 import diffusion
@@ -34,12 +35,12 @@ TEXT = tokenizer.Byte()
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def letters(folder):
+def letters(folder, width=14):
     """Examples of a letter said again: "b: " asks for "bb"; answers of 2 to 5 letters."""
     pairs = [(f"{chr(97 + i % 26)}{i}: ", chr(97 + i % 26) * (2 + i % 4)) for i in range(40)]
     splits = [("train", pairs[:30]), ("val", pairs[30:])]
     items = [(s, "", [*p.encode()], [*a.encode()]) for s, part in splits for p, a in part]
-    examples.prepare(folder, items, TEXT, width=14)
+    examples.prepare(folder, items, TEXT, width)
     return folder
 
 
@@ -305,7 +306,7 @@ def test_a_sample_is_shown_up_to_the_end_of_its_answer(data, tmp_path, capsys):
     run(data, tmp_path, max_iters=3, show_sample=True)
     ((prompt, _),), _ = examples.Examples(data, "val").requests(1, padding=True)
     prompt = bytes(prompt.tolist()).decode()
-    assert f"---- a sample\n{prompt}" in capsys.readouterr().out
+    assert f"---- a sample\n{prompt}\n" in capsys.readouterr().out
     assert sample.text_of(TEXT, [*b"q: yes", 0, *b"more", 0, 0], begin=3, eos_id=0) == "q: yes"
     assert sample.text_of(TEXT, [*b"q\0: yes"], begin=3, eos_id=0) == "q\0: yes"
     assert sample.text_of(TEXT, [*b"q: yes", 0]) == "q: yes\0"
@@ -349,12 +350,16 @@ def fill(config):
 
 
 @pytest.mark.parametrize("objective", ["any_order", "ar"])
-def test_the_command_answers_a_prompt_up_to_the_eos_and_keeps_all_tokens(objective, data, tmp_path):
+def test_the_command_answers_a_prompt_up_to_the_eos_and_keeps_all_tokens(
+    objective, data, tmp_path, capsys
+):
     config = command(small(data, tmp_path, objective=objective))
-    for record in fill(config):
+    records, said = fill(config), capsys.readouterr().out
+    for record in records:
         assert len(record["tokens"]) == 14, "a whole example"
         answer = bytes(record["tokens"][4:]).split(b"\0")[0].decode(errors="replace")
         assert record["text"] == "b1: " + answer
+        assert f" network calls\nb1: \n{answer}\n----" in said
     for record in fill(config | {"min_new_tokens": 7}):
         assert 0 not in record["tokens"][4:11]
 
@@ -388,3 +393,38 @@ def test_evaluate_finds_the_bound_of_the_run_on_the_held_out_answers(
     for key in ("nats_per_token", "bits_per_byte", "tokens"):
         assert bound[key] == pytest.approx(result[key], rel=1e-12)
     assert "10 answers in examples of 14, given their prompts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("objective", ["any_order", "ar"])
+def test_an_answer_costs_given_its_prompt_what_it_does_as_it_was_trained(
+    objective, data, tmp_path, capsys
+):
+    words = [f"--ckpt={small(data, tmp_path, objective=objective)}", "--prompt=b1: ", "--text=bb"]
+    words += ["--estimator=chain", "--draws=4", "--device=cpu", "--dtype=float32"]
+    capsys.readouterr()
+    result = evaluate.main(settings.parse(words, settings, diffusion, evaluate))
+    said = capsys.readouterr().out
+    padding = [0] * (7 if objective == "any_order" else 0)
+    requests, model = [([*b"b1: "], [*b"bb", 0, *padding])], checkpoint.load(str(tmp_path))[0]
+    nats = evaluate.answer_nats(model, requests, estimator="chain", draws=4).item()
+    assert result["total"] == pytest.approx(nats, rel=1e-5) and result["prompt"] == [*b"b1: "]
+    assert f", {result['total'] / 3:.4f} per token\n" in said  # the answer and its eos
+    assert ("  7 more of the last, to the width of the examples\n" in said) == bool(padding)
+    assert "-log p(answer and eos | 'b1: ', 4 tokens, which are not scored): " in said
+    too_long = [*words[:2], "--text=" + "b" * 10]
+    with pytest.raises(UserError, match=r"from 1 to 10 tokens \(an example of 14, with eos, .* 11"):
+        evaluate.main(settings.parse(too_long, settings, diffusion, evaluate))
+
+
+def test_resumed_with_examples_of_another_width_a_run_counts_what_it_has_seen(data, tmp_path):
+    narrow, keys = letters(tmp_path / "narrow", width=12), {"lr_decay": "constant"}
+    run(data, tmp_path / "run", max_iters=3, **keys)
+    run(narrow, tmp_path / "run", **keys)
+    run(narrow, tmp_path / "other", max_iters=3, **keys)
+    first, last, other = (
+        log(tmp_path / "run")[2],
+        log(tmp_path / "run")[-2],
+        log(tmp_path / "other")[2],
+    )
+    assert first["tokens"] == 3 * 8 * 14 and last["tokens"] == 3 * 8 * (14 + 12)
+    assert last["flops"] - first["flops"] == pytest.approx(other["flops"])

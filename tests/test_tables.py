@@ -143,7 +143,8 @@ LACKING = [
     ("OBJECTIVES", O(lambda u, noise, n, schedule: noise < u[:, None]), "fails with "),
     ("OBJECTIVES", O(None), "has no draw, which a network that is not causal needs"),
     ("OBJECTIVES", O(diffusion.lambda_dce, attention="full"), "must have an attention that is a"),
-    ("OBJECTIVES", diffusion.lambda_dce, "fails with AttributeError"),
+    ("OBJECTIVES", diffusion.lambda_dce, "is a function: wrap it in diffusion.Objective(...)"),
+    ("ESTIMATORS", row_of, "is a function: wrap it in evaluate.Estimator(...)"),
     ("LOSS_WEIGHTS", lambda weight: -weight, "must give weights above 0"),
     ("LOSS_WEIGHTS", lambda weight: 1.0, "must give a weight for each"),
     ("LOSS_WEIGHTS", lambda weight: weight.sum(), "must give a weight for each"),
@@ -186,6 +187,16 @@ def test_an_estimator_without_a_row_or_an_order_says_so(monkeypatch):
     monkeypatch.setitem(evaluate.ESTIMATORS, "mine", evaluate.Estimator(exact=True))
     with pytest.raises(UserError, match="the estimator 'mine' has neither row nor order"):
         evaluate.answer_nats(MODEL, REQUESTS, estimator="mine")
+
+
+@pytest.mark.parametrize("table", sorted({table for table, *_ in LACKING}))
+def test_a_table_of_a_class_says_how_to_wrap_a_plain_function(table, monkeypatch):
+    table = next(getattr(module, table) for module in WHERE if hasattr(module, table))
+    kind = type(next(iter(table.values())))
+    if hasattr(kind, "_fields"):
+        monkeypatch.setitem(table, "mine", lambda *_: None)
+        with pytest.raises(UserError, match=rf"wrap it in {kind.__module__}.{kind.__name__}\("):
+            table["mine"]
 
 
 @pytest.mark.parametrize("table", sorted({table for table, *_ in LACKING}))

@@ -42,20 +42,31 @@ def test_a_token_costs_what_it_does_given_those_before_it_in_the_order(order):
         assert nats[i].item() == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("prompt", [[], [1, 1, 0]])
 @pytest.mark.parametrize("attention", ["full", "causal", "order"])
 @pytest.mark.parametrize("name", ["left_to_right", "right_to_left", "chain", "any_order"])
-def test_the_tokens_of_a_text_cost_together_what_the_text_does(name, attention):
+def test_the_tokens_of_a_text_cost_together_what_the_text_does(name, attention, prompt):
     model, ids = trained(attention), [0, 2, 1, 1, 2]
-    nats = token_nats(model, ids, estimator=name, draws=6, seed=4)  # (draws, 5)
+    nats = token_nats(model, ids, prompt, estimator=name, draws=6, seed=4)  # (draws, 5)
     exact = attention == "causal" or "to" in name
     assert nats.shape == (1 if exact else 6, 5) and (nats > 0).all()
     by_rows = name == "any_order" and attention != "order"
     estimator = "chain" if by_rows else name  # of the same noise
-    requests = [(torch.tensor([]), torch.tensor(ids))]
+    requests = [(torch.tensor(prompt), torch.tensor(ids))]
     wanted = answer_nats(model, requests, estimator=estimator, draws=6, seed=4).item()
     assert nats.sum(1).mean().item() == pytest.approx(wanted, rel=1e-5)
-    parts = token_nats(model, ids, estimator=name, draws=6, seed=4, batch_size=4)
+    parts = token_nats(model, ids, prompt, estimator=name, draws=6, seed=4, batch_size=4)
     assert torch.allclose(parts, nats, rtol=1e-5)
+
+
+def test_a_token_behind_a_prompt_costs_what_it_does_given_the_prompt_too():
+    model = Table(random_logits())
+    (nats,) = token_nats(model, IDS[2:], IDS[:2], estimator="left_to_right")  # (2,)
+    for i in (2, 3):
+        x = torch.tensor([[*IDS[:i], *[V] * (L - i)]])  # (1, L)
+        assert nats[i - 2].item() == pytest.approx(
+            -model(x)[0, i].log_softmax(-1)[IDS[i]].item(), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("name", ["left_to_right", "chain"])
@@ -113,6 +124,24 @@ def test_a_sentence_is_scored_and_it_is_said_how(run, tmp_path, capsys):
     options = [f"--text=FILE:{tmp_path / 'text.txt'}", "--estimator=left_to_right"]
     assert evaluated(f"--ckpt={run[0]}", *options)["texts"] == list("is sorted")
     assert "exact along the order left_to_right" in capsys.readouterr().out
+
+
+def test_a_sentence_is_scored_given_a_prompt_that_is_not(run, tmp_path, capsys):
+    (tmp_path / "prompt.txt").write_text("the list \n")
+    words = [f"--ckpt={run[0]}", "--text=is", "--estimator=left_to_right"]
+    result = evaluated(*words, f"--prompt=FILE:{tmp_path / 'prompt.txt'}")
+    said = capsys.readouterr().out.splitlines()
+    assert result["texts"] == ["i", "s"] and len(said) == 2 + 3 and len(result["prompt"]) == 9
+    assert "-log p(text | 'the list ', 9 tokens, which are not scored): exact" in said[-1]
+    whole = evaluated(f"--ckpt={run[0]}", "--text=the list is", "--estimator=left_to_right")
+    assert "-log p(text): exact" in capsys.readouterr().out
+    assert result["nats"] == pytest.approx(whole["nats"][9:], rel=1e-5)
+    with pytest.raises(UserError, match="the text to score is empty: give --text="):
+        evaluated(f"--ckpt={run[0]}", "--prompt=the")
+    with pytest.raises(
+        UserError, match=r"from 1 to 2 tokens \(block_size, after a prompt of 18.*3"
+    ):
+        evaluated(f"--ckpt={run[0]}", "--prompt=" + "the " * 4 + "is", "--text=is.")
 
 
 @pytest.mark.parametrize(
