@@ -206,10 +206,10 @@ def attention_at(masked_idx, q, k, v):
     B, H, L, d = k.shape
     if len(masked_idx) <= FEW * B:  # each query gets a copy of its own sequence
         row = masked_idx // L  # (N,)
-        return attention(q.unsqueeze(2), k[row], v[row]).squeeze(2)
+        return attention(q.unsqueeze(2), k[row], v[row], False).squeeze(2)
     # With more queries a table of all positions, zeros where nothing is asked, costs less.
     table = q.new_zeros(B * L, H, d).index_copy(0, masked_idx, q).view(B, L, H, d)
-    y = attention(table.transpose(1, 2), k, v)  # (B, H, L, d)
+    y = attention(table.transpose(1, 2), k, v, False)  # (B, H, L, d)
     return y.transpose(1, 2).reshape(B * L, H, d).index_select(0, masked_idx)
 
 

@@ -267,13 +267,14 @@ ASK = {  # what may be asked of a checkpoint: program -> its words
     "harness": (harness, "--ckpt=CKPT --tasks=any"),
     "train": (train, "--init_from=CKPT --data=data --out_dir=out"),
 }
-MORE = {quality: (sample, quality), page: (sample, page)}
+MORE = {quality: (*sample.MODULES, quality), page: (*sample.MODULES, page)}
+MORE |= {each: each.MODULES for each in (train, sample)}
 
 
 def asked(name, ckpt):
     module, words = ASK[name]
     line = [*words.replace("CKPT", ckpt).split(), "--device=cpu", "--dtype=float32"]
-    modules = MODULES if module is train else (settings, diffusion, *MORE.get(module, (module,)))
+    modules = MORE.get(module, (settings, diffusion, module))
     return module.main(settings.parse(line, *modules))
 
 
