@@ -124,7 +124,7 @@ OBJECTIVES = Table(
 # What other weights do. L times each sequence's mean over its masked tokens is right for k uniform
 # on 1..L only: under lam an empty mask counts as 0, so it is L/(L + 1) of the bound. One mean over
 # a batch's masked tokens weighs a sequence by its k: L sum_k k h_k / sum_k k. Another weight by k,
-# as 2 sqrt(L/k) in train.py, has the same optimum but gives no bound: experiments/loss_audit.py.
+# or law of k (train.py has both), keeps the optimum but gives no bound: experiments/loss_audit.py.
 
 
 def draw_mask(objective, u, noise, schedule=loglinear, prompt=None):

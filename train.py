@@ -8,16 +8,18 @@
   of processes, how they share the network (lib/parallel.py) and the micro-batch change the speed
   and not the run, up to rounding (and dropout, which each process draws for itself). A stopped run
   goes on as if it had never stopped: the same command resumes it.
-- Training may weigh masked tokens as it likes (loss_weight); evaluation is always the bound.
+- Training may draw and weigh masks as it likes; evaluation is always the bound.
 
     loss = sum over masked i of  weight * CE(network(x)_i, x0_i)  / tokens in the batch
 
-  weight is that of the bound, w = L/k in any_order, or by default 2 sqrt(w): it does not grow as
-  much where k is small, and a network that minimises one minimises the other (lib/weighting.py).
-  The log has the NELBO of the batch beside it: the same sum with w (of ar the exact nats).
+  By default it departs from the bound twice (lib/weighting.py): mask_rate=bell draws middle rates
+  more often, and loss_weight=sqrt weighs by 2 sqrt(w), w (L/k in any_order) being the weight in the
+  bound under uniform rates. Both keep the optimum. With --mask_rate=uniform --loss_weight=bound
+  the loss is the bound. The log has the NELBO of the batch beside it, the sum with w over the
+  density of the rate. (ar and attention=order have exact nats for a loss.)
 
-What makes it fast: a step waits for no number from the device; blocks are compiled one at a time;
-bfloat16; half of the positions pass the head (diffusion.py, model.py, lib/fused.py).
+What makes it fast: a step waits for no number from the device (except with skip_nonfinite); blocks
+are compiled one at a time; bfloat16; half of the positions pass the head (diffusion.py, model.py).
 """
 
 from lib import program  # isort: skip (first: from here on Ctrl-C is one line)

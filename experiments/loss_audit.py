@@ -47,8 +47,8 @@ a *batch* it is not: there a sequence counts by how much of it is masked.) And s
 on a network with a softmax is t_dce.
 
 Training may use other weights: each of these is least at the true conditionals, where every h_k is.
-The square root is what our demo trains with. It is the number that is reported which has to be the
-bound.
+Our demo trains with the square root, and draws k from a bell besides (lib/weighting.py). It is the
+number that is reported which has to be the bound.
 
 How it is computed. For the joint (V = 3, L = 4) h_k is a sum over all masks and all x0 in float64,
 and a_k a closed form or an integral over t to 1e-12: no draws. For a model h_k is measured on

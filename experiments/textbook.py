@@ -91,7 +91,7 @@ def nelbo(model, x0):
     ce = F.cross_entropy(logits.transpose(1, 2), x0, reduction="none")  # (B, L)
     # The weight is m'(t)/m(t) = 1/t, the sum divided by B * L. Dividing it by the number of masked
     # tokens is common, and no bound: experiments/loss_audit.py.
-    return (mask * ce / t).sum() / x0.numel()  # -> train.py: loss_weight, to train by another
+    return (mask * ce / t).sum() / x0.numel()  # -> train.py: mask_rate, loss_weight depart from it
 
 
 def train(model, ids, steps):

@@ -1,4 +1,9 @@
-"""Where training departs from the bound, without moving the optimum: loss weights, mask rates."""
+"""Where training departs from the bound, without moving the optimum: mask rates, loss weights.
+
+By default it does so by both: rates from a bell, and weights of 2 sqrt(w), w being the weight in
+the bound under uniform rates. The bell's density is in no loss weight. The NELBO in the log divides
+w by it, so that it is the bound for any rates.
+"""
 
 import math
 
@@ -7,8 +12,9 @@ import torch
 from config import Table
 from lib.entries import check_loss_weight, check_mask_rate
 
-# {name: weight of a masked token in the bound (b,) -> its weight in training}. sqrt and constant
-# make gradients less noisy; half of all L/k are above 2, so the factor 2 keeps the loss's size.
+# {name: weight of a masked token in the bound under uniform rates (b,) -> its weight in training}.
+# sqrt and constant make gradients less noisy; half of all L/k are above 2, so the factor 2 keeps
+# the loss's size.
 LOSS_WEIGHTS = Table(
     "loss_weight",
     check_loss_weight,
@@ -29,7 +35,8 @@ def bell(u, width=0.7):
     return rate, normal / (width * rate * (1 - rate))
 
 
-# {name: u (b,) uniform -> the u that masks are drawn from, and its density (b,)}
+# {name: u (b,) uniform -> the u that masks are drawn from, and its density (b,)}. The bound needs
+# uniform ones, or weights divided by the density.
 MASK_RATES = Table(
     "mask_rate", check_mask_rate, uniform=lambda u: (u, torch.ones_like(u)), bell=bell
 )
