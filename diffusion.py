@@ -116,10 +116,9 @@ OBJECTIVES = Table(
 # = m(t), d lam/lam = m'(t)/m(t) dt. t_dse (denoising score entropy, trained by SEDD) is the same
 # where its scores add up to 1, as in t_dce. any_order has least noise: k fixes its weight.
 #
-# What is bounded: -log of the model's p(x0), the mean over orders of the chain rule's products,
-# which is the law of the sampler any_order. The bound averages log p over orders, and the log of an
-# average is larger (Jensen's inequality), unless all orders give x0 the same p, as the true
-# conditionals do. -log of the mean of p over several orders is nearer (evaluate.py, `orders`).
+# What is bounded: -log p(x0), p being the mean over orders of the chain rule's products, the law of
+# the sampler any_order. The bound averages log p; the log of an average is larger (Jensen), unless
+# all orders agree, as with true conditionals. Several together are nearer (evaluate.py, `orders`).
 #
 # What other weights do. L times each sequence's mean over its masked tokens is right for k uniform
 # on 1..L only: under lam an empty mask counts as 0, so it is L/(L + 1) of the bound. One mean over
@@ -130,8 +129,8 @@ OBJECTIVES = Table(
 def draw_mask(objective, u, noise, schedule=loglinear, prompt=None):
     """(mask (B, L) bool, weight (B,)) from uniform u (B,) in (0, 1] and noise (B, L) in [0, 1).
 
-    E[sum over masked i of weight * CE_i] >= -log p(x0), in nats. The first `prompt` (B,) tokens,
-    fewer than L, are a condition, never masked: then it is >= -log p(the rest | prompt).
+    On the CPU. E[sum over masked i of weight * CE_i] >= -log p(x0), in nats. The first `prompt`
+    (B,) tokens, fewer than L, are a condition, never masked: >= -log p(the rest | prompt).
     """
     n = noise.shape[1]  # how many tokens may be masked: an int, or (B,) behind prompts
     if prompt is not None:
@@ -184,10 +183,10 @@ def stratified_uniforms(seed, step, rows, batch_size, L):
 
 # ---- 4. The bound: one weighted cross-entropy ----------------------------------------------------
 def plain_cross_entropy(model, h, target, weight, normalised=True):
-    """What the loss is, from h (N, D): (sum of weight * terms, terms (N,), CE (N,)), in nats.
+    """The specification; nothing here calls it. h (N, D) -> (loss, terms (N,), CE (N,)) in nats.
 
-    Only the sum has a gradient. Terms are CE; of scores (1 - m)/m e^logit that need not add up
-    (normalised=False: t_dse, score entropy: SEDD, arXiv 2310.16834, RADD eq. 2.11) they are
+    The loss, the sum of weight * terms, alone has a gradient. Terms are CE; of scores (1 - m)/m
+    e^logit that need not add up (normalised=False: t_dse; SEDD, arXiv 2310.16834, RADD eq. 2.11)
     -logit[target] + sum_v e^logit_v - 1 >= CE, least at e^logit = p, too (m'/m has the factor).
     """
     logits = model.head(h).to(fused.wide(h.dtype))  # (N, V)
@@ -198,7 +197,7 @@ def plain_cross_entropy(model, h, target, weight, normalised=True):
 
 
 def cross_entropy(model, h, target, weight, normalised=True):
-    """The same in value and gradient, some positions at a time: (N, V) logits are never stored."""
+    """The loss: the same in value and gradient, in pieces: (N, V) logits are never stored."""
     head, row_loss = model.head_parameters(), model.row_loss
     return fused.cross_entropy(h, head, target, weight, normalised, row_loss=row_loss)
 
@@ -209,16 +208,10 @@ def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, bound_weigh
     NELBO: negative evidence lower bound. x0 (B, L), mask (B, L) bool, weight (B,) or (B, L) ->
     (loss, nats): loss a scalar, summed over the batch; nats (B,) the same for each sequence, no
     gradient. masked_idx (N,): flat positions that count, the masked ones and a few of weight 0 that
-    fill up N (from fused.masked_indices on the CPU: no GPU waits for their number). bound_weight:
-    that of the NELBO, where the loss has another (train.py, loss_weight; t_dse): nats are by it.
+    fill up N (from fused.masked_indices on the CPU: no GPU waits for N). bound_weight: of the nats.
     """
-    masked_idx, target, w = counted(x0, mask, weight, masked_idx)  # (N,) each
-    h = model.hidden(torch.where(mask, model.mask_id, x0), masked_idx)  # (N, D)
-    w = w.to(h.device, h.dtype)
-    loss, terms, ce = cross_entropy(model, h, target, w, normalised)
-    if bound_weight is not None:
-        w, terms = counted(x0, mask, bound_weight, masked_idx)[2].to(w), ce  # (N,) each
-    return loss, fused.summed(w * terms, masked_idx, x0)
+    x = torch.where(mask, model.mask_id, x0)  # (B, L)
+    return weighted(model, x, x0, (mask, weight, masked_idx), bound_weight, normalised)
 
 
 def ar_nll(model, x0, mask=None, weight=None, masked_idx=None):
@@ -227,11 +220,18 @@ def ar_nll(model, x0, mask=None, weight=None, masked_idx=None):
     if mask is None:
         loss, terms = of_all(model, model.hidden(x).flatten(0, 1), x0)
         return loss, terms.sum(1)
-    masked_idx, target, w = counted(x0, mask, weight, masked_idx)  # (N,) each
+    return weighted(model, x, x0, (mask, weight, masked_idx))
+
+
+def weighted(model, x, x0, masks, bound_weight=None, normalised=True):
+    """The loss by weight, and nats (B,) by bound_weight, if there is one; x (B, L) is read."""
+    masked_idx, target, w = counted(x0, *masks)  # (N,) each; masks: mask, weight, masked_idx
     h = model.hidden(x, masked_idx)  # (N, D)
     w = w.to(h.device, h.dtype)
-    loss, ce, _ = cross_entropy(model, h, target, w)
-    return loss, fused.summed(w * ce, masked_idx, x0)
+    loss, terms, ce = cross_entropy(model, h, target, w, normalised)
+    if bound_weight is not None:
+        w, terms = counted(x0, masks[0], bound_weight, masked_idx)[2].to(w), ce  # (N,) each
+    return loss, fused.summed(w * terms, masked_idx, x0)
 
 
 def order_nll(model, x0, order, weight=None):
@@ -280,14 +280,14 @@ class Loss(torch.nn.Module):
 
 # ---- 5. Guidance ---------------------------------------------------------------------------------
 def states(model, x, masked_idx, cond, cfg_scale=0.0):
-    """[states (N, D)] of x (B, L), for `guided`; with guidance also of x without cond (B, L)."""
+    """hs for `guided`: [h (N, D)] of x (B, L), and with guidance that of x without cond (B, L)."""
     if cfg_scale == 0:
         return [model.hidden(x, masked_idx)]
     both = torch.cat([x, x.masked_fill(cond, model.mask_id)])  # (2B, L) both as one batch
     return model.hidden(both, torch.cat([masked_idx, masked_idx + x.numel()])).chunk(2)
 
 
-def guided(model, h, cfg_scale=0.0):
+def guided(model, hs, cfg_scale=0.0):
     """Logits (N, V), guided by the condition, from `states`: of all positions or a part of them.
 
     Unsupervised classifier-free guidance (SMDM, arXiv 2410.18514): u + (1 + cfg_scale) * (c - u)
@@ -295,6 +295,6 @@ def guided(model, h, cfg_scale=0.0):
     condition masked too, known without fine-tuning. 0 is c alone, -1 u alone.
     """
     if cfg_scale == 0:
-        return model.head(h[0]).float()  # (N, V)
-    c, u = model.head(torch.cat(h)).float().chunk(2)  # (N, V) each
+        return model.head(hs[0]).float()  # (N, V)
+    c, u = model.head(torch.cat(hs)).float().chunk(2)  # (N, V) each
     return u + (1 + cfg_scale) * (c - u)

@@ -349,7 +349,7 @@ def evaluate(config, subject, folder, split):
     result, text = report(nats, part.counts, part.bytes_per_token)
     result |= info | {"estimator": name, "block_size": L, "data": str(folder)}
     draws = f"{result['draws']} draws a sequence in sets of {config['strata']}"
-    what = subjects.evaluated(result, split, meta, config["protocol"])
+    what = subjects.coverage(result, split, meta, config["protocol"])
     lines = [f"{what}; {method(name, draws)}; {subject.words}", subjects.with_remarks(meta, text)]
     lines.append(certainty(result, config["precision"], config["draws"], config["strata"]))
     return result, "\n".join(lines)

@@ -13,10 +13,9 @@
     loss = sum over masked i of  weight * CE(network(x)_i, x0_i)  / tokens in the batch
 
   By default it departs from the bound twice (lib/weighting.py): mask_rate=bell draws middle rates
-  more often, and loss_weight=sqrt weighs by 2 sqrt(w), w (L/k in any_order) being the weight in the
-  bound under uniform rates. Both keep the optimum. With --mask_rate=uniform --loss_weight=bound
-  the loss is the bound. The log has the NELBO of the batch beside it, the sum with w over the
-  density of the rate. (ar and attention=order have exact nats for a loss.)
+  more often, loss_weight=sqrt weighs by 2 sqrt(w), w (L/k in any_order) being the bound's weight
+  under uniform rates. Both keep the optimum. With --mask_rate=uniform --loss_weight=bound the loss
+  is the bound. The log has the batch's NELBO beside it, the sum with w over the rate's density.
 
 What makes it fast: a step waits for no number from the device (except with skip_nonfinite); blocks
 are compiled one at a time; bfloat16; half of the positions pass the head (diffusion.py, model.py).
@@ -44,7 +43,6 @@ from diffusion import OBJECTIVES
 from lib import fused, optim, parallel, philox, resume
 from lib.budget import Clock, with_dial
 from lib.files import Stop
-from lib.log import Log
 from lib.optim import clip_gradient, learning_rate, make_optimizers, set_learning_rate, update_ema
 from lib.stats import NotFinite, report
 from lib.weighting import LOSS_WEIGHTS, MASK_RATES
@@ -166,9 +164,13 @@ def draw_training_mask(config, step, rows, L, prompt=None):
 def draw_training_order(config, step, rows, L, prompt=None):
     """order (b, L) of `rows` of the global batch."""
     noise = philox.uniforms(config["seed"], step, rows, L)  # (b, L)
-    counters = [STREAMS["order"] + row for row in rows]
-    coin = philox.uniforms(config["seed"], step, counters, 1)  # (b, 1)
+    coin = coin_of(config, step, rows, "order")  # (b, 1)
     return diffusion.draw_order(config["order"], noise, coin, config["order_p"], prompt)
+
+
+def coin_of(config, step, rows, stream):
+    """A uniform number (b, 1) for each of `rows` of the global batch, of one of STREAMS."""
+    return philox.uniforms(config["seed"], step, [STREAMS[stream] + row for row in rows], 1)
 
 
 def make_example_batch(config, dataset, step, rows):
@@ -184,23 +186,19 @@ def make_example_batch(config, dataset, step, rows):
     numbers = dataset[dataset.index(first, rows)]
     x0, prompt, length = map(torch.from_numpy, numbers)  # (b, L), (b,), (b,)
     L = x0.shape[1]
-    place = torch.arange(L)  # (L,)
-    in_prompt = place < prompt[:, None]  # (b, L)
-    all_rows = dataset.index(first, range(config["batch_size"]))  # (B,) of the global batch
-    n_tokens = int(dataset.counted(all_rows, padding=not causal).sum())
-    n_real = int(dataset.counted(all_rows, padding=False).sum())
-    counts = {"n_tokens": n_tokens, "n_real": n_real}
+    position = torch.arange(L)  # (L,)
+    in_prompt = position < prompt[:, None]  # (b, L)
+    counts = dataset.counts(first, config["batch_size"], padding=not causal)
     if config["attention"] == "order":
         order = draw_training_order(config, step, rows, L, prompt)  # (b, L) prompts come first
         return Batch(x0, weight=(~in_prompt).float(), order=order, **counts)
     if causal:
-        mask = ~in_prompt & (place < length[:, None])  # (b, L)
+        mask = ~in_prompt & (position < length[:, None])  # (b, L)
         weight = bound = torch.ones(len(x0))  # (b,)
     else:
         mask, weight, bound = draw_training_mask(config, step, rows, L, prompt)  # (b, L), (b,)
     weight, bound = ((w[:, None] * mask).float() for w in (weight, bound))  # (b, L) each
-    counters = [STREAMS["prompt_drop"] + row for row in rows]
-    coin = philox.uniforms(config["seed"], step, counters, 1)  # (b, 1)
+    coin = coin_of(config, step, rows, "prompt_drop")  # (b, 1)
     dropped = (coin < config["prompt_drop"]) & in_prompt  # (b, L)
     masked_idx = fused.masked_indices(mask, multiple=VARYING)  # (N,)
     return Batch(x0, mask | dropped, weight, masked_idx, bound_weight=bound, **counts)
@@ -307,17 +305,17 @@ def evaluate_held_out(config, step, model, val, team):
 def evaluate_now(config, model, ema, tokenizer, val, team, log):
     """Evaluate and show a sample, on the screen and in the log -> a dict of report, or None."""
     step = log.clock.step
-    evaluated = (ema or model).eval()
+    net = (ema or model).eval()
     result = None
     if val:
-        result, line = evaluate_held_out(config, step, evaluated, val, team)
+        result, line = evaluate_held_out(config, step, net, val, team)
         log.say(f"step {step}: {line}")
         resume.keep_best(config, tokenizer, log, model, ema, result, team)
         log.write({"step": step} | result)
     if config["show_sample"]:  # by all processes: with fsdp none of them can alone
-        log.say(f"---- a sample\n{one_sample(config, evaluated, tokenizer, val, team)}\n----")
+        log.say(f"---- a sample\n{one_sample(config, net, tokenizer, val, team)}\n----")
     model.train()
-    log.clock.look(evaluated=True)
+    log.clock.look(after_evaluation=True)
     log.restart(step)
     return result
 
@@ -367,7 +365,7 @@ def train(config, team):
     if team.device.type != "cpu":  # there a thread beside the step would only take turns with it
         batches = loader.prefetch(batches)
 
-    log = Log(config, model, dataset, clock, team)
+    log = lib.log.Log(config, model, dataset, clock, team)
     log.say_start(model, dataset, val, "averaged" if ema else "raw")
     result, stopped = None, 0
     with Stop() as stop, log, parallel.together(path, team), contextlib.closing(batches):

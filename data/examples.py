@@ -231,6 +231,15 @@ class Examples:
         """Tokens of the examples `index` (b,) behind the prompt, with or without padding: (b,)."""
         return (self.block_size if padding else self.length[index]) - self.prompt[index]
 
+    def counts(self, first, batch_size, padding):
+        """{"n_tokens", "n_real"} of a whole batch that has `first` examples before it.
+
+        What `counted` says of it, added up: n_tokens with padding if that counts, n_real without.
+        """
+        index = self.index(first, range(batch_size))  # (B,)
+        n_tokens, n_real = (int(self.counted(index, each).sum()) for each in (padding, False))
+        return {"n_tokens": n_tokens, "n_real": n_real}
+
     def requests(self, n, padding):
         """n examples evenly spread (0: all) -> [(prompt ids, answer ids), ...], [tokens, ...].
 

@@ -70,7 +70,7 @@ def if_busy():
 
 
 def fitting_depth(config, dataset, operations):
-    """The largest of DEPTHS at which the blocks get TOKENS a parameter.
+    """The largest of DEPTHS at which the run reads TOKENS tokens for each parameter of the blocks.
 
     operations: how many the run can do in its minutes; 0: they are not limited.
     """
@@ -146,11 +146,12 @@ class Clock:
         self.last = self.done() >= 1
         return self.last
 
-    def look(self, evaluated=False):
-        """Read the clock. evaluated: the time since the last look went into an evaluation."""
+    def look(self, after_evaluation=False):
+        """Read the clock. after_evaluation: the time since the last look went into one."""
         before, minutes = self.minutes, self.before + (now() - self.began) / 60
         self.minutes = max(parallel.gather(minutes, self.team)) if self.limits[1] else minutes
-        self.evaluating += (self.minutes - before) * evaluated
+        if after_evaluation:
+            self.evaluating += self.minutes - before
 
     def spent(self):
         """The share of the minutes that is used; 0 where they are not limited."""

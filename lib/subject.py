@@ -127,7 +127,7 @@ def open_text(config, subject, folder, split):
     return tokens.meta, part, L
 
 
-def evaluated(result, split, meta, protocol):
+def coverage(result, split, meta, protocol):
     """The data that a result is about, in words."""
     counts, width = meta["splits"][split], meta.get("width")
     part = f"{result['tokens']} of {counts['tokens']} tokens, {counts['documents']} documents"
