@@ -12,6 +12,10 @@
 - A network call gives p(x0_i | visible) at the positions that are due; each is drawn from it.
 - Which are due is the sampler's policy, one entry of samplers.SAMPLERS. The loop knows none.
 
+    while masks are left in x:
+        due = what the policy names;  p = softmax(network(x)) at due
+        x[due] = tokens drawn from p
+
 What makes it fast: the step at which ancestral and Euler sampling unmask a position does not
 depend on the network (samplers.py, part 1). So all steps are drawn before the first call, and
 those at which a sequence unmasks nothing are skipped. RADD (arXiv 2406.03736, section 3.2) saves
@@ -42,6 +46,7 @@ from lib.device import calls_on_device, can_compile, compile_hidden, wait
 from lib.stats import Probabilities, entropy_of
 from lib.subject import load_subject
 from lib.text import (
+    can_ask,
     check_causal,
     request,
     say,
@@ -50,11 +55,12 @@ from lib.text import (
     text_of,
     text_or_file,
 )
+from lib.watch import watch
 from samplers import SAMPLERS
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # what checkpoint.load takes: a run's folder, published weights
-    "temperature": 1.0,  # 0: the likeliest token, which is how a model of examples answers
+    "temperature": 1.0,  # 0: the likeliest token; a model fine-tuned on prompts and answers has 0
     "top_k": 0,  # keep the k likeliest tokens; 0: all
     "top_p": 1.0,  # keep the likeliest tokens that hold this much probability, in (0, 1]
     "cfg_scale": 0.0,  # w in [-1, 1000] of guidance by the condition, logits u + (1 + w)(c - u)
@@ -70,9 +76,10 @@ DEFAULTS = {
     "out": "",  # also write the samples to this .jsonl file
 }
 MODULES = (settings, diffusion, samplers, sys.modules[__name__])  # whose keys it takes
-REQUEST = {"ckpt", "prompt", "suffix", "template", "length", "min_new_tokens", "num_samples"}
-REQUEST |= {"watch", "out", "user_keys"}  # the command's own keys: `sample` takes the others
-# How a model of examples answers unless told otherwise: the likeliest tokens, one in each call as
+# Keys of the command alone: `sample` takes the others.
+COMMAND_KEYS = {"ckpt", "prompt", "suffix", "template", "length", "min_new_tokens", "num_samples"}
+COMMAND_KEYS |= {"watch", "out", "user_keys"}
+# How such a model answers unless told otherwise: the likeliest tokens, one in each call as
 # far as the steps reach. 98% of new sums were right, 88% by ancestral (experiments/arithmetic.py).
 ANSWERS = {"sampler": "confidence", "temperature": 0.0, "num_samples": 1}
 LOGITS = 2**24  # how many are drawn from at once: in float64 with their copies at most 1 GiB
@@ -121,19 +128,19 @@ def keep_likely(p, top_k, top_p):
     return p
 
 
-def draw(model, h, due, suppress, policy, o, keep_logits=False):
+def draw_tokens(model, hs, call, suppress, policy, o, keep_logits=False):
     """Draw the tokens of n positions -> (token, p, entropy (n,) each, logits (n, V) if kept).
 
-    h: their states, a list of (n, D) as diffusion.guided takes them; due: their Call, on the
-    device; suppress (N*L,) or None. It goes by pieces of at most LOGITS logits, whose float64
-    tables are most of the memory here: an adaptive sampler draws at all masked positions at once.
+    hs: their states, a list of (n, D) as diffusion.guided takes them; call: their Call, on the
+    device; suppress (N*L,) or None. They are drawn in pieces of at most LOGITS logits: these become
+    float64, most of the memory here where an adaptive sampler draws at all masked positions.
     """
     pieces, kept = [], []
-    for piece in fused.chunks(len(due.u), max(1, LOGITS // model.vocab_size)):
-        logits = diffusion.guided(model, [each[piece] for each in h], o["cfg_scale"])  # (piece, V)
+    for piece in fused.chunks(len(call.u), max(1, LOGITS // model.vocab_size)):
+        logits = diffusion.guided(model, [h[piece] for h in hs], o["cfg_scale"])  # (piece, V)
         if suppress is not None:
-            suppress_tokens(logits, suppress[due.at[piece]])
-        token, p = categorical(logits, due.u[piece], o["temperature"], o["top_k"], o["top_p"])
+            suppress_tokens(logits, suppress[call.at[piece]])
+        token, p = categorical(logits, call.u[piece], o["temperature"], o["top_k"], o["top_p"])
         entropy = entropy_of(logits) if policy.by_entropy else torch.zeros_like(p)  # (piece,)
         pieces.append((token, p, entropy))
         if keep_logits:
@@ -147,7 +154,7 @@ def draw(model, h, due, suppress, policy, o, keep_logits=False):
 def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     """Fill every mask_id of x (N, L) and change nothing else -> (tokens (N, L), info).
 
-    options: keys of MODULES' DEFAULTS that are not of REQUEST; UserError for values they cannot
+    options: keys of MODULES' DEFAULTS but COMMAND_KEYS; UserError for values they cannot
     have, or where the sampler leaves masks. suppress (N, L): a token that a position must
     not get, -1 for none. info: nfe (N,) network calls of each sequence, expected_nfe their expected
     mean (None: only sampling tells), seconds. A sequence is a pure function of (seed, its place in
@@ -172,22 +179,21 @@ def sample_mdm(model, x, o, suppress=None, progress=False, on_call=None):
     policy = SAMPLERS[o["sampler"]](masked, o)
     states_of = Predictor(model, x != model.mask_id, policy, o)
     nfe = torch.zeros(N, dtype=torch.long)  # (N,)
-    has_graphs = o["compile"] and x.device.type == "cuda" and model.config["attention"] == "full"
     plan = samplers.calls(policy, nfe, o["batch_size"])
-    plan = calls_on_device(plan, policy, x.device, same_size=has_graphs)
     x = x.clone(memory_format=torch.contiguous_format)  # (N, L)
     flat = x.view(-1)  # (N*L,) the same memory
     suppress = None if suppress is None else suppress.to(x.device).flatten()  # (N*L,)
     seen = Probabilities()
     with progress_bar(progress, int(masked.sum()), "token") as bar:
-        for call, due in plan:  # the same on the CPU and on the device: n positions
+        for call, on_device in calls_on_device(plan, policy, model, o["compile"]):
             if policy.remasks:
-                flat.index_fill_(0, due.masked, model.mask_id)
-            h = states_of(x, call, due)
-            token, p, entropy, logits = draw(model, h, due, suppress, policy, o, bool(on_call))
+                flat.index_fill_(0, on_device.masked, model.mask_id)
+            hs = states_of(x, call, on_device)
+            outcome = draw_tokens(model, hs, on_device, suppress, policy, o, bool(on_call))
+            token, p, entropy, logits = outcome
             seen.see(p)
             keep, token = accepted(policy, call, model.mask_id, token, p, entropy)
-            flat[due.at] = token.to(x)
+            flat[on_device.at] = token.to(x)
             if on_call:
                 columns = call.at // L, call.at % L, call.done[call.idx // L], token, p, logits
                 on_call(*(column.cpu()[keep] for column in columns))
@@ -229,14 +235,14 @@ class Predictor:
             self.gaps = ~cond.cpu()  # (N, L)
             self.caches = [OrderCache(self.B, L) for _ in range(2 if self.cfg_scale else 1)]
 
-    def __call__(self, x, call, due):
+    def __call__(self, x, call, on_device):
         """x (N, L), a Call on the CPU and on x's device -> a list of states (n, D)."""
-        x = x[due.live]  # (b, L)
-        cond = self.cond[due.live] if self.cfg_scale else None  # (b, L)
+        x = x[on_device.live]  # (b, L)
+        cond = self.cond[on_device.live] if self.cfg_scale else None  # (b, L)
         if self.caches:
             return self.from_caches(x, cond, call)
-        h = diffusion.states(self.model, x, due.idx, cond, self.cfg_scale)
-        return [each[: len(due.at)] for each in h]  # without what a CUDA graph is padded with
+        hs = diffusion.states(self.model, x, on_device.idx, cond, self.cfg_scale)
+        return [h[: len(on_device.at)] for h in hs]  # without what a CUDA graph is padded with
 
     def from_caches(self, x, cond, call):
         """The same of an `order` network: x (b, L) and, guided, cond (b, L) of a call."""
@@ -319,13 +325,12 @@ def open_model(config):
 def fill(config, subject):
     """Fill num_samples copies of the config's request, save, print and return the records."""
     model, tokenizer, *_ = subject
-    x, suppress, end, eos_id = requested(config, subject)  # (N, L) each
-    options = {key: config[key] for key in config if key not in REQUEST}
+    x, suppress, end, eos_id = rows_to_fill(config, subject)  # (N, L) each
+    options = {key: config[key] for key in config if key not in COMMAND_KEYS}
     on_call = None
     if config["watch"]:
-        from view.watch import watch  # which imports this file, so not at the top
-
-        on_call = watch(tokenizer, x, model.mask_id, options)
+        policy = SAMPLERS[options["sampler"]]((x == model.mask_id).cpu(), options)
+        on_call = watch(tokenizer, x, model.mask_id, policy, options)
     with subject.autocast():
         tokens, info = sample(model, x, suppress, not on_call, on_call, **options)
     records = [
@@ -338,7 +343,7 @@ def fill(config, subject):
     return records
 
 
-def requested(config, subject):
+def rows_to_fill(config, subject):
     """What to fill, x (N, L), its `suppress`, where what is given ends, and the eos_id, or -1."""
     model, tokenizer, trained, *_ = subject
     texts = {key: text_or_file(config[key]) for key in ("prompt", "suffix", "template")}
@@ -381,15 +386,10 @@ def main(config):
     """Fill the request of a command; without one, in a terminal, ask for prompts."""
     subject = open_model(config)
     config = suited(config, subject)
-    if {"prompt", "suffix", "template", "num_samples", "out"} & {*config["user_keys"]}:
+    is_asked = {"prompt", "suffix", "template", "num_samples", "out"} & {*config["user_keys"]}
+    if is_asked or not can_ask(subject.answers):
         return fill(config, subject)
-    if all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):
-        return converse(config, subject)
-    pipe = "from a pipe: --prompt=FILE:/dev/stdin"
-    require(not subject.answers, f"this model answers prompts: give --prompt=..., or {pipe}")
-    free = "no prompt, and no terminal to ask for one, so these are free samples; a prompt"
-    print(free, pipe, file=sys.stderr)
-    return fill(config, subject)
+    return converse(config, subject)
 
 
 if __name__ == "__main__":

@@ -142,27 +142,37 @@ def compile_hidden(model, device, graphs=True):
     model.hidden = torch.compile(model.hidden, options=options)
 
 
-def calls_on_device(plan, policy, device, same_size=False):
+def calls_on_device(plan, policy, model, compiled=False):
     """Yield each Call of samplers.py twice, as it is and on the device (`masked` if it remasks).
 
     Where all calls are known they are copied together before the first, so none waits for a copy.
-    same_size: on the device `live` and `idx` repeat their last until they have one size in all
-    calls, as a CUDA graph must have (sample.Predictor drops the states of the repeats).
+    A network that is compiled to CUDA graphs reads one size: there `live` and `idx` repeat their
+    last until all calls are as long as the longest (sample.Predictor drops the repeats' states).
     """
-    n = 5 if policy.remasks else 4
+    names = ("live", "at", "idx", "u", "masked") if policy.remasks else ("live", "at", "idx", "u")
     if not policy.planned:
-        yield from ((call, call._make([*moved(device, *call[:n]), *call[n:]])) for call in plan)
+        for call in plan:
+            tensors = moved(model.device, *(getattr(call, name) for name in names))
+            yield call, call._replace(**dict(zip(names, tensors, strict=True)))
         return
     plan = list(plan)
-    columns = [list(column) for column in zip(*(call[:n] for call in plan), strict=True)]
-    if same_size and plan:
-        most = -(-max(map(len, columns[2])) // 16) * 16  # a multiple of 16: few different sizes
-        for i, size in ((0, len(plan[0].live)), (2, most)):
-            columns[i] = [torch.cat([z, z[-1:].expand(size - len(z))]) for z in columns[i]]
-    tables = moved(device, *map(torch.cat, columns))
-    parts = [z.split([*map(len, column)]) for z, column in zip(tables, columns, strict=True)]
-    for call, tensors in zip(plan, zip(*parts, strict=True), strict=True):
-        yield call, call._make([*tensors, *call[n:]])
+    if not plan:
+        return
+    parts = {name: [getattr(call, name) for call in plan] for name in names}  # of each call
+    if compiled and model.device.type == "cuda" and model.config["attention"] == "full":
+        most = -(-max(map(len, parts["idx"])) // 16) * 16  # a multiple of 16: few different sizes
+        parts["live"] = repeated_to(len(plan[0].live), parts["live"])
+        parts["idx"] = repeated_to(most, parts["idx"])
+    tables = moved(model.device, *map(torch.cat, parts.values()))
+    for name, table in zip(names, tables, strict=True):
+        parts[name] = table.split([*map(len, parts[name])])
+    for i, call in enumerate(plan):
+        yield call, call._replace(**{name: parts[name][i] for name in names})
+
+
+def repeated_to(size, tensors):
+    """Each tensor (n,) with its last number repeated up to (size,)."""
+    return [torch.cat([z, z[-1:].expand(size - len(z))]) for z in tensors]
 
 
 def wait(device):

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 
 import torch
 
@@ -112,6 +113,20 @@ def check_causal(config):
     require(not config["watch"], "watch shows masks that fill; this network is causal")
 
 
+def can_ask(answers):
+    """Whether there is a terminal to ask for prompts; without one a line says what comes instead.
+
+    UserError without one where the model answers prompts, and so needs one.
+    """
+    if all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):
+        return True
+    pipe = "from a pipe: --prompt=FILE:/dev/stdin"
+    require(not answers, f"this model answers prompts: give --prompt=..., or {pipe}")
+    free = "no prompt, and no terminal to ask for one, so these are free samples; a prompt"
+    print(free, pipe, file=sys.stderr)
+    return False
+
+
 def suppress_eos(x, begins, least, eos_id):
     """`suppress` of sample: no eos_id before begins[i] and at `least` positions from it, x (N, L).
 
@@ -137,8 +152,9 @@ def text_of(tokenizer, ids, begin=0, eos_id=-1, apart=False):
     stop = ids.index(eos_id, begin) if eos_id in ids[begin:] else len(ids)
     parts = ([i for i in ids[:n] if i != tokenizer.bos] for n in (stop, begin))
     text, prompt = map(tokenizer.decode, parts)
-    glued = apart and prompt and not prompt.endswith("\n")
-    return f"{prompt}\n{text.removeprefix(prompt)}" if glued else text
+    if apart and prompt and not prompt.endswith("\n"):
+        return f"{prompt}\n{text.removeprefix(prompt)}"
+    return text
 
 
 def say(records, texts, info, n_new, out):

@@ -20,9 +20,9 @@ from config import UserError
 from data.tokenizer import Char, build
 from lib import checkpoint
 from lib.text import text_or_file
+from lib.watch import token_text
 from sample import SAMPLERS, request
 from view import page
-from view.watch import token_text
 
 # ---- Requests ------------------------------------------------------------------------------------
 

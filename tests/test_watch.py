@@ -10,8 +10,9 @@ import torch
 from pages import HOSTILE, finish, masked_now, network, options, start_of
 
 import sample
-from view import page, svg, watch
-from view.watch import Recorder
+from lib import watch
+from view import page, svg
+from view.page import Recorder
 
 # ---- A recorded sample ---------------------------------------------------------------------------
 
@@ -111,7 +112,8 @@ def watched(out, **keys):
     model, tokenizer = network(block_size=120)
     o = options(steps=5, **keys)
     x = torch.full((2, 100), model.mask_id)
-    on_call = watch.watch(tokenizer, x, model.mask_id, o, out=out, pause=0)
+    policy = sample.SAMPLERS[o["sampler"]](x == model.mask_id, o)
+    on_call = watch.watch(tokenizer, x, model.mask_id, policy, o, out=out, pause=0)
     tokens, info = sample.sample(model, x, on_call=on_call, **o)
     return tokenizer, tokens, info
 

@@ -27,7 +27,7 @@ from config import require
 from lib.files import to_json, whole_file
 from lib.subject import load_subject
 from lib.text import text_or_file
-from view.watch import Recorder, token_text
+from lib.watch import token_text, unmask_steps
 
 DEFAULTS = {
     "page": "",  # the file to write; "": page.html beside the checkpoint
@@ -83,12 +83,44 @@ def with_weights(subject, o):
     return data | pack(model)[0]
 
 
+class Recorder:
+    """An `on_call` of sample.sample: each token's step, call, probability and five alternatives."""
+
+    def __init__(self, tokenizer, x, mask_id, options):
+        self.tokenizer, self.start, self.mask_id, self.o = tokenizer, x.cpu(), mask_id, options
+        policy = samplers.SAMPLERS[options["sampler"]](self.start == mask_id, options)
+        self.steps = unmask_steps(policy, options)  # (N, L) or None
+        self.draws = [[] for _ in x]
+
+    def __call__(self, rows, positions, calls, tokens, p, logits):
+        likely = (logits.double() / (self.o["temperature"] or 1)).softmax(-1)  # (n, V)
+        likely = sample.keep_likely(likely, self.o["top_k"], self.o["top_p"])
+        likely /= likely.sum(-1, keepdim=True)
+        likely = likely.topk(min(5, likely.shape[1]))  # (n, 5)
+        steps = calls if self.steps is None else self.steps[rows, positions]  # (n,)
+        columns = positions, steps, calls, tokens, p, likely.indices, likely.values
+        for row, *draw, ids, ps in zip(*(z.tolist() for z in (rows, *columns)), strict=True):
+            draw = dict(zip(("place", "step", "call", "token", "p"), draw, strict=True))
+            draw["alternatives"] = [[v, round(q, 4)] for v, q in zip(ids, ps, strict=True)]
+            self.draws[row].append(draw)
+
+    def data(self, info):
+        """{mask_id, table: {id: text}, samples: {start, draws, steps, expected calls} of each}."""
+        samples, used = [], set(self.start.flatten().tolist()) - {self.mask_id}
+        for start, draws, nfe in zip(self.start.tolist(), self.draws, info["nfe"], strict=True):
+            run = {"start": start, "draws": draws, "expected": info["expected_nfe"]}
+            samples.append(run | {"steps": int(nfe) if self.steps is None else self.o["steps"]})
+            used |= {v for draw in draws for v, _ in [*draw["alternatives"], (draw["token"], 1)]}
+        table = {v: token_text(self.tokenizer, v) for v in sorted(used)}
+        return {"mask_id": self.mask_id, "table": table, "samples": samples}
+
+
 def recorded(subject, o):
     """The data of a page or a picture that plays samples drawn now, by the keys of sample.py."""
     model, tokenizer, *_ = subject
     rule = "a record holds one draw a position: no causal network, no sampler that masks again"
     require(not model.causal, rule)
-    x, suppress, *_ = sample.requested(o, subject)  # (N, L) each
+    x, suppress, *_ = sample.rows_to_fill(o, subject)  # (N, L) each
     policy = sample.SAMPLERS[o["sampler"]]((x == model.mask_id).cpu(), o)
     require(not policy.remasks, rule)
     recorder = Recorder(tokenizer, x, model.mask_id, o)
