@@ -242,8 +242,8 @@ def order_nll(model, x0, order, weight=None):
     """
     target = x0.gather(1, order)  # (B, L) in the order in which they are unmasked
     clean = torch.nn.functional.pad(target[:, :-1], (1, 0), value=model.mask_id)  # (B, L)
-    places = torch.cat([order.new_zeros(len(order), 1), order[:, :-1], order], dim=1)  # (B, 2L)
-    h = model.hidden_in_order(clean, places).flatten(0, 1)  # (B*L, D)
+    positions = torch.cat([order.new_zeros(len(order), 1), order[:, :-1], order], dim=1)  # (B, 2L)
+    h = model.hidden_in_order(clean, positions).flatten(0, 1)  # (B*L, D)
     return of_all(model, h, target, weight)
 
 

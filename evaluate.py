@@ -54,7 +54,7 @@ from lib import subject as subjects
 from lib.bar import progress_bar
 from lib.entries import check_estimator
 from lib.rows import Requests, random_numbers
-from lib.stats import certainty, finite, mean_over_sets, report, t95
+from lib.stats import certainty, finite, mean_over_sets, method, report, t95
 from lib.text import by_token
 
 DEFAULTS = {
@@ -78,7 +78,7 @@ SURE = 100  # degrees of freedom from which an error is trusted: with few it may
 
 
 # ---- 1. Estimators: what a row of the network masks, and what it counts --------------------------
-class Draw(NamedTuple):
+class RowNoise(NamedTuple):
     """Random numbers of b rows of width W; the answer is what follows the prompt."""
 
     u: torch.Tensor  # (b,) uniform
@@ -88,25 +88,25 @@ class Draw(NamedTuple):
     schedule: object
 
     @property
-    def place(self):  # (b, W) of each token in the answer, negative in the prompt
+    def position(self):  # (b, W) of each token in the answer, negative in the prompt
         return torch.arange(self.noise.shape[1]) - self.prompt[:, None]
 
 
-def any_order(draw):
+def any_order(rows):
     """All masked tokens, k of l of them, count l/k each."""
-    mask, weight = diffusion.draw_mask("any_order", draw.u, draw.noise, prompt=draw.prompt)
+    mask, weight = diffusion.draw_mask("any_order", rows.u, rows.noise, prompt=rows.prompt)
     return mask, weight[:, None] * mask  # (b, W) each
 
 
-def lambda_dce(draw):
-    return importance_sampled("lambda_dce", draw, draw.u)
+def lambda_dce(rows):
+    return importance_sampled("lambda_dce", rows, rows.u)
 
 
-def t_dce(draw):
-    return importance_sampled("t_dce", draw, draw.schedule(draw.u)[0])
+def t_dce(rows):
+    return importance_sampled("t_dce", rows, rows.schedule(rows.u)[0])
 
 
-def importance_sampled(objective, draw, m):
+def importance_sampled(objective, rows, m):
     """The objective's draw under the condition that something is masked, times the chance of that.
 
     Its weight 1/m has no second moment: one token masked at a tiny m counts for too much, and no
@@ -116,50 +116,51 @@ def importance_sampled(objective, draw, m):
     scaling 1 - noise by one factor a row takes the lowest to where it must be. (highest^n below is
     uniform on (0, 1]; it has to become uniform on (1 - P(some masked), 1].)
     """
-    answer = draw.place >= 0  # (b, W)
+    answer = rows.position >= 0  # (b, W)
     n = answer.sum(1)  # (b,)
     p_some = -torch.expm1(n * torch.log1p(-m))  # (b,) 1 - (1 - m)^n
-    highest = (1 - draw.noise).masked_fill(~answer, 0.0).amax(1)  # (b,) of 1 - noise
+    highest = (1 - rows.noise).masked_fill(~answer, 0.0).amax(1)  # (b,) of 1 - noise
     p_above = highest**n  # (b,) P(all noise above its lowest)
     scale = ((1 - p_some + p_some * p_above) / p_above) ** (1 / n)  # (b,)
-    noise = 1 - (1 - draw.noise) * scale[:, None]  # (b, W)
-    mask, weight = diffusion.draw_mask(objective, draw.u, noise, draw.schedule, draw.prompt)
+    noise = 1 - (1 - rows.noise) * scale[:, None]  # (b, W)
+    mask, weight = diffusion.draw_mask(objective, rows.u, noise, rows.schedule, rows.prompt)
     return mask, (weight * p_some)[:, None] * mask  # (b, W) each
 
 
 def along(name):
-    """Draw -> order (b, W) of this name in diffusion.ORDERS, prompts first."""
-    return lambda draw: diffusion.draw_order(name, draw.noise, None, prompt=draw.prompt)
+    """RowNoise -> order (b, W) of this name in diffusion.ORDERS, prompts first."""
+    return lambda rows: diffusion.draw_order(name, rows.noise, rows.u[:, None], prompt=rows.prompt)
 
 
-def one_term(draw, order):
+def one_term(rows, order):
     """Term `turn` of the chain rule along an order (b, W), prompts first: a row masks the rest."""
-    turns = order.argsort(1) - draw.prompt[:, None]  # (b, W) of each token, negative in the prompt
-    turn = draw.turn[:, None]  # (b, 1)
+    turns = order.argsort(1) - rows.prompt[:, None]  # (b, W) of each token, negative in the prompt
+    turn = rows.turn[:, None]  # (b, 1)
     return turns >= turn, (turns == turn).double()  # (b, W) each
 
 
-def ar(draw):
-    answer = draw.place >= 0  # (b, W) what counts, as diffusion.ar_nll takes it; nothing is masked
+def ar(rows):
+    """What counts, as diffusion.ar_nll takes it; nothing is masked."""
+    answer = rows.position >= 0  # (b, W)
     return answer, answer.double()
 
 
 class Estimator(NamedTuple):
-    row: object = None  # Draw -> (mask (b, W) bool, weight (b, W)); None: a term of a chain rule
-    order: object = None  # Draw -> order (b, W) of that chain rule, in which prompts come first
+    row: object = None  # RowNoise -> (mask bool, weight), (b, W) each; None: a term of a chain rule
+    order: object = None  # RowNoise -> order (b, W) of that chain rule, prompts first
     exact: bool = False  # nothing is drawn
     mean_of_p: bool = False  # a set says -log(mean of p), not the mean of -log p
     normalised: bool = True  # False: the output is a score, not log-probabilities
     name: str = ""  # in ESTIMATORS, given by estimator_of
 
-    def row_of(self, draw):
+    def row_of(self, rows):
         """What a row masks (b, W) bool, and the weight (b, W) of what it counts."""
-        return self.row(draw) if self.row else one_term(draw, self.order(draw))
+        return self.row(rows) if self.row else one_term(rows, self.order(rows))
 
 
 ESTIMATORS = Table(
     "estimator",
-    lambda entry: check_estimator(entry, Draw),
+    lambda entry: check_estimator(entry, RowNoise),
     any_order=Estimator(any_order, along("uniform")),  # the latter for an `order` network
     lambda_dce=Estimator(lambda_dce),
     t_dce=Estimator(t_dce),
@@ -187,39 +188,36 @@ def set_nats(model, requests, o, number=0, size=1, progress=False):
     three requests whose answers have 5 tokens take 6 rows by any_order, which counts all that a row
     masks, and 30 by chain, which counts one token in a row: its `turn` says which.
     """
-    estimator = estimator_of(model, o["estimator"])
-    one_pass = requests.in_one_pass(model, estimator)
-    lengths = requests.lengths()  # (N, 2) of prompts and answers
-    groups = requests.group_of_each()  # (N,)
-    row_a_token = estimator.row is None and not one_pass
-    turns = lengths[:, 1] if row_a_token else lengths[:, 1].clip(max=1)  # (N,) rows of a draw
-    nats = torch.zeros(len(lengths), size, dtype=torch.float64)
+    estimator, groups = estimator_of(model, o["estimator"]), requests.group_of_each()  # (N,)
+    rows_a_draw = requests.rows_a_draw(model, estimator)  # (N,)
+    twice = requests.in_one_pass(model, estimator) or requests.cfg_scale  # a row takes two
+    nats = torch.zeros(len(groups), size, dtype=torch.float64)
     cost = {"rows": 0, "calls": 0}
-    calls = []  # ((request, draw), nats) of the rows, (b,) each
+    pending = []  # ((request, draw), nats) of rows, (b,) each: the host waits for no call
     with progress_bar(progress, nats.numel(), "draw") as bar:
-        for i, k, turn in requests.batches(turns, size, o["batch_size"]):  # (b,) each
+        for i, k, turn in requests.batches(rows_a_draw, size, o["batch_size"]):  # (b,) each
             x0, prompt = requests.rows(i)  # (b, W), (b,)
             u, noise = random_numbers(o["seed"], number, groups[i], k, size, x0.shape[1], prompt)
-            draw = Draw(u, noise, turn, prompt, diffusion.SCHEDULES[o["schedule"]])
-            row_nats = nats_of_call(model, requests, estimator, x0, draw)  # (b,)
-            calls.append(((torch.from_numpy(i), k), row_nats))  # the host waits for no call
-            cost["rows"] += len(x0) * (2 if one_pass or requests.cfg_scale else 1)
+            rows = RowNoise(u, noise, turn, prompt, diffusion.SCHEDULES[o["schedule"]])
+            row_nats = nats_of_call(model, requests, estimator, x0, rows)  # (b,)
+            pending.append(((torch.from_numpy(i), k), row_nats))
+            cost["rows"] += len(x0) * (2 if twice else 1)
             cost["calls"] += 1
             bar.update(int((turn == 0).sum()))
-    for index, row_nats in calls:
+    for index, row_nats in pending:
         nats.index_put_(index, row_nats.cpu().double(), accumulate=True)
     return nats, cost
 
 
-def nats_of_call(model, requests, estimator, x0, draw):
+def nats_of_call(model, requests, estimator, x0, rows):
     """What each row (b, W) counts, in nats: (b,). One network call."""
     if requests.in_one_pass(model, estimator):
-        arguments = x0, estimator.order(draw), draw.place >= 0  # (b, W) each; prompts come first
+        arguments = x0, estimator.order(rows), rows.position >= 0  # (b, W) each; prompts first
         return diffusion.order_nll(model, *fused.moved(model.device, *arguments))[1].sum(1)
-    mask, weight = estimator.row_of(draw)  # (b, W) each
+    mask, weight = estimator.row_of(rows)  # (b, W) each
     fill = (0, max(0, requests.pad_to - x0.shape[1]))
     x0 = F.pad(x0, fill, value=model.mask_id)  # (b, W + fill)
-    mask, weight, cond = (F.pad(each, fill) for each in (mask, weight, draw.place < 0))
+    mask, weight, cond = (F.pad(each, fill) for each in (mask, weight, rows.position < 0))
     cond = cond if requests.cfg_scale else None
     return nats_of_rows(model, x0, mask, weight, estimator, cond, requests.cfg_scale)
 
@@ -237,10 +235,10 @@ def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
     (cond,) = fused.moved(model.device, cond)  # (b, W)
     x = torch.where(mask, model.mask_id, x0)  # (b, W)
     target = x0.flatten()[idx]  # (n,)
-    h = diffusion.states(model, x, idx, cond, cfg_scale)
+    hs = diffusion.states(model, x, idx, cond, cfg_scale)
     ces = []
     for span in fused.chunks(len(target), fused.head_chunk(model.vocab_size, model.device)):
-        logits = diffusion.guided(model, [each[span] for each in h], cfg_scale)  # (chunk, V)
+        logits = diffusion.guided(model, [h[span] for h in hs], cfg_scale)  # (chunk, V)
         ces.append(F.cross_entropy(logits, target[span], reduction="none"))
     return fused.summed(weight.flatten()[idx] * torch.cat(ces), idx, x0)
 
@@ -309,23 +307,31 @@ def token_nats(model, ids, prompt=(), **options):
     message = f"{estimator.name} has no tokens' nats; try chain"
     require(estimator.order and not estimator.mean_of_p, message)
     x0, P, L = torch.tensor([[*prompt, *ids]]), len(prompt), len(ids)  # (1, P + L)
+    one_pass = Requests([(prompt, ids)]).in_one_pass(model, estimator)
+    terms_of, turns = (all_terms, 1) if one_pass else (term_of_each_row, L)  # rows of a draw
     K = 1 if estimator.exact else o["draws"]
-    one_pass = model.config["attention"] == "order"  # a row has all terms of a draw
     nats = torch.zeros(K, L, dtype=torch.float64)
-    for row in torch.arange(K if one_pass else K * L).split(o["batch_size"]):
-        zero = torch.zeros_like(row)  # (b,)
-        k, turn = (row, zero) if one_pass else (row // L, row % L)  # (b,) each
-        u, noise = random_numbers(o["seed"], 0, zero, k, K, P + L, zero + P)  # (b,), (b, P + L)
-        draw = Draw(u, noise, turn, prompt=zero + P, schedule=None)
-        x, order = x0.expand(len(row), P + L), estimator.order(draw)  # (b, P + L) each
-        place = order[:, P:] - P  # (b, L) in the text
-        if one_pass:
-            terms = diffusion.order_nll(model, *fused.moved(model.device, x, order))[1]  # (b, P+L)
-        else:
-            terms = nats_of_rows(model, x, *one_term(draw, order), estimator)[:, None]  # (b, 1)
-            place = place.gather(1, turn[:, None])  # (b, 1)
-        nats[k[:, None], place] = terms[:, -place.shape[1] :].cpu().double()
+    for row in torch.arange(K * turns).split(o["batch_size"]):  # (b,)
+        k, turn, first = row // turns, row % turns, torch.full_like(row, P)  # (b,) each
+        u, noise = random_numbers(o["seed"], 0, 0 * row, k, K, P + L, first)  # (b,), (b, P + L)
+        rows = RowNoise(u, noise, turn, prompt=first, schedule=None)
+        position, terms = terms_of(model, estimator, x0.expand(len(row), P + L), rows)
+        nats[k[:, None], position - P] = terms.cpu().double()
     return finite(nats, "log-likelihoods")
+
+
+def all_terms(model, estimator, x, rows):
+    """Of an `order` network in one pass of rows x (b, W): positions, nats (b, W - P) each."""
+    order, P = estimator.order(rows), rows.prompt[0]  # (b, W)
+    terms = diffusion.order_nll(model, *fused.moved(model.device, x, order))[1]  # (b, W)
+    return order[:, P:], terms[:, P:]
+
+
+def term_of_each_row(model, estimator, x, rows):
+    """Of rows x (b, W) the position of the term `turn` and its nats: (b, 1) each."""
+    order = estimator.order(rows)  # (b, W)
+    nats = nats_of_rows(model, x, *one_term(rows, order), estimator)  # (b,)
+    return order.gather(1, (rows.prompt + rows.turn)[:, None]), nats[:, None]
 
 
 # ---- 4. One text ---------------------------------------------------------------------------------
@@ -343,36 +349,30 @@ def evaluate(config, subject, folder, split):
     meta, part, L = subjects.open_text(config, subject, folder, split)
     keys = ("estimator", "draws", "strata", "precision", "schedule", "seed", "batch_size")
     options = {key: config[key] for key in keys} | {"progress": True}
+    estimator = estimator_of(subject.model, config["estimator"])
     with subject.autocast():
         nats, info = estimate(subject.model, part.requests, part.counts, **options)
-    name = estimator_of(subject.model, config["estimator"]).name
     result, text = report(nats, part.counts, part.bytes_per_token)
-    result |= info | {"estimator": name, "block_size": L, "data": str(folder)}
+    result |= info | {"estimator": estimator.name, "block_size": L, "data": str(folder)}
     draws = f"{result['draws']} draws a sequence in sets of {config['strata']}"
     what = subjects.coverage(result, split, meta, config["protocol"])
-    lines = [f"{what}; {method(name, draws)}; {subject.words}", subjects.with_remarks(meta, text)]
+    lines = [f"{what}; {method(estimator, draws)}; {subject.words}"]
+    lines.append(subjects.with_remarks(meta, text))
     lines.append(certainty(result, config["precision"], config["draws"], config["strata"]))
     return result, "\n".join(lines)
-
-
-def method(name, draws):
-    """How a number came about, in words; `draws` says what was drawn."""
-    if name == "ar":
-        return "exact"
-    exact = ESTIMATORS[name].exact
-    return f"exact along the order {name}" if exact else f"upper bound by {name}, {draws}"
 
 
 def score(config, subject):
     """Evaluate config["text"], print a line for each token -> {"tokens", "nats", "total", ...}."""
     prompt, ids, n, what = subjects.ids_of_text(subject, config)  # lists of P and L ids
     options = {key: config[key] for key in ("estimator", "draws", "seed", "batch_size")}
+    estimator = estimator_of(subject.model, config["estimator"])
     with subject.autocast():
         nats = token_nats(subject.model, ids, prompt, **options)  # (draws, L)
-    name = estimator_of(subject.model, config["estimator"]).name
     result, text = by_token(subject.tokenizer, ids, nats, n)
-    print(f"{text}\n-log p({what}): {method(name, f'{len(nats)} orders')}; {subject.words}")
-    return result | {"prompt": prompt, "estimator": name}
+    how = method(estimator, f"{len(nats)} orders")
+    print(f"{text}\n-log p({what}): {how}; {subject.words}")
+    return result | {"prompt": prompt, "estimator": estimator.name}
 
 
 def main(config):
@@ -386,9 +386,7 @@ def main(config):
     print(text)
     ngram_nats = ngram.baseline(folder) if config["split"] == "val" else {}
     if ngram_nats:
-        is_worse = result["nats_per_token"] > min(ngram_nats.values())
-        advice = "; the model is worse: train it longer (--max_minutes=)" if is_worse else ""
-        print(f"{ngram.words(ngram_nats)}{advice}")
+        print(ngram.words(ngram_nats, result["nats_per_token"]))
     return result | {"ngram_nats": ngram_nats}
 
 

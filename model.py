@@ -46,6 +46,7 @@ DEFAULTS = {
     "conv": 0,  # width (odd) of a convolution over embedded tokens, for full attention; 0: none
     "zero_init": "all",  # one of ZERO_INITS; which output matrices start at zero (RADD: head)
     "dropout": 0.0,  # after attention and after the MLP; in [0, 1]
+    # of published weights; a new network leaves these as they are
     "rotary_bf16": False,  # round the rotary tables to bfloat16, as SMDM's weights expect
     "start_id": -1,  # -1 or more, the token before the first one of a causal network; -1: the mask
     "head_padding": 0,  # outputs past V that a weight format holds and nothing uses (RADD: 1)
@@ -60,8 +61,8 @@ def rotary_frequency(config):
 
 def rotary_tables(config):
     """cos, sin (block_size, d/2) of the angles position * frequency, on the CPU."""
-    place = torch.arange(config["block_size"], device="cpu").float()  # (block_size,)
-    angle = torch.outer(place, rotary_frequency(config))  # (block_size, d/2)
+    position = torch.arange(config["block_size"], device="cpu").float()  # (block_size,)
+    angle = torch.outer(position, rotary_frequency(config))  # (block_size, d/2)
     dtype = torch.bfloat16 if config["rotary_bf16"] else torch.float32
     return angle.cos().to(dtype).float(), angle.sin().to(dtype).float()
 
@@ -168,8 +169,8 @@ class Block(nn.Module):
         k, v = kv.permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
         q = F.linear(z.flatten(0, 1).index_select(0, masked_idx), to_q)  # (N, D)
         q = q.view(-1, *kv.shape[3:])  # (N, H, d)
-        place = masked_idx % L  # (N,)
-        q = self.norm_and_rotate(q, cos[place, None], sin[place, None])  # (N, H, d)
+        position = masked_idx % L  # (N,)
+        q = self.norm_and_rotate(q, cos[position, None], sin[position, None])  # (N, H, d)
         k = self.norm_and_rotate(k, cos, sin)  # (B, H, L, d)
         return fused.attention_at(masked_idx, q, k, v).flatten(1)
 
@@ -319,7 +320,7 @@ class OrderTransformer(Transformer):
     block_class = OrderBlock
 
     def hidden(self, x, masked_idx=None):
-        """As of Transformer: it reads visible tokens, left to right, then answers the queries."""
+        """As Transformer.hidden: visible tokens are read left to right, then it is asked."""
         B, L = x.shape
         idx = torch.arange(B * L) if masked_idx is None else masked_idx.cpu()  # (N,)
         visible = x.cpu() != self.mask_id  # (B, L)
@@ -327,17 +328,17 @@ class OrderTransformer(Transformer):
         h = self.hidden_from_cache(x, visible, idx, OrderCache(B, L), slots)  # (N, D)
         return h.view(B, L, -1) if masked_idx is None else h
 
-    def hidden_in_order(self, clean, places, attend=None):
+    def hidden_in_order(self, clean, positions, attend=None):
         """Hidden states (B, Q, D) of the queries.
 
-        clean (B, n): ids in the order in which they are unmasked, a start token first. places
+        clean (B, n): ids in the order in which they are unmasked, a start token first. positions
         (B, n + Q): their positions, then those of the queries. Here Q = n, and query k sees the
         clean tokens 0..k: all terms of a chain rule in one pass. With the `attend` of a cache's
         Reading (lib/cache.py), all queries see all that their sequence has read.
         """
-        n, Q = clean.shape[1], places.shape[1] - clean.shape[1]
+        n, Q = clean.shape[1], positions.shape[1] - clean.shape[1]
         queries = torch.full((len(clean), Q), self.mask_id, device=clean.device)  # (B, Q)
-        cos, sin = self.cos[places][:, None], self.sin[places][:, None]  # (B, 1, n + Q, d/2) each
+        cos, sin = (table[positions][:, None] for table in (self.cos, self.sin))  # (B, 1, n+Q, d/2)
         h = self.embed(torch.cat([clean, queries], dim=1))  # (B, n + Q, D)
         for i, block in enumerate(self.blocks):
             read = functools.partial(attend, i) if attend else fused.attention_in_order
@@ -352,5 +353,5 @@ class OrderTransformer(Transformer):
         """
         reading = cache.plan_call(slots, visible, masked_idx, x.device)
         clean = F.pad(x, (1, 0), value=self.mask_id).gather(1, reading.columns)  # (B, n)
-        h = self.hidden_in_order(clean, reading.places, reading.attend)  # (B, Q, D)
+        h = self.hidden_in_order(clean, reading.positions, reading.attend)  # (B, Q, D)
         return h[reading.answers]

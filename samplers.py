@@ -215,8 +215,8 @@ def calls(policy, nfe, batch_size):
         idx = due.flatten().nonzero().flatten()  # (n,)
         masked = idx[:0]
         if policy.remasks:
-            row, place = policy.masked_at(live, done).nonzero(as_tuple=True)  # (m,) each
-            masked = live[row] * L + place
+            row, position = policy.masked_at(live, done).nonzero(as_tuple=True)  # (m,) each
+            masked = live[row] * L + position
         at = live[idx // L] * L + idx % L  # (n,)
         yield Call(live, at, idx, noise.flatten()[idx], masked, done)
         nfe[live] += 1
@@ -265,8 +265,8 @@ def left_to_right(masked, o):
 
 
 def right_to_left(masked, o):
-    place = torch.arange(masked.shape[1]).flip(0)  # (L,)
-    return FixedOrder(torch.where(masked, place, -1), o["seed"])
+    step = torch.arange(masked.shape[1]).flip(0)  # (L,)
+    return FixedOrder(torch.where(masked, step, -1), o["seed"])
 
 
 def confidence(masked, o):

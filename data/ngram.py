@@ -33,11 +33,13 @@ def baseline(folder, limit=2**24):
     return nats
 
 
-def words(nats):
-    """The baseline, for people."""
-    nats = ", ".join(f"{name} {value:.4f}" for name, value in nats.items())
+def words(nats, of_model):
+    """The baseline in words, with advice where the nats per token of a model are worse."""
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in nats.items())
     method = "Witten-Bell, counted on the training text"
-    return f"n-gram baseline on all of val ({method}): {nats} nats per token"
+    is_worse = of_model > min(nats.values())
+    advice = "; the model is worse: train it longer (--max_minutes=)" if is_worse else ""
+    return f"n-gram baseline on all of val ({method}): {shown} nats per token{advice}"
 
 
 def ngrams(x, n, V):

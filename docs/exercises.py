@@ -126,23 +126,23 @@ def test_order():
     x = torch.full((2, 6), net.mask_id)  # (2, 6)
     x[1, 0] = 3  # a condition
 
-    def on_call(row, place, call, *_):
-        drawn.extend(zip(row.tolist(), call.tolist(), place.tolist(), strict=True))
+    def on_call(row, position, call, *_):
+        drawn.extend(zip(row.tolist(), call.tolist(), position.tolist(), strict=True))
 
     tokens, info = sample.sample(net, x, sampler="outside_in", on_call=on_call)
-    places = [[place for n, _, place in sorted(drawn) if n == row] for row in (0, 1)]
-    assert places[0] == [0, 5, 1, 4, 2, 3], f"{places[0]} is not from both ends to the middle"
-    assert places[1] == [5, 1, 4, 2, 3] and tokens[1, 0] == 3, "a condition is never drawn"
+    positions = [[position for n, _, position in sorted(drawn) if n == row] for row in (0, 1)]
+    assert positions[0] == [0, 5, 1, 4, 2, 3], f"{positions[0]} is not from both ends to the middle"
+    assert positions[1] == [5, 1, 4, 2, 3] and tokens[1, 0] == 3, "a condition is never drawn"
     assert info["nfe"].tolist() == [6, 5], "one token a call, and no call for a condition"
 
 
 @torch.no_grad()
 def test_cache():
     x = torch.tensor([[0, 1, 2, 3, 4, 0]])  # (1, 6) a text, and the same with another end
-    other, places, exact = x.index_fill(1, torch.tensor([5]), 2), torch.arange(6), set()
+    other, positions, exact = x.index_fill(1, torch.tensor([5]), 2), torch.arange(6), set()
     for kind in ("full", "causal", "order"):
         net = tiny(kind)
-        more = (places.repeat(2)[None],) if kind == "order" else ()
+        more = (positions.repeat(2)[None],) if kind == "order" else ()
         read = net.hidden_in_order if kind == "order" else net.hidden
         before, after = read(x, *more), read(other, *more)  # (1, 6, D) each
         if torch.allclose(before[:, :5], after[:, :5], atol=1e-6):
@@ -166,8 +166,8 @@ def test_estimator():
     net, x0 = Table(random_logits()), states(V, L)[::7]  # (S, L)
     nats, _ = evaluate.estimate(net, x0.numpy(), estimator="outside_in", draws=1)  # (S,)
     x, exact = torch.full_like(x0, net.mask_id), torch.zeros(len(x0), dtype=torch.float64)
-    for place in (0, 3, 1, 2):  # from both ends to the middle
-        log_p = net(x).log_softmax(-1)[:, place].detach()  # (S, V)
-        exact -= log_p.gather(1, x0[:, place, None]).squeeze(1)
-        x[:, place] = x0[:, place]
+    for position in (0, 3, 1, 2):  # from both ends to the middle
+        log_p = net(x).log_softmax(-1)[:, position].detach()  # (S, V)
+        exact -= log_p.gather(1, x0[:, position, None]).squeeze(1)
+        x[:, position] = x0[:, position]
     assert torch.allclose(nats, exact, atol=1e-5), "not the chain rule along that order"

@@ -46,7 +46,7 @@ from config import require
 from data import choice as sets
 from data import examples
 from lib.files import to_json, whole_file
-from lib.stats import mean_and_error, plus_minus, shown_perplexity
+from lib.stats import mean_and_error, method, plus_minus, shown_perplexity
 from lib.subject import load_evaluable
 
 DEFAULTS = {
@@ -203,6 +203,7 @@ def protocol(config, result, path, subject):
     n, name = result["questions"], config["set"]
     part = f"the first {n:,}" if n == config["limit"] else f"all {n:,}"
     space = "" if name == "plain" else " behind a space"
+    estimator = evaluate.estimator_of(subject.model, config["estimator"])
     draws = f"{config['draws']} draws an option, the same for all options of a question"
     padding = f"rows padded with masks to {config['pad_to']} tokens; " if config["pad_to"] else ""
     return (
@@ -210,7 +211,7 @@ def protocol(config, result, path, subject):
         f"then the option{space}; block of {subject.model.block_size} tokens: "
         f"the beginning of the context cut in {result['texts_cut']} of {result['texts']} texts, "
         f"the end of the option in {result['options_cut']}\n"
-        f"-log p(option | context): {evaluate.method(result['estimator'], draws)}; "
+        f"-log p(option | context): {method(estimator, draws)}; "
         f"cfg_scale {config['cfg_scale']}; {padding}{subject.words}; {result['seconds']:.1f} s"
     )
 

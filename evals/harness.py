@@ -40,6 +40,7 @@ import sample
 from config import UserError, nearest, require
 from data import examples
 from evals import choice
+from lib.stats import method
 from lib.subject import load_evaluable
 
 DEFAULTS = {
@@ -206,11 +207,11 @@ def main(config):
     keys = {"tasks": tasks, "task_manager": manager, "bootstrap_iters": 1000}
     with subject.autocast():
         output = lm_eval.simple_evaluate(Answerer(), limit=config["limit"] or None, **keys)
-    name = evaluate.estimator_of(subject.model, config["estimator"]).name
-    likelihoods = evaluate.method(name, f"{config['draws']} draws")
+    estimator = evaluate.estimator_of(subject.model, config["estimator"])
+    likelihoods = method(estimator, f"{config['draws']} draws")
     text = "left to right" if subject.causal else f"by {config['sampler']}, {config['steps']} steps"
-    method = f"likelihoods {likelihoods}; text {text}; cfg_scale {config['cfg_scale']}"
-    print(f"lm-evaluation-harness {lm_eval.__version__}: {method}; {subject.words}")
+    how = f"likelihoods {likelihoods}; text {text}; cfg_scale {config['cfg_scale']}"
+    print(f"lm-evaluation-harness {lm_eval.__version__}: {how}; {subject.words}")
     print(lm_eval.utils.make_table(output))
     if cuts:
         counts = ", ".join(f"{n} {what}" for what, n in cuts.items())

@@ -52,11 +52,11 @@ def confidence_nats(model, x0, progress=False):
         h = model.hidden(x.to(device), masked_idx.to(device))  # (n, D)
         log_p = model.head(h).float().log_softmax(-1).cpu()  # (n, V)
         best = torch.full((S * L,), -torch.inf).scatter(0, masked_idx, log_p.amax(1))  # (S * L,)
-        place = best.view(S, L).argmax(1)  # (S,)
+        position = best.view(S, L).argmax(1)  # (S,)
         at = torch.full((S * L,), -1).scatter(0, masked_idx, torch.arange(len(masked_idx)))
-        chosen = at[row * L + place]  # (S,) rows of log_p
-        nats -= log_p[chosen, x0[row, place]].double()
-        x[row, place] = x0[row, place]
+        chosen = at[row * L + position]  # (S,) rows of log_p
+        nats -= log_p[chosen, x0[row, position]].double()
+        x[row, position] = x0[row, position]
     return nats
 
 

@@ -136,7 +136,7 @@ def bound(ctx, folder, data, kind, other=False):
         draw, place = part % size, part // size  # (b,) each
         u, noise = evaluate.random_numbers(0, 0, place, draw, size, x0.shape[1])  # (b,), (b, L)
         none = torch.zeros_like(place)
-        draws = evaluate.Draw(u, noise, none, none, diffusion.loglinear)
+        draws = evaluate.RowNoise(u, noise, none, none, diffusion.loglinear)
         mask, weight = evaluate.lambda_dce(draws)  # (b, L) each
         model.time = (u.roll(1) if other else u).float() if kind == TIMED else None
         with ctx.autocast():

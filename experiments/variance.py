@@ -76,7 +76,7 @@ def repeated(subject, x0, method, n_sets, config):
             mask, weight = diffusion.draw_mask(estimator, u, noise)  # (b, L), (b,)
             weight = weight[:, None] * mask  # (b, L)
         else:
-            numbers = evaluate.Draw(u, noise, turn, torch.zeros_like(place), schedule)
+            numbers = evaluate.RowNoise(u, noise, turn, torch.zeros_like(place), schedule)
             mask, weight = rule.row_of(numbers)  # (b, L) each
         block = x0[place // n_sets]  # (b, L)
         with subject.autocast():

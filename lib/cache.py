@@ -34,7 +34,7 @@ class Reading(NamedTuple):
     """One call of an `order` network: each of b sequences reads n clean tokens and Q queries."""
 
     columns: torch.Tensor  # (b, n) the clean tokens, as columns of [start token; x]
-    places: torch.Tensor  # (b, n + Q) the positions of the clean tokens, then of the queries
+    positions: torch.Tensor  # (b, n + Q) the positions of the clean tokens, then of the queries
     answers: tuple  # (row (N,), query (N,)) in (b, Q) of the positions that are asked for
     attend: object  # (layer, q, kv) -> what q reads there: model.Streams.read, but for the layer
 
@@ -68,16 +68,16 @@ class OrderCache:
         self.was_read[slots] = visible
         is_query = torch.zeros(b * L, dtype=torch.bool).index_fill(0, masked_idx, True).view(b, L)
         columns, n_new = to_the_left(new)  # (b, n), (b,)
-        places, _ = to_the_left(is_query)  # (b, Q)
-        where, seen = self.layout(visible.sum(1), n_new, columns.shape[1], places.shape[1])
-        places = torch.cat([(columns - 1).clamp(min=0), places], dim=1)  # (b, n + Q)
+        positions, _ = to_the_left(is_query)  # (b, Q)
+        where, seen = self.layout(visible.sum(1), n_new, columns.shape[1], positions.shape[1])
+        positions = torch.cat([(columns - 1).clamp(min=0), positions], dim=1)  # (b, n + Q)
         query = (is_query.cumsum(1) - 1).flatten()[masked_idx]  # (N,)
         all_slots = torch.equal(slots, torch.arange(len(self.was_read)))
-        tensors = columns, places, masked_idx // L, query, slots, where, seen
-        columns, places, row, query, slots, where, seen = fused.moved(device, *tensors)
+        tensors = columns, positions, masked_idx // L, query, slots, where, seen
+        columns, positions, row, query, slots, where, seen = fused.moved(device, *tensors)
         part = slice(None) if all_slots else slots  # no copy of all
         attend = functools.partial(self.attend, part, (slots[:, None], where), seen)
-        return Reading(columns, places, (row, query), attend)
+        return Reading(columns, positions, (row, query), attend)
 
     def layout(self, count, n_new, n, Q):
         """Where n tokens and Q queries are stored (b, n + Q); what they see (b, 1, n + Q, length).

@@ -140,10 +140,10 @@ def counted_once(v, mask, weight):
     return ""
 
 
-def check_estimator(estimator, draw_of):
+def check_estimator(estimator, rows_of):
     """Its row must have the weights of the bound as an objective's draw; its order be an order.
 
-    draw_of(u, noise, turn, prompt, schedule) -> what both are functions of (evaluate.Draw).
+    rows_of(u, noise, turn, prompt, schedule) -> what both are functions of (evaluate.RowNoise).
     """
     if not hasattr(estimator, "row"):
         return f"is a {type(estimator).__name__}: wrap it in evaluate.Estimator(...)"
@@ -152,17 +152,17 @@ def check_estimator(estimator, draw_of):
     v, noises = numbers_of_three()
     for noise, prompt in noises:
         prompt = torch.zeros(len(v), dtype=torch.long) if prompt is None else prompt
-        draw = draw_of(v**3, noise.clamp(max=1), 0 * prompt, prompt, lambda t: (t**2, 2 * t))
+        rows = rows_of(v**3, noise.clamp(max=1), 0 * prompt, prompt, lambda t: (t**2, 2 * t))
         if estimator.row:
-            mask, weight = estimator.row(draw)
+            mask, weight = estimator.row(rows)
             if not (mask.shape == weight.shape == noise.shape) or mask.dtype != torch.bool:
                 return "must give (mask (b, W) bool, weight (b, W)) of a row"
             if problem := counted_once(v, mask, weight):
                 return problem
         if estimator.order:
-            order = estimator.order(draw)
-            places = torch.arange(noise.shape[1]).expand_as(noise)  # (N, W)
-            if order.shape != noise.shape or not torch.equal(order.sort(1).values, places):
+            order = estimator.order(rows)
+            all_of_them = torch.arange(noise.shape[1]).expand_as(noise)  # (N, W)
+            if order.shape != noise.shape or not torch.equal(order.sort(1).values, all_of_them):
                 return "must give an order (b, W): each position once in a row"
             if (order.argsort(1)[:, :-3] >= noise.shape[1] - 3).any():
                 return "must give an order in which the prompt comes first"

@@ -22,6 +22,12 @@ class Requests(NamedTuple):
         in_order = model.config["attention"] == "order" and estimator.order is not None
         return in_order and not (self.cfg_scale or self.pad_to)
 
+    def rows_a_draw(self, model, estimator):
+        """The rows that a draw of each request takes (N,): one, or one for each token."""
+        n = self.lengths()[:, 1]  # (N,)
+        in_one_row = estimator.row or self.in_one_pass(model, estimator)
+        return n.clip(max=1) if in_one_row else n
+
     def lengths(self):
         """Tokens of each prompt and answer: (N, 2), in numpy."""
         return np.array([[len(p), len(a)] for p, a in self.pairs], int).reshape(-1, 2)
@@ -36,7 +42,7 @@ class Requests(NamedTuple):
         return torch.from_numpy(x0), torch.tensor([len(self.pairs[j][0]) for j in i])
 
     def batches(self, turns, size, batch_size):
-        """Yield (request (b,), draw (b,), turn (b,)) with b <= batch_size, for every row once.
+        """Yield (request (b,), draw k (b,), turn (b,)) with b <= batch_size, for every row once.
 
         turns (N,): how many rows one draw takes; size: draws. Only requests of equal length share a
         batch, so that there is no padding.
@@ -48,18 +54,18 @@ class Requests(NamedTuple):
             for start in range(0, first[-1], batch_size):
                 row = np.arange(start, min(start + batch_size, first[-1]))  # (b,)
                 i = np.searchsorted(first, row, side="right") - 1  # (b,)
-                draw, turn = np.divmod(row - first[i], turns[members[i]])  # (b,) each
-                yield members[i], torch.from_numpy(draw), torch.from_numpy(turn)
+                k, turn = np.divmod(row - first[i], turns[members[i]])  # (b,) each
+                yield members[i], torch.from_numpy(k), torch.from_numpy(turn)
 
 
-def random_numbers(seed, number, group, draw, size, n, prompt=None):
-    """u (b,) and noise (b, n) for the draws `draw` (b,) of requests of `group` (b,).
+def random_numbers(seed, number, group, k, size, n, prompt=None):
+    """u (b,) and noise (b, n) for the draws k (b,) of requests of `group` (b,).
 
     They belong to set `number`, of `size` draws over which u is stratified. Pure functions of the
     arguments; the first columns of the noise do not depend on n, and stand behind the prompt (b,).
     """
-    jitter = distinct_uniforms(seed, 2 * number + 1, group * size + draw // 2, 1)  # (b, 1)
-    noise = distinct_uniforms(seed, 2 * number, group * size + draw, n)  # (b, n)
+    jitter = distinct_uniforms(seed, 2 * number + 1, group * size + k // 2, 1)  # (b, 1)
+    noise = distinct_uniforms(seed, 2 * number, group * size + k, n)  # (b, n)
     if prompt is not None:
         noise = noise.gather(1, (torch.arange(n) - prompt[:, None]).clamp(min=0))
-    return diffusion.stratified(jitter.squeeze(1), draw, size), noise
+    return diffusion.stratified(jitter.squeeze(1), k, size), noise

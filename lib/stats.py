@@ -24,9 +24,9 @@ def finite(values, what):
 
 
 class Probabilities:
-    """Those of drawn tokens: NotFinite if one is nan, at once on a CPU, elsewhere by `check`.
+    """A watch over the probabilities of drawn tokens, which raises NotFinite if one is nan.
 
-    So no call waits for the device.
+    On a CPU `see` does so at once; elsewhere `check` does, so that no call waits for the device.
     """
 
     what = "probabilities of drawn tokens"
@@ -143,6 +143,14 @@ def report(nats, lengths, bytes_per_token):
         f" perplexity {shown_perplexity(mean)}"
     )
     return result, text
+
+
+def method(estimator, draws):
+    """How a number came about by an evaluate.Estimator, in words; `draws` says what was drawn."""
+    name = estimator.name
+    if name == "ar":
+        return "exact"
+    return f"exact along the order {name}" if estimator.exact else f"upper bound by {name}, {draws}"
 
 
 def certainty(result, precision, most, strata):

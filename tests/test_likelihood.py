@@ -16,9 +16,10 @@ import evaluate
 from data.loader import spread
 from evaluate import (
     ESTIMATORS,
-    Draw,
     Estimator,
     Requests,
+    RowNoise,
+    along,
     answer_nats,
     estimate,
     nats_of_rows,
@@ -51,20 +52,20 @@ def one_set(model, requests, size, number=0, **options):
 
 def row_of(estimator, u, noise, turn, prompt, schedule="loglinear"):
     """What an estimator masks and counts: (b, W) each."""
-    draw = Draw(u, noise, turn, prompt, diffusion.SCHEDULES[schedule])
-    return ESTIMATORS[estimator].row_of(draw)
+    rows = RowNoise(u, noise, turn, prompt, diffusion.SCHEDULES[schedule])
+    return ESTIMATORS[estimator].row_of(rows)
 
 
 @pytest.fixture
 def order(monkeypatch):
     """order(name, turns): from now on an estimator is the chain rule along the order of `turns`.
 
-    turns takes a Draw to the turn of each token (b, W), of prompts anything.
+    turns takes a RowNoise to the turn of each token (b, W), of prompts anything.
     """
 
     def register(name, turns):
-        def prompts_first(draw):
-            return turns(draw).masked_fill(draw.place < 0, -1).argsort(dim=1, stable=True)
+        def prompts_first(rows):
+            return turns(rows).masked_fill(rows.position < 0, -1).argsort(dim=1, stable=True)
 
         estimator = Estimator(order=prompts_first, exact=True)
         monkeypatch.setitem(ESTIMATORS, name, estimator)
@@ -122,10 +123,10 @@ def close(nats, expected, rel=1e-6):
     torch.testing.assert_close(nats, expected, rtol=rel, atol=1e-9)
 
 
-def even_first(draw):
+def even_first(rows):
     """An order of our own."""
-    l = draw.noise.shape[1] - draw.prompt[:, None]  # (b, 1)
-    return draw.place // 2 + (draw.place % 2) * ((l + 1) // 2)
+    l = rows.noise.shape[1] - rows.prompt[:, None]  # (b, 1)
+    return rows.position // 2 + (rows.position % 2) * ((l + 1) // 2)
 
 
 @pytest.mark.parametrize("prompt", [0, 1, 3])
@@ -143,10 +144,21 @@ def test_the_chain_rule_with_true_conditionals_is_the_likelihood_along_every_ord
     )
 
 
+def test_the_coin_of_a_mixture_of_orders_is_the_stratified_number_of_a_row(arbitrary, monkeypatch):
+    noise = torch.rand(2, L, dtype=torch.float64)
+    none = torch.zeros(2, dtype=torch.long)
+    rows = RowNoise(torch.tensor([0.3, 0.7]), noise, none, none, None)
+    mixed = torch.stack([torch.arange(L), noise[1].argsort()])  # half of them left to right
+    assert torch.equal(along("mixture")(rows), mixed)
+    monkeypatch.setitem(ESTIMATORS, "mixture", Estimator(order=along("mixture")))
+    nats = answer_nats(arbitrary, requests_of(X0, 0), estimator="mixture", draws=4)
+    assert nats.isfinite().all()
+
+
 def test_an_order_that_is_registered_is_the_chain_rule_along_it(arbitrary, by_order, order):
     options, blocks = {"batch_size": WIDE}, blocks_of(X0)
     for turn, expected in zip(TURNS[::5], by_order.T[::5], strict=True):
-        order("ours", lambda draw, turn=turn: turn[draw.place])
+        order("ours", lambda rows, turn=turn: turn[rows.position])
         close(nats_of(arbitrary, blocks, estimator="ours", **options), expected)
     forward, backward = (
         chain_by_hand(arbitrary, X0, turn) for turn in (torch.arange(L), L - 1 - torch.arange(L))

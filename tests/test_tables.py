@@ -51,7 +51,6 @@ CALLS = {  # of the library, in Python, with a name that is nearly right
     "answer_nats": lambda: evaluate.answer_nats(MODEL, REQUESTS, estimator="chian"),
     "estimate": lambda: evaluate.estimate(MODEL, REQUESTS, estimator="chian"),
     "estimator, causal": lambda: evaluate.estimator_of(CAUSAL, "chian"),
-    "method": lambda: evaluate.method("chian", ""),
     "optimizer": lambda: optim.make_optimizers(KEYS | {"optimizer": "moun"}, CAUSAL),
     "lr_decay": lambda: optim.learning_rate(200, KEYS | {"lr_decay": "cosin"}),
     "dtype": lambda: device.machine(KEYS | {"dtype": "float16"}),

@@ -38,8 +38,8 @@ def cells(trace, columns):
     """(x, y, text, draw or None) of each token of the first sample, in lines of `columns`."""
     run, x, y = trace["samples"][0], 0, 0
     draws = {draw["place"]: draw for draw in run["draws"]}
-    for place, token in enumerate(run["start"]):
-        draw = draws.get(place)
+    for position, token in enumerate(run["start"]):
+        draw = draws.get(position)
         text = trace["table"][draw["token"] if draw else token]
         if x + len(text) > columns or "\n" in text:
             x, y, text = 0, y + 1, text.replace("\n", "")
