@@ -242,6 +242,16 @@ def completed(config, *modules):
     return config | options({key: config[key] for key in keys}, *modules)
 
 
+def refuse_typed(config, keys, reason):
+    """Raise UserError if the command line has one of `keys`, which for this reason change nothing.
+
+    A preset may have it, for other commands.
+    """
+    for key in keys:
+        where = config.get("user_keys", {}).get(key, "")
+        require(not where.startswith("--"), f"{key} {reason}; leave it out")
+
+
 def read_preset(path):
     """The dict of a preset file, one Python dict literal, which is read and never executed.
 

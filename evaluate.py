@@ -55,7 +55,7 @@ from lib.bar import progress_bar
 from lib.entries import check_estimator
 from lib.rows import Requests, random_numbers
 from lib.stats import certainty, finite, mean_over_sets, method, report, t95
-from lib.text import by_token
+from lib.text import by_token, check_text
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # anything that checkpoint.load takes
@@ -340,8 +340,7 @@ def check(config):
     draws, K, estimator = (config[key] for key in ("draws", "strata", "estimator"))
     message = f"{estimator} takes whole sets: draws {draws} must be a multiple of strata {K}"
     require(draws % K == 0 or not ESTIMATORS[estimator].mean_of_p, message)
-    is_asked = "text" in config.get("user_keys", ()) or config["prompt"]
-    require(config["text"] or not is_asked, "the text to score is empty: give --text=")
+    check_text(config)
 
 
 def evaluate(config, subject, folder, split):
@@ -379,6 +378,10 @@ def main(config):
     """Evaluate config["ckpt"] on config["text"] or config["data"]; return the result, a dict."""
     check(config)
     subject = subjects.load_evaluable(config, reads_text=bool(config["text"]))
+    if subject.causal and config["estimator"] != "left_to_right":  # which is what it does
+        settings.refuse_typed(
+            config, ["estimator"], f"is not for {config['ckpt']}, which is causal"
+        )
     if config["text"]:
         return score(config, subject)
     folder = subjects.folder_of(config, subject)

@@ -8,6 +8,7 @@ It is not told the time, for what it predicts does not depend on it (diffusion.p
   every hidden state, so nothing can be kept from one call to the next.
 - attention=causal sees the left: the autoregressive baseline (ARM), with a cache (lib/cache.py).
 - attention=order is any-order generation with a cache: part 3, which the others do not need.
+  make_network(config) makes any of them.
 - One class holds both papers' architectures (RADD: LayerNorm, biases, GELU; SMDM: RMSNorm, SwiGLU,
   no biases; both rotary) and what trains faster at small scale (QK-norm, zero initialisation).
 
@@ -51,6 +52,16 @@ DEFAULTS = {
     "start_id": -1,  # -1 or more, the token before the first one of a causal network; -1: the mask
     "head_padding": 0,  # outputs past V that a weight format holds and nothing uses (RADD: 1)
 }
+
+
+def check_shape(config):
+    """Raise UserError for a shape that no network has."""
+    D, H, n_layer, conv = (config[key] for key in ("n_embd", "n_head", "n_layer", "conv"))
+    message = f"n_layer {n_layer}, n_head {H} and n_embd {D} must be 1 or more; train.py fills in 0"
+    require(min(n_layer, H, D) > 0, message)
+    require(D % (2 * H) == 0, f"n_embd {D} must be a multiple of 2 * n_head = {2 * H}")
+    message = f"conv must be 0, or with attention=full an odd number, not {conv}"
+    require(conv == 0 or (config["attention"] == "full" and conv % 2 == 1), message)
 
 
 def rotary_frequency(config):
@@ -176,22 +187,23 @@ class Block(nn.Module):
 
 
 # ---- 2. The network ------------------------------------------------------------------------------
+def make_network(config):
+    """The network of a config: a Transformer, or with attention=order the one of part 3."""
+    return OrderTransformer(config) if config["attention"] == "order" else Transformer(config)
+
+
 class Transformer(nn.Module):
     """model(x) -> logits (B, L, V) for x (B, L) in [0, V]; V = mask_id."""
 
-    block_class = Block
-
-    def __new__(cls, config=None):  # with attention=order that of part 3; a copy has no config
-        in_order = cls is Transformer and config and config["attention"] == "order"
-        return super().__new__(OrderTransformer if in_order else cls)
+    attentions, block_class = ("full", "causal"), Block
 
     def __init__(self, config):
         super().__init__()
-        D, H, V, conv = config["n_embd"], config["n_head"], config["vocab_size"], config["conv"]
-        require(D % (2 * H) == 0, f"n_embd {D} must be a multiple of 2 * n_head = {2 * H}")
-        full = choose("attention", config["attention"], ATTENTIONS) == "full"
-        message = f"conv must be 0, or with attention=full an odd number, not {conv}"
-        require(conv == 0 or (full and conv % 2 == 1), message)
+        check_shape(config)
+        attention = choose("attention", config["attention"], ATTENTIONS)
+        message = f"a {type(self).__name__} has no attention={attention}; use make_network(config)"
+        require(attention in self.attentions, message)
+        D, V, conv = config["n_embd"], config["vocab_size"], config["conv"]
         self.config = config
         self.block_size, self.vocab_size, self.mask_id = config["block_size"], V, V
         self.start_id = V if config["start_id"] < 0 else config["start_id"]
@@ -317,7 +329,7 @@ class OrderTransformer(Transformer):
     1906.08237; sigma-GPT, 2404.09562; Eso-LM, 2506.01928.)
     """
 
-    block_class = OrderBlock
+    attentions, block_class = ("order",), OrderBlock
 
     def hidden(self, x, masked_idx=None):
         """As Transformer.hidden: visible tokens are read left to right, then it is asked."""

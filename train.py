@@ -227,7 +227,7 @@ def build(config, team, state=None):
     The same numbers for any number of processes and any way to share the network.
     """
     with torch.device("meta"):  # no memory yet
-        model = network.Transformer(config)
+        model = network.make_network(config)
     ema = copy.deepcopy(model) if config["ema"] else None
     saved = [state["model"], state.get("ema") or state["model"]] if state else [None, None]
     for net, weights in zip((model, ema), saved, strict=True):

@@ -59,7 +59,7 @@ def tiny(attention):
     shape = {"n_layer": 2, "n_head": 1, "n_embd": 8, "block_size": 6, "vocab_size": 5}
     shape |= {"zero_init": "none"}  # or it says the same about everything
     torch.manual_seed(0)
-    return network.Transformer(network.DEFAULTS | shape | {"attention": attention}).eval()
+    return network.make_network(network.DEFAULTS | shape | {"attention": attention}).eval()
 
 
 def test_schedule():

@@ -89,7 +89,7 @@ def training_step(
     bind(loss, model) -> a function of a batch.
     """
     torch.manual_seed(0)
-    model = network.Transformer({**network.DEFAULTS, **shape}).to(device)
+    model = network.make_network({**network.DEFAULTS, **shape}).to(device)
     loss_of, V, L = bind(loss, model), model.vocab_size, model.block_size
     x0 = torch.randint(V, (B, L))  # (B, L)
     u, noise = diffusion.stratified_uniforms(0, 0, range(B), B, L)  # (B,), (B, L)
@@ -114,7 +114,7 @@ def training_step(
 def sampling_part(shape, B, device, part, bfloat16, steps, some):
     """A function that does `some` of the plain sampler's `steps`, or a part of RADD's cache."""
     torch.manual_seed(0)
-    model = network.Transformer({**network.DEFAULTS, **shape}).to(device).eval()
+    model = network.make_network({**network.DEFAULTS, **shape}).to(device).eval()
     x = torch.full((B, model.block_size), model.mask_id, device=device)  # (B, L)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16)
     p = cache_call(model, x, autocast)  # (B, L, V)

@@ -58,7 +58,7 @@ RADD_SMALL |= {"norm": "layer", "mlp": "gelu", "bias": True, "qk_norm": False, "
 
 
 def transformer(V, shape=SMALL, **keys):
-    return network.Transformer({**network.DEFAULTS, **shape, "vocab_size": V, **keys})
+    return network.make_network({**network.DEFAULTS, **shape, "vocab_size": V, **keys})
 
 
 def gathered_loss(hidden):

@@ -106,7 +106,7 @@ def loss_and_gradients(config, team, engine=None):
     if engine == "fsdp":  # as train.build shards it for more than one process
         weights = model.state_dict()
         with torch.device("meta"):
-            model = network.Transformer(config)
+            model = network.make_network(config)
         parallel.shard(model, team)
         model.to_empty(device=team.device)
         model.cos, model.sin = (z.to(team.device) for z in network.rotary_tables(config))
@@ -136,7 +136,7 @@ def head(part, dtype):
     torch.manual_seed(0)
     config = small(part, "full", vocab_size=V, bias=True)
     h, target, weight = torch.randn(N, config["n_embd"]), torch.randint(V, (N,)), torch.rand(N)
-    outcomes, team, model = [], team_of(part, dtype), network.Transformer(config)
+    outcomes, team, model = [], team_of(part, dtype), network.make_network(config)
     for device, wide in (("cpu", torch.float64), (team.device, torch.float32)):
         model = copy.deepcopy(model).to(device, wide)
         leaf, w = (z.to(device, wide).requires_grad_() for z in (h, weight))  # (N, D), (N,)
@@ -187,7 +187,7 @@ def resumed(part):
 def here_and_there(part, attention):
     """A small network in float32, on the CPU and on the device."""
     torch.manual_seed(1)
-    model = network.Transformer(small(part, attention, block_size=32 if part.quick else 64)).eval()
+    model = network.make_network(small(part, attention, block_size=32 if part.quick else 64)).eval()
     return model, copy.deepcopy(model).to(part.team.device)
 
 

@@ -221,7 +221,7 @@ def products(part, config, V):
 
 
 def block(part, config, compiled):
-    model = network.Transformer(config).to(part.device)
+    model = network.make_network(config).to(part.device)
     one = torch.compile(model.blocks[0]) if compiled else model.blocks[0]
     shape = config["batch_size"], config["block_size"], config["n_embd"]
     h = torch.randn(shape, device=part.device, requires_grad=True)  # (B, L, D)
@@ -317,7 +317,7 @@ def sampling(part):
 
 def built(part, attention):
     config = part.preset("radd_small", attention=attention)
-    model = network.Transformer(config).to(part.device).eval()
+    model = network.make_network(config).to(part.device).eval()
     devices.cast_products(model, part.autocast)
     return model
 

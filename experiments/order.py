@@ -161,7 +161,7 @@ def speed(config):
     for L, V, B in grid[:1] if config["quick"] else grid:
         shape = network.DEFAULTS | SHAPE | {"block_size": L, "vocab_size": V}
         models = {
-            kind: network.Transformer(shape | {"attention": kind}).to(device).eval()
+            kind: network.make_network(shape | {"attention": kind}).to(device).eval()
             for kind in ("causal", "full", "order")
         }
         for kind in ("full", "order"):  # as sample.py does

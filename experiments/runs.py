@@ -70,7 +70,7 @@ SIDE |= {"eval_interval", "eval_sequences", "eval_draws", "micro_batch_size"}
 def step_flops(config):
     """Operations of a training step on text: lib.device.step_flops of a network not made."""
     with torch.device("meta"):
-        model = network.Transformer(config)
+        model = network.make_network(config)
     return device.step_flops(model, config["batch_size"], config["block_size"])
 
 

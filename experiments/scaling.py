@@ -77,7 +77,7 @@ def sizes_of(shapes, quick=False):
     sizes = {}
     for keys in each:
         with torch.device("meta"):
-            net = network.Transformer(network.DEFAULTS | keys | {"vocab_size": 1})
+            net = network.make_network(network.DEFAULTS | keys | {"vocab_size": 1})
         N = net.n_parameters() - net.embed.weight.numel() - net.unembed.weight.numel()
         if shapes != "smdm" or max(sizes, default=0) < N / 1.45:  # some of SMDM's are close
             sizes[N] = keys

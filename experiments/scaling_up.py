@@ -74,7 +74,7 @@ def preset(name):
 
 def unmade(config):
     with torch.device("meta"):
-        return network.Transformer(config)
+        return network.make_network(config)
 
 
 def norm_bytes(net):

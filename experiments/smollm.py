@@ -83,7 +83,7 @@ def loaded(read, values):
     config |= {"mlp_width": values["feed_forward_length"], "vocab_size": len(embed), "start_id": 0}
     config |= {"attention": "causal", "mlp": "swiglu", "qk_norm": False, "block_size": BLOCK}
     with torch.device("meta"):
-        model = network.Transformer(config)
+        model = network.make_network(config)
     state = {"embed.weight": torch.cat([embed, torch.zeros(1, D)]), "unembed.weight": embed}
     state["norm.weight"] = read("output_norm.weight")
     for i in range(values["block_count"]):

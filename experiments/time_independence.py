@@ -108,12 +108,12 @@ class TimedLoss(diffusion.Loss):
 @contextlib.contextmanager
 def timed():
     """Inside the block networks that are made, loaded and trained have a time input."""
-    saved = network.Transformer, checkpoint.Transformer, diffusion.Loss
-    network.Transformer, checkpoint.Transformer, diffusion.Loss = Timed, Timed, TimedLoss
+    saved = network.Transformer, diffusion.Loss
+    network.Transformer, diffusion.Loss = Timed, TimedLoss
     try:
         yield
     finally:
-        network.Transformer, checkpoint.Transformer, diffusion.Loss = saved
+        network.Transformer, diffusion.Loss = saved
 
 
 def share_without_modulation(config):

@@ -64,7 +64,7 @@ def with_dial(config, dataset, team):
 
 
 def if_busy():
-    """Words for a machine with more to do than it has processors, or ""; Windows does not say."""
+    """Words to add where more programs run than there are processors, else ""; "" on Windows."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     return ", shared with other programs" if load > os.cpu_count() + 0.5 else ""
 
@@ -78,7 +78,7 @@ def fitting_depth(config, dataset, operations):
     for depth in DEPTHS:
         candidate = filled(config | {"depth": depth})
         with torch.device("meta"):
-            model = network.Transformer(candidate)
+            model = network.make_network(candidate)
         step_tokens = candidate["batch_size"] * dataset.block_size
         tokens = [READINGS * len(dataset.tokens)]
         if candidate["max_iters"]:

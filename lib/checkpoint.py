@@ -31,7 +31,7 @@ from data.tokenizer import Unavailable, from_meta
 from lib import formats
 from lib.files import is_utf8, set_aside, to_json, whole_file
 from lib.stats import not_finite
-from model import Transformer, rotary_tables
+from model import make_network, rotary_tables
 
 DEFAULTS = {
     "ckpt": "",  # what to export: a folder, a file or a Hub name
@@ -293,7 +293,7 @@ def skeleton(config, n_tensors, where):
     require(n_layer <= n_tensors, f"{where}: {n_layer} layers, but only {n_tensors} tensors")
     try:
         with torch.device("meta"):
-            return Transformer(config)
+            return make_network(config)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
 

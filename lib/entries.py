@@ -84,6 +84,23 @@ def check_lr_decay(decay):
     return "" if right else f"must give parts from 0 to 1, not {parts} at 0, 0.5 and 1"
 
 
+def uses_p(order):
+    """Whether order_p changes an entry of ORDERS."""
+    noise = torch.linspace(0.9, 0, 15, dtype=torch.float64).view(3, 5)  # (3, 5)
+    place, coin = (torch.arange(5) / 5).expand(3, 5), torch.full((3, 1), 0.5)  # (3, 5), (3, 1)
+    return not torch.equal(*(order(noise, place, coin, p) for p in (0.25, 0.75)))
+
+
+def uses_schedule(objective):
+    """Whether the schedule changes an entry of OBJECTIVES."""
+    if objective.draw is None:
+        return False
+    u, noise = torch.full((4,), 0.5), torch.linspace(0.1, 0.9, 12).view(4, 3)  # (4,), (4, 3)
+    schedules = (lambda t: (t, torch.ones_like(t)), lambda t: (t**2, 2 * t))
+    draws = [objective.draw(u, noise, 3, schedule) for schedule in schedules]
+    return any(not torch.equal(*pair) for pair in zip(*draws, strict=True))
+
+
 def check_order(order):
     """It must be (noise (B, L), place (B, L), coin (B, 1), p) -> numbers (B, L) to sort by."""
     noise = torch.linspace(0, 0.9, 15, dtype=torch.float64).view(3, 5)  # (3, 5)

@@ -38,13 +38,14 @@ def cross_entropy(h, head, target, weight, normalised=True, chunk=0, row_loss=No
     """
     chunk = chunk or head_chunk(len(head[0]), h.device)
     row_loss = row_loss or cross_entropy_and_grad
+    loss_of = lambda *rows: row_loss(*rows, normalised)  # noqa: E731 (logits, target, weight)
     if torch.is_grad_enabled():
-        return FusedCrossEntropy.apply(h, *head, target, weight, chunk, (row_loss, normalised))
+        return FusedCrossEntropy.apply(h, *head, target, weight, chunk, loss_of)
     dtype, pieces = product_dtype(h), []
     W, bias = head_for_products(*head, dtype)
     for span in chunks(len(h), chunk):
         logits = F.linear(h[span].to(dtype), W, bias)  # (chunk, V)
-        pieces.append(row_loss(logits, target[span], None, normalised)[:2])
+        pieces.append(loss_of(logits, target[span], None)[:2])
     terms, ce = map(torch.cat, zip(*pieces, strict=True))  # (N,) each
     return (weight * terms).sum(), terms, ce
 
@@ -133,8 +134,7 @@ class FusedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, W, bias, target, weight, chunk, form):
-        row_loss, normalised = form
+    def forward(ctx, h, W, bias, target, weight, chunk, loss_of):
         dtype = product_dtype(h)
         W_cast, bias_cast = head_for_products(W, bias, dtype)  # (V, D), (V,)
         dh = torch.empty_like(h)  # (N, D)
@@ -143,15 +143,14 @@ class FusedCrossEntropy(torch.autograd.Function):
         pieces = []
         for span in chunks(len(h), chunk):
             part = h[span].to(dtype)  # (chunk, D)
-            grad = F.linear(part, W_cast, bias_cast)  # (chunk, V) the logits, then their gradient
-            # (chunk,), (chunk,), (chunk, V)
-            *piece, grad = row_loss(grad, target[span], weight[span], normalised)
-            dh[span] = grad @ W_cast
-            add_product(dW, grad.T, part)
+            table = F.linear(part, W_cast, bias_cast)  # (chunk, V) the logits, then their gradient
+            *piece, table = loss_of(table, target[span], weight[span])  # (chunk,), (chunk,) more
+            dh[span] = table @ W_cast
+            add_product(dW, table.T, part)
             if dbias is not None:
-                dbias += grad.sum(0, dtype=dbias.dtype)
+                dbias += table.sum(0, dtype=dbias.dtype)
             pieces.append(piece)
-            del grad  # or it would live on beside the next logits
+            del table  # or it would live on beside the next logits
         dW, dbias = dW[: len(W)], None if bias is None else dbias[: len(W)]
         ctx.save_for_backward(dh, dW, dbias)
         terms, ce = map(torch.cat, zip(*pieces, strict=True))  # (N,) each
@@ -222,7 +221,8 @@ def attention_in_order(q, kv):
     (k, v), n = kv, kv.shape[3] // 2
     keys, values, own_k, own_v = k[:, :, :n], v[:, :, :n], k[:, :, n:], v[:, :, n:]  # (B, H, n, d)
     clean, queries = (None, q) if q.shape[2] == n else q.split(n, dim=2)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # written out, as above
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # Written out as above, but n + 1 wide: `attention` would score 2n keys, n - 1 in vain.
         scaled = queries * q.shape[-1] ** -0.5  # (B, H, n, d)
         unseen = torch.ones(n, n, dtype=torch.bool).triu(1)  # (n, n)
         score = (scaled @ keys.transpose(-2, -1)).masked_fill(unseen, -torch.inf)  # (B, H, n, n)

@@ -2,9 +2,9 @@
 
 Which of them decides a key:
 
-  model.DEFAULTS, the shape   the checkpoint, where there is one, also the keys RESUMED of a resumed
-                              run: another value that the user set is an error, unless that table
-                              allows it. Of a new network the command, then the dial (lib/budget.py)
+  model.DEFAULTS, the shape   the checkpoint, where there is one: the user may set no other value;
+                              of a new network the command, then the dial (lib/budget.py)
+  RESUMED                     of a resumed run the checkpoint, but the user may set those marked so
   attention                   of a new network the objective
   block_size                  as the shape, but the user may change it with init_from, because
                               positions are rotary. Of a new network the data: the width of
@@ -23,21 +23,27 @@ from pathlib import Path
 import torch
 
 import model as network
-from config import UserError, completed, require
+from config import UserError, completed, refuse_typed, require
 from data import examples, loader
 from data.tokenizer import lacks
-from diffusion import OBJECTIVES
+from diffusion import OBJECTIVES, ORDERS
 from lib import checkpoint, files, formats, parallel
+from lib.entries import uses_p, uses_schedule
 from lib.parallel import ANEW
 from lib.stats import not_finite
 
-# {key: (the attention of the networks that use it, the value that the others are trained by)}
+# (what a key is for, whether a config is that), and {key: (both, the value that others train by)}
+FULL = "networks with attention=full", lambda config: config["attention"] == "full"
+IN_ORDER = "networks with attention=order", lambda config: config["attention"] == "order"
+WITH_P = "orders that it changes", lambda c: IN_ORDER[1](c) and uses_p(ORDERS[c["order"]])
+WITH_TIME = "objectives that draw a time", lambda c: uses_schedule(OBJECTIVES[c["objective"]])
 USED_BY = {
-    "prompt_drop": ("full", 0.0),
-    "mask_rate": ("full", "uniform"),
-    "loss_weight": ("full", "bound"),
-    "order": ("order", "uniform"),
-    "order_p": ("order", None),
+    "prompt_drop": (*FULL, 0.0),
+    "mask_rate": (*FULL, "uniform"),
+    "loss_weight": (*FULL, "bound"),
+    "order": (*IN_ORDER, "uniform"),
+    "order_p": (*WITH_P, None),
+    "schedule": (*WITH_TIME, None),
 }
 # {key: may the user set another value}, what a resumed run takes from its checkpoint, as its shape.
 RESUMED = {"objective": False, "random_length": False, "mask_rate": True}
@@ -171,17 +177,24 @@ def with_size(config):
 
 
 def with_saved(config, state, source):
-    """The config with the model keys of the state and, if the run resumes, those of RESUMED.
-
-    UserError where the user set one differently. So is what speaks of a new run, for which somebody
-    forgot to name a folder: an init_from where there was none; other data, without an --out_dir.
-    """
+    """The config with the model keys of the state and, if the run resumes, those of RESUMED."""
     saved, resumed = OLDER | state["config"], "optimizer" in state
     keys, user_keys = {*network.DEFAULTS, "depth"}, config.get("user_keys", {})
     if resumed:
         keys |= {key for key, free in RESUMED.items() if not (free and key in user_keys)}
     else:
         keys -= {"block_size"} & user_keys.keys()
+    check_saved(config, saved, keys, source, resumed)
+    return config | {key: saved[key] for key in keys}
+
+
+def check_saved(config, saved, keys, source, resumed):
+    """Raise UserError where the user set one of `keys` to another value than the checkpoint has.
+
+    Of a resumed run also for an init_from that it did not have, and for other data if no --out_dir
+    was given: such a command means a new run, and forgot to name its folder.
+    """
+    user_keys = config.get("user_keys", {})
     advice = ANEW if resumed else "init_from takes a model as it is"
     require(keys <= saved.keys(), f"{source} does not say how its model was made; {advice}")
     for key in (key for key in user_keys if key in keys):
@@ -192,34 +205,38 @@ def with_saved(config, state, source):
     if resumed and "user_keys" in config and not user_keys.get("out_dir", "").startswith("--"):
         old, new = str(saved.get("data")), config["data"]
         require(Path(old) == Path(new), f"{source} has learnt from {old}, not {new}; {advice}")
-    return config | {key: saved[key] for key in keys}
 
 
 def with_data(config, state, source):
-    """The config with what the data decide; UserError where the data do not suit it."""
+    """The config with what the data decide."""
     data, meta = config["data"], loader.read_meta(config["data"])
-    V = meta["vocab_size"]
     width, eos_id = examples.layout(data, meta)
+    resumed = state and "optimizer" in state
+    if not (resumed or "block_size" in config.get("user_keys", {})):
+        L, tokens = config["block_size"], meta["splits"].get("train", {"tokens": 1})["tokens"]
+        length = max(width, L) if state else width or min(L, tokens)
+        config = config | {"block_size": meta.get("block_size") or length}
+    check_data(config, state, source, meta, width)
+    same_data = resumed and state["config"].get("data") == data
+    train_hash = (state["config"] if same_data else meta).get("train_hash")
+    config = config | {"vocab_size": meta["vocab_size"], "train_hash": train_hash}
+    return config | {"example_width": width, "eos_id": eos_id}
+
+
+def check_data(config, state, source, meta, width):
+    """Raise UserError where the data, examples of a width or (0) text, do not suit the config."""
+    data, V = config["data"], meta["vocab_size"]
     if state:
         same_tokenizer = state["tokenizer"] in (None, meta["tokenizer"])
         message = f"{source} was trained with another tokenizer than {data} has"
         require(same_tokenizer, f"{message}; {tokenizer_advice(state, source, data, meta)}")
         message = f"{source} has a vocabulary of {config['vocab_size']}, {data} one of {V}"
         require(config["vocab_size"] == V, message)
-    resumed = state and "optimizer" in state
-    if not (resumed or "block_size" in config.get("user_keys", {})):
-        L, tokens = config["block_size"], meta["splits"].get("train", {"tokens": 1})["tokens"]
-        length = max(width, L) if state else width or min(L, tokens)
-        config = config | {"block_size": meta.get("block_size") or length}
     L, drop, cut = (config[key] for key in ("block_size", "prompt_drop", "random_length"))
     require(config["start_id"] <= V, f"start_id must be at most {V}, the mask")
     require(width or not drop, f"{data} is text without prompts, so prompt_drop must be 0")
     require(not (width and cut), f"{data} is examples with prompts, so random_length must be 0")
     require(width <= L, f"{data} has examples of {width} tokens, block_size is only {L}")
-    same_data = resumed and state["config"].get("data") == data
-    train_hash = (state["config"] if same_data else meta).get("train_hash")
-    config = config | {"vocab_size": V, "train_hash": train_hash}
-    return config | {"example_width": width, "eos_id": eos_id}
 
 
 def tokenizer_advice(state, source, data, meta):
@@ -241,7 +258,7 @@ def with_attention(config, state, source):
     """The config with the attention that its objective trains.
 
     UserError for another one that the checkpoint has or the user wants, and for a key on the
-    command line that such a network does not use. (A preset may have it for other networks.)
+    command line that would change nothing (USED_BY).
     """
     objective, attention = config["objective"], config["attention"]
     choices, user_keys = OBJECTIVES[objective].attention, config.get("user_keys", {})
@@ -253,11 +270,11 @@ def with_attention(config, state, source):
         require(attention in choices, f"objective '{objective}' {trains}, not {attention}")
     elif attention not in choices:
         attention = choices[0]
-    for key, (used_by, neutral) in USED_BY.items():
-        by_user = user_keys.get(key, "").startswith("--") and config[key] != neutral
-        message = f"{key} is for networks with attention={used_by}; leave it out"
-        require(attention == used_by or not by_user, message)
-    return config | {"attention": attention}
+    config = config | {"attention": attention}
+    for key, (what, uses, neutral) in USED_BY.items():
+        if config[key] != neutral and not uses(config):
+            refuse_typed(config, [key], f"is for {what}")
+    return config
 
 
 def check(config):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from config import choose, require, shown
+from config import choose, refuse_typed, require, shown
 from data import examples, loader
 from data.tokenizer import from_meta, lacks
 from lib import checkpoint
@@ -52,8 +52,14 @@ def load_subject(config, reads_text=False, cast=True):
 
 
 def load_evaluable(config, reads_text=False):
-    """load_subject, but UserError where the estimator needs scores with a scale, and has none."""
+    """load_subject, but UserError for an estimator that does not fit.
+
+    One for scores with a scale, where there are none; one that is typed for a causal network, which
+    does not use it, unless it is what such a network does anyway.
+    """
     subject = load_subject(config, reads_text)
+    if subject.causal and config["estimator"] != "left_to_right":
+        refuse_typed(config, ["estimator"], "has no say, for this network is causal and exact")
     scaled = config["estimator"] != "t_dse" or subject.trained.get("objective") == "t_dse"
     advice = "was not trained with t_dse, so its scores have no scale; use --estimator=t_dce"
     require(scaled, f"{config['ckpt']} {advice}")

@@ -6,10 +6,14 @@ import sys
 
 import torch
 
-from config import require
+from config import refuse_typed, require
 from data.writer import opened
 from lib.files import to_json, whole_file
 from lib.stats import mean_half, plus_minus
+
+# Keys of evaluate.py that count for data alone.
+OF_DATA = ("data", "split", "sequences", "block_size", "protocol", "precision", "strata")
+OF_DATA += ("schedule",)
 
 
 def text_or_file(text):
@@ -101,6 +105,14 @@ def by_token(tokenizer, ids, nats, n):
     lines.append(f"{total:10.4f}  in all{interval}, {total / n:.4f} per token")
     result = {"tokens": ids, "texts": texts, "nats": mean, "total": total, "draws": len(nats)}
     return result, "\n".join(lines)
+
+
+def check_text(config):
+    """Raise UserError for keys of evaluate.py that a text to score lacks, or does not have."""
+    is_asked = "text" in config.get("user_keys", ()) or config["prompt"]
+    require(config["text"] or not is_asked, "the text to score is empty: give --text=")
+    if config["text"]:
+        refuse_typed(config, OF_DATA, "is of data, not of --text")
 
 
 def check_causal(config):

@@ -55,8 +55,8 @@ def data(tmp_path_factory):
 def pair(cuda, **keys):
     """The same small network, on the CPU and on CUDA."""
     torch.manual_seed(0)
-    model = network.Transformer(network.DEFAULTS | SHAPE | keys).eval()
-    twin = network.Transformer(model.config).to(cuda).eval()
+    model = network.make_network(network.DEFAULTS | SHAPE | keys).eval()
+    twin = network.make_network(model.config).to(cuda).eval()
     for p, q in zip(twin.parameters(), model.parameters(), strict=True):
         p.data.copy_(q.data)
     return model, twin

@@ -16,7 +16,7 @@ from plain import DEFAULTS
 
 import sample
 from data.tokenizer import Char
-from model import Transformer
+from model import make_network
 from view import page
 
 TEXT = "the cat sat on a mat and ran"
@@ -134,7 +134,7 @@ def network(kind="demo", alphabet=ALPHABET, **keys):
     """(model, tokenizer): random, of rounded weights, and sharp enough that context matters."""
     torch.manual_seed(1)
     keys = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 40} | KINDS[kind] | keys
-    model = Transformer(DEFAULTS | keys | {"vocab_size": len(alphabet)}).eval()
+    model = make_network(DEFAULTS | keys | {"vocab_size": len(alphabet)}).eval()
     with torch.no_grad():
         for name, w in model.named_parameters():
             if w.dim() == 1:

@@ -13,7 +13,7 @@ from data import writer
 from data.tokenizer import Char
 from experiments import baselines, bench, textbook
 from lib import fused
-from model import Transformer
+from model import make_network
 
 CPU = torch.device("cpu")
 TINY = bench.SMALL | {"n_layer": 2, "n_embd": 32, "block_size": 16}
@@ -21,7 +21,7 @@ TINY = bench.SMALL | {"n_layer": 2, "n_embd": 32, "block_size": 16}
 
 def test_textbook_and_ours_have_the_same_loss():
     torch.manual_seed(0)
-    model = Transformer(DEFAULTS | TINY | {"vocab_size": 11})
+    model = make_network(DEFAULTS | TINY | {"vocab_size": 11})
     x0 = torch.randint(11, (4, 16))
     mask, weight = training_mask("any_order", 0, 0, range(4), 4, 16)
     batch = x0, mask, weight.float(), fused.masked_indices(mask, multiple=8)

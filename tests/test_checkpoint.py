@@ -17,7 +17,7 @@ from data.pairs import prepare as pairs
 from data.tokenizer import Char
 from lib import checkpoint
 from lib.checkpoint import load
-from model import Transformer
+from model import make_network
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 5}
 CAUSAL = {"attention": "causal", "start_id": 1}  # as SMDM's ARM, whose start token is Llama's 1
@@ -27,7 +27,7 @@ X = torch.tensor([[0, 5, 2, 5, 4], [5, 5, 5, 1, 3]])
 
 def network(**keys):
     torch.manual_seed(0)
-    return Transformer(DEFAULTS | SMALL | keys).eval()
+    return make_network(DEFAULTS | SMALL | keys).eval()
 
 
 def run(folder, objective="any_order", ema=True, tokenizer=Char("abcde").meta(), **keys):

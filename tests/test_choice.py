@@ -26,7 +26,7 @@ from evals import choice
 from experiments import common_draws
 from lib import checkpoint
 from lib.stats import mean_and_error
-from model import Transformer
+from model import make_network
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +34,7 @@ ROOT = Path(__file__).parent.parent
 def transformer(**keys):
     torch.manual_seed(0)
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 64, "vocab_size": 256}
-    return Transformer(DEFAULTS | sizes | keys).eval()
+    return make_network(DEFAULTS | sizes | keys).eval()
 
 
 def jsonl(path, *records):

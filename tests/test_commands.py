@@ -21,7 +21,7 @@ import train
 from data import writer
 from data.tokenizer import Char
 from lib import checkpoint
-from model import Transformer
+from model import make_network
 
 TEXT = "the cat sat on the mat; a dog ran to the log. " * 20
 TRAIN = ["train", "--data=data", "--out_dir=out", "--n_layer=1", "--n_embd=16"]
@@ -39,7 +39,7 @@ MODULES = {
 def save(folder, text, **keys):
     """A small checkpoint as train.py leaves it, but for its optimizer."""
     shape = {"n_layer": 1, "n_embd": 16, "block_size": 16, "vocab_size": text.vocab_size}
-    model = Transformer(DEFAULTS | shape | keys)
+    model = make_network(DEFAULTS | shape | keys)
     state = {"config": model.config | {"objective": "any_order"}, "tokenizer": text.meta()}
     state |= {"step": 1, "model": model.state_dict(), "ema": None, "optimizer": []}
     checkpoint.save(folder / "ckpt.pt", state)

@@ -231,7 +231,7 @@ def test_the_network_gets_twenty_tokens_a_parameter_and_a_larger_one_would_not(d
         for each in (depth, depth + 1):
             mine = budget.filled(config | {"depth": each})
             with torch.device("meta"):
-                model = network.Transformer(mine)
+                model = network.make_network(mine)
             steps = operations / flops_of_step(mine, model, text)
             parameters = sum(p.numel() for p in model.blocks.parameters())
             ratios.append(steps * mine["batch_size"] * 128 / parameters)

@@ -37,7 +37,7 @@ from diffusion import (
 )
 from lib import fused
 from lib.philox import uniforms
-from model import Transformer
+from model import make_network
 from samplers import ancestral_prob, euler_prob, expected_nfe, unmask_schedule
 
 X0 = states(V, L)  # (V^L, L) every clean sequence
@@ -461,7 +461,7 @@ def tiny(dtype=torch.float32, **keys):
     """A Transformer none of whose parameters is zero or one."""
     torch.manual_seed(4)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 10, "vocab_size": 7}
-    model = Transformer(DEFAULTS | sizes | keys)
+    model = make_network(DEFAULTS | sizes | keys)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return model.to(dtype)

@@ -22,7 +22,7 @@ from evals import zeroshot
 from evaluate import ESTIMATORS, estimate
 from experiments import results, variance
 from lib import checkpoint
-from model import Transformer
+from model import make_network
 
 MODULES = evaluate.MODULES
 TEXT = "the cät sat on the mat; a dog ran to the log. " * 20
@@ -36,7 +36,7 @@ def save(folder, objective="any_order", larger=0.1):
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
     attention = "causal" if objective == "ar" else "full"
     sizes |= {"vocab_size": CHAR.vocab_size, "attention": attention}
-    model = Transformer(DEFAULTS | sizes).eval()
+    model = make_network(DEFAULTS | sizes).eval()
     ema = {name: w + larger for name, w in model.state_dict().items()}
     config = model.config | {"objective": objective, "ema": 0.9}
     state = {"config": config, "tokenizer": CHAR.meta(), "model": model.state_dict(), "step": 1}

@@ -20,7 +20,7 @@ from data.tokenizer import Char
 from experiments import annealing, loss_audit, results
 from lib import checkpoint
 from lib.device import machine
-from model import Transformer
+from model import make_network
 
 TEXT = "the cat sat on the mat; a dog ran to the log. " * 20
 X0 = states(V, L)  # (V^L, L)
@@ -294,7 +294,7 @@ def world(tmp_path_factory):
     sizes |= {"vocab_size": tokenizer.vocab_size}
     for name, attention, objective in (("run", "full", "any_order"), ("judge", "causal", "ar")):
         torch.manual_seed(0)
-        model = Transformer(DEFAULTS | sizes | {"attention": attention})
+        model = make_network(DEFAULTS | sizes | {"attention": attention})
         config = model.config | {"objective": objective}
         state = {"config": config, "tokenizer": tokenizer.meta(), "model": model.state_dict()}
         checkpoint.save(world / name / "ckpt.pt", state | {"step": 1, "ema": None})

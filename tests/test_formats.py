@@ -15,7 +15,7 @@ from config import UserError
 from lib import formats
 from lib.checkpoint import load
 from lib.formats import FIXED, SIZES, published, size_config
-from model import Transformer
+from model import make_network
 
 # ---- Published files -----------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ def bare(path, n_layer, n_head, n_embd, mlp_width):
     """A file of an SMDM model of some size, and nothing that tells its number of heads."""
     keys = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "mlp_width": mlp_width}
     with torch.device("meta"):
-        model = Transformer(DEFAULTS | SMALL | FIXED["smdm"] | keys)
+        model = make_network(DEFAULTS | SMALL | FIXED["smdm"] | keys)
     weights = {name: torch.zeros(w.shape) for name, w in model.state_dict().items()}
     save_file(formats.to_format(weights, model.config, "smdm"), path)
     return path
@@ -171,7 +171,7 @@ def test_layers_and_width_tell_every_size_apart():
 def test_a_size_becomes_a_model_of_so_many_parameters():
     for name in SIZES:
         with torch.device("meta"):
-            model = Transformer(DEFAULTS | size_config(name) | {"vocab_size": 32000})
+            model = make_network(DEFAULTS | size_config(name) | {"vocab_size": 32000})
         inside = sum(w.numel() for key, w in model.named_parameters() if "embed" not in key)
         assert round(inside / 1e6) in (int(name[:-1]), int(name[:-1]) + 1)
     with pytest.raises(UserError, match="unknown size '300M'; did you mean '302M'"):

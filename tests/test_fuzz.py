@@ -337,7 +337,7 @@ def test_any_shard_is_taken_or_refused_in_one_line(place, shard, prompt, names):
 
 def tiny_state(**keys):
     """What train.py saves of a tiny run."""
-    model = network.Transformer(plain.DEFAULTS | SMALL | keys)
+    model = network.make_network(plain.DEFAULTS | SMALL | keys)
     state = {"config": model.config | {"objective": "any_order", "schedule": "loglinear"}}
     state |= {"step": 3, "ema": None, "model": model.state_dict()}
     state |= {"tokenizer": {"kind": "char", "alphabet": "abcde"}}

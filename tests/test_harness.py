@@ -61,7 +61,7 @@ def save_model(folder, attention="full"):
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 32}
     config = plain.DEFAULTS | sizes | {"vocab_size": text.vocab_size, "attention": attention}
     torch.manual_seed(0)
-    model = network.Transformer(config)
+    model = network.make_network(config)
     torch.nn.init.normal_(model.unembed.weight, std=1.0)
     state = {"config": config, "tokenizer": text.meta(), "step": 0, "model": model.state_dict()}
     checkpoint.save(folder / "ckpt.pt", state | {"ema": None, "optimizer": []})

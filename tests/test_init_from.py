@@ -18,7 +18,9 @@ from config import UserError
 from data import examples, loader, tokenizer, writer
 from data.pairs import prepare as pairs
 from data.text import prepare
+from diffusion import OBJECTIVES, ORDERS
 from lib import checkpoint, resume
+from lib.entries import uses_p, uses_schedule
 from lib.parallel import ANEW
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -226,6 +228,19 @@ REFUSED = {
         {"order": "local"},
         "order is for networks with attention=order; leave it out",
     ),
+    "an order_p for masks": ({"order_p": 0.3}, "order_p is for orders that it changes; leave it"),
+    "an order_p that its order does not use": (
+        {"order_p": 0.3, "attention": "order"},
+        "order_p is for orders that it changes; leave it out",
+    ),
+    "a schedule without a time": (
+        {"schedule": "cosine"},
+        "schedule is for objectives that draw a time; leave it out",
+    ),
+    "a schedule for ar": (
+        {"schedule": "cosine", "objective": "ar"},
+        "schedule is for objectives that draw a time; leave it out",
+    ),
     "random length": (
         {"random_length": 0.1},
         "is examples with prompts, so random_length must be 0",
@@ -244,6 +259,24 @@ def test_what_does_not_go_together_is_refused_in_one_line(name, data, other_text
         run(keys.pop("data", data), tmp_path / "out", **keys)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
+
+
+USED = ("local", "mixture"), ("t_dce", "t_dse")
+UNUSED = ("uniform", "left_to_right", "right_to_left"), ("any_order", "lambda_dce", "ar")
+
+
+def test_what_a_key_changes_is_seen_by_changing_it():
+    for (orders, objectives), used in ((USED, True), (UNUSED, False)):
+        assert all(uses_p(ORDERS[name]) == used for name in orders)
+        assert all(uses_schedule(OBJECTIVES[name]) == used for name in objectives)
+
+
+def test_a_preset_may_have_keys_that_other_networks_use(data, tmp_path):
+    preset = tmp_path / "preset.py"
+    preset.write_text('{"schedule": "cosine", "order_p": 0.3, "prompt_drop": 0.1}')
+    argv = [str(preset), *words(data, tmp_path / "out", objective="ar", max_iters=1)]
+    train.main(settings.parse(argv, *train.MODULES))
+    assert (tmp_path / "out" / "ckpt.pt").exists()
 
 
 def test_the_command_says_so_and_exits_with_2(data, other_text, tmp_path):

@@ -29,7 +29,7 @@ from evaluate import (
 )
 from lib import checkpoint
 from lib.stats import certainty, mean_and_error, mean_over_sets, report, t95
-from model import Transformer
+from model import make_network
 
 X0 = states(V, L)  # (V^L, L)
 TURNS = torch.tensor(list(itertools.permutations(range(L))))  # (24, L) orders: turn of each place
@@ -108,7 +108,7 @@ def by_order(arbitrary):
 def transformer(**keys):
     torch.manual_seed(0)
     sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 7}
-    return Transformer(DEFAULTS | sizes | keys).eval()
+    return make_network(DEFAULTS | sizes | keys).eval()
 
 
 def random_ids(lengths, n_tokens=7, seed=0):

@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from plain import DEFAULTS
 from torch.utils.flop_counter import FlopCounterMode
 
+from config import UserError
 from diffusion import nelbo
 from lib import fused
 from lib.cache import Cache
 from lib.device import flops_per_token
-from model import Transformer, rotary_tables, rotate
+from model import OrderTransformer, Transformer, make_network, rotary_tables, rotate
 
 B, L, V = 3, 10, 7
 VARIANTS = [
@@ -36,7 +37,7 @@ def config(**keys):
 def tiny(dtype=torch.float64, **keys):
     """A small Transformer none of whose parameters is zero or one."""
     torch.manual_seed(1)
-    model = Transformer(config(**keys))
+    model = make_network(config(**keys))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     return model.to(dtype).requires_grad_(False)
@@ -120,7 +121,7 @@ def test_a_convolution_over_the_embedded_tokens_is_that_of_torch_and_begins_as_n
     model, x = tiny(conv=3), tokens()
     assert torch.allclose(model(x), plain_forward(model, x), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(model(x), plain_forward(tiny(), x), atol=0.1)
-    assert not Transformer(config(conv=5)).conv.any()
+    assert not make_network(config(conv=5)).conv.any()
 
 
 def parts(model, ending):
@@ -252,8 +253,17 @@ def test_the_mask_can_be_read_and_not_predicted():
     assert torch.equal(model(tokens()), before)
 
 
+def test_a_network_that_cannot_be_is_refused_in_one_line():
+    with pytest.raises(UserError, match="Transformer has no attention=order; use make_network"):
+        Transformer(config(attention="order"))
+    assert type(make_network(config(attention="order"))) is OrderTransformer
+    for shape in ({"vocab_size": 65}, {"n_layer": 2, "n_embd": 8, "n_head": 0, "vocab_size": 65}):
+        with pytest.raises(UserError, match="must be 1 or more; train.py fills in 0$"):
+            Transformer(DEFAULTS | shape)
+
+
 def test_a_causal_network_may_have_a_start_token_of_its_own():
-    assert Transformer(config(start_id=1)).start_id == 1
+    assert make_network(config(start_id=1)).start_id == 1
 
 
 # ---- Rotary positions and normalised queries -----------------------------------------------------
@@ -290,7 +300,7 @@ def test_with_qk_norm_the_length_of_queries_and_keys_means_nothing(part):
 
 @pytest.mark.parametrize("zero_init", ["head", "all"])
 def test_the_loss_of_a_head_that_starts_at_zero_is_log_v_per_token(zero_init):
-    model, x0 = Transformer(config(zero_init=zero_init)), tokens() % V
+    model, x0 = make_network(config(zero_init=zero_init)), tokens() % V
     loss, nats = nelbo(model, x0, torch.ones_like(x0, dtype=torch.bool), torch.ones(B))
     assert torch.allclose(nats, torch.full((B,), L * math.log(V)))
     assert torch.isclose(loss, nats.sum())
@@ -300,13 +310,13 @@ def test_the_loss_of_a_head_that_starts_at_zero_is_log_v_per_token(zero_init):
     ("zero_init", "identity"), [("none", False), ("head", False), ("all", True)]
 )
 def test_blocks_that_start_at_zero_pass_the_embedding_on(zero_init, identity):
-    model, x = Transformer(config(zero_init=zero_init)), tokens()
+    model, x = make_network(config(zero_init=zero_init)), tokens()
     assert torch.allclose(model.hidden(x), model.norm(model.embed(x)), atol=1e-6) == identity
     assert bool(model.head_parameters()[0].any()) == (zero_init == "none")
 
 
 def test_weights_start_with_the_deviations_of_smdm():
-    model = Transformer(config(n_embd=64, n_layer=3, mlp="swiglu", vocab_size=200))
+    model = make_network(config(n_embd=64, n_layer=3, mlp="swiglu", vocab_size=200))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             out = "proj" in name or "down" in name
@@ -348,7 +358,7 @@ def test_published_models_have_the_published_number_of_parameters(name):
     keys, *shape, count = PUBLISHED[name]
     shape = dict(zip(("n_layer", "n_head", "n_embd", "mlp_width"), shape, strict=True))
     with torch.device("meta"):
-        model = Transformer(config(**shape, **keys))
+        model = make_network(config(**shape, **keys))
     assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
@@ -363,7 +373,7 @@ def counted_flops(model, masked_idx=None):
 @pytest.mark.parametrize("variant", VARIANTS, ids=NAMES)
 def test_flops_per_token_are_what_torch_counts(variant):
     with torch.device("meta"):
-        model = Transformer(config(mlp_width=40, head_padding=1, **variant))
+        model = make_network(config(mlp_width=40, head_padding=1, **variant))
         some = torch.zeros(12, dtype=torch.long)  # (12,)
     assert counted_flops(model) == B * L * flops_per_token(model, L)
     part = flops_per_token(model, L, head_share=12 / (B * L))
@@ -372,6 +382,6 @@ def test_flops_per_token_are_what_torch_counts(variant):
 
 def test_flops_of_a_causal_network_count_the_half_of_attention_that_is_seen():
     with torch.device("meta"):
-        model = Transformer(config(attention="causal"))
+        model = make_network(config(attention="causal"))
     attention = 2 * 2 * 2 * L * 16  # layers, two products, multiply and add
     assert counted_flops(model) == B * L * (flops_per_token(model, L) + attention / 2)

@@ -313,7 +313,7 @@ def test_a_sampler_on_another_device_notices_when_the_numbers_arrive(
 ):
     """There a draw does not look at its logits, which would mean waiting."""
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, "vocab_size": 5}
-    model = train.network.Transformer(train.network.DEFAULTS | shape | {"attention": attention})
+    model = train.network.make_network(train.network.DEFAULTS | shape | {"attention": attention})
     draw = lambda logits, u, *_: (logits.argmax(-1), logits[:, 0].double() * math.nan)  # noqa: E731
     monkeypatch.setattr(sample, "categorical", draw)
     with pytest.raises(NotFinite, match="probabilities of drawn tokens are nan"):

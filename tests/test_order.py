@@ -19,7 +19,7 @@ from config import UserError
 from data import examples, tokenizer
 from lib.cache import OrderCache
 from lib.parallel import Team
-from model import Transformer
+from model import make_network
 
 V, L = 3, 4
 X0 = states(V, L)  # (V^L, L)
@@ -35,7 +35,7 @@ def tiny(V=V, L=L, attention="order", dtype=torch.float64, **keys):
     """A network whose weights are far from their beginning, so that every part matters."""
     torch.manual_seed(0)
     shape = {"n_layer": 3, "n_head": 2, "n_embd": 16, "block_size": L, "vocab_size": V}
-    model = Transformer(plain.DEFAULTS | shape | {"attention": attention} | keys)
+    model = make_network(plain.DEFAULTS | shape | {"attention": attention} | keys)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))

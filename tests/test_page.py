@@ -27,7 +27,7 @@ import diffusion
 import sample
 import samplers
 from lib import philox
-from model import Transformer
+from model import make_network
 from view import page
 
 COMMITTED = ROOT / "docs/index.html"
@@ -45,7 +45,7 @@ def test_the_logits_of_the_page_are_those_of_pytorch(chromium, tmp_path, kind):
 
 
 def test_the_rounding_is_the_one_that_the_page_states():
-    model = Transformer(DEFAULTS | {"n_embd": 32, "n_head": 2, "n_layer": 1, "vocab_size": 9})
+    model = make_network(DEFAULTS | {"n_embd": 32, "n_head": 2, "n_layer": 1, "vocab_size": 9})
     data, rounded = page.pack(model)
     for name, w in model.state_dict().items():
         scale = w.abs().amax(-1, keepdim=True) if w.dim() == 2 else w.abs()
@@ -59,7 +59,7 @@ def test_the_rounding_is_the_one_that_the_page_states():
 
 
 def test_a_row_of_zeros_stays_one():
-    model = Transformer(DEFAULTS | {"n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 9})
+    model = make_network(DEFAULTS | {"n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 9})
     torch.nn.init.zeros_(model.unembed.weight)
     assert page.pack(model)[1]["unembed.weight"].eq(0).all()
 
@@ -260,7 +260,7 @@ def test_the_committed_page_computes_what_pytorch_computes(chromium):
             q, narrow = torch.from_numpy(narrow[:size].astype(np.float32)), narrow[size:]
             state[name] = q.view(shape) * scale[:, None]
     keys = {"bias": "norm.bias" in state, "mlp_width": len(state["blocks.0.mlp.up.weight"])}
-    model = Transformer(DEFAULTS | data["config"] | keys)
+    model = make_network(DEFAULTS | data["config"] | keys)
     model.load_state_dict(state)
     chromium.open(COMMITTED)
     x = partly_masked(model, 10, model.block_size)

@@ -22,7 +22,7 @@ import train
 from data import examples
 from data.tokenizer import Char
 from lib import checkpoint, formats, optim, philox, resume
-from model import Transformer
+from model import make_network
 
 
 def close(measured, expected, atol=0.0, rtol=0.0):
@@ -189,7 +189,7 @@ def test_smdm_logits_are_the_published_ones_with_rounded_and_exact_rotary_tables
         and model.vocab_size == smdm()["vocab"]
         and len(cases) == 6
     )
-    exact = Transformer(model.config | {"rotary_bf16": False}).eval()
+    exact = make_network(model.config | {"rotary_bf16": False}).eval()
     exact.load_state_dict(model.state_dict())
     for case in cases:
         kept = slice(case["first_position_kept"], None)
@@ -617,7 +617,7 @@ def test_smdm_initialisation_has_the_published_deviations(smdm):
     case = smdm()["initialisation"]
     torch.manual_seed(0)
     sizes = {"n_embd": case["n_embd"], "n_layer": case["n_layer"], "vocab_size": 64}
-    model = Transformer(DEFAULTS | formats.FIXED["smdm"] | sizes)
+    model = make_network(DEFAULTS | formats.FIXED["smdm"] | sizes)
     exported = formats.to_format(model.state_dict(), model.config, "smdm")
     assert case["std"].keys() == {name for name, w in exported.items() if w.dim() == 2}
     for name, std in case["std"].items():
@@ -648,7 +648,7 @@ def test_a_preset_trains_the_published_model_on_so_many_tokens(
     config = resume.with_size(settings.parse([str(ROOT / f"configs/{name}.py")], *train.MODULES))
     resume.check(config)
     with torch.device("meta"):
-        model = Transformer(config | {"vocab_size": vocab_size})
+        model = make_network(config | {"vocab_size": vocab_size})
     assert sum(w.numel() for w in model.parameters()) == parameters
     assert config["max_iters"] * config["batch_size"] * config["block_size"] == pytest.approx(
         tokens, rel=2e-3
@@ -660,5 +660,5 @@ def test_another_size_of_the_table_is_one_word_after_the_preset():
     config = resume.with_size(settings.parse(words, *train.MODULES))
     resume.check(config)
     with torch.device("meta"):
-        model = Transformer(config | {"vocab_size": 32000})
+        model = make_network(config | {"vocab_size": 32000})
     assert sum(w.numel() for w in model.parameters()) == 401_123_328

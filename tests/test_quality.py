@@ -22,7 +22,7 @@ from data.tokenizer import Char
 from evals import quality
 from lib import checkpoint
 from lib.stats import mean_and_error
-from model import Transformer
+from model import make_network
 
 TEXT = "the cat sat on the mat; a dog ran to the log. " * 20
 ALPHABET = "".join(sorted(set(TEXT)))
@@ -138,7 +138,7 @@ def save(folder, alphabet=ALPHABET, **keys):
     """A small checkpoint. With zero_init="head" it gives each of its V tokens the chance 1/V."""
     text, sizes = Char(alphabet), {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16}
     torch.manual_seed(0)
-    model = Transformer(DEFAULTS | sizes | {"vocab_size": text.vocab_size} | keys)
+    model = make_network(DEFAULTS | sizes | {"vocab_size": text.vocab_size} | keys)
     objective = "ar" if keys.get("attention") == "causal" else "any_order"
     state = {"config": model.config | {"objective": objective}, "tokenizer": text.meta(), "step": 1}
     checkpoint.save(

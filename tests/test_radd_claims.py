@@ -24,7 +24,6 @@ from experiments import (
     zero_shot,
 )
 from experiments import time_independence as timing
-from lib import checkpoint
 
 X0 = states(V, L)  # (V^L, L)
 
@@ -64,7 +63,7 @@ def timed_network():
 
 def test_a_network_with_a_time_input_starts_as_the_one_without_and_learns_from_it():
     config, model = timed_network()
-    plain = network.Transformer(config)
+    plain = network.make_network(config)
     own = model.state_dict()
     plain.load_state_dict({name: own[name] for name in plain.state_dict()})
     for net in (plain, model):  # so that blocks and head do something
@@ -102,7 +101,7 @@ def test_the_flops_of_the_time_input_are_those_that_torch_counts():
 
 
 def test_the_time_that_the_network_is_told_is_that_of_the_draw_and_ends_with_the_block():
-    plain = network.Transformer, checkpoint.Transformer, diffusion.Loss
+    plain = network.Transformer, diffusion.Loss
     with timing.timed():
         _, model = timed_network()
         loss_of, times = diffusion.Loss(model, "lambda_dce"), []
@@ -113,8 +112,8 @@ def test_the_time_that_the_network_is_told_is_that_of_the_draw_and_ends_with_the
         )
         loss_of(torch.zeros(2, 8, dtype=torch.long), mask, weight, bound_weight=weight)
         assert times[0].tolist() == [0.25, 1.0] and model.time is None
-        assert isinstance(network.Transformer(model.config), timing.Timed)
-    assert (network.Transformer, checkpoint.Transformer, diffusion.Loss) == plain
+        assert isinstance(network.make_network(model.config), timing.Timed)
+    assert (network.Transformer, diffusion.Loss) == plain
 
 
 @pytest.mark.parametrize("name", cached_sampling.SAMPLERS)

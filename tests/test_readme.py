@@ -92,7 +92,7 @@ def world(tmp_path_factory):
     tokenizer = Char("".join(sorted({*string.printable, *"\0"})))
     documents = [("train", TEXT * 40), ("val", TEXT * 40)]
     writer.prepare(folder / "data/pydocs", documents, tokenizer)
-    model = network.Transformer({**plain.DEFAULTS, **SHAPE, "vocab_size": tokenizer.vocab_size})
+    model = network.make_network({**plain.DEFAULTS, **SHAPE, "vocab_size": tokenizer.vocab_size})
     config = model.config | {"objective": "any_order", "data": "data/pydocs"}
     state = {"config": config, "tokenizer": tokenizer.meta(), "model": model.state_dict()}
     state |= {"ema": None, "optimizer": [], "step": 1}

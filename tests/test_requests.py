@@ -236,7 +236,7 @@ def checkpoints(tmp_path_factory):
     for kind in ("text", "examples", "causal"):
         keys = {"attention": "causal" if kind == "causal" else "full", "block_size": BLOCK}
         keys |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "vocab_size": TEXT.vocab_size}
-        model = network.Transformer(network.DEFAULTS | keys)
+        model = network.make_network(network.DEFAULTS | keys)
         state = {"config": model.config | {"objective": "any_order"}, "tokenizer": TEXT.meta()}
         state["config"] |= {"example_width": 9, "eos_id": 29} if kind != "text" else {}
         state |= {"model": model.state_dict(), "ema": None, "optimizer": [], "step": 1}

@@ -23,7 +23,7 @@ import samplers
 from config import UserError
 from lib import philox
 from lib.text import suppress_tokens
-from model import Transformer
+from model import make_network
 from sample import SAMPLERS
 
 # ---- The fast loop is the plain loop -------------------------------------------------------------
@@ -39,7 +39,7 @@ def network_of(seed=0, **keys):
     """A small Transformer whose logits are far from flat."""
     torch.manual_seed(seed)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 50}
-    model = Transformer(DEFAULTS | sizes | keys).eval()
+    model = make_network(DEFAULTS | sizes | keys).eval()
     model.unembed.weight.data.mul_(4)
     return model
 

@@ -81,7 +81,7 @@ def as_on_a_gpu(q, k, v, causal):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_forward_pass_keeps_what_the_formula_says(kind, n_layer, recompute, monkeypatch):
     monkeypatch.setattr(fused, "attention", as_on_a_gpu)
-    net = network.Transformer(plain.DEFAULTS | SMDM | KINDS[kind] | {"n_layer": n_layer})
+    net = network.make_network(plain.DEFAULTS | SMDM | KINDS[kind] | {"n_layer": n_layer})
     x = torch.randint(96, (4, 32))  # (B, L)
     masked_idx = torch.arange(0, x.numel(), 2)  # (N,) half of them
     if recompute:
@@ -99,7 +99,7 @@ def test_the_forward_pass_keeps_what_the_formula_says(kind, n_layer, recompute, 
 
 
 def test_the_logits_that_are_avoided_are_what_a_plain_loss_keeps():
-    net = network.Transformer(plain.DEFAULTS | SMDM | {"vocab_size": 2000})
+    net = network.make_network(plain.DEFAULTS | SMDM | {"vocab_size": 2000})
     x = torch.randint(2000, (2, 32))  # (B, L)
     _, largest = kept_bytes(net, lambda: F.cross_entropy(net(x).flatten(0, 1), x.flatten()))
     held = scaling_up.memory(CONFIG | {"block_size": 32}, net, "ddp", 8, 2)
@@ -155,13 +155,13 @@ def count(group, bucket):
     sent = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
     return sent.then(lambda done: done.value()[0])
 
-net = network.Transformer(config)
+net = network.make_network(config)
 loss_of = parallel.prepare_for_training(diffusion.Loss(net, "any_order"), config, team)
 loss_of.register_comm_hook(None, count)
 counts["ddp"] = step(loss_of, 2)
 
 with torch.device("meta"):
-    net = network.Transformer(config)
+    net = network.make_network(config)
 parallel.shard(net, team)
 net.to_empty(device=team.device)
 net.cos, net.sin = network.rotary_tables(config)
@@ -183,7 +183,7 @@ def test_processes_send_as_many_bytes_as_the_formula_says(tmp_path):
     command = [sys.executable, "-c", STEP, json.dumps(config), str(world), str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert run.returncode == 0, run.stderr
-    counts, net = json.loads(run.stdout), network.Transformer(config)
+    counts, net = json.loads(run.stdout), network.make_network(config)
 
     gradients = 4 * net.n_parameters()
     assert counts["asked"] == gradients

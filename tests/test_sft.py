@@ -325,7 +325,7 @@ def small(data, out, **keys):
 def test_guidance_takes_the_calls_of_plain_sampling_and_scale_0_changes_nothing(sampler, data):
     config = config_of(data) | {"vocab_size": 256, "block_size": 14, "n_embd": 32}
     torch.manual_seed(0)
-    model = network.Transformer(config).eval()
+    model = network.make_network(config).eval()
     x0, prompt, _ = examples.Examples(data, "val")[range(6)]
     in_prompt = torch.arange(14) < torch.from_numpy(prompt)[:, None]  # (6, L)
     x = torch.from_numpy(x0).where(in_prompt, torch.tensor(256))

@@ -150,7 +150,7 @@ def test_the_flops_of_a_step_are_within_2_percent_of_what_torch_counts(family, s
     ctx, _ = opened(scaling, folder)
     keys = scaling.shape_keys(*shape) | scaling.FAMILIES[family] | {"batch_size": 2}
     recipe = ctx.recipe(text, keys, 1e12, 0)
-    model = network.Transformer(recipe)
+    model = network.make_network(recipe)
     L, D, n_layer = recipe["block_size"], recipe["n_embd"], recipe["n_layer"]
     batch = [torch.zeros(2, L, dtype=torch.long)]
     if family == "MDM":

@@ -123,7 +123,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_with_room_it_is_resumed(data, 
 def test_a_full_disk_under_the_log_is_one_line(data, tmp_path):
     blocks = loader.Blocks(loader.Tokens(data, "train"), 16, 1)
     config, _ = resume.begin(config_of(data, tmp_path), Team())
-    model = network.Transformer(config)
+    model = network.make_network(config)
     full = Log(config, model, blocks, Clock(config, None, Team()), Team())
     (tmp_path / "log.jsonl").unlink()
     (tmp_path / "log.jsonl").symlink_to("/dev/full")

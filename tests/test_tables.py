@@ -23,7 +23,7 @@ from lib import checkpoint, device, entries, formats, optim, resume, weighting
 SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": L, "vocab_size": V}
 KEYS = settings.defaults_of(train.MODULES) | SHAPE
 MODEL = Table(random_logits())
-CAUSAL = network.Transformer(KEYS | {"attention": "causal"})
+CAUSAL = network.make_network(KEYS | {"attention": "causal"})
 X = torch.full((1, L), V)  # (1, L)
 U, NOISE = torch.rand(2, dtype=torch.float64), torch.rand(2, L, dtype=torch.float64)
 REQUESTS = [([0], [1, 2])]
@@ -40,11 +40,11 @@ CALLS = {  # of the library, in Python, with a name that is nearly right
     "no text": lambda: diffusion.SCHEDULES[None],
     "a list": lambda: diffusion.OBJECTIVES[["any_order"]],
     "Loss": lambda: diffusion.Loss(MODEL, "lambda"),
-    "attention": lambda: network.Transformer(KEYS | {"attention": "fulll"}),
-    "attention of a table": lambda: network.Transformer(KEYS | {"attention": ("full",)}),
-    "norm": lambda: network.Transformer(KEYS | {"norm": "rsm"}),
-    "mlp": lambda: network.Transformer(KEYS | {"mlp": "swigl"}),
-    "zero_init": lambda: network.Transformer(KEYS | {"zero_init": "heads"}),
+    "attention": lambda: network.make_network(KEYS | {"attention": "fulll"}),
+    "attention of a table": lambda: network.make_network(KEYS | {"attention": ("full",)}),
+    "norm": lambda: network.make_network(KEYS | {"norm": "rsm"}),
+    "mlp": lambda: network.make_network(KEYS | {"mlp": "swigl"}),
+    "zero_init": lambda: network.make_network(KEYS | {"zero_init": "heads"}),
     "sampler": lambda: sample.sample(MODEL, X, sampler="confidense"),
     "sampler, causal": lambda: sample.sample(CAUSAL, X, sampler="confidense"),
     "schedule of a sampler": lambda: sample.sample(MODEL, X, schedule="cosin"),

@@ -23,7 +23,7 @@ TEXT = "the list is sorted.\n"
 def trained(attention):
     """A network of that attention whose head is not zero."""
     torch.manual_seed(3)
-    return network.Transformer(network.DEFAULTS | SHAPE | {"attention": attention}).eval()
+    return network.make_network(network.DEFAULTS | SHAPE | {"attention": attention}).eval()
 
 
 @pytest.mark.parametrize("order", ["left_to_right", "right_to_left"])
@@ -151,6 +151,35 @@ def test_a_sentence_is_scored_given_a_prompt_that_is_not(run, tmp_path, capsys):
 def test_a_sentence_that_cannot_be_read_is_one_line(text, says, run):
     with pytest.raises(UserError, match=says):
         evaluated(f"--ckpt={run[0]}", f"--text={text}")
+
+
+KEYS_OF_DATA = ["data=x", "split=val", "sequences=2", "block_size=8", "protocol=radd"]
+KEYS_OF_DATA += ["precision=0.1", "strata=2", "schedule=cosine"]
+
+
+@pytest.mark.parametrize("word", KEYS_OF_DATA)
+def test_a_key_that_only_data_use_is_refused_with_a_text(word, run, tmp_path):
+    key, _, value = word.partition("=")
+    with pytest.raises(UserError, match=f"^{key} is of data, not of --text; leave it out$"):
+        evaluated(f"--ckpt={run[0]}", "--text=is", f"--{word}")
+    preset = tmp_path / "preset.py"
+    preset.write_text(repr({key: float(value) if value[0].isdigit() else value}))
+    assert evaluated(str(preset), f"--ckpt={run[0]}", "--text=is", "--draws=2")["total"] > 0
+
+
+def test_a_causal_network_refuses_an_estimator_that_it_does_not_use(run, tmp_path):
+    out, few = str(tmp_path / "out"), ["--sequences=2", "--batch_size=4"]
+    keys = {"data": run[1], "out_dir": out, "objective": "ar", "max_iters": 1, "batch_size": 2}
+    keys |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 20, "device": "cpu"}
+    train.main(settings.parse([f"--{key}={keys[key]}" for key in keys], *train.MODULES))
+    for name in ("lambda_dce", "any_order", "right_to_left"):
+        with pytest.raises(
+            UserError, match="^estimator has no say, for this network is causal and"
+        ):
+            evaluated(f"--ckpt={out}", f"--estimator={name}", *few)
+    exact = evaluated(f"--ckpt={out}", *few)
+    same = evaluated(f"--ckpt={out}", "--estimator=left_to_right", *few)
+    assert same["nats_per_token"] == exact["nats_per_token"] and exact["estimator"] == "ar"
 
 
 def test_a_checkpoint_is_evaluated_on_what_it_learnt_from(run, tmp_path):
