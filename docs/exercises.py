@@ -155,8 +155,8 @@ def test_guidance():
     net, w = tiny("full"), answer("guidance")
     x = torch.tensor([[0, 1, 5, 5, 5, 5]])  # (1, 6)
     idx = torch.arange(2, 6)
-    h = diffusion.states(net, x, idx, x != net.mask_id, w)  # two of (4, D)
-    guided = diffusion.guided(net, h, w)  # (4, V)
+    hs = diffusion.states(net, x, idx, x != net.mask_id, w)  # two of (4, D)
+    guided = diffusion.guided(net, hs, w)  # (4, V)
     alone = net.head(net.hidden(torch.full_like(x, net.mask_id), idx))  # (4, V)
     assert w and torch.allclose(guided, alone, atol=1e-5), "the prompt still has a say"
 

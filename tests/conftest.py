@@ -205,5 +205,5 @@ def demo(chromium, tmp_path_factory):
 
 def predict(model, x, masked_idx, cond, cfg_scale=0.0):
     """Logits (N, V) at positions masked_idx (N,) of x (B, L), guided by x where cond (B, L)."""
-    h = diffusion.states(model, x, masked_idx, cond, cfg_scale)  # one or two of (N, D)
-    return diffusion.guided(model, h, cfg_scale)
+    hs = diffusion.states(model, x, masked_idx, cond, cfg_scale)  # one or two of (N, D)
+    return diffusion.guided(model, hs, cfg_scale)

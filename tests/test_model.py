@@ -258,7 +258,7 @@ def test_a_network_that_cannot_be_is_refused_in_one_line():
         Transformer(config(attention="order"))
     assert type(make_network(config(attention="order"))) is OrderTransformer
     for shape in ({"vocab_size": 65}, {"n_layer": 2, "n_embd": 8, "n_head": 0, "vocab_size": 65}):
-        with pytest.raises(UserError, match="must be 1 or more; train.py fills in 0$"):
+        with pytest.raises(UserError, match=r"must be 1 or more; train.py fills in 0$"):
             Transformer(DEFAULTS | shape)
 
 
