@@ -332,7 +332,7 @@ class OrderTransformer(Transformer):
     attentions, block_class = ("order",), OrderBlock
 
     def hidden(self, x, masked_idx=None):
-        """As Transformer.hidden: visible tokens are read left to right, then it is asked."""
+        """As Transformer.hidden: it reads visible tokens, from left to right, then the queries."""
         B, L = x.shape
         idx = torch.arange(B * L) if masked_idx is None else masked_idx.cpu()  # (N,)
         visible = x.cpu() != self.mask_id  # (B, L)

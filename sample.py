@@ -154,14 +154,14 @@ def draw_tokens(model, hs, call, suppress, policy, o, keep_logits=False):
 def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     """Fill every mask_id of x (N, L) and change nothing else -> (tokens (N, L), info).
 
-    options: keys of MODULES' DEFAULTS but COMMAND_KEYS; UserError for values they cannot
-    have, or where the sampler leaves masks. suppress (N, L): a token that a position must
-    not get, -1 for none. info: nfe (N,) network calls of each sequence, expected_nfe their expected
-    mean (None: only sampling tells), seconds. A sequence is a pure function of (seed, its place in
-    x): the batch size changes how long it takes, not what comes out (except where an adaptive
-    sampler is equally sure of two positions, and rounding decides). A causal network goes left to
-    right. on_call(sequence (n,), position (n,), call (n,), token (n,), p (n,), logits (n, V)), all
-    on the CPU, is told of the tokens that each call unmasks (no causal network's).
+    options: keys of MODULES' DEFAULTS but COMMAND_KEYS; UserError for values they cannot have, or
+    where the sampler leaves masks. suppress (N, L): a token that a position must not get, or -1.
+    info: nfe (N,) network calls of each sequence, expected_nfe their expected mean (None: only
+    sampling tells), seconds. A sequence is a pure function of (seed, its place in x): the batch
+    size changes how long it takes, not what comes out (except where an adaptive sampler is equally
+    sure of two positions, and rounding decides). A causal network goes left to right.
+    on_call(sequence (n,), position (n,), call (n,), token (n,), p (n,), logits (n, V)), all on the
+    CPU, is told of the tokens that each call unmasks (no causal network's).
     """
     o = settings.options(options, *MODULES)
     most = f"a sequence has at least one token and at most block_size {model.block_size}"

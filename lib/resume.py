@@ -22,11 +22,11 @@ from pathlib import Path
 
 import torch
 
+import diffusion
 import model as network
 from config import UserError, completed, refuse_typed, require
 from data import examples, loader
 from data.tokenizer import lacks
-from diffusion import OBJECTIVES, ORDERS
 from lib import checkpoint, files, formats, parallel
 from lib.entries import uses_p, uses_schedule
 from lib.parallel import ANEW
@@ -35,8 +35,14 @@ from lib.stats import not_finite
 # (what a key is for, whether a config is that), and {key: (both, the value that others train by)}
 FULL = "networks with attention=full", lambda config: config["attention"] == "full"
 IN_ORDER = "networks with attention=order", lambda config: config["attention"] == "order"
-WITH_P = "orders that it changes", lambda c: IN_ORDER[1](c) and uses_p(ORDERS[c["order"]])
-WITH_TIME = "objectives that draw a time", lambda c: uses_schedule(OBJECTIVES[c["objective"]])
+WITH_P = (
+    "networks with attention=order and an order that it changes",
+    lambda config: IN_ORDER[1](config) and uses_p(diffusion.ORDERS[config["order"]]),
+)
+WITH_TIME = (
+    "objectives that draw a time",
+    lambda config: uses_schedule(diffusion.OBJECTIVES[config["objective"]]),
+)
 USED_BY = {
     "prompt_drop": (*FULL, 0.0),
     "mask_rate": (*FULL, "uniform"),
@@ -261,7 +267,7 @@ def with_attention(config, state, source):
     command line that would change nothing (USED_BY).
     """
     objective, attention = config["objective"], config["attention"]
-    choices, user_keys = OBJECTIVES[objective].attention, config.get("user_keys", {})
+    choices, user_keys = diffusion.OBJECTIVES[objective].attention, config.get("user_keys", {})
     trains = f"trains a network with attention={' or '.join(choices)}"
     if state:
         message = f"{source} has attention={attention}, but {objective} {trains}"

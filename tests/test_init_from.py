@@ -228,10 +228,13 @@ REFUSED = {
         {"order": "local"},
         "order is for networks with attention=order; leave it out",
     ),
-    "an order_p for masks": ({"order_p": 0.3}, "order_p is for orders that it changes; leave it"),
+    "an order_p for masks": (
+        {"order_p": 0.3},
+        "order_p is for networks with attention=order and an order",
+    ),
     "an order_p that its order does not use": (
         {"order_p": 0.3, "attention": "order"},
-        "order_p is for orders that it changes; leave it out",
+        "order_p is for networks with attention=order and an order that it changes",
     ),
     "a schedule without a time": (
         {"schedule": "cosine"},

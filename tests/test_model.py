@@ -257,9 +257,9 @@ def test_a_network_that_cannot_be_is_refused_in_one_line():
     with pytest.raises(UserError, match="Transformer has no attention=order; use make_network"):
         Transformer(config(attention="order"))
     assert type(make_network(config(attention="order"))) is OrderTransformer
-    for shape in ({"vocab_size": 65}, {"n_layer": 2, "n_embd": 8, "n_head": 0, "vocab_size": 65}):
+    for shape in ({"n_layer": 0, "n_head": 0, "n_embd": 0}, {"n_head": 0}, {"n_layer": 0}):
         with pytest.raises(UserError, match=r"must be 1 or more; train.py fills in 0$"):
-            Transformer(DEFAULTS | shape)
+            Transformer(config(**shape))
 
 
 def test_a_causal_network_may_have_a_start_token_of_its_own():

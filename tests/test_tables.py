@@ -18,7 +18,7 @@ from config import UserError
 from data import choice, tokenizer, writer
 from data.fineweb import prepare as fineweb
 from data.zeroshot import prepare as zeroshot
-from lib import checkpoint, device, entries, formats, optim, resume, weighting
+from lib import checkpoint, device, entries, formats, optim, weighting
 
 SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": L, "vocab_size": V}
 KEYS = settings.defaults_of(train.MODULES) | SHAPE
@@ -224,7 +224,6 @@ def test_the_entries_that_are_shown_are_all_that_a_run_by_them_takes(lines, tmp_
         table = getattr(diffusion, name)
         monkeypatch.setattr(diffusion, name, settings.Table(table.kind, table.lacking, **table))
         monkeypatch.setattr(train, name, getattr(diffusion, name), raising=False)
-    monkeypatch.setattr(resume, "OBJECTIVES", diffusion.OBJECTIVES)
     before = {name: set(getattr(diffusion, name)) for name in ("SCHEDULES", "ORDERS", "OBJECTIVES")}
     exec(lines, {})
     (schedule,), (order,), (objective,) = (set(getattr(diffusion, n)) - before[n] for n in before)

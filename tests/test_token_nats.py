@@ -173,9 +173,7 @@ def test_a_causal_network_refuses_an_estimator_that_it_does_not_use(run, tmp_pat
     keys |= {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 20, "device": "cpu"}
     train.main(settings.parse([f"--{key}={keys[key]}" for key in keys], *train.MODULES))
     for name in ("lambda_dce", "any_order", "right_to_left"):
-        with pytest.raises(
-            UserError, match="estimator has no say, for this network is causal"
-        ):
+        with pytest.raises(UserError, match="estimator has no say, for this network is causal"):
             evaluated(f"--ckpt={out}", f"--estimator={name}", *few)
     exact = evaluated(f"--ckpt={out}", *few)
     same = evaluated(f"--ckpt={out}", "--estimator=left_to_right", *few)
