@@ -144,7 +144,7 @@ class FusedCrossEntropy(torch.autograd.Function):
         for span in chunks(len(h), chunk):
             part = h[span].to(dtype)  # (chunk, D)
             table = F.linear(part, W_cast, bias_cast)  # (chunk, V) the logits, then their gradient
-            *piece, table = loss_of(table, target[span], weight[span])  # (chunk,), (chunk,) more
+            *piece, table = loss_of(table, target[span], weight[span])  # and (chunk,) twice
             dh[span] = table @ W_cast
             add_product(dW, table.T, part)
             if dbias is not None:

@@ -277,7 +277,8 @@ def with_attention(config, state, source):
     elif attention not in choices:
         attention = choices[0]
     config = config | {"attention": attention}
-    for key, (what, uses, neutral) in USED_BY.items():
+    for key in (key for key in USED_BY if key in user_keys):
+        what, uses, neutral = USED_BY[key]
         if config[key] != neutral and not uses(config):
             refuse_typed(config, [key], f"is for {what}")
     return config
