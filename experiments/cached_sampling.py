@@ -65,6 +65,7 @@ def instant(V, L):
     hidden = lambda x, masked_idx: torch.zeros(len(masked_idx), 1)  # noqa: E731
     head = lambda h: h.expand(-1, V)  # noqa: E731
     look = {"config": {"attention": "full"}, "block_size": L, "mask_id": V, "vocab_size": V}
+    look |= {"device": torch.device("cpu")}
     return SimpleNamespace(hidden=hidden, head=head, causal=False, **look)
 
 

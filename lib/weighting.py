@@ -1,8 +1,8 @@
 """Where training departs from the bound, without moving the optimum: mask rates, loss weights.
 
 By default it does so by both: rates from a bell, and weights of 2 sqrt(w), w being the weight in
-the bound under uniform rates. The bell's density is in no loss weight. The NELBO in the log divides
-w by it, so that it is the bound for any rates.
+the bound under uniform rates (RADD eq. 2.16, 3.5, 3.6). The bell's density is in no loss weight.
+The NELBO in the log divides w by it, so that it is the bound for any rates.
 """
 
 import math
