@@ -14,6 +14,7 @@ import time
 import torch
 
 import model as network
+from config import refuse_typed
 from lib import parallel
 from lib.device import flops_of_step, matmul_flops
 from lib.optim import OPTIMIZERS
@@ -34,8 +35,14 @@ now = time.perf_counter
 
 
 def with_dial(config, dataset, team):
-    """The config with its zeros replaced by what the dial says; the first process prints that."""
+    """The config with its zeros replaced by what the dial says; the first process prints that.
+
+    UserError for a typed depth that has no say, for the user set the shape as well.
+    """
     reason, dial = "", ("n_layer", "n_embd", "n_head", "batch_size", "learning_rate")
+    shape = ("n_layer", "n_embd")
+    if config["depth"] and all(config[key] and key in config.get("user_keys", ()) for key in shape):
+        refuse_typed(config, ["depth"], f"is overruled by {' and '.join(shape)}, which are set")
     if not (config["max_iters"] or config["max_minutes"]):
         config = config | {"max_minutes": MINUTES}
     is_short = 0 < config["max_minutes"] < COMPILED

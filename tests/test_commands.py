@@ -218,6 +218,14 @@ BAD = {
     "no evaluation": ([*TRAIN, "--eval_interval=-1"], "eval_interval must be 0 or more, not -1"),
     "no time": ([*TRAIN, "--max_minutes=-1"], "max_minutes must be 0 or more, not -1"),
     "no dial": ([*TRAIN, "--depth=300"], "depth must be in [0, 256], not 300"),
+    "an overruled dial": (
+        [*TRAIN, "--depth=3", "--n_layer=1", "--n_embd=16"],
+        "depth is overruled by n_layer and n_embd, which are set; leave it out",
+    ),
+    "the dial of a named size": (
+        ["train", "--data=data", "--max_iters=1", "--depth=3", "--size=19M"],
+        "depth is overruled by n_layer and n_embd",
+    ),
     "heads": ([*TRAIN, "--n_embd=18"], "n_embd 18 must be a multiple of 2 * n_head = 8"),
     "micro batch": (
         [*TRAIN, "--batch_size=8", "--micro_batch_size=3"],
