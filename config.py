@@ -228,8 +228,16 @@ def merge(items, *modules):
     return config
 
 
-def options(keywords, *modules):
-    """The keyword options of a call merged over the DEFAULTS, as in `sample(model, x, steps=8)`."""
+def options(keywords, *modules, only=None):
+    """The keyword options of a call merged over the DEFAULTS, as in `sample(model, x, steps=8)`.
+
+    only: the keys that the call reads, if not all; another one is a UserError that names these.
+    """
+    keys = defaults_of(modules)
+    only = keys if only is None else only
+    for key in keywords:
+        unknown = "" if key in keys else key  # else it is well written, but for another call
+        require(key in only, f"unknown key {key}{nearest(unknown, only)}")
     return merge([(key, key, value) for key, value in keywords.items()], *modules)
 
 

@@ -74,6 +74,10 @@ DEFAULTS = {
     "ema": True,  # use the averaged weights if the checkpoint has them
 }
 MODULES = (settings, diffusion, sys.modules[__name__])  # whose keys it takes
+# Those that token_nats, answer_nats and estimate take as options.
+OF_TOKENS = ("estimator", "draws", "seed", "batch_size")
+OF_ANSWERS = (*OF_TOKENS, "schedule")
+OF_ESTIMATE = (*OF_ANSWERS, "strata", "precision")
 SURE = 100  # degrees of freedom from which an error is trusted: with few it may be small by chance
 
 
@@ -254,9 +258,9 @@ def answer_nats(model, requests, groups=None, cfg_scale=0.0, pad_to=0, progress=
     """-log p(answer | prompt) of each request: N pairs (prompt ids, answer ids) -> (N,) float64.
 
     By one stratified set of `draws`. groups, cfg_scale, pad_to: as in Requests; the options of one
-    question are a group, which compares them with little noise. options: keys of DEFAULTS.
+    question are a group, which compares them with little noise. options: OF_ANSWERS.
     """
-    o = settings.options(options, *MODULES)
+    o = settings.options(options, *MODULES, only=OF_ANSWERS)
     requests = Requests(requests, groups, cfg_scale, pad_to)
     estimator = estimator_of(model, o["estimator"])
     size = 1 if estimator.exact else o["draws"]
@@ -270,10 +274,10 @@ def estimate(model, requests, lengths=None, progress=False, **options):
     -> (nats (S,) float64, info). lengths (S,): how many tokens of each count; without it all. Stops
     once the 95% interval of this text's nats per token is within +- precision, where that is not 0,
     and known well enough. info: draws, draw_error and draw_half (of the interval) in nats per
-    token, rows and calls of the network, seconds.
+    token, rows and calls of the network, seconds. options: OF_ESTIMATE.
     """
     began = time.time()
-    o = settings.options(options, *MODULES)
+    o = settings.options(options, *MODULES, only=OF_ESTIMATE)
     estimator = estimator_of(model, o["estimator"])
     requests = Requests([r if isinstance(r, tuple) else (r[:0], r) for r in requests])
     n_tokens = sum(len(answer) for _, answer in requests.pairs) if lengths is None else sum(lengths)
@@ -300,9 +304,9 @@ def token_nats(model, ids, prompt=(), **options):
     """What each token of a text costs along the chain rule: ids (L,) -> nats (draws, L) float64.
 
     Given the prompt (P,) of ids, and those before it in an order, one order a draw; UserError for
-    what is no chain rule.
+    what is no chain rule. options: OF_TOKENS.
     """
-    o = settings.options(options, *MODULES)
+    o = settings.options(options, *MODULES, only=OF_TOKENS)
     estimator = estimator_of(model, o["estimator"])
     message = f"{estimator.name} has no tokens' nats; try chain"
     require(estimator.order and not estimator.mean_of_p, message)
@@ -346,8 +350,7 @@ def check(config):
 def evaluate(config, subject, folder, split):
     """Evaluate one split of a prepared folder -> a dict, and in words how and what came out."""
     meta, part, L = subjects.open_text(config, subject, folder, split)
-    keys = ("estimator", "draws", "strata", "precision", "schedule", "seed", "batch_size")
-    options = {key: config[key] for key in keys} | {"progress": True}
+    options = {key: config[key] for key in OF_ESTIMATE} | {"progress": True}
     estimator = estimator_of(subject.model, config["estimator"])
     with subject.autocast():
         nats, info = estimate(subject.model, part.requests, part.counts, **options)
@@ -364,7 +367,7 @@ def evaluate(config, subject, folder, split):
 def score(config, subject):
     """Evaluate config["text"], print a line for each token -> {"tokens", "nats", "total", ...}."""
     prompt, ids, n, what = subjects.ids_of_text(subject, config)  # lists of P and L ids
-    options = {key: config[key] for key in ("estimator", "draws", "seed", "batch_size")}
+    options = {key: config[key] for key in OF_TOKENS}
     estimator = estimator_of(subject.model, config["estimator"])
     with subject.autocast():
         nats = token_nats(subject.model, ids, prompt, **options)  # (draws, L)

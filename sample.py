@@ -76,9 +76,9 @@ DEFAULTS = {
     "out": "",  # also write the samples to this .jsonl file
 }
 MODULES = (settings, diffusion, samplers, sys.modules[__name__])  # whose keys it takes
-# Keys of the command alone: `sample` takes the others.
-COMMAND_KEYS = {"ckpt", "prompt", "suffix", "template", "length", "min_new_tokens", "num_samples"}
-COMMAND_KEYS |= {"watch", "out", "user_keys"}
+# Those that `sample` takes as options; the others are of the command alone.
+OPTIONS = (*samplers.DEFAULTS, *diffusion.DEFAULTS, "seed", "batch_size")
+OPTIONS += ("temperature", "top_k", "top_p", "cfg_scale")
 # How such a model answers unless told otherwise: the likeliest tokens, one in each call as
 # far as the steps reach. 98% of new sums were right, 88% by ancestral (experiments/arithmetic.py).
 ANSWERS = {"sampler": "confidence", "temperature": 0.0, "num_samples": 1}
@@ -154,8 +154,8 @@ def draw_tokens(model, hs, call, suppress, policy, o, keep_logits=False):
 def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     """Fill every mask_id of x (N, L) and change nothing else -> (tokens (N, L), info).
 
-    options: keys of MODULES' DEFAULTS but COMMAND_KEYS; UserError for values they cannot have, or
-    where the sampler leaves masks. suppress (N, L): a token that a position must not get, or -1.
+    options: keys of OPTIONS; UserError for another, for values that they cannot have, or where the
+    sampler leaves masks. suppress (N, L): a token that a position must not get, or -1.
     info: nfe (N,) network calls of each sequence, expected_nfe their expected mean (None: only
     sampling tells), seconds. A sequence is a pure function of (seed, its place in x): the batch
     size changes how long it takes, not what comes out (except where an adaptive sampler is equally
@@ -163,7 +163,7 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     on_call(sequence (n,), position (n,), call (n,), token (n,), p (n,), logits (n, V)), all on the
     CPU, is told of the tokens that each call unmasks (no causal network's).
     """
-    o = settings.options(options, *MODULES)
+    o = settings.options(options, *MODULES, only=OPTIONS)
     most = f"a sequence has at least one token and at most block_size {model.block_size}"
     require(0 < x.shape[1] <= model.block_size and len(x), f"{most}, not {tuple(x.shape)}")
     if model.causal:
@@ -185,7 +185,7 @@ def sample_mdm(model, x, o, suppress=None, progress=False, on_call=None):
     suppress = None if suppress is None else suppress.to(x.device).flatten()  # (N*L,)
     seen = Probabilities()
     with progress_bar(progress, int(masked.sum()), "token") as bar:
-        for call, on_device in calls_on_device(plan, policy, model, o["compile"]):
+        for call, on_device in calls_on_device(plan, policy, model):
             if policy.remasks:
                 flat.index_fill_(0, on_device.masked, model.mask_id)
             hs = states_of(x, call, on_device)
@@ -326,7 +326,7 @@ def fill(config, subject):
     """Fill num_samples copies of the config's request, save, print and return the records."""
     model, tokenizer, *_ = subject
     x, suppress, end, eos_id = rows_to_fill(config, subject)  # (N, L) each
-    options = {key: config[key] for key in config if key not in COMMAND_KEYS}
+    options = {key: config[key] for key in OPTIONS}
     on_call = None
     if config["watch"]:
         policy = SAMPLERS[options["sampler"]]((x == model.mask_id).cpu(), options)

@@ -329,11 +329,10 @@ def masked(part, model, B, steps, how="eager"):
     share = min(1.0, part.some(CALLS, 4) / nfe) if model.config["attention"] == "full" else 1.0
     x = torch.zeros(B, L, dtype=torch.long, device=part.device)  # (B, L)
     x[:, : round(share * L)] = model.mask_id
-    options = {"steps": max(1, round(share * steps)), "compile": how != "eager"}
     if how != "eager":
         devices.compile_hidden(model, part.device, graphs=how == PROGRAMS[2])
     try:
-        seconds, info = sampled(part, model, x, **options)
+        seconds, info = sampled(part, model, x, steps=max(1, round(share * steps)))
     finally:
         vars(model).pop("hidden", None)  # the method is behind it
     calls = float(info["nfe"].double().mean())

@@ -142,7 +142,7 @@ def compile_hidden(model, device, graphs=True):
     model.hidden = torch.compile(model.hidden, options=options)
 
 
-def calls_on_device(plan, policy, model, compiled=False):
+def calls_on_device(plan, policy, model):
     """Yield each Call of samplers.py twice, as it is and on the device (`masked` if it remasks).
 
     Where all calls are known they are copied together before the first, so none waits for a copy.
@@ -159,6 +159,7 @@ def calls_on_device(plan, policy, model, compiled=False):
     if not plan:
         return
     parts = {name: [getattr(call, name) for call in plan] for name in names}  # of each call
+    compiled = "hidden" in vars(model)  # by compile_hidden: else the method is the class's
     if compiled and model.device.type == "cuda" and model.config["attention"] == "full":
         most = -(-max(map(len, parts["idx"])) // 16) * 16  # a multiple of 16: few different sizes
         parts["live"] = repeated_to(len(plan[0].live), parts["live"])

@@ -278,6 +278,8 @@ def test_with_no_gap_the_network_is_not_asked(sampler):
         ({"step": 4}, "unknown key step; did you mean 'steps'?"),
         ({"cfg": 1.0}, "unknown key cfg; did you mean 'cfg_scale'?"),
         ({"autocast": None}, "unknown key autocast; there is: batch_size, "),
+        ({"num_samples": 2}, "unknown key num_samples; there is: batch_size, cfg_scale, eta, "),
+        ({"compile": True}, "unknown key compile; there is: batch_size, cfg_scale, eta, "),
         ({"steps": 1.5}, "steps must be a whole number, not 1.5"),
         ({"top_p": "all"}, "top_p must be a number, not 'all'"),
     ],

@@ -12,7 +12,7 @@ import train
 from config import UserError
 from data import writer
 from data.tokenizer import Char
-from evaluate import answer_nats, token_nats
+from evaluate import answer_nats, estimate, token_nats
 from lib import checkpoint
 
 IDS = [2, 0, 1, 1]
@@ -88,6 +88,20 @@ def test_what_has_no_tokens_of_its_own_is_refused():
     for name in ("lambda_dce", "t_dce", "orders"):
         with pytest.raises(UserError, match=f"{name} has no tokens' nats; try chain"):
             token_nats(Table(random_logits()), IDS, estimator=name)
+
+
+@pytest.mark.parametrize(
+    ("call", "options"),
+    [
+        (token_nats, {"schedule": "cosine"}),
+        (lambda model, ids, **keys: answer_nats(model, [([], ids)], **keys), {"strata": 2}),
+        (lambda model, ids, **keys: estimate(model, [ids], **keys), {"sequences": 2}),
+    ],
+)
+def test_an_option_that_a_function_does_not_read_is_refused_with_those_it_reads(call, options):
+    (key,) = options
+    with pytest.raises(UserError, match=f"unknown key {key}; there is: batch_size, draws, "):
+        call(Table(random_logits()), IDS, **options)
 
 
 # ---- The command ---------------------------------------------------------------------------------

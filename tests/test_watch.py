@@ -23,7 +23,8 @@ def recording():
 
     def record(**keys):
         model, tokenizer = network()
-        o, x = options(steps=9, seed=4, **keys), torch.tensor([start_of(tokenizer, model)] * 2)
+        o = {key: options(steps=9, seed=4, **keys)[key] for key in sample.OPTIONS}
+        x = torch.tensor([start_of(tokenizer, model)] * 2)
         recorder = Recorder(tokenizer, x, model.mask_id, o)
         tokens, info = sample.sample(model, x, on_call=recorder, **o)
         return model, tokenizer, x, o, recorder.data(info), tokens
@@ -110,7 +111,7 @@ class Terminal(io.TextIOWrapper):
 
 def watched(out, **keys):
     model, tokenizer = network(block_size=120)
-    o = options(steps=5, **keys)
+    o = {key: options(steps=5, **keys)[key] for key in sample.OPTIONS}
     x = torch.full((2, 100), model.mask_id)
     policy = sample.SAMPLERS[o["sampler"]](x == model.mask_id, o)
     on_call = watch.watch(tokenizer, x, model.mask_id, policy, o, out=out, pause=0)

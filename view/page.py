@@ -124,7 +124,8 @@ def recorded(subject, o):
     policy = sample.SAMPLERS[o["sampler"]]((x == model.mask_id).cpu(), o)
     require(not policy.remasks, rule)
     recorder = Recorder(tokenizer, x, model.mask_id, o)
-    _, info = sample.sample(model, x, suppress, progress=True, on_call=recorder, **o)
+    options = {key: o[key] for key in sample.OPTIONS}
+    _, info = sample.sample(model, x, suppress, progress=True, on_call=recorder, **options)
     about = f"A recorded sample of a model of {model.n_parameters():,} parameters: {o['sampler']}, "
     about += f"{o['steps']} steps, temperature {o['temperature']}, seed {o['seed']}."
     return recorder.data(info) | {"about": about}
