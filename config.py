@@ -260,6 +260,17 @@ def refuse_typed(config, keys, reason):
         require(not where.startswith("--"), f"{key} {reason}; leave it out")
 
 
+def refuse_unused(config, used_by, thing):
+    """refuse_typed for the keys of a table that change nothing of a thing, as they are set.
+
+    used_by: {key: (what it is for, in words, thing -> whether that is so, the value of no effect)}.
+    """
+    for key, (what, uses, neutral) in used_by.items():
+        typed_key = config.get("user_keys", {}).get(key, "").startswith("--")
+        if typed_key and config[key] != neutral and not uses(thing):
+            refuse_typed(config, [key], f"is for {what}")
+
+
 def read_preset(path):
     """The dict of a preset file, one Python dict literal, which is read and never executed.
 

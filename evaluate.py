@@ -52,7 +52,7 @@ from data import ngram
 from lib import fused
 from lib import subject as subjects
 from lib.bar import progress_bar
-from lib.entries import check_estimator
+from lib.entries import check_estimator, uses_time
 from lib.rows import Requests, random_numbers
 from lib.stats import certainty, finite, mean_over_sets, method, report, t95
 from lib.text import by_token, check_text
@@ -175,6 +175,10 @@ ESTIMATORS = Table(
     right_to_left=Estimator(order=along("right_to_left"), exact=True),
 )
 AR = Estimator(ar, along("left_to_right"), exact=True, name="ar")  # of causal networks
+# Of a key that may be typed, which estimators it changes: config.refuse_unused.
+DRAWN = "estimators that draw", lambda it: not it.exact, None
+USED_BY = dict.fromkeys(("draws", "strata", "precision"), DRAWN)
+USED_BY["schedule"] = "estimators that draw a time", lambda it: uses_time(it, RowNoise), None
 
 
 def estimator_of(model, name):
@@ -283,8 +287,7 @@ def estimate(model, requests, lengths=None, progress=False, **options):
     n_tokens = sum(len(answer) for _, answer in requests.pairs) if lengths is None else sum(lengths)
     draws = 1 if estimator.exact else o["draws"]
     sizes = [min(o["strata"], draws - first) for first in range(0, draws, o["strata"])]
-    sets = []
-    info = {"rows": 0, "calls": 0}
+    sets, info = [], {"rows": 0, "calls": 0}
     for number, size in enumerate(sizes):
         nats, cost = set_nats(model, requests, o, number, size, progress)  # (S, size)
         sets.append(of_set(estimator, nats))
@@ -381,10 +384,7 @@ def main(config):
     """Evaluate config["ckpt"] on config["text"] or config["data"]; return the result, a dict."""
     check(config)
     subject = subjects.load_evaluable(config, reads_text=bool(config["text"]))
-    if subject.causal and config["estimator"] != "left_to_right":  # which is what it does
-        settings.refuse_typed(
-            config, ["estimator"], f"is not for {config['ckpt']}, which is causal"
-        )
+    settings.refuse_unused(config, USED_BY, estimator_of(subject.model, config["estimator"]))
     if config["text"]:
         return score(config, subject)
     folder = subjects.folder_of(config, subject)

@@ -43,18 +43,10 @@ from lib import fused, philox
 from lib.bar import progress_bar
 from lib.cache import Cache, OrderCache
 from lib.device import calls_on_device, can_compile, compile_hidden, wait
+from lib.entries import keys_read
 from lib.stats import Probabilities, entropy_of
-from lib.subject import load_subject
-from lib.text import (
-    can_ask,
-    check_causal,
-    request,
-    say,
-    suppress_eos,
-    suppress_tokens,
-    text_of,
-    text_or_file,
-)
+from lib.subject import check_causal, load_subject
+from lib.text import can_ask, request, say, suppress_eos, suppress_tokens, text_of, text_or_file
 from lib.watch import watch
 from samplers import SAMPLERS
 
@@ -82,6 +74,14 @@ OPTIONS += ("temperature", "top_k", "top_p", "cfg_scale")
 # How such a model answers unless told otherwise: the likeliest tokens, one in each call as
 # far as the steps reach. 98% of new sums were right, 88% by ancestral (experiments/arithmetic.py).
 ANSWERS = {"sampler": "confidence", "temperature": 0.0, "num_samples": 1}
+# Of a key that may be typed, whether it changes anything: config.refuse_unused.
+MASKED = "networks that are not causal", lambda o: not o["causal"]
+DRAWN = "temperatures above 0", lambda o: o["temperature"] > 0
+USED_BY = {"compile": (*MASKED, False), "top_k": (*DRAWN, 0), "top_p": (*DRAWN, 1.0)}
+USED_BY |= {
+    key: ("other samplers", lambda o, key=key: key in o["read"], None)
+    for key in {*samplers.DEFAULTS, *diffusion.DEFAULTS} - {"sampler"}
+}
 LOGITS = 2**24  # how many are drawn from at once: in float64 with their copies at most 1 GiB
 
 
@@ -386,6 +386,9 @@ def main(config):
     """Fill the request of a command; without one, in a terminal, ask for prompts."""
     subject = open_model(config)
     config = suited(config, subject)
+    sampler = "left_to_right" if subject.causal else config["sampler"]
+    read = keys_read(SAMPLERS[sampler], samplers.calls, config)
+    settings.refuse_unused(config, USED_BY, config | {"causal": subject.causal, "read": read})
     is_asked = {"prompt", "suffix", "template", "num_samples", "out"} & {*config["user_keys"]}
     if is_asked or not can_ask(subject.answers):
         return fill(config, subject)

@@ -26,6 +26,7 @@ objective or a loss weight takes one entry, there or in a script before it calls
     train.LOSS_WEIGHTS["fourth_root"] = lambda weight: weight**0.25
 """
 
+import collections
 import math
 
 import torch
@@ -91,14 +92,24 @@ def uses_p(order):
     return not torch.equal(*(order(noise, place, coin, p) for p in (0.25, 0.75)))
 
 
-def uses_schedule(objective):
-    """Whether the schedule changes an entry of OBJECTIVES."""
-    if objective.draw is None:
+def uses_schedule(draw):
+    """Whether the schedule changes a draw, as an entry of OBJECTIVES has it; None never does."""
+    if draw is None:
         return False
     u, noise = torch.full((4,), 0.5), torch.linspace(0.1, 0.9, 12).view(4, 3)  # (4,), (4, 3)
     schedules = (lambda t: (t, torch.ones_like(t)), lambda t: (t**2, 2 * t))
-    draws = [objective.draw(u, noise, 3, schedule) for schedule in schedules]
+    draws = [draw(u, noise, 3, schedule) for schedule in schedules]
     return any(not torch.equal(*pair) for pair in zip(*draws, strict=True))
+
+
+def uses_time(estimator, rows_of):
+    """Whether the schedule changes an entry of ESTIMATORS; rows_of: as in check_estimator."""
+
+    def draw(u, noise, n, schedule):
+        none = torch.zeros(len(u), dtype=torch.long)  # (4,)
+        return estimator.row(rows_of(u, noise, none, none, schedule))
+
+    return uses_schedule(draw if estimator.row else None)
 
 
 def check_order(order):
@@ -184,6 +195,19 @@ def check_estimator(estimator, rows_of):
             if (order.argsort(1)[:, :-3] >= noise.shape[1] - 3).any():
                 return "must give an order in which the prompt comes first"
     return ""
+
+
+def keys_read(sampler, calls, options):
+    """Which of the options a sampler reads, by a dry run: no list says so a second time."""
+    read = set()
+
+    class Options(collections.UserDict):
+        def __getitem__(self, key):
+            read.add(key)
+            return super().__getitem__(key)
+
+    check_sampler(sampler, calls, Options(options))
+    return read
 
 
 def check_sampler(sampler, calls, options):

@@ -24,11 +24,12 @@ import torch
 
 import diffusion
 import model as network
-from config import UserError, completed, refuse_typed, require
+from config import UserError, completed, refuse_unused, require
 from data import examples, loader
 from data.tokenizer import lacks
 from lib import checkpoint, files, formats, parallel
 from lib.entries import uses_p, uses_schedule
+from lib.optim import LR_DECAYS
 from lib.parallel import ANEW
 from lib.stats import not_finite
 
@@ -41,7 +42,15 @@ WITH_P = (
 )
 WITH_TIME = (
     "objectives that draw a time",
-    lambda config: uses_schedule(diffusion.OBJECTIVES[config["objective"]]),
+    lambda config: uses_schedule(diffusion.OBJECTIVES[config["objective"]].draw),
+)
+MASKED = (
+    "objectives that mask",
+    lambda config: not diffusion.OBJECTIVES[config["objective"]].causal,
+)
+DECAYS = (
+    "learning rates that decay",
+    lambda config: LR_DECAYS[config["lr_decay"]](0.5) != LR_DECAYS[config["lr_decay"]](0.0),
 )
 USED_BY = {
     "prompt_drop": (*FULL, 0.0),
@@ -50,6 +59,10 @@ USED_BY = {
     "order": (*IN_ORDER, "uniform"),
     "order_p": (*WITH_P, None),
     "schedule": (*WITH_TIME, None),
+    "eval_draws": (*MASKED, None),
+    "decay_start": (*DECAYS, None),
+    "min_lr": (*DECAYS, 0.0),
+    "decay_all": ("a weight_decay above 0", lambda config: config["weight_decay"] > 0, False),
 }
 # {key: may the user set another value}, what a resumed run takes from its checkpoint, as its shape.
 RESUMED = {"objective": False, "random_length": False, "mask_rate": True}
@@ -277,10 +290,7 @@ def with_attention(config, state, source):
     elif attention not in choices:
         attention = choices[0]
     config = config | {"attention": attention}
-    for key in (key for key in USED_BY if key in user_keys):
-        what, uses, neutral = USED_BY[key]
-        if config[key] != neutral and not uses(config):
-            refuse_typed(config, [key], f"is for {what}")
+    refuse_unused(config, USED_BY, config)
     return config
 
 

@@ -51,11 +51,21 @@ def load_subject(config, reads_text=False, cast=True):
     return Subject(model, tokenizer, trained, autocast, words)
 
 
-def load_evaluable(config, reads_text=False):
-    """load_subject, but UserError for an estimator that does not fit.
+def check_causal(config):
+    """Raise UserError for keys of sample.py that a causal network cannot have."""
+    message = f"this network is causal: it has the sampler left_to_right, not '{config['sampler']}'"
+    chosen = "sampler" in config.get("user_keys", ())
+    require(config["sampler"] == "left_to_right" or not chosen, message)
+    reads_ahead = config["suffix"] or config["template"]
+    require(not reads_ahead, "a causal network cannot see a suffix or fill a template")
+    require(not config["watch"], "watch shows masks that fill; this network is causal")
 
-    One for scores with a scale, where there are none; one that is typed for a causal network, which
-    does not use it, unless it is what such a network does anyway.
+
+def load_evaluable(config, reads_text=False):
+    """load_subject of what is to be evaluated.
+
+    Refuses t_dse for a model whose scores have no scale, and any --estimator typed for a causal
+    network, which has only one.
     """
     subject = load_subject(config, reads_text)
     if subject.causal and config["estimator"] != "left_to_right":

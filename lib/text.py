@@ -115,16 +115,6 @@ def check_text(config):
         refuse_typed(config, OF_DATA, "is of data, not of --text")
 
 
-def check_causal(config):
-    """Raise UserError for keys of sample.py that a causal network cannot have."""
-    message = f"this network is causal: it has the sampler left_to_right, not '{config['sampler']}'"
-    chosen = "sampler" in config.get("user_keys", ())
-    require(config["sampler"] == "left_to_right" or not chosen, message)
-    reads_ahead = config["suffix"] or config["template"]
-    require(not reads_ahead, "a causal network cannot see a suffix or fill a template")
-    require(not config["watch"], "watch shows masks that fill; this network is causal")
-
-
 def can_ask(answers):
     """Whether there is a terminal to ask for prompts; without one a line says what comes instead.
 

@@ -236,6 +236,15 @@ BAD = {
     "beta": ([*TRAIN, "--beta2=1"], "beta2"),
     "mlp width": ([*TRAIN, "--mlp_width=-5"], "mlp_width"),
     "head padding": ([*TRAIN, "--head_padding=-3"], "head_padding"),
+    "draws of a causal network": ([*TRAIN, "--objective=ar", "--eval_draws=8"], "eval_draws is"),
+    "a constant rate": (
+        [*TRAIN, "--lr_decay=constant"],  # with the decay_start of the plain recipe
+        "decay_start is for learning rates that decay; leave it out",
+    ),
+    "no decay": (
+        [*TRAIN, "--weight_decay=0", "--decay_all"],
+        "decay_all is for a weight_decay above 0; leave it out",
+    ),
     "start id": ([*TRAIN, "--objective=ar", "--start_id=99"], "start_id"),
     "attention": (
         [*TRAIN, "--attention=causal"],
@@ -298,6 +307,20 @@ BAD = {
         "a causal network cannot see a suffix",
     ),
     "a causal order": ([*SAMPLE, "--ckpt=causal", "--sampler=euler"], "this network is causal"),
+    "calls of a causal network": (
+        [*SAMPLE, "--ckpt=causal", "--steps=8"],
+        "steps is for other samplers; leave it out",
+    ),
+    "a sampler without steps": ([*SAMPLE, "--sampler=any_order", "--steps=8"], "other samplers"),
+    "a sampler without eta": ([*SAMPLE, "--eta=0.1"], "eta is for other samplers; leave it out"),
+    "top k of the likeliest": (
+        [*SAMPLE, "--temperature=0", "--top_k=8"],
+        "top_k is for temperatures above 0; leave it out",
+    ),
+    "a compiled cache": (
+        [*SAMPLE, "--ckpt=causal", "--compile"],
+        "compile is for networks that are not causal",
+    ),
     "samples into a folder": ([*SAMPLE, "--out=data", "--steps=1"], "cannot write data"),
     # Evaluation
     "estimator": ([*EVALUATE, "--estimator=ar"], "unknown estimator 'ar'"),
@@ -306,6 +329,15 @@ BAD = {
         "data has no split 'test'; choose --split=train or --split=val",
     ),
     "draws": ([*EVALUATE, "--draws=0"], "draws must be 1 or more, not 0"),
+    "draws of what is exact": (
+        [*EVALUATE, "--estimator=left_to_right", "--draws=8"],
+        "draws is for estimators that draw; leave it out",
+    ),
+    "sets of a causal network": ([*EVALUATE, "--ckpt=causal", "--strata=2"], "strata is for"),
+    "an estimator without time": (
+        [*EVALUATE, "--schedule=cosine"],
+        "schedule is for estimators that draw a time; leave it out",
+    ),
     "long block": (
         [*EVALUATE, "--block_size=99"],
         "block_size must be at most the model's 16, not 99",

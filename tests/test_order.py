@@ -294,7 +294,8 @@ def folder(tmp_path):
 def config_of(folder, out, *words):
     shape = ["--n_layer=2", "--n_head=2", "--n_embd=16", "--batch_size=8", "--max_iters=30"]
     more = ["--eval_interval=30", "--eval_sequences=8", "--device=cpu", "--dtype=float32"]
-    more += [f"--{key}={value}" for key, value in plain.RECIPE.items()]
+    decay = {"lr_decay": "constant"} if "--lr_decay=constant" in words else {}
+    more += plain.words_of(plain.RECIPE | decay)
     places = [f"--data={folder}", f"--out_dir={out}", "--attention=order", "--log_interval=1"]
     words = [*shape, *more, *places, "--warmup_iters=2", "--learning_rate=1e-2", *words]
     return settings.parse(words, *train.MODULES)

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from plain import RECIPE
+from plain import RECIPE, words_of
 
 import config as settings
 import diffusion
@@ -51,8 +51,7 @@ def data(tmp_path_factory):
 
 def words(data, out, **keys):
     """The command line of a tiny run."""
-    keys = TINY | {"data": data, "out_dir": out} | keys
-    return [f"--{key}={value}" for key, value in keys.items()]
+    return words_of(TINY | {"data": data, "out_dir": out} | keys)
 
 
 def config_of(data, out, **keys):
