@@ -25,6 +25,7 @@ Multiplied by the rate m'/(1 - m) above, this is the rate of the reverse process
 unmasked at the rate m'/m, which no network has to say, and becomes v by the conditional. Hence the
 network needs no time input; it fills any gap, for any visible set is a condition that it was
 trained on; and to learn the conditionals is a cross-entropy (CE), weighted to a bound (part 2).
+What training draws and weighs by default departs from it, and is in lib/weighting.py.
 """
 
 import math
@@ -210,8 +211,20 @@ def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, bound_weigh
     gradient. masked_idx (N,): flat positions that count, the masked ones and a few of weight 0 that
     fill up N (from fused.masked_indices on the CPU: no GPU waits for N). bound_weight: of the nats.
     """
+    masked_idx = fused.masked_indices(mask) if masked_idx is None else masked_idx  # (N,)
     x = torch.where(mask, model.mask_id, x0)  # (B, L)
-    return weighted(model, x, x0, (mask, weight, masked_idx), bound_weight, normalised)
+    h = model.hidden(x, masked_idx)  # (N, D)
+    target, w = x0.flatten()[masked_idx], at_masked(weight, mask, masked_idx).to(h)  # (N,) each
+    loss, terms, ce = cross_entropy(model, h, target, w, normalised)
+    nats = w * terms  # (N,)
+    if bound_weight is not None:
+        nats = at_masked(bound_weight, mask, masked_idx).to(h) * ce  # (N,)
+    return loss, fused.summed(nats, masked_idx, x0)
+
+
+def at_masked(weight, mask, masked_idx):
+    """The weight (B,) or (B, L) at the flat positions masked_idx (N,), 0 at unmasked ones: (N,)."""
+    return (weight.view(len(mask), -1) * mask).flatten()[masked_idx]
 
 
 def ar_nll(model, x0, mask=None, weight=None, masked_idx=None):
@@ -220,18 +233,11 @@ def ar_nll(model, x0, mask=None, weight=None, masked_idx=None):
     if mask is None:
         loss, terms = of_all(model, model.hidden(x).flatten(0, 1), x0)
         return loss, terms.sum(1)
-    return weighted(model, x, x0, (mask, weight, masked_idx))
-
-
-def weighted(model, x, x0, masks, bound_weight=None, normalised=True):
-    """The loss by weight, and nats (B,) by bound_weight, if there is one; x (B, L) is read."""
-    masked_idx, target, w = counted(x0, *masks)  # (N,) each; masks: mask, weight, masked_idx
+    masked_idx = fused.masked_indices(mask) if masked_idx is None else masked_idx  # (N,)
     h = model.hidden(x, masked_idx)  # (N, D)
-    w = w.to(h.device, h.dtype)
-    loss, terms, ce = cross_entropy(model, h, target, w, normalised)
-    if bound_weight is not None:
-        w, terms = counted(x0, masks[0], bound_weight, masked_idx)[2].to(w), ce  # (N,) each
-    return loss, fused.summed(w * terms, masked_idx, x0)
+    w = at_masked(weight, mask, masked_idx).to(h)  # (N,)
+    loss, ce, _ = cross_entropy(model, h, x0.flatten()[masked_idx], w)
+    return loss, fused.summed(w * ce, masked_idx, x0)
 
 
 def order_nll(model, x0, order, weight=None):
@@ -252,13 +258,6 @@ def of_all(model, h, target, weight=None):
     w = h.new_ones(len(h)) if weight is None else weight.flatten().to(h.dtype)  # (B*L,)
     loss, ce, _ = cross_entropy(model, h, target.flatten(), w)
     return loss, (w * ce).view(target.shape)
-
-
-def counted(x0, mask, weight, masked_idx=None):
-    """Flat indices of what counts, its clean tokens and its weights: (N,) each."""
-    masked_idx = fused.masked_indices(mask) if masked_idx is None else masked_idx  # (N,)
-    w = (weight.view(len(x0), -1) * mask).flatten()[masked_idx]  # (N,)
-    return masked_idx, x0.flatten()[masked_idx], w
 
 
 class Loss(torch.nn.Module):

@@ -525,7 +525,8 @@ def test_the_cross_entropy_is_the_plain_one_in_value_and_gradient(
 ):
     model = MODELS[name]()
     x0, mask, weight = corrupted(model)
-    masked_idx, target, w = diffusion.counted(x0, mask, weight)  # (N,) each
+    masked_idx = fused.masked_indices(mask)  # (N,)
+    target, w = x0.flatten()[masked_idx], diffusion.at_masked(weight, mask, masked_idx)  # (N,) each
 
     def outcome(formula):
         h = model.hidden(torch.where(mask, model.mask_id, x0), masked_idx)  # (N, D)
