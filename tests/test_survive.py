@@ -58,7 +58,7 @@ def data(tmp_path_factory):
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(tmp_path):
-    line = ["--kills=5", "--steps=16", f"--results={tmp_path}"]
+    line = ["--kills=5", "--steps=48", f"--results={tmp_path}"]
     figures = survive.main(settings.parse(line, settings, results, survive))
     assert [figures[key] for key in ("kills", "corrupted", "lost_steps")] == [5, 0, 0]
     assert figures["identical"] is True
