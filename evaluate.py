@@ -96,21 +96,21 @@ class RowNoise(NamedTuple):
         return torch.arange(self.noise.shape[1]) - self.prompt[:, None]
 
 
-def any_order(rows):
+def any_order(drawn):
     """All masked tokens, k of l of them, count l/k each."""
-    mask, weight = diffusion.draw_mask("any_order", rows.u, rows.noise, prompt=rows.prompt)
+    mask, weight = diffusion.draw_mask("any_order", drawn.u, drawn.noise, prompt=drawn.prompt)
     return mask, weight[:, None] * mask  # (b, W) each
 
 
-def lambda_dce(rows):
-    return importance_sampled("lambda_dce", rows, rows.u)
+def lambda_dce(drawn):
+    return importance_sampled("lambda_dce", drawn, drawn.u)
 
 
-def t_dce(rows):
-    return importance_sampled("t_dce", rows, rows.schedule(rows.u)[0])
+def t_dce(drawn):
+    return importance_sampled("t_dce", drawn, drawn.schedule(drawn.u)[0])
 
 
-def importance_sampled(objective, rows, m):
+def importance_sampled(objective, drawn, m):
     """The objective's draw under the condition that something is masked, times the chance of that.
 
     Its weight 1/m has no second moment: one token masked at a tiny m counts for too much, and no
@@ -120,32 +120,32 @@ def importance_sampled(objective, rows, m):
     scaling 1 - noise by one factor a row takes the lowest to where it must be. (highest^n below is
     uniform on (0, 1]; it has to become uniform on (1 - P(some masked), 1].)
     """
-    answer = rows.position >= 0  # (b, W)
+    answer = drawn.position >= 0  # (b, W)
     n = answer.sum(1)  # (b,)
     p_some = -torch.expm1(n * torch.log1p(-m))  # (b,) 1 - (1 - m)^n
-    highest = (1 - rows.noise).masked_fill(~answer, 0.0).amax(1)  # (b,) of 1 - noise
+    highest = (1 - drawn.noise).masked_fill(~answer, 0.0).amax(1)  # (b,) of 1 - noise
     p_above = highest**n  # (b,) P(all noise above its lowest)
     scale = ((1 - p_some + p_some * p_above) / p_above) ** (1 / n)  # (b,)
-    noise = 1 - (1 - rows.noise) * scale[:, None]  # (b, W)
-    mask, weight = diffusion.draw_mask(objective, rows.u, noise, rows.schedule, rows.prompt)
+    noise = 1 - (1 - drawn.noise) * scale[:, None]  # (b, W)
+    mask, weight = diffusion.draw_mask(objective, drawn.u, noise, drawn.schedule, drawn.prompt)
     return mask, (weight * p_some)[:, None] * mask  # (b, W) each
 
 
 def along(name):
     """RowNoise -> order (b, W) of this name in diffusion.ORDERS, prompts first."""
-    return lambda rows: diffusion.draw_order(name, rows.noise, rows.u[:, None], prompt=rows.prompt)
+    return lambda it: diffusion.draw_order(name, it.noise, it.u[:, None], prompt=it.prompt)
 
 
-def one_term(rows, order):
+def one_term(drawn, order):
     """Term `turn` of the chain rule along an order (b, W), prompts first: a row masks the rest."""
-    turns = order.argsort(1) - rows.prompt[:, None]  # (b, W) of each token, negative in the prompt
-    turn = rows.turn[:, None]  # (b, 1)
+    turns = order.argsort(1) - drawn.prompt[:, None]  # (b, W) of each token, negative in the prompt
+    turn = drawn.turn[:, None]  # (b, 1)
     return turns >= turn, (turns == turn).double()  # (b, W) each
 
 
-def ar(rows):
+def ar(drawn):
     """What counts, as diffusion.ar_nll takes it; nothing is masked."""
-    answer = rows.position >= 0  # (b, W)
+    answer = drawn.position >= 0  # (b, W)
     return answer, answer.double()
 
 
@@ -157,9 +157,9 @@ class Estimator(NamedTuple):
     normalised: bool = True  # False: the output is a score, not log-probabilities
     name: str = ""  # in ESTIMATORS, given by estimator_of
 
-    def row_of(self, rows):
+    def row_of(self, drawn):
         """What a row masks (b, W) bool, and the weight (b, W) of what it counts."""
-        return self.row(rows) if self.row else one_term(rows, self.order(rows))
+        return self.row(drawn) if self.row else one_term(drawn, self.order(drawn))
 
 
 ESTIMATORS = Table(
@@ -204,10 +204,10 @@ def set_nats(model, requests, o, number=0, size=1, progress=False):
     pending = []  # ((request, draw), nats) of rows, (b,) each: the host waits for no call
     with progress_bar(progress, nats.numel(), "draw") as bar:
         for i, k, turn in requests.batches(rows_a_draw, size, o["batch_size"]):  # (b,) each
-            x0, prompt = requests.rows(i)  # (b, W), (b,)
+            x0, prompt = requests.clean(i)  # (b, W), (b,)
             u, noise = random_numbers(o["seed"], number, groups[i], k, size, x0.shape[1], prompt)
-            rows = RowNoise(u, noise, turn, prompt, diffusion.SCHEDULES[o["schedule"]])
-            row_nats = nats_of_call(model, requests, estimator, x0, rows)  # (b,)
+            drawn = RowNoise(u, noise, turn, prompt, diffusion.SCHEDULES[o["schedule"]])
+            row_nats = nats_of_call(model, requests, estimator, x0, drawn)  # (b,)
             pending.append(((torch.from_numpy(i), k), row_nats))
             cost["rows"] += len(x0) * (2 if twice else 1)
             cost["calls"] += 1
@@ -217,15 +217,15 @@ def set_nats(model, requests, o, number=0, size=1, progress=False):
     return nats, cost
 
 
-def nats_of_call(model, requests, estimator, x0, rows):
+def nats_of_call(model, requests, estimator, x0, drawn):
     """What each row (b, W) counts, in nats: (b,). One network call."""
     if requests.in_one_pass(model, estimator):
-        arguments = x0, estimator.order(rows), rows.position >= 0  # (b, W) each; prompts first
+        arguments = x0, estimator.order(drawn), drawn.position >= 0  # (b, W) each; prompts first
         return diffusion.order_nll(model, *fused.moved(model.device, *arguments))[1].sum(1)
-    mask, weight = estimator.row_of(rows)  # (b, W) each
+    mask, weight = estimator.row_of(drawn)  # (b, W) each
     fill = (0, max(0, requests.pad_to - x0.shape[1]))
     x0 = F.pad(x0, fill, value=model.mask_id)  # (b, W + fill)
-    mask, weight, cond = (F.pad(each, fill) for each in (mask, weight, rows.position < 0))
+    mask, weight, cond = (F.pad(each, fill) for each in (mask, weight, drawn.position < 0))
     cond = cond if requests.cfg_scale else None
     return nats_of_rows(model, x0, mask, weight, estimator, cond, requests.cfg_scale)
 
@@ -321,24 +321,24 @@ def token_nats(model, ids, prompt=(), **options):
     for row in torch.arange(K * turns).split(o["batch_size"]):  # (b,)
         k, turn, first = row // turns, row % turns, torch.full_like(row, P)  # (b,) each
         u, noise = random_numbers(o["seed"], 0, 0 * row, k, K, P + L, first)  # (b,), (b, P + L)
-        rows = RowNoise(u, noise, turn, prompt=first, schedule=None)
-        position, terms = terms_of(model, estimator, x0.expand(len(row), P + L), rows)
+        drawn = RowNoise(u, noise, turn, prompt=first, schedule=None)
+        position, terms = terms_of(model, estimator, x0.expand(len(row), P + L), drawn)
         nats[k[:, None], position - P] = terms.cpu().double()
     return finite(nats, "log-likelihoods")
 
 
-def all_terms(model, estimator, x, rows):
-    """Of an `order` network in one pass of rows x (b, W): positions, nats (b, W - P) each."""
-    order, P = estimator.order(rows), rows.prompt[0]  # (b, W)
-    terms = diffusion.order_nll(model, *fused.moved(model.device, x, order))[1]  # (b, W)
+def all_terms(model, estimator, x0, drawn):
+    """Of an `order` network in one pass of rows x0 (b, W): positions, nats (b, W - P) each."""
+    order, P = estimator.order(drawn), drawn.prompt[0]  # (b, W)
+    terms = diffusion.order_nll(model, *fused.moved(model.device, x0, order))[1]  # (b, W)
     return order[:, P:], terms[:, P:]
 
 
-def term_of_each_row(model, estimator, x, rows):
-    """Of rows x (b, W) the position of the term `turn` and its nats: (b, 1) each."""
-    order = estimator.order(rows)  # (b, W)
-    nats = nats_of_rows(model, x, *one_term(rows, order), estimator)  # (b,)
-    return order.gather(1, (rows.prompt + rows.turn)[:, None]), nats[:, None]
+def term_of_each_row(model, estimator, x0, drawn):
+    """Of rows x0 (b, W) the position of the term `turn` and its nats: (b, 1) each."""
+    order = estimator.order(drawn)  # (b, W)
+    nats = nats_of_rows(model, x0, *one_term(drawn, order), estimator)  # (b,)
+    return order.gather(1, (drawn.prompt + drawn.turn)[:, None]), nats[:, None]
 
 
 # ---- 4. One text ---------------------------------------------------------------------------------

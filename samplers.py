@@ -203,23 +203,24 @@ class Call(NamedTuple):
     done: torch.Tensor  # (b,) calls that each sequence has had before
 
 
-def calls(policy, nfe, batch_size):
-    """Yield the Calls, counting them in nfe (N,); a finished sequence makes room for another."""
+def calls(policy, done, batch_size):
+    """Yield the Calls, counting them in done (N,); a finished sequence makes room for another."""
     while True:
-        live = policy.unfinished(nfe).nonzero().flatten()[:batch_size]  # (b,)
+        live = policy.unfinished(done).nonzero().flatten()[:batch_size]  # (b,)
         if len(live) == 0:
             return
-        done = nfe[live]  # (b,)
-        due, noise = policy.due(live, done), policy.noise(live, done)  # (b, L) each
+        had = done[live]  # (b,) calls
+        due, noise = policy.due(live, had), policy.noise(live, had)  # (b, L) each
         L = due.shape[1]
         idx = due.flatten().nonzero().flatten()  # (n,)
         masked = idx[:0]
         if policy.remasks:
-            row, position = policy.masked_at(live, done).nonzero(as_tuple=True)  # (m,) each
+            row, position = policy.masked_at(live, had).nonzero(as_tuple=True)  # (m,) each
             masked = live[row] * L + position
         at = live[idx // L] * L + idx % L  # (n,)
-        yield Call(live, at, idx, noise.flatten()[idx], masked, done)
-        nfe[live] += 1
+        # The loop draws and accepts here: only then is the next call known.
+        yield Call(live, at, idx, noise.flatten()[idx], masked, had)
+        done[live] += 1
 
 
 def step_to_call(unmask_step):

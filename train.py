@@ -144,11 +144,11 @@ def make_batch(config, dataset, step, rows):
         return Batch(x0, **counts)
     if config["attention"] == "order":
         return Batch(x0, order=draw_training_order(config, step, rows, L), **counts)
-    mask, weight, bound = draw_training_mask(config, step, rows, L)  # (b, L), (b,) each
+    mask, weight, bound_weight = draw_training_mask(config, step, rows, L)  # (b, L), (b,) each
     # Each pair of any_order masks L + 1 positions, so N is the same in every step.
     is_fixed = config["objective"] == "any_order" and len(rows) % 2 == 0
     masked_idx = fused.masked_indices(mask, multiple=FIXED if is_fixed else VARYING)  # (N,)
-    return Batch(x0, mask, weight.float(), masked_idx, bound_weight=bound.float(), **counts)
+    return Batch(x0, mask, weight.float(), masked_idx, bound_weight=bound_weight.float(), **counts)
 
 
 def draw_training_mask(config, step, rows, L, prompt=None):
@@ -157,8 +157,8 @@ def draw_training_mask(config, step, rows, L, prompt=None):
     schedule = diffusion.SCHEDULES[config["schedule"]]
     u, noise = diffusion.stratified_uniforms(config["seed"], step, rows, B, L)  # (b,), (b, L)
     rate, density = MASK_RATES[config["mask_rate"]](u)  # (b,) u drawn anew, and its density
-    mask, bound = diffusion.draw_mask(config["objective"], rate, noise, schedule, prompt)
-    return mask, LOSS_WEIGHTS[config["loss_weight"]](bound), bound / density
+    mask, w = diffusion.draw_mask(config["objective"], rate, noise, schedule, prompt)
+    return mask, LOSS_WEIGHTS[config["loss_weight"]](w), w / density
 
 
 def draw_training_order(config, step, rows, L, prompt=None):
@@ -181,8 +181,7 @@ def make_example_batch(config, dataset, step, rows):
     fills every position. Its nats count, but all are divided by the answer's tokens, its first eos
     the last (where sample.py cuts its text, too). A dropped prompt is masked and does not count.
     """
-    causal = OBJECTIVES[config["objective"]].causal
-    first = loader.sequences_before(config, step)
+    first, causal = loader.sequences_before(config, step), OBJECTIVES[config["objective"]].causal
     numbers = dataset[dataset.index(first, rows)]
     x0, prompt, length = map(torch.from_numpy, numbers)  # (b, L), (b,), (b,)
     L = x0.shape[1]
@@ -194,14 +193,15 @@ def make_example_batch(config, dataset, step, rows):
         return Batch(x0, weight=(~in_prompt).float(), order=order, **counts)
     if causal:
         mask = ~in_prompt & (position < length[:, None])  # (b, L)
-        weight = bound = torch.ones(len(x0))  # (b,)
+        weight = bound_weight = torch.ones(len(x0))  # (b,)
     else:
-        mask, weight, bound = draw_training_mask(config, step, rows, L, prompt)  # (b, L), (b,)
-    weight, bound = ((w[:, None] * mask).float() for w in (weight, bound))  # (b, L) each
+        drawn = draw_training_mask(config, step, rows, L, prompt)
+        mask, weight, bound_weight = drawn  # (b, L), (b,), (b,)
+    weight, bound_weight = ((w[:, None] * mask).float() for w in (weight, bound_weight))  # (b, L)
     coin = coin_of(config, step, rows, "prompt_drop")  # (b, 1)
     dropped = (coin < config["prompt_drop"]) & in_prompt  # (b, L)
     masked_idx = fused.masked_indices(mask, multiple=VARYING)  # (N,)
-    return Batch(x0, mask | dropped, weight, masked_idx, bound_weight=bound, **counts)
+    return Batch(x0, mask | dropped, weight, masked_idx, bound_weight=bound_weight, **counts)
 
 
 def make_batches(config, dataset, team, start=0):

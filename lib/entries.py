@@ -180,15 +180,15 @@ def check_estimator(estimator, rows_of):
     v, noises = numbers_of_three()
     for noise, prompt in noises:
         prompt = torch.zeros(len(v), dtype=torch.long) if prompt is None else prompt
-        rows = rows_of(v**3, noise.clamp(max=1), 0 * prompt, prompt, lambda t: (t**2, 2 * t))
+        drawn = rows_of(v**3, noise.clamp(max=1), 0 * prompt, prompt, lambda t: (t**2, 2 * t))
         if estimator.row:
-            mask, weight = estimator.row(rows)
+            mask, weight = estimator.row(drawn)
             if not (mask.shape == weight.shape == noise.shape) or mask.dtype != torch.bool:
                 return "must give (mask (b, W) bool, weight (b, W)) of a row"
             if problem := counted_once(v, mask, weight):
                 return problem
         if estimator.order:
-            order = estimator.order(rows)
+            order = estimator.order(drawn)
             all_of_them = torch.arange(noise.shape[1]).expand_as(noise)  # (N, W)
             if order.shape != noise.shape or not torch.equal(order.sort(1).values, all_of_them):
                 return "must give an order (b, W): each position once in a row"
@@ -214,7 +214,7 @@ def check_sampler(sampler, calls, options):
     """It must be (masked (N, L) bool, options) -> a policy that unmasks all, step by step.
 
     A dry run: it answers sample.py's loop as the policies of samplers.py do. calls: that of
-    samplers.py, (policy, nfe (N,), batch_size) -> what is asked for, call by call.
+    samplers.py, (policy, calls done (N,), batch_size) -> what is asked for, call by call.
     """
     masked = torch.tensor([[True, False, True, True], [False, True, True, True]])  # (2, 4)
     policy = sampler(masked.clone(), options | {"steps": 5})

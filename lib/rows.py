@@ -36,7 +36,7 @@ class Requests(NamedTuple):
         """The group of each request (N,); without groups each is its own."""
         return torch.as_tensor(range(len(self.pairs)) if self.groups is None else self.groups)
 
-    def rows(self, i):
+    def clean(self, i):
         """The clean tokens (b, W) of requests i (b,), alike in length, and their prompts' (b,)."""
         x0 = np.stack([np.concatenate(self.pairs[j]).astype(np.int64) for j in i])  # (b, W)
         return torch.from_numpy(x0), torch.tensor([len(self.pairs[j][0]) for j in i])
