@@ -241,7 +241,7 @@ def build(config, team, state=None):
         torch.manual_seed(config["seed"])
         parallel.fill(net, weights.items() if weights else net.initial_weights(), "the checkpoint")
     optimizers = make_optimizers(config, model)
-    if state and "optimizer" in state:
+    if resume.is_resumed(state):
         resume.load_optimizers(optimizers, state["optimizer"])
     return model, ema, optimizers
 

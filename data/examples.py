@@ -23,6 +23,7 @@ from tqdm import tqdm
 from config import UserError, nearest, require
 from data import loader, writer
 from data import tokenizer as tokenizers
+from lib.files import opened
 
 DEFAULTS = {
     "width": 0,  # tokens in an example, prompt and eos included; 0: as many as the longest needs
@@ -37,7 +38,7 @@ EOS = "\0"  # the eos where a tokenizer has no id for it
 
 def lines(path):
     """Yield (where, line) of a text file, without blank lines; where is "FILE, line N"."""
-    with writer.opened(path) as file:
+    with opened(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield f"{path}, line {number}", line

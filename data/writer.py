@@ -12,18 +12,15 @@ The fill is text like any other: it is masked, predicted, and counted as tokens.
 
 import contextlib
 import functools
-import gzip
 import hashlib
 import itertools
 import json
-import lzma
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import types
-import zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -42,23 +39,6 @@ FEW = 1000  # documents or prompts, of which a hash may hold out none, or far to
 
 
 # ---- 1. Text in ----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def opened(path, newline=None):
-    """Open a text file, perhaps .gz or .xz; UserError where what the block reads is damaged."""
-    path = Path(path)
-    try:
-        opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
-        with opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
-            yield file
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; convert it, as with iconv") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, MemoryError):
-        # a small .xz can claim to need more memory than there is
-        raise UserError(f"{path} is damaged or cut off") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def listed(names):

@@ -2,9 +2,11 @@
 
 import contextlib
 import errno
+import gzip
 import importlib
 import itertools
 import json
+import lzma
 import math
 import os
 import platform
@@ -14,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 from config import UserError, first_line, require
@@ -42,6 +45,23 @@ def whole_file(path):
             finally:
                 with contextlib.suppress(OSError):
                     temporary.unlink()
+
+
+@contextlib.contextmanager
+def opened(path, newline=None):
+    """Open a text file, perhaps .gz or .xz; UserError where what the block reads is damaged."""
+    path = Path(path)
+    try:
+        opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
+        with opener(path, "rt", encoding="utf-8-sig", newline=newline) as file:
+            yield file
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; convert it, as with iconv") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, MemoryError):
+        # a small .xz can claim to need more memory than there is
+        raise UserError(f"{path} is damaged or cut off") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import diffusion
 from data.loader import sequences_before
 from lib.bar import bar_is_off
 from lib.checkpoint import set_run_aside
@@ -35,7 +34,7 @@ class Log:
     """Only the first process (is_main) says anything. clock: the budget.Clock of the run."""
 
     def __init__(self, config, model, dataset, clock, team):
-        self.config, self.is_main = config, team.rank == 0
+        self.config, self.is_main, self.causal = config, team.rank == 0, model.causal
         self.parameters = model.n_parameters()
         self.flops = float(flops_of_step(config, model, dataset))
         self.peak = matmul_flops(team.device, team.autocast) * team.world  # a second, all processes
@@ -90,7 +89,7 @@ class Log:
     def say_start(self, model, dataset, val, weights):
         unit = "examples" if self.config["example_width"] else "blocks"
         data, by = f"{unit} of {self.config['data']} val", "exact"
-        if not diffusion.OBJECTIVES[self.config["objective"]].causal:
+        if not self.causal:
             by = f"upper bound by {self.config['eval_draws']} draws each"
         size = f"{len(dataset.tokens):,} training tokens in {dataset.n:,} {unit}"
         self.say(f"{self.parameters:,} parameters; {size}")
@@ -169,7 +168,7 @@ class Log:
         if self.config["compile"] and self.clock.spent() >= 1 and 0 < made < 10:
             self.say(f"{made} steps in {self.minutes()}, most of it compilation; {MORE}")
         elif nats and max(self.evaluations[-1]["interval"][0], nats[-1] / 1.1) > best:
-            number = "NLL" if diffusion.OBJECTIVES[self.config["objective"]].causal else "NELBO"
+            number = "NLL" if self.causal else "NELBO"
             there = f"{best:.3f} at step {step} ({self.path.with_name('best.pt')})"
             self.say(f"the lowest held-out {number} was {there}; the last is {nats[-1]:.3f}")
         elif len(nats) > 1 and nats[-1] > nats[0] == min(nats):

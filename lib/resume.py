@@ -115,12 +115,12 @@ def locked_out_dir(config, team):
 def begin(config, team):
     """(config, state): the config of the run, and what checkpoint.read gave of where it begins.
 
-    state is None for a new network; it has no "optimizer" where only the weights are taken
-    (init_from). Raises UserError for settings that cannot be trained or do not go together.
+    state is None for a new network; is_resumed tells a stopped run from weights (init_from).
+    Raises UserError for settings that cannot be trained or do not go together.
     """
     path = checkpoint_path(config)
     state, source = starting_point(config, path)
-    if state and "optimizer" not in state:
+    if state and not is_resumed(state):
         add_character_rows(state, source, loader.read_meta(config["data"]), team)
     config = with_size(config)
     config = with_saved(config, state, source) if state else config
@@ -137,7 +137,7 @@ def begin(config, team):
 def say_changes(config, state):
     """Say what is no longer as the checkpoint has it, of what the user has set, now or before."""
     before, keys = state["config"], {"block_size"}
-    if "optimizer" in state:
+    if is_resumed(state):
         keys = {*config.get("user_keys", ()), *before.get("user_keys", ())}
         keys -= {"init_from", "out_dir", "resume"}
     pairs = [(key, before[key], config[key]) for key in sorted(keys & before.keys())]
@@ -162,6 +162,11 @@ def starting_point(config, path):
     model, _, saved = checkpoint.load(config["init_from"])
     state = {"config": saved, "tokenizer": saved["tokenizer"], "step": 0}
     return state | {"model": model.state_dict()}, config["init_from"]
+
+
+def is_resumed(state):
+    """Whether a state of starting_point is where the run stopped, not a new one's weights."""
+    return bool(state) and "optimizer" in state
 
 
 def add_character_rows(state, source, meta, team):
@@ -197,7 +202,7 @@ def with_size(config):
 
 def with_saved(config, state, source):
     """The config with the model keys of the state and, if the run resumes, those of RESUMED."""
-    saved, resumed = OLDER | state["config"], "optimizer" in state
+    saved, resumed = OLDER | state["config"], is_resumed(state)
     keys, user_keys = {*network.DEFAULTS, "depth"}, config.get("user_keys", {})
     if resumed:
         keys |= {key for key, free in RESUMED.items() if not (free and key in user_keys)}
@@ -230,7 +235,7 @@ def with_data(config, state, source):
     """The config with what the data decide."""
     data, meta = config["data"], loader.read_meta(config["data"])
     width, eos_id = examples.layout(data, meta)
-    resumed = state and "optimizer" in state
+    resumed = is_resumed(state)
     if not (resumed or "block_size" in config.get("user_keys", {})):
         L, tokens = config["block_size"], meta["splits"].get("train", {"tokens": 1})["tokens"]
         length = max(width, L) if state else width or min(L, tokens)
@@ -262,7 +267,7 @@ def tokenizer_advice(state, source, data, meta):
     """What to do where a checkpoint and the data have not one tokenizer, in words."""
     prepare = f"prepare the data again with --tokenizer={source}"
     begin = f"begin from these weights: --init_from={source} --out_dir=ANOTHER"
-    if "optimizer" not in state:
+    if not is_resumed(state):
         return prepare
     if state["config"].get("data") != data:
         return f"it has learnt from {state['config'].get('data')}; {ANEW}"
@@ -312,7 +317,7 @@ def with_place_in_data(config, state, world):
     B, micro = config["batch_size"], config["micro_batch_size"] or config["batch_size"] // world
     parts = f"{world} processes x micro_batch_size {micro}"
     require(micro and B % (world * micro) == 0, f"batch_size {B} must be a multiple of {parts}")
-    if not state or "optimizer" not in state:
+    if not is_resumed(state):
         return config | {"ahead": 0}
     step = state["step"]
     before = loader.sequences_before({"batch_size": B} | state["config"], step)

@@ -7,8 +7,7 @@ import sys
 import torch
 
 from config import refuse_typed, require
-from data.writer import opened
-from lib.files import to_json, whole_file
+from lib.files import opened, to_json, whole_file
 from lib.stats import mean_half, plus_minus
 
 # Keys of evaluate.py that count for data alone.

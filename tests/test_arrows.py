@@ -42,6 +42,22 @@ def test_a_script_of_the_root_imports_none_that_evaluates_or_shows_it(name):
     assert first and not first & {"evals", "experiments", "view"}
 
 
-def test_no_file_of_lib_imports_a_script_that_is_run():
-    for name in (name for name in FILES if name.startswith("lib/")):
-        assert not ARROWS[name] & {"train.py", "samplers.py", "sample.py", "evaluate.py"}, name
+def test_of_lib_five_files_import_the_method_or_the_network_and_none_a_script_that_is_run():
+    scripts = {f"{name}.py" for name in ROOTS} - {"config.py"}
+    arrows = {name: ARROWS[name] & scripts for name in FILES if name.startswith("lib/")}
+    assert {name: files for name, files in arrows.items() if files} == {
+        "lib/budget.py": {"model.py"},
+        "lib/checkpoint.py": {"model.py"},
+        "lib/formats.py": {"model.py"},
+        "lib/resume.py": {"diffusion.py", "model.py"},
+        "lib/rows.py": {"diffusion.py"},
+    }
+
+
+def test_data_are_prepared_and_read_without_the_method_or_the_network():
+    for name in (name for name in FILES if name.startswith("data/")):
+        others = {file for file in ARROWS[name] if not file.startswith("data/")}
+        known = {"config.py", "lib/files.py", "lib/program.py"}
+        if name.endswith("/prepare.py"):  # a program, whose --tokenizer= can be a checkpoint
+            known.add("lib/checkpoint.py")
+        assert others <= known, name

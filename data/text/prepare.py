@@ -21,6 +21,7 @@ import json
 from config import UserError, require
 from data import tokenizer, writer
 from lib import checkpoint, program
+from lib.files import opened
 
 DEFAULTS = {
     "input": "",  # files or folders, separated by commas
@@ -88,7 +89,7 @@ def lines(file, path):
 
 def read(path):
     """The documents of one file, one at a time."""
-    with writer.opened(path) as file:
+    with opened(path) as file:
         texts = lines(file, path) if ".jsonl" in path.name.lower() else cut(file)
         yield from (text.strip("\n") for text in texts if text.strip())
 

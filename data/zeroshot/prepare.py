@@ -34,7 +34,7 @@ from config import UserError, choose, require
 from data import download, examples, loader, writer
 from data import tokenizer as tokenizers
 from lib import checkpoint
-from lib.files import whole_file
+from lib.files import opened, whole_file
 
 DEFAULTS = {
     "set": "all",  # lambada | wikitext2 | ptb | wikitext103 | lm1b | all
@@ -201,7 +201,7 @@ def read(path):
         for where, record in examples.records(path):
             yield examples.field(where, record, "text")
         return
-    with writer.opened(path, newline="\n") as file:
+    with opened(path, newline="\n") as file:
         yield from (line if line.strip() else "" for line in file)
 
 
