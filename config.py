@@ -18,6 +18,7 @@ import math
 import os
 import re
 import reprlib
+import traceback
 from pathlib import Path
 
 DEFAULTS = {
@@ -94,7 +95,10 @@ class Table(dict):
             try:
                 problem = self.lacking(entry)
             except Exception as error:  # an entry may hold anything
-                problem = f"fails with {type(error).__name__}: {error}"
+                frames = traceback.extract_tb(error.__traceback__)
+                frame = [each for each in frames if "torch" not in Path(each.filename).parts][-1]
+                where = f"{Path(frame.filename).name}, line {frame.lineno}"
+                problem = f"fails with {type(error).__name__} ({where}): {error}"
             require(not problem, f"the {self.kind} '{name}' {problem}")
             self.checked[name] = entry
         return entry

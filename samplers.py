@@ -29,7 +29,7 @@ from lib.entries import check_sampler
 
 DEFAULTS = {
     "sampler": "ancestral",  # one of SAMPLERS; a model of examples answers by confidence
-    "steps": 128,  # unmasking steps, 1 or more; not of any_order, *_to_*, threshold, entropy_bound
+    "steps": 128,  # unmasking steps in [1, 1e6]; not of any_order, *_to_*, threshold, entropy_bound
     "threshold": 0.9,  # in [0, 1]; for threshold: unmask the tokens that are at least this probable
     "max_entropy": 0.1,  # for entropy_bound: the most nats that a call's tokens add up to, save one
     "eta": 0.05,  # in [0, 1]; for remask: the highest probability to be masked again at a step

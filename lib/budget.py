@@ -59,6 +59,9 @@ def with_dial(config, dataset, team):
             minutes = f"{config['max_minutes']:g} minutes"
             ends.append(f"{minutes} at {speed / 1e9:.0f} GFLOP/s{if_busy()}")
         config = config | {"depth": fitting_depth(config, dataset, operations)}
+        of_text = fitting_depth(config | {"max_iters": 0}, dataset, 0)
+        if of_text == config["depth"] < DEPTHS[-1]:
+            ends = [f"the text, which it would learn by heart; {' or '.join(ends)} allow more"]
         reason = (
             f" (for {' or '.join(ends)}; on another machine --depth={config['depth']} repeats it)"
         )

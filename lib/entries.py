@@ -218,6 +218,8 @@ def check_sampler(sampler, calls, options):
     """
     masked = torch.tensor([[True, False, True, True], [False, True, True, True]])  # (2, 4)
     policy = sampler(masked.clone(), options | {"steps": 5})
+    if not hasattr(policy, "unfinished"):
+        return f"must return a Policy (as samplers.FixedOrder), not a {type(policy).__name__}"
     for number, call in enumerate(calls(policy, torch.zeros(2, dtype=torch.long), 2)):
         if number == 1000:
             return "never ends"

@@ -202,6 +202,8 @@ def prepare_for_training(loss_fn, config, team):
     gathered between programs, not inside them.
     """
     model, compiled = loss_fn.model, config["compile"] and can_compile(team.device)
+    if compiled and team.rank == 0:
+        print("compiling the network: the first steps wait for it, on a CPU up to two minutes")
     sharded = is_sharded(model.embed.weight)
     for block in model.blocks:
         if config["recompute"]:

@@ -118,10 +118,10 @@ def begin(config, team):
     state is None for a new network; is_resumed tells a stopped run from weights (init_from).
     Raises UserError for settings that cannot be trained or do not go together.
     """
-    path = checkpoint_path(config)
+    path, meta = checkpoint_path(config), loader.read_meta(config["data"])
     state, source = starting_point(config, path)
     if state and not is_resumed(state):
-        add_character_rows(state, source, loader.read_meta(config["data"]), team)
+        add_character_rows(state, source, meta, team)
     config = with_size(config)
     config = with_saved(config, state, source) if state else config
     steps = parallel.gather(state["step"] if state else 0, team)

@@ -164,7 +164,7 @@ LACKING = [
     ),
     ("ESTIMATORS", E(order=lambda draw: draw.noise.argsort(1)), "must give an order in which the"),
     ("ESTIMATORS", E(order=lambda draw: draw.noise), "must give an order (b, W): each position"),
-    ("SAMPLERS", lambda masked, o: None, "fails with AttributeError"),
+    ("SAMPLERS", lambda masked, o: None, "must return a Policy"),
     ("SAMPLERS", lambda masked: None, "fails with TypeError"),
     ("SAMPLERS", lambda masked, o: Lazy(masked), "never ends"),
     ("SAMPLERS", lambda masked, o: samplers.any_order(masked | True, o), "must leave what is not"),
