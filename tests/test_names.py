@@ -1,5 +1,6 @@
 """Any name, any home, any variable, any folder called like something else."""
 
+import gzip
 import importlib
 import json
 import os
@@ -124,7 +125,7 @@ def test_such_files_in_folders_of_ours_do_no_harm(data, tmp_path):
 def test_kinds_of_files_are_told_whatever_their_case(tmp_path):
     record = json.dumps({"text": "abc"})
     (tmp_path / "A.JSONL").write_text(record, encoding="utf8")
-    with prepare.writer.gzip.open(tmp_path / "B.Txt.GZ", "wt", encoding="utf8") as file:
+    with gzip.open(tmp_path / "B.Txt.GZ", "wt", encoding="utf8") as file:
         file.write("defg")
     assert list(prepare.documents([tmp_path])) == ["abc", "defg"]
 

@@ -258,8 +258,8 @@ def world(data, tmp_path, monkeypatch):
 
 
 ASK = {  # what may be asked of a checkpoint: program -> its words
-    "evaluate": (evaluate, "--ckpt=CKPT --data=data --draws=2"),
-    "sample": (sample, "--ckpt=CKPT --steps=4 --out=out.jsonl"),
+    "evaluate": (evaluate, "--ckpt=CKPT --data=data"),
+    "sample": (sample, "--ckpt=CKPT --out=out.jsonl"),
     "choice": (choice, "--ckpt=CKPT --set=plain --from=asked.jsonl --draws=2 --out=out.jsonl"),
     "quality, who writes": (quality, "--ckpt=CKPT --judge=CKPT --num_samples=2 --steps=4"),
     "quality, who judges": (quality, "--samples=samples.jsonl --judge=CKPT"),
