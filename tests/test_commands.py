@@ -297,7 +297,7 @@ BAD = {
     ),
     "two ways to ask": ([*SAMPLE, "--template=___9", "--prompt=a"], "not both"),
     "length": ([*SAMPLE, "--length=17"], "length must be at most block_size 16, not 17"),
-    "no steps": ([*SAMPLE, "--steps=0"], "steps must be 1 or more, not 0"),
+    "no steps": ([*SAMPLE, "--steps=0"], "steps must be in [1, 1e6], not 0"),
     "no samples": ([*SAMPLE, "--num_samples=0"], "num_samples must be 1 or more, not 0"),
     "cold": ([*SAMPLE, "--temperature=-1"], "temperature must be 0 or more, not -1"),
     "no nucleus": ([*SAMPLE, "--top_p=0"], "top_p must be in (0, 1], not 0"),
