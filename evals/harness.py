@@ -53,7 +53,7 @@ DEFAULTS = {
     "strata": 4,  # draws of a block that are stratified together; 1 or more
     "cfg_scale": 0.0,  # guidance by the context: w in [-1, 1000] of u + (1 + w)(c - u); 0: off
     "sampler": "confidence",  # one of SAMPLERS; for tasks that generate
-    "steps": 128,  # of the sampler; 1 or more
+    "steps": 128,  # of the sampler, in [1, 1e6]
     "max_new_tokens": 256,  # generated where a task does not say how many; 1 or more
     "batch_size": 32,  # rows in one network call; 1 or more
     "ema": True,  # use the averaged weights where the checkpoint has them

@@ -248,7 +248,7 @@ def test_our_own_evaluate_survives_the_package_of_that_name():
         ({"tasks": ""}, "say which tasks: --tasks=arc_easy,piqa"),
         ({"include_path": "nowhere"}, "include_path is a folder with task files (.yaml)"),
         ({"sampler": "confident"}, "unknown sampler 'confident'; did you mean 'confidence'?"),
-        ({"steps": 0}, "steps must be 1 or more, not 0"),
+        ({"steps": 0}, "steps must be in [1, 1e6], not 0"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_one_line(keys, message, tmp_path):
