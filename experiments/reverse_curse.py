@@ -62,7 +62,7 @@ DEFAULTS = {
 }
 
 SHAPE = {"n_layer": 4, "n_head": 2, "n_embd": 128, "mlp": "relu2", "batch_size": 64}
-SHAPE |= {"loss_weight": "constant"}
+SHAPE |= {"loss_weight": "constant", "mask_rate": "uniform"}
 WIDTH = 40  # words in an example: the longest of Berglund's lines, with bos and eos
 OBJECTIVES = {"mdm": "any_order", "ar": "ar"}
 WAYS = {  # how both models answer: {ending of a figure's name: (w, fewest words)}

