@@ -110,6 +110,11 @@ def first_line(error):
     return lines[0][:200] if lines else type(error).__name__
 
 
+def plural(n, noun):
+    """How many there are of what: 1 block, 2 blocks."""
+    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+
+
 # ---- One key -------------------------------------------------------------------------------------
 
 
@@ -195,8 +200,7 @@ def in_range(value, text):
         return value >= int(text.split()[0])
     left, low, high, right = interval.groups()
     above = value > float(low) if left == "(" else value >= float(low)
-    below = value < float(high) if right == ")" else value <= float(high)
-    return above and below
+    return above and (value < float(high) if right == ")" else value <= float(high))
 
 
 # ---- One config ----------------------------------------------------------------------------------

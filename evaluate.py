@@ -47,7 +47,7 @@ import torch.nn.functional as F
 
 import config as settings
 import diffusion
-from config import Table, require
+from config import Table, plural, require
 from data import ngram
 from lib import fused
 from lib import subject as subjects
@@ -359,7 +359,7 @@ def evaluate(config, subject, folder, split):
         nats, info = estimate(subject.model, part.requests, part.counts, **options)
     result, text = report(nats, part.counts, part.bytes_per_token)
     result |= info | {"estimator": estimator.name, "block_size": L, "data": str(folder)}
-    draws = f"{result['draws']} draws a sequence in sets of {config['strata']}"
+    draws = f"{plural(result['draws'], 'draw')} a sequence in sets of {config['strata']}"
     what = subjects.coverage(result, split, meta, config["protocol"])
     lines = [f"{what}; {method(estimator, draws)}; {subject.words}"]
     lines.append(subjects.with_remarks(meta, text))
@@ -375,7 +375,7 @@ def score(config, subject):
     with subject.autocast():
         nats = token_nats(subject.model, ids, prompt, **options)  # (draws, L)
     result, text = by_token(subject.tokenizer, ids, nats, n)
-    how = method(estimator, f"{len(nats)} orders")
+    how = method(estimator, plural(len(nats), "order"))
     print(f"{text}\n-log p({what}): {how}; {subject.words}")
     return result | {"prompt": prompt, "estimator": estimator.name}
 

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, nearest, require
+from config import UserError, nearest, plural, require
 from data import loader, writer
 from data import tokenizer as tokenizers
 from lib.files import opened
@@ -112,7 +112,7 @@ def prepare(folder, examples, tokenizer, width=0):
     splits = collect(examples, tokenizer, width)
     require(splits, f"there is nothing to prepare in {folder}")
     for split, part in splits.items():
-        dropped = f"none of the {part.dropped} {split} examples fits a width of {width}"
+        dropped = f"of {plural(part.dropped, f'{split} example')} none fits a width of {width}"
         require(part.lengths, dropped)
     width = width or max(max(part.lengths) for part in splits.values())
     advice = f"give a width of at most {WIDEST} to drop such examples"
@@ -171,7 +171,7 @@ def summary_of_split(name, split):
     n, maskable = split["documents"], split["tokens"] - split["prompt_tokens"]
     padding = 1 - split["answer_tokens"] / maskable
     after = f"{maskable / n:.1f} tokens follow a prompt, {padding:.0%} of them padding"
-    return f"  {name}: {n:,} examples, {split['dropped']:,} dropped as too long; {after}"
+    return f"  {name}: {plural(n, 'example')}, {split['dropped']:,} dropped as too long; {after}"
 
 
 # ---- 4. Examples in ------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import ROOT, require
+from config import ROOT, plural, require
 
 # ---- 1. A prepared folder ------------------------------------------------------------------------
 
@@ -212,7 +212,8 @@ class Blocks:
         size, folder = len(tokens), tokens.folder
         laid_out = fits(tokens, block_size)
         enough = size >= block_size
-        require(enough, f"{folder} holds {size} tokens, less than one block of {block_size}")
+        held = f"{folder} holds {plural(size, 'token')}"
+        require(enough, f"{held}, less than one block of {block_size}")
         # The windows of an epoch, whatever its offset, and how many offsets there are: every token
         # comes up in some epoch.
         self.n = size // block_size if laid_out else max(1, (size - block_size + 1) // block_size)

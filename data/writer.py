@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, require
+from config import UserError, plural, require
 from data import loader
 from data import tokenizer as tokenizers
 from lib.files import only_one, set_aside, to_json, whole_file, writing
@@ -146,7 +146,7 @@ def publish(building, folder, meta):
 def summary(folder, meta):
     """One line about a prepared folder, for people."""
     splits = ", ".join(
-        f"{name} {split['tokens']:,} tokens of {split['documents']:,} documents"
+        f"{name} {plural(split['tokens'], 'token')} of {plural(split['documents'], 'document')}"
         for name, split in meta["splits"].items()
     )
     V = meta["vocab_size"]

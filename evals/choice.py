@@ -42,7 +42,7 @@ import config as settings
 import diffusion
 import evaluate
 import sample
-from config import require
+from config import plural, require
 from data import choice as sets
 from data import examples
 from lib.files import to_json, whole_file
@@ -201,15 +201,16 @@ def accuracies(name, questions, nats, picks, right):
 def protocol(config, result, path, subject):
     """What was asked, and how it was evaluated, in words."""
     n, name = result["questions"], config["set"]
-    part = f"the first {n:,}" if n == config["limit"] else f"all {n:,}"
+    part = f"{'the first' if n == config['limit'] else 'all'} {plural(n, 'question')}"
+    texts = plural(result["texts"], "text")
     space = "" if name == "plain" else " behind a space"
     estimator = evaluate.estimator_of(subject.model, config["estimator"])
-    draws = f"{config['draws']} draws an option, the same for all options of a question"
+    draws = f"{plural(config['draws'], 'draw')} an option, the same for all options of a question"
     padding = f"rows padded with masks to {config['pad_to']} tokens; " if config["pad_to"] else ""
     return (
-        f"{name}: {part} questions of {path}; no examples, context {sets.FORMATS[name]!r}, "
+        f"{name}: {part} of {path}; no examples, context {sets.FORMATS[name]!r}, "
         f"then the option{space}; block of {subject.model.block_size} tokens: "
-        f"the beginning of the context cut in {result['texts_cut']} of {result['texts']} texts, "
+        f"the beginning of the context cut in {result['texts_cut']} of {texts}, "
         f"the end of the option in {result['options_cut']}\n"
         f"-log p(option | context): {method(estimator, draws)}; "
         f"cfg_scale {config['cfg_scale']}; {padding}{subject.words}; {result['seconds']:.1f} s"

@@ -37,7 +37,7 @@ import config as settings
 import diffusion
 import evaluate
 import sample
-from config import UserError, nearest, require
+from config import UserError, nearest, plural, require
 from data import examples
 from evals import choice
 from lib.stats import method
@@ -208,8 +208,9 @@ def main(config):
     with subject.autocast():
         output = lm_eval.simple_evaluate(Answerer(), limit=config["limit"] or None, **keys)
     estimator = evaluate.estimator_of(subject.model, config["estimator"])
-    likelihoods = method(estimator, f"{config['draws']} draws")
-    text = "left to right" if subject.causal else f"by {config['sampler']}, {config['steps']} steps"
+    likelihoods = method(estimator, plural(config["draws"], "draw"))
+    steps = f"by {config['sampler']}, {plural(config['steps'], 'step')}"
+    text = "left to right" if subject.causal else steps
     how = f"likelihoods {likelihoods}; text {text}; cfg_scale {config['cfg_scale']}"
     print(f"lm-evaluation-harness {lm_eval.__version__}: {how}; {subject.words}")
     print(lm_eval.utils.make_table(output))

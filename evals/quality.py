@@ -43,7 +43,7 @@ import torch.nn.functional as F
 
 import evaluate
 import sample
-from config import UserError, first_line, require
+from config import UserError, first_line, plural, require
 from data import examples, loader
 from data.tokenizer import from_meta
 from lib.device import machine
@@ -98,8 +98,9 @@ class Checkpoint:
         self.vocab_size, self.block_size = tokenizer.vocab_size, self.subject.model.block_size
         draws = config["judge_draws"]
         self.options = {"draws": draws, "seed": config["seed"], "batch_size": config["batch_size"]}
-        bound = f"an upper bound by any_order, {draws} draws a sample: not comparable with exact"
-        self.words = "exact nats of a causal network" if self.subject.causal else f"{bound} nats"
+        bound = f"an upper bound by any_order, {plural(draws, 'draw')} a sample: not comparable"
+        exact = "exact nats of a causal network"
+        self.words = exact if self.subject.causal else f"{bound} with exact nats"
 
     def nats(self, blocks):
         """Blocks, a list of S lists of ids -> (S,) float64."""
@@ -169,7 +170,7 @@ def ids_for(judge, records):
             ids.append(record["tokens"] if own_tokens else judge.encode(record["text"]))
         except UserError as error:
             raise UserError(f"the judge cannot read sample {i}: {error}") from None
-        message = f"sample {i} has {len(ids[-1])} tokens for the judge: nothing to judge"
+        message = f"sample {i} has {plural(len(ids[-1]), 'token')} for the judge: nothing to judge"
         require(len(ids[-1]) > judge.unjudged, message)
     return ids, own_tokens
 
@@ -218,7 +219,7 @@ def reference_records(folder, records):
     tokenizer = from_meta(text.meta["tokenizer"])
     message = f"{folder} has another tokenizer than the samples"
     require(reads(tokenizer, records[0]), f"{message}, so entropy and distinct-n would not compare")
-    message = f"{folder} val has {len(text)} tokens, fewer than a sample ({length})"
+    message = f"{folder} val has {plural(len(text), 'token')}, fewer than a sample ({length})"
     require(len(text) >= length, message)
     starts = loader.spread(range(0, len(text) - length + 1, length), len(records))
     rows = [text[start : start + length].tolist() for start in starts]
@@ -270,7 +271,7 @@ def main(config):
     measures = {"network calls a sample (NFE)": nfe} | measures
     beside = measure(held, judge)[0] if held else {}
 
-    print(f"{len(records)} samples {source}")
+    print(f"{plural(len(records), 'sample')} {source}")
     print(f"judge {config['judge']}: {judge.words}; it read {read}")
     error = "± standard error" if len(records) >= FEWEST else "(too few for an error)"
     heads = f"mean {error} over samples", "samples", "held-out text" if held else ""

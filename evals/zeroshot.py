@@ -20,7 +20,7 @@ import math
 import torch
 
 import evaluate
-from config import UserError, choose, require
+from config import UserError, choose, plural, require
 from data import loader
 from lib.files import to_json, whole_file
 from lib.stats import shown_perplexity
@@ -133,7 +133,7 @@ def table(rows):
         draws, text = (wider(mean, half) for half in halves)
         by = row["estimator"]
         if row["draw_error"] != 0:  # None: by too few draws for an error
-            by += f", {row['draws']} draws"
+            by += f", {plural(row['draws'], 'draw')}"
         cells = f"{shown_perplexity(mean):>10} {draws:>9} {text:>9}  {by}"
         lines.append(f"{row['set']:12} {row['tokens']:9,} {mean:10.4f} {cells}")
     return "\n".join(lines)

@@ -44,7 +44,7 @@ from tqdm import tqdm
 import config as settings
 import evaluate
 import sample
-from config import require
+from config import plural, require
 from evals import quality
 from experiments import results
 from lib import program
@@ -287,7 +287,8 @@ def main(config):
     title += "its chance over the right one, mass that is lost"
     text = results.table(title, exact, {"right entropy": "{:.2f}"})
     if rows:
-        title = f"{config['num_samples']} samples of {config['ckpt']}, judged by {config['judge']}"
+        title = f"{plural(config['num_samples'], 'sample')} of {config['ckpt']}, "
+        title += f"judged by {config['judge']}"
         text += "\n" + results.table(f"{title} (± one standard error)", rows)
     figures |= more | results.about(torch.device("cpu")) | {"seconds": time.time() - began}
     figures |= {key: config[key] for key in ("ckpt", "judge", "num_samples", "seed")}

@@ -75,7 +75,8 @@ def main(config):
         row["ratio"] = row["variance_shared"] / row["variance_separate"]
         table.append(row)
         figures |= {f"{estimator}_{key}": value for key, value in row.items() if key != "estimator"}
-    title = f"{config['set']}, {len(questions)} questions, {config['draws']} draws, {seeds} seeds"
+    counts = {"question": len(questions), "draw": config["draws"], "seed": seeds}
+    title = ", ".join([config["set"], *(settings.plural(counts[noun], noun) for noun in counts)])
     formats = dict.fromkeys(table[0].keys() - {"estimator"}, "{:.3g}")
     text = results.table(f"{title}; variances in nats^2", table, formats)
     about = results.about(model.device) | {"seconds": time.time() - began}

@@ -155,8 +155,7 @@ def one_text(ctx, data, seeds):
     """(text of the tables, figures) of one text; seeds: what one_seed gives of each."""
     nats, alongs = ({key: [seed[key][i] for seed in seeds] for key in seeds[0]} for i in (0, 1))
     tokens, flops = budget_of(ctx, data)
-    title = f"{data}, {flops:.1e} FLOPs a run, nats per token of held-out text, "
-    title += f"{len(ctx.seeds)} seeds"
+    title = f"{data}, {flops:.1e} FLOPs a run, nats per token of held-out text, {ctx.all_seeds}"
     text = results.table(f"{title}: E epochs of 1/E of the text", at_equal_flops(nats, tokens))
     about = f"{title}: the lowest of the evaluations (64 blocks) on the way, and its epochs"
     text += "\n" + results.table(about, lowest_along(alongs, tokens)) + "\n"

@@ -233,7 +233,7 @@ def main(config):
                     figures[f"{name}, {kind}, at {(i + 0.5) / BINS}"] = sum(part) / len(part)
         examples += "".join(f"\n{name}:\n\n```\n{text}\n```\n" for text in fill["examples"])
     title = f"Bytes of a gap given the rest (ARM: given what is left of each), {config['data']}, "
-    title += f"{config['flops']:.0e} training FLOPs a run, mean ± 95% of {len(ctx.seeds)} seeds"
+    title += f"{config['flops']:.0e} training FLOPs a run, mean ± 95% of {ctx.all_seeds}"
     text = results.table(title, rows)
     if any(by_name.values()):
         table = by_bins(by_name, "place", "at")

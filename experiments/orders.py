@@ -123,9 +123,7 @@ def main(config):
         rows.append(row | {"RADD's generative perplexity": f"{paper:.1f}" if paper else ""})
         for seed, value in zip(ctx.seeds, values, strict=True):
             figures |= {} if value is None else {f"nats per token, {name}, seed {seed}": value}
-    title = (
-        f"{data}, {flops:.0e} training FLOPs a run, mean ± 95% of {len(ctx.seeds)} seeds; judged"
-    )
+    title = f"{data}, {flops:.0e} training FLOPs a run, mean ± 95% of {ctx.all_seeds}; judged"
     title += " at the entropy of held-out text, between the temperatures (empty: it is outside)"
     text = results.table(title, rows)
     points += references

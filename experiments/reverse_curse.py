@@ -398,7 +398,7 @@ def main(config):
                 take = functools.partial(exam, ctx, folders, texts, asked, people)
                 record = ctx.once(parts, take)
                 records |= {(kind, seed): record} if record else {}
-    require(records, f"{config['minutes']:g} minutes are too few for one training: give --minutes=")
+    require(records, f"{config['minutes']:g} min are too few for one training: give --minutes=")
     percents, one = figures_of(records), next(iter(records.values()))
     n = len({wanted for _, wanted in tests["reverse_dtn"]})
     about = (

@@ -129,6 +129,7 @@ class Runs:
         self.device, self.autocast = self.team.device, self.team.autocast
         seeds = 1 if config["quick"] else config["seeds"]
         self.seeds = range(config["seed"], config["seed"] + seeds)
+        self.all_seeds = settings.plural(seeds, "seed")  # for titles
         self.kept = Path(config["runs"], "measured.jsonl")
         whole = "\n".join((ROOT / name).read_text("utf8") for name in ("README.md", "LOG.md"))
         parts = [("train", whole[4096:]), ("val", whole[:4096])]
@@ -277,10 +278,10 @@ class Runs:
         """Print the tables and write NAME.json, .md and the plots; returns the figures."""
         out = sorted(set(self.left_out))
         if out or self.unmeasured:
-            text += (
-                f"\n{self.config['minutes']:g} minutes were too few for {len(out)} trainings and "
-            )
-            text += f"{self.unmeasured} measurements; the same command goes on, or give --minutes="
+            lacking = settings.plural(len(out), "training")
+            lacking += f" and {settings.plural(self.unmeasured, 'measurement')}"
+            text += f"\n{self.config['minutes']:g} min were too few for {lacking}; "
+            text += "the same command goes on, or give --minutes="
             text += f".{' Not trained: ' if out else ''}{', '.join(out)}\n"
         if self.config["quick"]:
             text = (

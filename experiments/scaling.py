@@ -160,7 +160,7 @@ def curves_part(ctx, budgets):
     """(text, figures) of the curves."""
     curves = curves_of(ctx, budgets)
     rows, estimates, inside = isoflop.lowest_points(curves)
-    title = f"{ctx.config['data']}, {len(ctx.seeds)} seeds: the lowest point of each curve [95%]; "
+    title = f"{ctx.config['data']}, {ctx.all_seeds}: the lowest point of each curve [95%]; "
     text = results.table(f"{title}L* in nats per token of held-out text", rows)
     rows, more = isoflop.power_laws(inside)
     text += "\n" + results.table("Power laws in C; the last two rows in the middle of log C", rows)
@@ -186,7 +186,7 @@ def rate_part(ctx, budgets):
                 above = runs.minus(nats[factor], nats[1.0])
                 row[f"{factor:g} x minus 1 x"] = runs.spelled(above, "+.3f")
             rows.append(row)
-    title = f"{data}, {C:.0e} FLOPs, {len(ctx.seeds)} seeds: nats per token by learning rate"
+    title = f"{data}, {C:.0e} FLOPs, {ctx.all_seeds}: nats per token by learning rate"
     note = "\nThe rule holds where both differences are above 0, or as small as a seed's.\n"
     return results.table(title, rows) + note, figures
 

@@ -236,8 +236,9 @@ def main(config):
         shares += [config["flops"] / arm[1]] if arm else []
     rows, figures = table_of(shift, pairs)
     learnt = sum(len(book.text.encode()) for book in groups[LEARNT]) / 1e6
+    seeds = settings.plural(len(shares), "seed")
     title = f"Learnt from {len(groups[LEARNT])} books of {config['first']} to {config['cut'] - 1} "
-    title += f"({learnt:.1f} MB), {len(shares)} seeds: nats per byte, MDM by {config['flops']:.0e}"
+    title += f"({learnt:.1f} MB), {seeds}: nats per byte, MDM by {config['flops']:.0e}"
     text = results.table(f"{title} FLOPs, ARM stopped where it has the same on old books", rows)
     if shares:
         less = statistics.geometric_mean(shares)

@@ -190,8 +190,8 @@ def main(config):
             figures |= {} if value is None else {f"{kind}, seed {seed}": value}
         figures |= {f"{kind}, seconds": statistics.mean(seconds)} if seconds else {}
         rows.append(row)
-    title = f"{data}, {config['flops']:.0e} training FLOPs a run, mean ± 95% of {len(ctx.seeds)} "
-    text = results.table(f"{title}seeds; held-out text, the same blocks and draws", rows)
+    title = f"{data}, {config['flops']:.0e} training FLOPs a run, mean ± 95% of {ctx.all_seeds}"
+    text = results.table(f"{title}; held-out text, the same blocks and draws", rows)
     gain = [papers.nats_above("SEDD-Scale", "t_dse", size) for size in ("small", "medium")]
     text += f"\nRADD's figure (tables 1, 2): with a time input (SEDD) {gain[0]:+.3f} (small) and "
     text += (

@@ -259,7 +259,7 @@ def main(config):
         }
         row, measured = row_of(name, questions, whole, scores)
         rows, figures = [*rows, row], figures | measured
-    title = f"Right answers, percent, 95% intervals over questions, {len(ctx.seeds)} seeds of "
+    title = f"Right answers, percent, 95% intervals over questions, {ctx.all_seeds} of "
     title += f"{config['flops']:.0e} FLOPs each; what {POWER} standard errors show, and how many "
     text = results.table(f"{title}questions would be needed", rows)
     block = runs.QUICK["block_size"] if quick else runs.PAIR["MDM"]["block_size"]

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import config as settings
 import diffusion
 import evaluate
-from config import require
+from config import plural, require
 from data import loader
 from experiments import results
 from lib import program
@@ -148,7 +148,8 @@ def main(config):
         "known_to": "{:.0%}",
         "share_of_iid": "{:.2f}",
     }
-    title = f"{config['ckpt']}, {len(x0)} blocks of {L} of {config['data']} {config['split']}"
+    title = f"{config['ckpt']}, {plural(len(x0), 'block')} of {L} "
+    title += f"of {config['data']} {config['split']}"
     text = results.table(title, rows, formats | {"seconds": "{:.0f}"})
     drawn = {key(row["estimator"]): row for row in rows if row["variance_of_a_row"]}
     figures = {f"share_of_iid_{name}": row["share_of_iid"] for name, row in drawn.items()}

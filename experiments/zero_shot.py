@@ -138,7 +138,7 @@ def main(config):
     title += (
         f"{config['sequences']} blocks of {runs.PAIR['MDM']['block_size']} bytes, evenly spaced, "
     )
-    title += f"mean ± 95% of {len(ctx.seeds)} seeds"
+    title += f"mean ± 95% of {ctx.all_seeds}"
     text, table = results.table(title, rows), []
     for name in ["held-out", *papers.SETS] if config["chains"] else []:
         place = config["data"] if name == "held-out" else f"{config['sets']}/{name}"

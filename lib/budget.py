@@ -14,7 +14,7 @@ import time
 import torch
 
 import model as network
-from config import refuse_typed
+from config import plural, refuse_typed
 from lib import parallel
 from lib.device import flops_of_step, matmul_flops
 from lib.optim import OPTIMIZERS
@@ -51,12 +51,12 @@ def with_dial(config, dataset, team):
     if not (config["depth"] or (config["n_layer"] and config["n_embd"])):
         operations, ends = 0.0, []
         if config["max_iters"]:
-            ends.append(f"{config['max_iters']:,} steps")
+            ends.append(plural(config["max_iters"], "step"))
         if config["max_minutes"]:
             speed = matmul_flops(team.device, team.autocast, seconds=1.0)  # operations a second
             speed = sum(parallel.gather(speed, team))
             operations = 60 * config["max_minutes"] * UTILISATION * speed
-            minutes = f"{config['max_minutes']:g} minutes"
+            minutes = f"{config['max_minutes']:g} min"
             ends.append(f"{minutes} at {speed / 1e9:.0f} GFLOP/s{if_busy()}")
         config = config | {"depth": fitting_depth(config, dataset, operations)}
         of_text = fitting_depth(config | {"max_iters": 0}, dataset, 0)

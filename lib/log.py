@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from config import plural
 from data.loader import sequences_before
 from lib.bar import bar_is_off
 from lib.checkpoint import set_run_aside
@@ -87,14 +88,14 @@ class Log:
         return self.resources.__exit__(*error)
 
     def say_start(self, model, dataset, val, weights):
-        unit = "examples" if self.config["example_width"] else "blocks"
-        data, by = f"{unit} of {self.config['data']} val", "exact"
+        unit, by = "example" if self.config["example_width"] else "block", "exact"
         if not self.causal:
-            by = f"upper bound by {self.config['eval_draws']} draws each"
-        size = f"{len(dataset.tokens):,} training tokens in {dataset.n:,} {unit}"
+            by = f"upper bound by {plural(self.config['eval_draws'], 'draw')} each"
+        size = f"{plural(len(dataset.tokens), 'training token')} in {plural(dataset.n, unit)}"
         self.say(f"{self.parameters:,} parameters; {size}")
         if val:
-            self.say(f"evaluations: {len(val.requests)} {data}, {by}, {weights} weights")
+            held = f"{plural(len(val.requests), unit)} of {self.config['data']} val"
+            self.say(f"evaluations: {held}, {by}, {weights} weights")
         else:
             self.say(f"no evaluations: {self.config['data']} holds nothing out")
         card, nominal = nominal_flops(model.device)
@@ -146,8 +147,8 @@ class Log:
         steps, seconds = self.clock.left(pace)
         tokens = self.clock.tokens + steps * self.tokens
         size = f"{self.parameters:,} parameters, {self.tokens:,.0f} tokens a step"
-        left = f"{seconds / 60:.1f} minutes" if seconds > 60 else f"{seconds:.0f} seconds"
-        end = f"{steps:,.0f} steps and {left} to the end"
+        left = f"{seconds / 60:.1f} minutes" if seconds > 60 else f"{seconds:.0f} s"
+        end = f"{plural(round(steps), 'step')} and {left} to the end"
         readings = f"{tokens / self.text:,.1f} times the text"
         advice = (
             "; so often that a shorter run may end better" if tokens > OFTEN * self.text else ""
@@ -166,7 +167,7 @@ class Log:
         made, (best, step) = self.clock.step - self.start, self.best
         nats = [evaluation["nats_per_token"] for evaluation in self.evaluations]
         if self.config["compile"] and self.clock.spent() >= 1 and 0 < made < 10:
-            self.say(f"{made} steps in {self.minutes()}, most of it compilation; {MORE}")
+            self.say(f"{plural(made, 'step')} in {self.minutes()}, most of it compilation; {MORE}")
         elif nats and max(self.evaluations[-1]["interval"][0], nats[-1] / 1.1) > best:
             number = "NLL" if self.causal else "NELBO"
             there = f"{best:.3f} at step {step} ({self.path.with_name('best.pt')})"
@@ -177,7 +178,7 @@ class Log:
     def skip(self, step):
         """Say that a step was skipped because its gradient was not finite."""
         self.skipped += 1
-        result = f"so the weights stay as they are ({self.skipped} such steps)"
+        result = f"so the weights stay as they are (number {self.skipped} of such steps)"
         self.say(f"step {step}: the gradient is not finite, {result}")
 
     def write(self, entry):

@@ -24,7 +24,7 @@ import torch
 
 import diffusion
 import model as network
-from config import UserError, completed, refuse_unused, require
+from config import UserError, completed, plural, refuse_unused, require
 from data import examples, loader
 from data.tokenizer import lacks
 from lib import checkpoint, files, formats, parallel
@@ -187,7 +187,7 @@ def add_character_rows(state, source, meta, team):
     if n > V and team.rank == 0:
         new = current["alphabet"][V:]
         end = ", where '\\x00' is the end of an answer" if "\0" in new else ""
-        print(f"{source} gets rows for {n - V} new characters: {new!r}{end}")
+        print(f"{source} gets rows for {plural(n - V, 'new character')}: {new!r}{end}")
 
 
 def with_size(config):

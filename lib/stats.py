@@ -5,7 +5,7 @@ import math
 import numpy as np
 import torch
 
-from config import UserError
+from config import UserError, plural
 
 FEWEST = 3  # values that show an error by their spread: two are too often close by chance
 
@@ -156,14 +156,15 @@ def method(estimator, draws):
 def certainty(result, precision, most, strata):
     """The error of the draws and their cost, as text, and how many draws are needed for less."""
     error, half, draws = result["draw_error"], result["draw_half"], result["draws"]
-    network = f"{result['rows']:,} rows of the network in {result['calls']:,} calls"
+    rows, calls = (plural(result[f"{noun}s"], noun) for noun in ("row", "call"))
+    network = f"{rows} of the network in {calls}"
     took = f"{network}, {result['seconds']:.1f} s"
     if not draws:
         return f"no draws: for this text the number has no error; {took}"
     if not math.isfinite(half):
         sets = 1 + math.ceil((FEWEST - 1) / result["sequences"])
         more = f"give --draws={sets * strata} or more"
-        return f"{draws} draws a sequence are too few to show their error: {more}; {took}"
+        return f"too few draws ({draws} a sequence) to show their error: {more}; {took}"
     interval = f"standard error {error:.4f}, +- {half:.4f} nats per token (95%)"
     text = f"the draws alone, on this text: {interval}; {took}"
     if half < precision:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from config import choose, refuse_typed, require, shown
+from config import choose, plural, refuse_typed, require, shown
 from data import examples, loader
 from data.tokenizer import from_meta, lacks
 from lib import checkpoint
@@ -97,7 +97,7 @@ def ids_of_text(subject, config):
     message = f"a text must have from 1 to {max(0, most)} tokens ({unit}{after}), not {n}"
     require(0 < n <= most, message)
     given = " | no prompt" if width else ""
-    given = f" | {shown(before)}, {len(head)} tokens, which are not scored" if head else given
+    given = f" | {shown(before)}, {plural(len(head), 'token')} not scored" if head else given
     return head, ids, n, ("answer and eos" if width else "text") + given
 
 
@@ -136,7 +136,7 @@ def open_text(config, subject, folder, split):
         print(f"{folder} was prepared anew since {ckpt} learnt from it: {warning}")
     ends = {"whole": len(tokens), "radd": len(tokens) // L * L}
     end = choose("protocol", config["protocol"], ends)
-    message = f"{folder} {split} has {len(tokens)} tokens, no whole block of {L}"
+    message = f"{folder} {split} has {plural(len(tokens), 'token')}, no whole block of {L}"
     require(width or end, f"{message}; try --protocol=whole")
     network = subject.causal, subject.model.start_id
     part = examples.held_out(folder, split, L, config["sequences"], network, end)
@@ -146,11 +146,11 @@ def open_text(config, subject, folder, split):
 def coverage(result, split, meta, protocol):
     """The data that a result is about, in words."""
     counts, width = meta["splits"][split], meta.get("width")
-    part = f"{result['tokens']} of {counts['tokens']} tokens, {counts['documents']} documents"
-    unit = f"blocks of {result['block_size']}"
-    unit = f"answers in examples of {width}, given their prompts" if width else unit
+    tokens, documents = (plural(counts[f"{noun}s"], noun) for noun in ("token", "document"))
+    unit = plural(result["sequences"], "answer" if width else "block")
+    unit += f" in examples of {width}, given prompts" if width else f" of {result['block_size']}"
     rest = ", the rest left out" if protocol == "radd" else ""
-    return f"{result['data']} {split}: {part}, {result['sequences']} {unit}{rest}"
+    return f"{result['data']} {split}: {result['tokens']:,} of {tokens}, {documents}, {unit}{rest}"
 
 
 def with_remarks(meta, text):

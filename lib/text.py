@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from config import refuse_typed, require
+from config import plural, refuse_typed, require
 from lib.files import opened, to_json, whole_file
 from lib.stats import mean_half, plus_minus
 
@@ -62,8 +62,9 @@ def request(tokenizer, model, prompt="", suffix="", template="", length=0):
     head = before_gap(tokenizer, model, prompt, start=True)
     tail = encode(tokenizer, model, suffix, start=False)
     n_new = length - len(head) - len(tail)
-    message = f"prompt and suffix are {length - n_new} tokens, which leaves nothing of length"
-    require(n_new > 0, f"{message} {length} to fill")
+    given = plural(length - n_new, "token")
+    message = f"prompt and suffix are {given}, which leaves nothing of length {length} to fill"
+    require(n_new > 0, message)
     return head + [model.mask_id] * n_new + tail
 
 
@@ -164,14 +165,15 @@ def say(records, texts, info, n_new, out):
         with whole_file(out) as path, open(path, "w", encoding="utf8") as file:
             file.writelines(to_json(record) + "\n" for record in records)
     for i, (record, text) in enumerate(zip(records, texts, strict=True), start=1):
-        print(f"---- sample {i}: {record['nfe']} network calls\n{text}")
+        print(f"---- sample {i}: {plural(record['nfe'], 'network call')}\n{text}")
     nfe, seconds = info["nfe"].double().mean(), info["seconds"]
     expected = info["expected_nfe"]
     expected = "" if expected is None else f", expected {expected:.1f}"
-    print(f"---- NFE {nfe:.1f} a sequence{expected} for {n_new} masked tokens;", end="")
+    print(f"---- NFE {nfe:.1f} a sequence{expected} for {plural(n_new, 'masked token')};", end="")
     L = len(records[0]["tokens"])
     speed = n_new * len(records) / max(seconds, 1e-6)
-    print(f" {seconds:.2f} s for {len(records)} samples of {L} tokens, {speed:.0f} tokens/s")
+    samples = f"{plural(len(records), 'sample')} of {plural(L, 'token')}"
+    print(f" {seconds:.2f} s for {samples}, {speed:.0f} tokens/s")
 
 
 def suppress_tokens(logits, tokens):

@@ -145,6 +145,9 @@ def test_every_command_of_readme_and_faq_runs_in_its_short_form(world, monkeypat
     for made in ("out/mine/ckpt.pt", "out/answers/ckpt.pt", "exported/model.safetensors"):
         assert Path(made).is_file(), made
     assert len(done) > 20
+    nouns = "block|call|character|document|draw|example|order|question|row|sample|step|token"
+    said = "".join(capsys.readouterr())
+    assert "1 document," in said and not re.findall(rf"(?<![\w.,])1 (?:\w+ )?(?:{nouns})s\b", said)
 
 
 def test_every_program_and_key_that_a_page_names_is_there(capsys):

@@ -97,7 +97,7 @@ def test_what_does_not_fit_is_left_out_and_named(tmp_path, text, monkeypatch):
     figures = ctx.write("some", "A table.\n", {}, {})
     assert figures["runs left out"] == 1
     said = (tmp_path / "found/some.md").read_text()
-    assert "1 minutes were too few" in said and ctx.left_out[0] in said
+    assert "1 min were too few" in said and ctx.left_out[0] in said
     over = opened(tmp_path, "--minutes=0")
     assert over.once(["a"], forbidden) is None, "the time is over, so nothing is measured"
 

@@ -8,6 +8,7 @@ const page = {
   runs: [], boards: [], again: 0, shown: 0, shade: "step", seeking: null, playing: null,
   get steps() { return Math.max(1, ...this.runs.map((run) => run.steps)); }, // may yet be fewer
 };
+const plural = (n, noun) => `${n} ${noun}${n === 1 ? "" : "s"}`;
 const MOST = 4, DRAWS = 16; // nats at the end of the scale; draws of the NELBO
 
 // ---- 1. Weights and text ------------------------------------------------------------------------
@@ -158,7 +159,7 @@ function render() {
     const bound = run.nats ? ` · NELBO ${run.bound.toFixed(2)} nats a token (${DRAWS} draws)` : "";
     const expected = run.expected === null ? "" : `, expected ${run.expected.toFixed(1)}`;
     const left = gaps(run) - drawn.length;
-    note.textContent = `${calls} network calls${expected} · ${left} masked${bound}`;
+    note.textContent = `${plural(calls, "network call")}${expected} · ${left} masked${bound}`;
     for (const span of spans) paint(span, run, shownAt(run, span.place));
   });
   const t = (1 - page.shown / page.steps).toFixed(2);
@@ -256,7 +257,7 @@ function form() {
     const { ids, problem } = request(text.value);
     text.cells = ids.map((token) => ({ token }));
     text.setCustomValidity(problem); // keeps it from being sent
-    $("length").textContent = problem || `${ids.length} tokens, ${gaps({ start: ids })} masked`;
+    $("length").textContent = problem || `${plural(ids.length, "token")}, ${gaps({ start: ids })} masked`;
   };
   const fit = () => { // the fields that this sampler has
     for (const label of document.querySelectorAll("[data-of]")) {

@@ -23,7 +23,7 @@ import config as settings
 import model as network
 import sample
 import samplers
-from config import require
+from config import plural, require
 from lib.files import to_json, whole_file
 from lib.subject import load_subject
 from lib.text import text_or_file
@@ -127,7 +127,7 @@ def recorded(subject, o):
     options = {key: o[key] for key in sample.OPTIONS}
     _, info = sample.sample(model, x, suppress, progress=True, on_call=recorder, **options)
     about = f"A recorded sample of a model of {model.n_parameters():,} parameters: {o['sampler']}, "
-    about += f"{o['steps']} steps, temperature {o['temperature']}, seed {o['seed']}."
+    about += f"{plural(o['steps'], 'step')}, temperature {o['temperature']}, seed {o['seed']}."
     return recorder.data(info) | {"about": about}
 
 

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file, t
 from html import escape
 
 import sample
+from config import plural
 from lib import program
 from lib.files import whole_file
 from view import page
@@ -96,7 +97,8 @@ def still(trace, o):
     for t, before in zip(MOMENTS, (2.0, *MOMENTS), strict=False):
         shown, old = ((1 - z) * run["steps"] for z in (t, before))  # steps that were taken
         calls = len({draw["call"] for draw in run["draws"] if draw["step"] < shown})
-        body += [letters(0, top, f"t = {t:g}, {calls} network calls", 'class="note"')]
+        text = f"t = {t:g}, {plural(calls, 'network call')}"
+        body += [letters(0, top, text, 'class="note"')]
         for x, y, text, draw in tokens:
             if draw and draw["step"] >= shown:
                 body += [hole(x, top + HIGH + y, text)]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
 
-from config import require
+from config import plural, require
 from data import examples, writer
 from data import tokenizer as tokenizers
 from lib import checkpoint, program
@@ -63,8 +63,8 @@ def main(config):
     records = (item for path in paths for item in examples.records(path))
     firsts = [(where, first_turn(where, record)) for where, record in records]
     turns = [(where, *first) for where, first in firsts if first]
-    passed = f"{len(firsts) - len(turns):,} of {len(firsts):,} conversations passed over"
-    print(f"{passed}: no question and answer at their beginning")
+    passed = f"passed over: {len(firsts) - len(turns):,} of {plural(len(firsts), 'conversation')}"
+    print(f"{passed}, without a question and an answer at the beginning")
     texts = (f"{TEMPLATE.format(question)} {answer}" for _, question, answer in turns)
     tokenizer = examples.vocabulary(config["tokenizer"], texts, checkpoint.load)
     held = writer.adjusted((question for _, question, _ in turns), config["val_fraction"])

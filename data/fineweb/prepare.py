@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, choose, require
+from config import UserError, choose, plural, require
 from data import download, loader, tokenizer, writer
 from lib.files import only_one, to_json, whole_file, writing
 
@@ -84,8 +84,8 @@ def check_space(folder, missing, threads):
     need = (missing + min(missing, threads)) * SHARD - begun
     place = next(place for place in [folder, *folder.resolve().parents] if place.exists())
     free = shutil.disk_usage(place).free
-    lacking = f"{need / 1e9:.1f} GB for {missing} shards, and {free / 1e9:.1f} GB are free"
-    require(need <= free, f"{folder} needs {lacking}")
+    lacking = f"{need / 1e9:.1f} GB for {plural(missing, 'shard')}"
+    require(need <= free, f"{folder} needs {lacking}, and {free / 1e9:.1f} GB are free")
 
 
 # ---- 2. What comes -------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def convert(source, target, lengths):
         mark = f"its header begins {magic}, {version}"
         check((magic, version) == (MAGIC, VERSION), f"is no shard: {mark}")
         room = (size - HEADER) / 2
-        check(n == room, f"says that it holds {n} tokens, and has room for {room:g}")
+        check(n == room, f"says that it holds {plural(n, 'token')}, and has room for {room:g}")
         while part := file.read(2**22):
             counts += np.bincount(np.frombuffer(part, "<u2"), minlength=2**16)
             out.write(part)
@@ -171,7 +171,7 @@ def publish(folder, names, counts, meta):
 def main(config):
     repo, most = choose("sample", config["sample"], SAMPLES)
     n = config["shards"]
-    require(n <= most, f"sample {config['sample']} has {most} shards, not {n}")
+    require(n <= most, f"sample {config['sample']} has {plural(most, 'shard')}, not {n}")
     folder, names = Path(config["out"]), ["val_00000", *(f"train_{i:05d}" for i in range(1, n + 1))]
     building = folder / ".preparing"
     require(not building.is_symlink(), f"{building} is a symbolic link: it is not written through")
@@ -181,7 +181,7 @@ def main(config):
     with only_one(folder, "out"), writing(folder):
         try:
             there = whole_shards(folder, repo)
-            message = f"{folder} has {len(there.keys() - names)} shards more than {n}"
+            message = f"{folder} has {plural(len(there.keys() - names), 'shard')} more than {n}"
             require(there.keys() <= {*names}, f"{message}; choose another --out, or remove it")
             missing = [name for name in names if name not in there]
             check_space(folder, len(missing), config["threads"])

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError, choose, require
+from config import UserError, choose, plural, require
 from data import download, examples, loader, writer
 from data import tokenizer as tokenizers
 from lib import checkpoint
@@ -274,7 +274,8 @@ def protocol(config, files, tokenizer, dropped):
     names, n, difference = files
     workers, block = config["num_proc"], config["block_size"]
     keeps_all = config["protocol"] == "whole"
-    remainders = f"the {workers} workers' remainders below {block} dropped: {dropped} tokens"
+    of = plural(workers, "worker")
+    remainders = f"remainders below {block} of {of} dropped: {plural(dropped, 'token')}"
     differences = {
         difference: difference,
         f"the tokenizer is {tokenizer.kind}": tokenizer.kind != "gpt2",
@@ -286,8 +287,8 @@ def protocol(config, files, tokenizer, dropped):
     unlike = "; ".join(what for what, differs in differences.items() if differs) or "nothing"
     state = "detokenised" if config["detokenise"] else "as they are"
     end = "nothing dropped" if keeps_all else remainders
-    done = f"{n:,} rows of {names}, {state}, {marks(config, tokenizer)}, in one stream, {end}."
-    return f"{done} Unlike RADD: {unlike}."
+    done = f"{plural(n, 'row')} of {names}, {state}, {marks(config, tokenizer)}, in one stream"
+    return f"{done}, {end}. Unlike RADD: {unlike}."
 
 
 def marks(config, tokenizer):
