@@ -12,7 +12,6 @@ depends on its neighbours in a batch.
 """
 
 import itertools
-import json
 from array import array
 from pathlib import Path
 from typing import NamedTuple
@@ -47,13 +46,7 @@ def lines(path):
 def records(path):
     """Yield (where, dict) of a file with a JSON object on each line."""
     for where, line in lines(path):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError(f"{where}: not JSON") from None
-        name = type(record).__name__
-        require(name == "dict", f"{where}: not a JSON object with keys, but a {name}")
-        yield where, record
+        yield where, writer.record_of(line, where)
 
 
 def field(where, record, key):

@@ -52,6 +52,17 @@ def listed(names):
     return [name for name in paths if name]
 
 
+def record_of(line, where):
+    """The JSON object of a line; UserError, which begins with `where`, for anything else."""
+    try:
+        record, what = json.loads(line), "no JSON object"
+    except (ValueError, RecursionError):
+        record, what = None, "not JSON"
+    what = "a JSON array" if line.lstrip().startswith("[") else what
+    require(isinstance(record, dict), f"{where}: {what}; each line must be an object of its own")
+    return record
+
+
 def as_utf8(text):
     """The text with halves of characters, which JSON can spell and UTF-8 cannot, replaced."""
     return text.encode("utf8", "replace").decode("utf8")

@@ -282,7 +282,7 @@ def test_a_line_that_is_no_question_is_named_with_its_file_and_number(
         ("", "holds no question"),
         ("\n \n", "holds no question"),
         ('{"context": "a", "options": ["b"], "gold": 0}\n{"context"', "line 2: not JSON"),
-        ("[1]", "line 1: not a JSON object"),
+        ("[1]", "line 1: a JSON array; each line"),
     ],
 )
 def test_a_file_that_is_no_set_is_one_line(content, message, tmp_path):

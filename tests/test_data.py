@@ -623,11 +623,16 @@ BAD = {
     "no gz": (["--input=no.txt.gz"], "no.txt.gz is damaged"),
     "a cut xz": (["--input=cut.txt.xz"], "cut.txt.xz is damaged"),
     "not JSON": (["--input=bad.jsonl", "--tokenizer=byte"], "bad.jsonl, line 3: not JSON"),
+    "an array": (["--input=array.jsonl"], "array.jsonl, line 1: a JSON array; each line"),
     "no key": (["--input=key.jsonl.gz"], 'key.jsonl.gz, line 2: no text under the key "text"'),
     "fraction": (["--input=short.txt", "--val_fraction=2"], "val_fraction must be in [0, 1]"),
     "two held-out parts": (
         ["--input=short.txt", "--val=short.txt", "--val_fraction=0.1"],
         "not both",
+    ),
+    "held-out text that is learnt": (
+        ["--input=short.txt,hollow", "--val=hollow/../link.txt"],
+        "hollow/../link.txt of --val is in --input, too",
     ),
     "tokenizer": (
         ["--input=short.txt", "--tokenizer=chra"],
@@ -649,6 +654,8 @@ def bad_files(tmp_path_factory):
     (folder / "empty.txt").write_text(" \n")
     (folder / "table.csv").write_text("1,2")
     (folder / "short.txt").write_text("too short")
+    (folder / "link.txt").symlink_to("short.txt")
+    (folder / "array.jsonl").write_text(json.dumps([{"text": "good"}], indent=1))
     (folder / "latin.txt").write_bytes("naïve".encode("latin1"))
     (folder / "cut.txt.gz").write_bytes(gzip.compress(os.urandom(10_000).hex().encode())[:5000])
     (folder / "no.txt.gz").write_bytes(b"plain text")

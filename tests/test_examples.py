@@ -230,7 +230,8 @@ def test_pairs_with_one_prompt_are_held_out_together(tmp_path):
 GOOD = pair("question", " answer")
 BAD = {
     "not JSON": ([GOOD, "{'prompt'\n"], {}, "line 2: not JSON"),
-    "no object": ([GOOD, "[1]\n"], {}, "line 2: not a JSON object with keys, but a list"),
+    "no object": ([GOOD, "1\n"], {}, "line 2: no JSON object; each line must"),
+    "an array": ([GOOD, "[1]\n"], {}, "line 2: a JSON array; each line must be an"),
     "no completion": (
         [GOOD, {"prompt": "", "completon": ""}],
         {},

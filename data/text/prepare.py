@@ -16,9 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, too
 
 import itertools
-import json
 
-from config import UserError, require
+from config import require
 from data import tokenizer, writer
 from lib import checkpoint, program
 from lib.files import opened
@@ -77,13 +76,10 @@ def border(text, start, end):
 def lines(file, path):
     """The documents of an open .jsonl file, `path`."""
     for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), start=1):
-        require(len(line) < LONGEST, f"{path}, line {number}: longer than {LONGEST} characters")
-        try:
-            record = json.loads(line) if line.strip() else {"text": ""}
-        except (ValueError, RecursionError):
-            raise UserError(f"{path}, line {number}: not JSON") from None
-        text = record.get("text") if isinstance(record, dict) else None
-        require(isinstance(text, str), f'{path}, line {number}: no text under the key "text"')
+        where = f"{path}, line {number}"
+        require(len(line) < LONGEST, f"{where}: longer than {LONGEST} characters")
+        text = writer.record_of(line, where).get("text") if line.strip() else ""
+        require(isinstance(text, str), f'{where}: no text under the key "text"')
         yield writer.as_utf8(text)
 
 
@@ -138,6 +134,9 @@ def main(config):
     require(items, "say what to prepare: --input=FILE or --input=FOLDER")
     clash = val and "val_fraction" in config.get("user_keys", ())
     require(not clash, "give val or val_fraction, not both: what val names is all that is held out")
+    learnt = {file.resolve() for item in items for file in find(item)}
+    both = next((file for item in val for file in find(item) if file.resolve() in learnt), None)
+    require(not both, f"{both} of --val is in --input, too: what is learnt is not held out")
     L, workers = config["block_size"], config["workers"] or writer.cores()
     vocabulary = tokenizer.named(config["tokenizer"], documents([*items, *val]), checkpoint.load)
     pairs = split(lambda: documents(items), 0 if val else config["val_fraction"])
