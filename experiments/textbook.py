@@ -1,6 +1,6 @@
 """Masked diffusion on one page of plain PyTorch: a network, its loss, its bound, its samples.
 
-    python -m experiments.textbook      about a minute on two CPU cores
+    python -m experiments.textbook      about a minute on two CPU cores (--quick: seconds)
 
 It is the method as the papers write it, and it stands alone: read it after the first page of
 diffusion.py. A remark `->` names what the real scripts do at the same place, and why.
@@ -146,4 +146,4 @@ def main(steps=800, n=3):
 
 
 if __name__ == "__main__":
-    main(20 if "--quick" in sys.argv else 800)
+    sys.exit(__doc__) if {*sys.argv[1:]} - {"--quick"} else main(20 if sys.argv[1:] else 800)

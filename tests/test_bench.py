@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import runpy
+import sys
 
 import pytest
 import torch
@@ -84,6 +86,13 @@ def test_the_textbook_learns_and_its_samples_have_no_masks(monkeypatch, capsys):
     assert x.shape == (2, 16) and x.min() >= 0 and x.max() < model.mask_id
     out = capsys.readouterr().out
     assert "step 100: loss " in out and "held-out text: at most " in out and out.count("----") == 2
+
+
+@pytest.mark.parametrize("word", ["--help", "--quik", "data/pydocs"])
+def test_the_textbook_shows_how_it_is_called_and_does_not_train(word, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["textbook.py", "--quick", word])
+    with pytest.raises(SystemExit, match=r"python -m experiments\.textbook "):
+        runpy.run_path(textbook.__file__, run_name="__main__")
 
 
 def test_the_textbook_reads_prepared_text(monkeypatch, tmp_path):
