@@ -39,6 +39,8 @@ DEFAULTS = {
     "format": "nanomdm",  # one of FORMATS
 }
 FORMATS = formats.NAMES
+WEIGHTS = "ckpt.pt", "best.pt", "model.safetensors", "pytorch_model.bin"  # in a folder
+WEIGHTS += ("checkpoints-meta/checkpoint.pth",)
 COUNTS = "minutes", "tokens", "flops"  # what a run has taken so far; older checkpoints lack some
 
 # ---- 1. Our own checkpoint -----------------------------------------------------------------------
@@ -227,16 +229,21 @@ def locate(path):
     """The file of weights that a path or a Hub name stands for; in a folder ours comes first."""
     if not os.path.isdir(path):
         return Path(path) if os.path.isfile(path) else from_hub(str(path))
-    names = ["ckpt.pt", "best.pt", "model.safetensors", "pytorch_model.bin"]
-    names += ["checkpoints-meta/checkpoint.pth"]
-    for name in names:
-        if os.path.isfile(Path(path, name)):
-            return Path(path, name)
+    for file in (Path(path, name) for name in WEIGHTS):
+        if os.path.isfile(file):
+            return file
     others = sorted(str(file) for file in Path(path).glob("*.safetensors") if os.path.isfile(file))
-    message = f"no checkpoint in folder {path}: it has no {', '.join(names[:-1])} or {names[-1]}"
-    if others:
-        message += f"; name the file that is meant: {' or '.join(others)}"
-    raise UserError(message)
+    names = f"{', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}"
+    which = f"; name the file that is meant: {' or '.join(others)}"
+    which = which if others else runs_in(path)
+    raise UserError(f"no checkpoint in folder {path}: it has no {names}{which}")
+
+
+def runs_in(folder, most=4):
+    """The end of a message: folders in this one that hold weights, a few, the newest first."""
+    holds = lambda run: any(os.path.isfile(run / name) for name in WEIGHTS)  # noqa: E731
+    runs = sorted(filter(holds, Path(folder).glob("*")), key=os.path.getmtime, reverse=True)
+    return f"; there is: {', '.join(map(str, runs[:most]))}" if runs else ""
 
 
 def from_hub(name):
@@ -244,7 +251,8 @@ def from_hub(name):
     owner, *rest = name.split("/")
     like_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name) and owner != "out"
     message = f"no checkpoint {name}: no such file or folder, and not a Hub name"
-    require(like_hub and not os.path.exists(owner), f"{message} (OWNER/REPO or OWNER/REPO/FILE)")
+    message += f" (OWNER/REPO or OWNER/REPO/FILE){runs_in(Path(name).parent)}"
+    require(like_hub and not os.path.exists(owner), message)
     repo, filename = f"{owner}/{rest[0]}", "/".join(rest[1:])
     try:
         if not filename:

@@ -165,6 +165,14 @@ def test_files_and_folders_without_a_checkpoint_are_refused(tmp_path, smdm):
     assert refusal(tmp_path) == message.format(tmp_path)
     files = f"{smdm}/ar.safetensors or {smdm}/mdm.safetensors"
     assert refusal(smdm) == f"{message.format(smdm)}; name the file that is meant: {files}"
+    for i, name in enumerate("abcde"):
+        folder = tmp_path / "out" / name
+        folder.mkdir(parents=True)
+        (folder / ("best.pt" if i % 2 else "ckpt.pt")).touch()
+        os.utime(folder, (i, i))
+    newest = f"; there is: {', '.join(f'{tmp_path}/out/{name}' for name in 'edcb')}"
+    assert refusal(tmp_path / "out") == message.format(tmp_path / "out") + newest
+    assert refusal(tmp_path / "out/f").endswith(f"OWNER/REPO/FILE){newest}")
     (tmp_path / "text").write_text("To be, or not to be, that is the question")
     assert "text is damaged, or not a checkpoint" in refusal(tmp_path / "text")
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
