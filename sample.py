@@ -46,7 +46,7 @@ from lib.device import calls_on_device, can_compile, compile_hidden, wait
 from lib.entries import keys_read
 from lib.stats import Probabilities, entropy_of
 from lib.subject import check_causal, load_subject
-from lib.text import can_ask, request, say, suppress_eos, suppress_tokens, text_of, text_or_file
+from lib.text import is_asked, request, say, suppress_eos, suppress_tokens, text_of, text_or_file
 from lib.watch import watch
 from samplers import SAMPLERS
 
@@ -389,8 +389,7 @@ def main(config):
     sampler = "left_to_right" if subject.causal else config["sampler"]
     read = keys_read(SAMPLERS[sampler], samplers.calls, config)
     settings.refuse_unused(config, USED_BY, config | {"causal": subject.causal, "read": read})
-    is_asked = {"prompt", "suffix", "template", "num_samples", "out"} & {*config["user_keys"]}
-    if is_asked or not can_ask(subject.answers):
+    if is_asked(config, subject.answers):
         return fill(config, subject)
     return converse(config, subject)
 

@@ -115,18 +115,24 @@ def check_text(config):
         refuse_typed(config, OF_DATA, "is of data, not of --text")
 
 
-def can_ask(answers):
-    """Whether there is a terminal to ask for prompts; without one a line says what comes instead.
+def is_asked(config, answers):
+    """Whether a command says what to fill, or there is no terminal to ask for prompts.
 
-    UserError without one where the model answers prompts, and so needs one.
+    UserError where the model answers prompts, and so needs one: only an empty one that is typed
+    means free samples. For other models a line says that these come for want of a terminal.
     """
-    if all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)):
+    keys, terminal = {*config["user_keys"]}, (sys.stdin, sys.stdout)
+    if keys & {"prompt", "suffix", "template"}:
         return True
+    free = keys & {"num_samples", "out"}
+    if not free and all(stream and stream.isatty() for stream in terminal):
+        return False
     pipe = "from a pipe: --prompt=FILE:/dev/stdin"
     require(not answers, f"this model answers prompts: give --prompt=..., or {pipe}")
-    free = "no prompt, and no terminal to ask for one, so these are free samples; a prompt"
-    print(free, pipe, file=sys.stderr)
-    return False
+    if not free:
+        said = "no prompt, and no terminal to ask for one, so these are free samples; a prompt"
+        print(said, pipe, file=sys.stderr)
+    return True
 
 
 def suppress_eos(x, begins, least, eos_id):

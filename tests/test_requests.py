@@ -294,11 +294,12 @@ def test_without_a_terminal_stdin_is_read_only_if_it_is_named(checkpoints):
     assert done.stdout.count("calls\nthe list") == 4 and "no terminal" not in done.stderr
 
 
-def test_without_a_prompt_or_a_terminal_a_model_of_examples_says_what_it_wants(checkpoints):
+def test_without_a_prompt_a_model_of_examples_says_what_it_wants(checkpoints, tmp_path):
     words = [f"--ckpt={checkpoints['examples']}", "--device=cpu"]
-    with pytest.raises(UserError, match="this model answers prompts: give --prompt="):
-        decoding.main(settings.parse(words, *decoding.MODULES))
-    words += ["--num_samples=2"]  # who asks for free samples gets them
+    for wish in ([], ["--num_samples=4"], [f"--out={tmp_path}/x"]):  # they would be blank
+        with pytest.raises(UserError, match="this model answers prompts: give --prompt="):
+            decoding.main(settings.parse([*words, *wish], *decoding.MODULES))
+    words += ["--num_samples=2", "--prompt="]  # who says so gets free samples
     assert len(decoding.main(settings.parse(words, *decoding.MODULES))) == 2
 
 
