@@ -12,7 +12,7 @@ import string
 from pathlib import Path
 from typing import NamedTuple
 
-from config import Table, plural, require
+from config import Table, require
 from data.examples import field, records
 
 ARC = "Question: {question}\nAnswer:"
@@ -93,7 +93,7 @@ def number(where, record, key):
 def in_range(where, options, gold):
     """Raise UserError for an answer that none of the options is."""
     n = len(options)
-    require(0 <= gold < n, f"{where}: the answer is {gold}, out of range for {plural(n, 'option')}")
+    require(0 <= gold < n, f"{where}: the answer {gold} is out of range: from 0 to {n - 1}")
 
 
 # ---- The sets: (contexts, options, gold) of a line -----------------------------------------------

@@ -178,7 +178,7 @@ class Log:
     def skip(self, step):
         """Say that a step was skipped because its gradient was not finite."""
         self.skipped += 1
-        result = f"so the weights stay as they are (number {self.skipped} of such steps)"
+        result = f"so the weights stay as they are ({plural(self.skipped, 'such step')})"
         self.say(f"step {step}: the gradient is not finite, {result}")
 
     def write(self, entry):

@@ -97,7 +97,7 @@ def ids_of_text(subject, config):
     message = f"a text must have from 1 to {max(0, most)} tokens ({unit}{after}), not {n}"
     require(0 < n <= most, message)
     given = " | no prompt" if width else ""
-    given = f" | {shown(before)}, {plural(len(head), 'token')} not scored" if head else given
+    given = f" | {shown(before)}, {plural(len(head), 'token')}, not scored" if head else given
     return head, ids, n, ("answer and eos" if width else "text") + given
 
 
@@ -148,7 +148,8 @@ def coverage(result, split, meta, protocol):
     counts, width = meta["splits"][split], meta.get("width")
     tokens, documents = (plural(counts[f"{noun}s"], noun) for noun in ("token", "document"))
     unit = plural(result["sequences"], "answer" if width else "block")
-    unit += f" in examples of {width}, given prompts" if width else f" of {result['block_size']}"
+    block = result["block_size"]
+    unit += f" in examples of {width}, given their prompts" if width else f" of {block}"
     rest = ", the rest left out" if protocol == "radd" else ""
     return f"{result['data']} {split}: {result['tokens']:,} of {tokens}, {documents}, {unit}{rest}"
 

@@ -212,12 +212,12 @@ WRONG = [
     (
         "plain",
         {"context": "a", "options": ["b", "c"], "gold": 2},
-        "the answer is out of range: 2 options, and it is 2",
+        "the answer 2 is out of range: from 0 to 1",
     ),
     (
         "plain",
         {"context": "a", "options": ["b", "c"], "gold": -1},
-        "the answer is out of range: 2 options, and it is -1",
+        "the answer -1 is out of range: from 0 to 1",
     ),
     (
         "plain",
@@ -236,14 +236,14 @@ WRONG = [
             "answerC": "c",
             "label": "4",
         },
-        "it is 3",
+        "the answer 3 is out of range",
     ),
     ("arc_easy", ARC | {"answerKey": "C"}, 'the answer "C" is none of the labels A, B'),
     ("arc_easy", ARC | {"choices": ["x", "y"]}, 'no object under the key "choices"'),
     (
         "race",
         {"article": "a", "question": "q", "options": ["x"], "answer": "B"},
-        "the answer is out of range: 1 options",
+        "the answer 1 is out of range: from 0 to 0",
     ),
     (
         "race",

@@ -107,7 +107,7 @@ def test_the_program_evaluates_a_causal_network_exactly(program, tmp_path, capsy
 def test_the_program_says_what_it_did(program, capsys):
     result, _ = program(draws=6, strata=3, seed=4, dtype="bfloat16", sequences=5)
     out = capsys.readouterr().out
-    assert "data val: 80 of 205 tokens, 1 documents, 5 blocks of 16; " in out
+    assert "data val: 80 of 205 tokens, 1 document, 5 blocks of 16; " in out
     drawn = "upper bound by any_order, 6 draws a sequence in sets of 3"
     assert f"{drawn}; bfloat16, averaged weights, seed 4" in out
     half = result["interval"][1] - result["nats_per_token"]
@@ -121,11 +121,11 @@ def test_the_program_says_what_it_did(program, capsys):
 def test_one_set_of_draws_says_that_it_does_not_know_its_error(program, capsys):
     result, _ = program(draws=2)
     assert result["draw_error"] == math.inf
-    shown = "2 draws a sequence are too few to show their error: give --draws=8 or more"
+    shown = "too few draws (2 a sequence) to show their error: give --draws=8 or more"
     assert shown in capsys.readouterr().out
     program(draws=8, sequences=1)  # two sets of one sequence are two numbers
     out = capsys.readouterr().out
-    shown = "8 draws a sequence are too few to show their error: give --draws=12 or more"
+    shown = "too few draws (8 a sequence) to show their error: give --draws=12 or more"
     assert shown in out and "(too few sequences for an interval: 1)" in out and "+-" not in out
     program(draws=12, sequences=1)
     assert "the draws alone, on this text: standard error" in capsys.readouterr().out

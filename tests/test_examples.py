@@ -81,7 +81,7 @@ def test_an_example_that_does_not_fit_is_dropped_and_counted(tmp_path):
 def test_a_split_of_which_nothing_fits_is_an_error_and_leaves_the_old_folder_alone(tmp_path):
     numbered(tmp_path, n=5)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match="none of the 5 train examples fits a width of 4"):
+    with pytest.raises(UserError, match="of 5 train examples none fits a width of 4"):
         numbered(tmp_path, n=5, width=4)
     assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
@@ -381,7 +381,7 @@ def test_of_a_conversation_the_first_question_is_asked_in_vicunas_words(tmp_path
     passed += [talk(("human", "Q"), ("gpt", " "))]
     path = write(tmp_path / "talk.jsonl", *said, *passed)
     train = prepared(chat, tmp_path / "out", input=path, tokenizer="byte", val_fraction=0.2)
-    assert "3 of 24 conversations passed over" in capsys.readouterr().out
+    assert "passed over: 3 of 24 conversations, without a" in capsys.readouterr().out
     both = asked(train) + asked(Examples(tmp_path / "out", "val"))
     texts = [(bytes(p.tolist()).decode(), bytes(a.tolist()).decode()) for p, a in both]
     expected = [(f"Q{i}?", f" A{i}.\0") for i in range(20)] + [("U?", " V.\0")]

@@ -410,7 +410,7 @@ def test_an_answer_costs_given_its_prompt_what_it_does_as_it_was_trained(
     assert result["total"] == pytest.approx(nats, rel=1e-5) and result["prompt"] == [*b"b1: "]
     assert f", {result['total'] / 3:.4f} per token\n" in said  # the answer and its eos
     assert ("  7 more of the last, to the width of the examples\n" in said) == bool(padding)
-    assert "-log p(answer and eos | 'b1: ', 4 tokens, which are not scored): " in said
+    assert "-log p(answer and eos | 'b1: ', 4 tokens, not scored): " in said
     too_long = [*words[:2], "--text=" + "b" * 10]
     with pytest.raises(UserError, match=r"from 1 to 10 tokens \(an example of 14, with eos, .* 11"):
         evaluate.main(settings.parse(too_long, settings, diffusion, evaluate))

@@ -223,7 +223,7 @@ def test_a_bad_step_is_skipped_as_if_it_had_not_been(data, tmp_path, monkeypatch
     run(data, tmp_path, **keys, skip_nonfinite=True)
     five, six = (checkpoint.read(tmp_path / f"ckpt_{step}.pt") for step in (5, 6))
     assert all(same(five[part], six[part]) for part in ("model", "ema"))
-    line = "step 6: the gradient is not finite, so the weights stay as they are (1 such steps)"
+    line = "step 6: the gradient is not finite, so the weights stay as they are (1 such step)"
     assert line in capsys.readouterr().out
     assert losses(tmp_path)[5] is None and all(losses(tmp_path)[:5] + losses(tmp_path)[6:])
     other = tmp_path / "other"

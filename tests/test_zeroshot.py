@@ -209,7 +209,7 @@ def test_by_default_nothing_is_dropped_and_with_radds_protocol_it_says_how_much(
     )
     assert (
         len(kept) == 1650
-        and "3 workers' remainders below 50 dropped: 50 tokens" in radd["protocol"]
+        and "remainders below 50 of 3 workers dropped: 50 tokens" in radd["protocol"]
     )
     assert "other blocks or workers" in radd["protocol"] and radd["splits"]["test"]["bytes"] == 1650
 
@@ -374,9 +374,9 @@ def test_the_command_prepares_a_folder_and_says_what_it_did(tmp_path):
     (tmp_path / "ptb.test.txt").write_text("it did n't \n")
     done = command("--set=ptb", f"--from={tmp_path}", f"--out={tmp_path}/out", "--tokenizer=byte")
     assert (
-        done.returncode == 0 and "ptb: test 11 tokens of 1 documents; byte tokenizer" in done.stdout
+        done.returncode == 0 and "ptb: test 11 tokens of 1 document; byte tokenizer" in done.stdout
     ), done.stderr
-    assert "1 rows of ptb.test.txt, detokenised" in done.stdout
+    assert "1 row of ptb.test.txt, detokenised" in done.stdout
     assert json.loads((tmp_path / "out/ptb/meta.json").read_text())["protocol"] in done.stdout
 
 
