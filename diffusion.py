@@ -36,7 +36,7 @@ import torch
 
 from config import Table
 from lib import fused, philox
-from lib.entries import check_objective, check_order, check_schedule
+from lib.entries import check_ids, check_objective, check_order, check_schedule
 
 DEFAULTS = {
     "schedule": "loglinear",  # one of SCHEDULES; any_order, lambda_dce and ar train without one
@@ -211,6 +211,7 @@ def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, bound_weigh
     gradient. masked_idx (N,): flat positions that count, the masked ones and a few of weight 0 that
     fill up N (from fused.masked_indices on the CPU: no GPU waits for N). bound_weight: of the nats.
     """
+    check_ids(model, "x0", x0, mask)
     masked_idx = fused.masked_indices(mask) if masked_idx is None else masked_idx  # (N,)
     x = torch.where(mask, model.mask_id, x0)  # (B, L)
     h = model.hidden(x, masked_idx)  # (N, D)
@@ -229,6 +230,7 @@ def at_masked(weight, mask, masked_idx):
 
 def ar_nll(model, x0, mask=None, weight=None, masked_idx=None):
     """Exact -log p(x0) of a causal network: the baseline. As nelbo; without a mask all counts."""
+    check_ids(model, "x0", x0, mask)
     x = torch.nn.functional.pad(x0[:, :-1], (1, 0), value=model.start_id)  # (B, L) shifted
     if mask is None:
         loss, terms = of_all(model, model.hidden(x).flatten(0, 1), x0)
@@ -246,6 +248,7 @@ def order_nll(model, x0, order, weight=None):
     order[b, k] (B, L) is the position that is unmasked k-th, terms[b, k] its CE times weight (B, L)
     or 1, no gradient. Averaged over uniform orders their sum is the any_order bound: no k is drawn.
     """
+    check_ids(model, "x0", x0)
     target = x0.gather(1, order)  # (B, L) in the order in which they are unmasked
     clean = torch.nn.functional.pad(target[:, :-1], (1, 0), value=model.mask_id)  # (B, L)
     positions = torch.cat([order.new_zeros(len(order), 1), order[:, :-1], order], dim=1)  # (B, 2L)

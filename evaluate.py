@@ -265,7 +265,7 @@ def answer_nats(model, requests, groups=None, cfg_scale=0.0, pad_to=0, progress=
     question are a group, which compares them with little noise. options: OF_ANSWERS.
     """
     o = settings.options(options, *MODULES, only=OF_ANSWERS)
-    requests = Requests(requests, groups, cfg_scale, pad_to)
+    requests = Requests(requests, groups, cfg_scale, pad_to).checked(model)
     estimator = estimator_of(model, o["estimator"])
     size = 1 if estimator.exact else o["draws"]
     nats, _ = set_nats(model, requests, o, size=size, progress=progress)  # (N, size)
@@ -283,7 +283,7 @@ def estimate(model, requests, lengths=None, progress=False, **options):
     began = time.time()
     o = settings.options(options, *MODULES, only=OF_ESTIMATE)
     estimator = estimator_of(model, o["estimator"])
-    requests = Requests([r if isinstance(r, tuple) else (r[:0], r) for r in requests])
+    requests = Requests([r if isinstance(r, tuple) else ((), r) for r in requests]).checked(model)
     n_tokens = sum(len(answer) for _, answer in requests.pairs) if lengths is None else sum(lengths)
     draws = 1 if estimator.exact else o["draws"]
     sizes = [min(o["strata"], draws - first) for first in range(0, draws, o["strata"])]
@@ -313,8 +313,8 @@ def token_nats(model, ids, prompt=(), **options):
     estimator = estimator_of(model, o["estimator"])
     message = f"{estimator.name} has no tokens' nats; try chain"
     require(estimator.order and not estimator.mean_of_p, message)
+    one_pass = Requests([(prompt, ids)]).checked(model).in_one_pass(model, estimator)
     x0, P, L = torch.tensor([[*prompt, *ids]]), len(prompt), len(ids)  # (1, P + L)
-    one_pass = Requests([(prompt, ids)]).in_one_pass(model, estimator)
     terms_of, turns = (all_terms, 1) if one_pass else (term_of_each_row, L)  # rows of a draw
     K = 1 if estimator.exact else o["draws"]
     nats = torch.zeros(K, L, dtype=torch.float64)

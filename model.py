@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from config import Table, choose, require
 from lib import fused
 from lib.cache import OrderCache
+from lib.entries import check_ids
 
 DEFAULTS = {
     "n_layer": 0,  # blocks; 0 lets train.py's `depth` choose it, as for n_head and n_embd
@@ -280,6 +281,7 @@ class Transformer(nn.Module):
         return F.linear(h, *self.head_parameters())
 
     def forward(self, x):
+        check_ids(self, "x", x)
         return self.head(self.hidden(x))
 
     @property

@@ -43,7 +43,7 @@ from lib import fused, philox
 from lib.bar import progress_bar
 from lib.cache import Cache, OrderCache
 from lib.device import calls_on_device, can_compile, compile_hidden, wait
-from lib.entries import keys_read
+from lib.entries import check_ids, keys_read
 from lib.stats import Probabilities, entropy_of
 from lib.subject import check_causal, load_subject
 from lib.text import is_asked, request, say, suppress_eos, suppress_tokens, text_of, text_or_file
@@ -164,8 +164,7 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     CPU, is told of the tokens that each call unmasks (no causal network's).
     """
     o = settings.options(options, *MODULES, only=OPTIONS)
-    most = f"a sequence has at least one token and at most block_size {model.block_size}"
-    require(0 < x.shape[1] <= model.block_size and len(x), f"{most}, not {tuple(x.shape)}")
+    check_ids(model, "x", x, values=True)
     if model.causal:
         return sample_ar(model, x, o, suppress, progress)
     return sample_mdm(model, x, o, suppress, progress, on_call)

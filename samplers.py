@@ -12,8 +12,8 @@
   network's, it is not.
 
 To add a sampler, add an entry to SAMPLERS: a function (masked (N, L) bool, options) -> Policy, the
-options being those of DEFAULTS, schedule and seed as a dict: o["steps"]. `calls`, here, asks the
-policy what is due; the loop in sample.py asks it what to accept.
+options being those of DEFAULTS, schedule and seed as a dict: o["steps"] (lib/entries.py has one of
+three lines). `calls`, here, asks the policy what is due; the loop in sample.py what to accept.
 """
 
 import itertools

@@ -1,9 +1,13 @@
-"""Checks of entries of tables (config.Table): each says what an entry lacks.
+"""Checks of entries of tables (config.Table): each says what an entry lacks. And one of ids.
 
 They run at an entry's first use, in float64 and some milliseconds. To add a schedule, an order, an
-objective or a loss weight takes one entry, there or in a script before it calls train.main:
+objective, a loss weight or a sampler takes one entry, there or in a script before it calls
+train.main or sample.main:
+
+    import torch
 
     import diffusion
+    import samplers
     import train
 
     # m(t), the probability that a token is masked at time t, and its slope m'(t)
@@ -24,6 +28,15 @@ objective or a loss weight takes one entry, there or in a script before it calls
 
     # the weight of a masked token in training, from its weight in the bound (b,)
     train.LOSS_WEIGHTS["fourth_root"] = lambda weight: weight**0.25
+
+
+    def even_first(masked, o):
+        \"""Every second position in one call, then the others, which see both sides.\"""
+        step = torch.arange(masked.shape[1]) % 2  # (L,)
+        return samplers.FixedOrder(torch.where(masked, step, -1), o["seed"])  # -1: nothing to draw
+
+
+    samplers.SAMPLERS["even_first"] = even_first
 """
 
 import collections
@@ -31,7 +44,30 @@ import math
 
 import torch
 
+from config import require
 from lib.philox import uniforms
+
+
+def check_ids(model, name, x, mask=None, values=False):
+    """UserError unless x are ids (B, L) and a mask, if there is one, is bool (B, L).
+
+    values: and unless the network can read them: in [0, mask_id], for which a GPU is waited for, L
+    at most block_size.
+    """
+    form = f"{name} must be ids (B, L) of int64"
+    is_tensor = torch.is_tensor(x)
+    kind = f"{x.dtype} {tuple(x.shape)}" if is_tensor else f"a {type(x).__name__}"
+    is_ids = is_tensor and x.dim() == 2 and x.dtype in (torch.int64, torch.int32)
+    require(is_ids and x.numel(), f"{form}, not {kind}")
+    if mask is not None:
+        is_mask = torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == x.shape
+        require(is_mask, f"the mask must be bool in the shape of {name}, {tuple(x.shape)}")
+    if values:
+        low, high = torch.stack(x.aminmax()).tolist()
+        most = f"L at most block_size {model.block_size}"
+        require(x.shape[1] <= model.block_size, f"{form}, {most}, not {x.shape[1]}")
+        inside = low >= 0 and high <= model.mask_id
+        require(inside, f"{form}, each from 0 to {model.mask_id} (the mask), not {low} to {high}")
 
 
 def check_schedule(schedule):

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 import diffusion
+from config import require
 from lib.philox import distinct_uniforms
 
 
@@ -16,6 +17,15 @@ class Requests(NamedTuple):
     groups: object = None  # (N,) ints: those of one group share random numbers; None: each its own
     cfg_scale: float = 0.0  # guidance by the prompt
     pad_to: int = 0  # rows are filled up to this width with masks
+
+    def checked(self, model):
+        """The same; UserError for the first request that the network cannot read."""
+        V, most = model.vocab_size, model.block_size
+        for i, pair in enumerate(self.pairs):
+            fits = len(pair) == 2 and all(are_ids(part, V) for part in pair)
+            kind = f"must be ids (L,) from 0 to {V - 1}, at most {most} with those of its prompt"
+            require(fits and sum(map(len, pair)) <= most, f"request {i} {kind}")
+        return self
 
     def in_one_pass(self, model, estimator):
         """Whether a row has all terms of a chain rule: `order` networks, unguided, unpadded."""
@@ -56,6 +66,13 @@ class Requests(NamedTuple):
                 i = np.searchsorted(first, row, side="right") - 1  # (b,)
                 k, turn = np.divmod(row - first[i], turns[members[i]])  # (b,) each
                 yield members[i], torch.from_numpy(k), torch.from_numpy(turn)
+
+
+def are_ids(part, V):
+    """Whether a part of a request is a row (L,) of whole numbers in [0, V), perhaps empty."""
+    part = np.asarray(part)  # (L,)
+    whole = part.ndim == 1 and (part.dtype.kind in "iu" or not part.size)
+    return whole and (not part.size or (part.min() >= 0 and part.max() < V))
 
 
 def random_numbers(seed, number, group, k, size, n, prompt=None):

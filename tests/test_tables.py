@@ -73,6 +73,49 @@ def test_an_unknown_name_is_a_user_error_also_from_python(call):
         call()
 
 
+MASK, ONE = X == V, torch.ones(1)
+NO_IDS = {  # calls of the library with what the network cannot read
+    "x must be ids (B, L) of int64, not torch.int64 (4,)": (
+        lambda: sample.sample(MODEL, X[0]),
+        lambda: network.make_network(KEYS | {"attention": "full"})(X[0]),
+    ),
+    "x must be ids (B, L) of int64, not torch.float32 (1, 4)": (
+        lambda: sample.sample(CAUSAL, 1.0 * X),
+        lambda: CAUSAL(1.0 * X),
+    ),
+    "not a list": (lambda: sample.sample(MODEL, [[0, V]]),),
+    "not torch.int64 (0, 4)": (lambda: sample.sample(MODEL, X[:0]),),
+    "L at most block_size 4, not 8": (lambda: sample.sample(MODEL, X.repeat(1, 2)),),
+    "each from 0 to 3 (the mask), not 4 to 4": (lambda: sample.sample(MODEL, X + 1),),
+    "each from 0 to 3 (the mask), not -1 to -1": (lambda: sample.sample(CAUSAL, X - 4),),
+    "x0 must be ids (B, L)": (
+        lambda: diffusion.nelbo(MODEL, X[0], MASK[0], ONE),
+        lambda: diffusion.nelbo(MODEL, 0.5 * X, MASK, ONE),
+        lambda: diffusion.ar_nll(CAUSAL, X[0]),
+        lambda: diffusion.order_nll(MODEL, X[0], X[0]),
+    ),
+    "the mask must be bool in the shape of x0, (1, 4)": (
+        lambda: diffusion.nelbo(MODEL, 0 * X, MASK[:, 1:], ONE),
+        lambda: diffusion.nelbo(MODEL, 0 * X, X, ONE),
+    ),
+    "request 0 must be ids (L,) from 0 to 2, at most 4 with those of its prompt": (
+        lambda: evaluate.estimate(MODEL, torch.tensor([0, 1, 2])),
+        lambda: evaluate.estimate(MODEL, 0.5 * X),
+        lambda: evaluate.estimate(MODEL, X),
+        lambda: evaluate.answer_nats(MODEL, [([0, 1], [0, 1, 2])]),
+        lambda: evaluate.token_nats(MODEL, [0.5], estimator="chain"),
+    ),
+    "request 1 must be ids (L,)": (lambda: evaluate.answer_nats(MODEL, [*REQUESTS, ([0],)]),),
+}
+CALLS_OF = [(says, call) for says, calls in NO_IDS.items() for call in calls]
+
+
+@pytest.mark.parametrize(("says", "call"), CALLS_OF)
+def test_what_the_network_cannot_read_is_a_user_error_also_from_python(says, call):
+    with pytest.raises(UserError, match=re.escape(says)):
+        call()
+
+
 def test_every_table_is_one_that_refuses_unknown_names():
     modules = (diffusion, network, samplers, sample, evaluate, train, choice, tokenizer)
     names = [(module, name) for module in modules for name in vars(module) if name.isupper()]
@@ -215,7 +258,7 @@ def test_an_entry_that_is_replaced_is_looked_at_again(monkeypatch):
 README = (ROOT / "README.md").read_text(encoding="utf8")
 SHOWN = re.findall(r"^```py\n(.*?)^lib.program.run\(train.main, .*?^```", README, re.S | re.M)
 assert SHOWN, "README shows a schedule, an order and an objective"
-SHOWN.append(textwrap.dedent(entries.__doc__[entries.__doc__.index("    import diffusion") :]))
+SHOWN.append(textwrap.dedent(entries.__doc__[entries.__doc__.index("    import torch") :]))
 
 
 @pytest.mark.parametrize("lines", SHOWN)
@@ -225,6 +268,7 @@ def test_the_entries_that_are_shown_are_all_that_a_run_by_them_takes(lines, tmp_
         monkeypatch.setattr(diffusion, name, settings.Table(table.kind, table.lacking, **table))
         monkeypatch.setattr(train, name, getattr(diffusion, name), raising=False)
     before = {name: set(getattr(diffusion, name)) for name in ("SCHEDULES", "ORDERS", "OBJECTIVES")}
+    monkeypatch.setattr(samplers, "SAMPLERS", sample.SAMPLERS | {})
     exec(lines, {})
     (schedule,), (order,), (objective,) = (set(getattr(diffusion, n)) - before[n] for n in before)
     text = "the list is sorted.\n"
@@ -247,6 +291,10 @@ def test_the_entries_that_are_shown_are_all_that_a_run_by_them_takes(lines, tmp_
     model = checkpoint.load(tmp_path / "0")[0]
     x0, info = sample.sample(model, torch.full((2, 20), model.mask_id), steps=4, schedule=schedule)
     assert (x0 < model.mask_id).all() and (info["nfe"] <= 4).all()
+    for name in samplers.SAMPLERS.keys() - sample.SAMPLERS.keys():
+        monkeypatch.setitem(sample.SAMPLERS, name, samplers.SAMPLERS[name])
+        x0, info = sample.sample(model, torch.full((2, 20), model.mask_id), sampler=name)
+        assert (x0 < model.mask_id).all() and info["nfe"].tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("order", diffusion.ORDERS)
