@@ -72,6 +72,7 @@ def commands(page):
 def run(program, words):
     """Run a program in this process, where torch is loaded already."""
     name, argv = program.removeprefix("-m "), sys.argv
+    module = sys.modules.get(name)
     try:
         sys.argv = [name, *words]
         if program.startswith("-m"):
@@ -83,6 +84,7 @@ def run(program, words):
         assert not stop.code, f"{program} {' '.join(words)} ends with {stop.code}"
     finally:
         sys.argv = argv
+        sys.modules |= {name: module} if module else {}
 
 
 @pytest.fixture(scope="module")

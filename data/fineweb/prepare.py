@@ -123,7 +123,7 @@ def convert(source, target, lengths):
         mark = f"its header begins {magic}, {version}"
         check((magic, version) == (MAGIC, VERSION), f"is no shard: {mark}")
         room = (size - HEADER) / 2
-        check(n == room, f"says that it holds {plural(n, 'token')}, and has room for {room:g}")
+        check(n == room, f"says that it holds {n} tokens, and has room for {room:g}")
         while part := file.read(2**22):
             counts += np.bincount(np.frombuffer(part, "<u2"), minlength=2**16)
             out.write(part)
