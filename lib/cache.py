@@ -63,8 +63,9 @@ class OrderCache:
         """
         b, L = visible.shape
         visible = F.pad(visible, (1, 0), value=True)  # (b, 1 + L)
-        self.clear(slots[(self.was_read[slots] & ~visible).any(1)])
-        new = visible & ~self.was_read[slots]  # (b, 1 + L)
+        read = self.was_read[slots]  # (b, 1 + L)
+        read &= ~(read & ~visible).any(1, keepdim=True)
+        new = visible & ~read  # (b, 1 + L)
         self.was_read[slots] = visible
         is_query = torch.zeros(b * L, dtype=torch.bool).index_fill(0, masked_idx, True).view(b, L)
         columns, n_new = to_the_left(new)  # (b, n), (b,)
