@@ -10,8 +10,9 @@
                       t = 0.3    _     sat   on    the _      2: "on", "the" in one, independently
                       t = 0      cats  sat   on    the mat    3 calls
 
-Why it works. In a moment dt a visible token is masked with probability m'/(1 - m) dt. Let y be x
-with its masked position i unmasked to v. By Bayes' rule, x was y a moment ago with probability
+Why it works. In a moment dt a visible token is masked with probability m'/(1 - m) dt: of the share
+1 - m that is still visible, m' dt goes. Let y be x with its masked position i unmasked to v. By
+Bayes' rule, x was y a moment ago with probability
 m'/(1 - m) dt * p_t(y)/p_t(x), RADD eq. 2.10: to go back is to know these ratios, the *concrete
 score*. With k masked and L - k visible tokens, p_t(x) = m^k (1 - m)^(L-k) p(visible tokens), so
 
@@ -31,7 +32,6 @@ What training draws and weighs by default departs from it, and is in lib/weighti
 import math
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from config import Table
@@ -55,7 +55,7 @@ def cosine(t):
 
 
 def geometric(t, sigma_min=1e-4, sigma_max=20.0):
-    """sigma_bar = sigma_min^(1-t) sigma_max^t. m runs from 1e-4: t_dce lacks 1e-4 of the bound."""
+    """sigma_bar = sigma_min^(1-t) sigma_max^t. m starts at 1e-4: t_dce omits the rates below."""
     sigma_bar = sigma_min ** (1 - t) * sigma_max**t
     slope = sigma_bar * math.log(sigma_max / sigma_min)  # sigma, that of sigma_bar
     return -torch.expm1(-sigma_bar), slope * torch.exp(-sigma_bar)
@@ -68,7 +68,7 @@ SCHEDULES = Table(
 
 # ---- 2. Objectives are data: which positions are masked, and the loss weight of a masked token ---
 class Objective(NamedTuple):
-    draw: object  # (u (B,), noise (B, L), n, schedule) -> (mask (B, L) bool, weight (B,))
+    draw: object  # (u (B,), noise (B, L), n (B,), schedule) -> (mask (B, L) bool, weight (B,))
     normalised: bool = True  # False: the output is a score, not log-probabilities
     attention: tuple = ("full",)  # what the network must have
 
@@ -80,9 +80,8 @@ class Objective(NamedTuple):
 def any_order(u, noise, n, schedule):
     """Exactly k masked, k uniform on 1..n, weight n/k. RADD eq. 2.16, G.3 (any-order AR)."""
     k = (1 + (u * n).floor()).clamp(max=n)  # (B,)
-    ordered = np.sort(noise.numpy())  # (B, L) numpy sorts far faster than torch
-    kth = np.take_along_axis(ordered, k.long().numpy()[:, None] - 1, 1)  # (B, 1)
-    return noise <= torch.from_numpy(kth), n / k  # the noise has no ties
+    # The k positions of least noise; ties have probability 0.
+    return noise <= fused.kth_smallest(noise, k.long()), n / k
 
 
 def lambda_dce(u, noise, n, schedule):
@@ -106,10 +105,10 @@ OBJECTIVES = Table(
     ar=Objective(None, attention=("causal",)),  # nothing is masked: the baseline
 )
 
-# Why the sum over k is a bound. Along a random order, the chain rule -log p = sum_k CE(k-th token |
-# those before it) is a likelihood. While k tokens are masked, the next one is any of the k, so its
-# expected cost is h_k, the mean CE of the masked tokens: the bound is h_1 + ... + h_L. One draw
-# takes one k, uniformly, so h_k counts L times: L h_k = L/k * (sum of their CE). By hand: README.
+# Why the sum over k is a bound. Along an order, -log p is a sum of L terms, CE(token | those before
+# it). In a random order, while k tokens are masked, the next one is any of the k, so its expected
+# CE is h_k, the mean CE of the masked tokens: the bound is h_1 + ... + h_L. One draw takes one k,
+# uniformly, so h_k counts L times: L h_k = L/k * (sum of their CE). By hand: README.
 #
 # Why all objectives are this bound, RADD eq. 3.7. Masking each token with probability lam ~ U(0, 1)
 # makes k uniform on 0..L, 1/(L + 1) each; given k, lam is Beta(k + 1, L - k + 1), and 1/lam has the
@@ -133,15 +132,15 @@ def draw_mask(objective, u, noise, schedule=loglinear, prompt=None):
     On the CPU. E[sum over masked i of weight * CE_i] >= -log p(x0), in nats. The first `prompt`
     (B,) tokens, fewer than L, are a condition, never masked: >= -log p(the rest | prompt).
     """
-    n = noise.shape[1]  # how many tokens may be masked: an int, or (B,) behind prompts
-    if prompt is not None:
-        noise = noise.masked_fill(torch.arange(n) < prompt[:, None], torch.inf)  # (B, L)
-        n = n - prompt
-    mask, weight = OBJECTIVES[objective].draw(u, noise, n, schedule)  # (B, L), (B,)
-    return mask & (noise < torch.inf), weight
+    B, L = noise.shape
+    prompt = torch.zeros(B, dtype=torch.long) if prompt is None else prompt  # (B,)
+    in_prompt = torch.arange(L) < prompt[:, None]  # (B, L)
+    noise = noise.masked_fill(in_prompt, torch.inf)  # (B, L)
+    mask, weight = OBJECTIVES[objective].draw(u, noise, L - prompt, schedule)  # (B, L), (B,)
+    return mask & ~in_prompt, weight
 
 
-# What a network with attention=order (model.py) is trained on, in place of masks.
+# For attention=order alone (model.py, part 3), which is trained on orders in place of masks.
 ORDERS = Table(  # from noise and place (B, L) in [0, 1), coin (B, 1): numbers, sorted to an order
     "order",
     check_order,
@@ -168,7 +167,7 @@ def stratified(jitter, rows, batch_size):
     """u (B,) for draw_mask: one in each of batch_size strata of (0, 1), in antithetic pairs.
 
     rows (B,) are their numbers in the global batch; 2j and 2j + 1 are a pair (u, 1 - u) and bring
-    the same jitter in [0, 1). A row always has its own stratum, so data must come at random.
+    the same jitter in [0, 1). Row i always draws from the same stratum, so data must be shuffled.
     """
     u = (rows // 2 + 1 - jitter) / batch_size  # (B,) in (0, 1/2 + 1/(2 batch_size)]
     return torch.where(rows % 2 == 1, 1 - u, u)
@@ -186,9 +185,9 @@ def stratified_uniforms(seed, step, rows, batch_size, L):
 def plain_cross_entropy(model, h, target, weight, normalised=True):
     """The specification; nothing here calls it. h (N, D) -> (loss, terms (N,), CE (N,)) in nats.
 
-    The loss, the sum of weight * terms, alone has a gradient. Terms are CE; of scores (1 - m)/m
-    e^logit that need not add up (normalised=False: t_dse; SEDD, arXiv 2310.16834, RADD eq. 2.11)
-    -logit[target] + sum_v e^logit_v - 1 >= CE, least at e^logit = p, too (m'/m has the factor).
+    The loss, the sum of weight * terms, alone has a gradient. Terms are CE. With normalised=False
+    (t_dse; SEDD, arXiv 2310.16834, RADD eq. 2.11) e^logit is a score without its factor (1 - m)/m,
+    which the weight has, and need not sum to 1: -logit[target] + sum_v e^logit_v - 1 is CE or more.
     """
     logits = model.head(h).to(fused.wide(h.dtype))  # (N, V)
     at_target = logits.gather(-1, target[:, None]).squeeze(-1)  # (N,)
@@ -218,7 +217,7 @@ def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, bound_weigh
     target, w = x0.flatten()[masked_idx], at_masked(weight, mask, masked_idx).to(h)  # (N,) each
     loss, terms, ce = cross_entropy(model, h, target, w, normalised)
     nats = w * terms  # (N,)
-    if bound_weight is not None:
+    if bound_weight is not None:  # the bound is of the softmax: by CE, in t_dse as well
         nats = at_masked(bound_weight, mask, masked_idx).to(h) * ce  # (N,)
     return loss, fused.summed(nats, masked_idx, x0)
 

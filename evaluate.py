@@ -9,7 +9,8 @@
   of the corruption; a causal one has an exact number. Conditional likelihood, -log p(answer |
   prompt), is the same with a prompt that is never masked; a text is an answer to an empty prompt.
 - A draw is one random corruption of a sequence; a row, one input of the network. Draws that are
-  stratified together are a set. Every estimator is one function: what a row masks and counts.
+  stratified together are a set. An estimator is a function, what a row masks and counts, or an
+  order, along which the chain rule is taken.
 
     any_order        one row a draw: k masked, each counts L/k times
     lambda_dce, t_dce, t_dse   the same, drawn so that no mask is empty (importance_sampled)
@@ -58,7 +59,6 @@ from lib.stats import certainty, finite, mean_over_sets, method, report, t95
 from lib.text import by_token, check_text
 
 DEFAULTS = {
-    "ckpt": "out/pydocs",  # anything that checkpoint.load takes
     "data": "",  # a prepared folder; empty: the one that the checkpoint learnt from
     "text": "",  # a sentence (or FILE:PATH) to score token by token, in place of data
     "prompt": "",  # what stands before the text (or FILE:PATH): a condition, which is not scored
@@ -71,9 +71,8 @@ DEFAULTS = {
     "block_size": 0,  # tokens in a block; 0: the model's block_size
     "protocol": "whole",  # whole (a last, shorter block counts) | radd (it is left out, as there)
     "batch_size": 32,  # rows in one network call; 1 or more
-    "ema": True,  # use the averaged weights if the checkpoint has them
 }
-MODULES = (settings, diffusion, sys.modules[__name__])  # whose keys it takes
+MODULES = (settings, subjects, diffusion, sys.modules[__name__])  # whose keys it takes
 # Those that token_nats, answer_nats and estimate take as options.
 OF_TOKENS = ("estimator", "draws", "seed", "batch_size")
 OF_ANSWERS = (*OF_TOKENS, "schedule")
@@ -133,7 +132,7 @@ def importance_sampled(objective, drawn, m):
 
 def along(name):
     """RowNoise -> order (b, W) of this name in diffusion.ORDERS, prompts first."""
-    return lambda it: diffusion.draw_order(name, it.noise, it.u[:, None], prompt=it.prompt)
+    return lambda r: diffusion.draw_order(name, r.noise, r.u[:, None], prompt=r.prompt)
 
 
 def one_term(drawn, order):
@@ -176,9 +175,9 @@ ESTIMATORS = Table(
 )
 AR = Estimator(ar, along("left_to_right"), exact=True, name="ar")  # of causal networks
 # Of a key that may be typed, which estimators it changes: config.refuse_unused.
-DRAWN = "estimators that draw", lambda it: not it.exact, None
+DRAWN = "estimators that draw", lambda estimator: not estimator.exact, None
 USED_BY = dict.fromkeys(("draws", "strata", "precision"), DRAWN)
-USED_BY["schedule"] = "estimators that draw a time", lambda it: uses_time(it, RowNoise), None
+USED_BY["schedule"] = "estimators that draw a time", lambda e: uses_time(e, RowNoise), None
 
 
 def estimator_of(model, name):
@@ -190,7 +189,7 @@ def estimator_of(model, name):
 # ---- 2. A set of draws for many requests, in full batches ----------------------------------------
 @torch.no_grad()
 def set_nats(model, requests, o, number=0, size=1, progress=False):
-    """Set `number` of `size` draws for Requests -> (nats (N, size), {"rows", "calls"} it took).
+    """Take set `number`, of `size` draws, for Requests -> (nats (N, size), its {"rows", "calls"}).
 
     o: the options of all MODULES. A row is one sequence that the network reads. With size = 2,
     three requests whose answers have 5 tokens take 6 rows by any_order, which counts all that a row
@@ -198,7 +197,7 @@ def set_nats(model, requests, o, number=0, size=1, progress=False):
     """
     estimator, groups = estimator_of(model, o["estimator"]), requests.group_of_each()  # (N,)
     rows_a_draw = requests.rows_a_draw(model, estimator)  # (N,)
-    twice = requests.in_one_pass(model, estimator) or requests.cfg_scale  # a row takes two
+    passes = 2 if requests.in_one_pass(model, estimator) or requests.cfg_scale else 1  # of a row
     nats = torch.zeros(len(groups), size, dtype=torch.float64)
     cost = {"rows": 0, "calls": 0}
     pending = []  # ((request, draw), nats) of rows, (b,) each: the host waits for no call
@@ -209,7 +208,7 @@ def set_nats(model, requests, o, number=0, size=1, progress=False):
             drawn = RowNoise(u, noise, turn, prompt, diffusion.SCHEDULES[o["schedule"]])
             row_nats = nats_of_call(model, requests, estimator, x0, drawn)  # (b,)
             pending.append(((torch.from_numpy(i), k), row_nats))
-            cost["rows"] += len(x0) * (2 if twice else 1)
+            cost["rows"] += len(x0) * passes
             cost["calls"] += 1
             bar.update(int((turn == 0).sum()))
     for index, row_nats in pending:
@@ -252,7 +251,7 @@ def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
 
 
 def of_set(estimator, nats):
-    """What a set of K draws says: nats (N, K) -> (N,). NotFinite where one is no number."""
+    """Combine a set of K draws: nats (N, K) -> (N,). NotFinite where one is no number."""
     nats = finite(nats, "log-likelihoods")
     return math.log(nats.shape[1]) - (-nats).logsumexp(1) if estimator.mean_of_p else nats.mean(1)
 
@@ -304,7 +303,7 @@ def estimate(model, requests, lengths=None, progress=False, **options):
 
 @torch.no_grad()
 def token_nats(model, ids, prompt=(), **options):
-    """What each token of a text costs along the chain rule: ids (L,) -> nats (draws, L) float64.
+    """The nats of each token of a text by the chain rule: ids (L,) -> (draws, L) float64.
 
     Given the prompt (P,) of ids, and those before it in an order, one order a draw; UserError for
     what is no chain rule. options: OF_TOKENS.
@@ -351,7 +350,7 @@ def check(config):
 
 
 def evaluate(config, subject, folder, split):
-    """Evaluate one split of a prepared folder -> a dict, and in words how and what came out."""
+    """Evaluate one split of a prepared folder -> a dict, and a report as text."""
     meta, part, L = subjects.open_text(config, subject, folder, split)
     options = {key: config[key] for key in OF_ESTIMATE} | {"progress": True}
     estimator = estimator_of(subject.model, config["estimator"])
@@ -360,8 +359,8 @@ def evaluate(config, subject, folder, split):
     result, text = report(nats, part.counts, part.bytes_per_token)
     result |= info | {"estimator": estimator.name, "block_size": L, "data": str(folder)}
     draws = f"{plural(result['draws'], 'draw')} a sequence in sets of {config['strata']}"
-    what = subjects.coverage(result, split, meta, config["protocol"])
-    lines = [f"{what}; {method(estimator, draws)}; {subject.words}"]
+    coverage = subjects.coverage(result, split, meta, config["protocol"])
+    lines = [f"{coverage}; {method(estimator, draws)}; {subject.words}"]
     lines.append(subjects.with_remarks(meta, text))
     lines.append(certainty(result, config["precision"], config["draws"], config["strata"]))
     return result, "\n".join(lines)
@@ -369,14 +368,14 @@ def evaluate(config, subject, folder, split):
 
 def score(config, subject):
     """Evaluate config["text"], print a line for each token -> {"tokens", "nats", "total", ...}."""
-    prompt, ids, n, what = subjects.ids_of_text(subject, config)  # lists of P and L ids
+    prompt, ids, n, scored = subjects.ids_of_text(subject, config)  # lists of P and L ids
     options = {key: config[key] for key in OF_TOKENS}
     estimator = estimator_of(subject.model, config["estimator"])
     with subject.autocast():
         nats = token_nats(subject.model, ids, prompt, **options)  # (draws, L)
     result, text = by_token(subject.tokenizer, ids, nats, n)
-    how = method(estimator, plural(len(nats), "order"))
-    print(f"{text}\n-log p({what}): {how}; {subject.words}")
+    how_evaluated = method(estimator, plural(len(nats), "order"))
+    print(f"{text}\n-log p({scored}): {how_evaluated}; {subject.words}")
     return result | {"prompt": prompt, "estimator": estimator.name}
 
 

@@ -2,7 +2,7 @@
 
 It is not told the time, for what it predicts does not depend on it (diffusion.py).
 
-- It reads V + 1 ids, of which the last, V, is the mask, and predicts V: never the mask.
+- It reads ids from 0 to V, where V is the mask, and scores the V others: it predicts no mask.
 - It predicts in place: the output at a masked position is about that position. Nothing is shifted.
 - attention=full sees both sides: masked diffusion as in both papers. One unmasked token changes
   every hidden state, so nothing can be kept from one call to the next.
@@ -150,7 +150,7 @@ class Block(nn.Module):
         return h + self.drop(self.mlp(self.norm2(h)))
 
     def attention(self, z, cos, sin, cache=None):
-        """Every position reads what it may see, also in a cache: z (B, L, D) -> (B, L, D)."""
+        """Self-attention, with the keys and values of a cache if there is one: (B, L, D) twice."""
         B, L, D = z.shape
         qkv = self.qkv(z).view(B, L, 3, self.n_head, -1)  # (B, L, 3, H, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
@@ -161,7 +161,7 @@ class Block(nn.Module):
         return fused.attention(q, k, v, self.causal).transpose(1, 2).reshape(B, L, D)
 
     def norm_and_rotate(self, z, cos, sin):
-        """Queries or keys (..., d), normalised if they are to be, and turned to their positions."""
+        """Queries or keys (..., d), normalised with qk_norm, and rotated to their positions."""
         if self.qk_norm:
             z = F.rms_norm(z, z.shape[-1:]).to(z.dtype)  # CUDA's autocast makes it float32
         return rotate(z, cos, sin)
@@ -209,14 +209,14 @@ class Transformer(nn.Module):
         self.block_size, self.vocab_size, self.mask_id = config["block_size"], V, V
         self.start_id = V if config["start_id"] < 0 else config["start_id"]
         self.row_loss = None  # of lib/fused.py, which lib/parallel.py may compile
-        self.embed = nn.Embedding.from_pretrained(torch.empty(V + 1, D), freeze=False)  # undrawn
+        self.embed = nn.Embedding.from_pretrained(torch.empty(V + 1, D), freeze=False)
         self.conv = nn.Parameter(torch.empty(conv, D)) if conv else None
         self.blocks = nn.ModuleList(self.block_class(config) for _ in range(config["n_layer"]))
         self.norm = NORMS[config["norm"]](config)
         self.unembed = nn.Linear(D, V + config["head_padding"], bias=config["bias"])
         for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
             self.register_buffer(name, table.to(self.embed.weight.device), persistent=False)
-        if not self.embed.weight.is_meta:  # nothing to draw there, and trying costs a second
+        if not self.embed.weight.is_meta:  # which has no memory; drawing would take a second
             with torch.no_grad():
                 for name, value in self.initial_weights():
                     self.get_parameter(name).copy_(value)
@@ -294,7 +294,7 @@ class Transformer(nn.Module):
 
 # ---- 3. A network with attention=order -----------------------------------------------------------
 class Streams(NamedTuple):
-    """How a block of such a network reads."""
+    """What an OrderBlock needs besides h, cos and sin."""
 
     n: int  # clean tokens; the others are queries
     read: object  # (q (B, H, T, d), k and v (2, B, H, n + Q, d)) -> what each q reads (B, H, T, d)

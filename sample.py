@@ -2,11 +2,11 @@
 
     python sample.py --ckpt=out/pydocs                                    asks for prompts
     python sample.py --ckpt=out/pydocs --num_samples=4                    free samples
-    python sample.py --ckpt=out/pydocs --prompt="The list "               begun (ended: --suffix=)
+    python sample.py --ckpt=out/pydocs --prompt="The list "               begin with it
     python sample.py --ckpt=out/pydocs --prompt=FILE:prompt.txt           of several lines
     python sample.py --ckpt=out/pydocs --template="The ___12 of a list."  a gap of 12 tokens
     python sample.py --ckpt=out/pairs --prompt="Who?" --cfg_scale=0.8     guided by its prompt
-    echo "The list" | python sample.py --prompt=FILE:/dev/stdin           (stdin only so)
+    echo "The list" | python sample.py --prompt=FILE:/dev/stdin           standard input
 
 - Whatever is not masked is a condition and never changes: a prompt, the text around a gap.
 - A network call gives p(x0_i | visible) at the positions that are due; each is drawn from it.
@@ -40,18 +40,17 @@ import diffusion
 import samplers
 from config import require
 from lib import fused, philox
+from lib import subject as subjects
 from lib.bar import progress_bar
 from lib.cache import Cache, OrderCache
 from lib.device import calls_on_device, can_compile, compile_hidden, wait
 from lib.entries import check_ids, keys_read
 from lib.stats import Probabilities, entropy_of
-from lib.subject import check_causal, load_subject
 from lib.text import is_asked, request, say, suppress_eos, suppress_tokens, text_of, text_or_file
 from lib.watch import watch
 from samplers import SAMPLERS
 
 DEFAULTS = {
-    "ckpt": "out/pydocs",  # what checkpoint.load takes: a run's folder, published weights
     "temperature": 1.0,  # 0: the likeliest token; a model fine-tuned on prompts and answers has 0
     "top_k": 0,  # keep the k likeliest tokens; 0: all
     "top_p": 1.0,  # keep the likeliest tokens that hold this much probability, in (0, 1]
@@ -67,12 +66,12 @@ DEFAULTS = {
     "watch": False,  # show how the samples emerge, call by call
     "out": "",  # also write the samples to this .jsonl file
 }
-MODULES = (settings, diffusion, samplers, sys.modules[__name__])  # whose keys it takes
+MODULES = (settings, subjects, diffusion, samplers, sys.modules[__name__])  # whose keys it takes
 # Those that `sample` takes as options; the others are of the command alone.
 OPTIONS = (*samplers.DEFAULTS, *diffusion.DEFAULTS, "seed", "batch_size")
 OPTIONS += ("temperature", "top_k", "top_p", "cfg_scale")
-# How such a model answers unless told otherwise: the likeliest tokens, one in each call as
-# far as the steps reach. 98% of new sums were right, 88% by ancestral (experiments/arithmetic.py).
+# Defaults for a model of prompts and answers: the likeliest tokens, one in each call as far as the
+# steps reach. 98% of new sums were right, 88% by ancestral (experiments/arithmetic.py).
 ANSWERS = {"sampler": "confidence", "temperature": 0.0, "num_samples": 1}
 # Of a key that may be typed, whether it changes anything: config.refuse_unused.
 MASKED = "networks that are not causal", lambda o: not o["causal"]
@@ -97,8 +96,7 @@ def categorical(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     tokens have less probability than that. The caller brings one uniform number for each draw, so
     sampling is a function of its noise. Logits of nan or infinity give p of nan.
     """
-    on_mps = logits.device.type == "mps"  # which has no float64
-    logits = (logits.cpu() if on_mps else logits).double()  # (N, V)
+    logits = fused.in_float64(logits)  # (N, V)
     if temperature < 1e-300:  # 0, or too small to divide by
         p, token = logits.softmax(-1).max(-1, keepdim=True)  # (N, 1) each
     else:
@@ -121,8 +119,8 @@ def keep_likely(p, top_k, top_p):
         room = top_k - (p > least).sum(-1, keepdim=True)  # (N, 1) for those that are tied
         p = p.masked_fill((p < least) | (tied & (tied.cumsum(-1) > room)), 0.0)
     if top_p < 1:
-        share = p / p.sum(-1, keepdim=True)  # (N, V)
-        value, order = share.sort(dim=-1, descending=True, stable=True)  # (N, V) each
+        normalised = p / p.sum(-1, keepdim=True)  # (N, V)
+        value, order = normalised.sort(dim=-1, descending=True, stable=True)  # (N, V) each
         beyond = value.cumsum(-1) - value >= top_p  # (N, V) the mass before it is enough
         p = p.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), 0.0)
     return p
@@ -161,7 +159,7 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     size changes how long it takes, not what comes out (except where an adaptive sampler is equally
     sure of two positions, and rounding decides). A causal network goes left to right.
     on_call(sequence (n,), position (n,), call (n,), token (n,), p (n,), logits (n, V)), all on the
-    CPU, is told of the tokens that each call unmasks (no causal network's).
+    CPU, receives the tokens that each call unmasks; it is not called for causal networks.
     """
     o = settings.options(options, *MODULES, only=OPTIONS)
     check_ids(model, "x", x, values=True)
@@ -313,9 +311,9 @@ def fill_span(model, span, x, to_fill, u, suppress, o):
 # ---- 3. The command -----------------------------------------------------------------------------
 def open_model(config):
     """The Subject of config["ckpt"], compiled if the config says so."""
-    subject = load_subject(config, reads_text=True)
+    subject = subjects.load_subject(config, reads_text=True)
     if subject.causal:
-        check_causal(config)
+        subjects.check_causal(config)
     elif config["compile"] and can_compile(subject.model.device):
         compile_hidden(subject.model, subject.model.device)
     return subject

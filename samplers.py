@@ -11,9 +11,9 @@
   true conditionals, what is visible at a time is distributed as it is without remasking; given a
   network's, it is not.
 
-To add a sampler, add an entry to SAMPLERS: a function (masked (N, L) bool, options) -> Policy, the
-options being those of DEFAULTS, schedule and seed as a dict: o["steps"] (lib/entries.py has one of
-three lines). `calls`, here, asks the policy what is due; the loop in sample.py what to accept.
+To add a sampler, add an entry to SAMPLERS: a function (masked (N, L) bool, options) -> Policy.
+options is a dict of DEFAULTS, schedule and seed. `calls`, here, asks the policy what is due; the
+loop in sample.py asks it what to accept. (lib/entries.py has one of three lines.)
 """
 
 import itertools
@@ -84,7 +84,7 @@ def expected_nfe(r, L):
 
 # ---- 2. Policies: what is due in a call, and which of it is unmasked -----------------------------
 class Policy:
-    """What the loop asks about sequences live (b,), each of which has done (b,) network calls.
+    """Says what is drawn and kept in a call for sequences live (b,) after their done (b,) calls.
 
     A subclass has masked_at(live, done), the positions (b, L) that are masked before the next call,
     and due(live, done), those (b, L) whose tokens are drawn in it; and the `seed` of its noise. One
@@ -280,7 +280,7 @@ def confidence(masked, o):
 
 
 def smdm_greedy(masked, o):
-    """SMDM's form of it: int(n (1 - s/t)) of n masked tokens in the step from t to s."""
+    """SMDM's form of confidence: int(n (1 - s/t)) of n masked tokens in the step from t to s."""
     return most_confident(masked, o, smdm_counts)
 
 
@@ -363,8 +363,8 @@ def evenly(n, steps):
     if n == 0:
         return []
     steps = min(steps, n)
-    fewest, rest = divmod(n, steps)
-    return [fewest + 1] * rest + [fewest] * (steps - rest)
+    fewest, remainder = divmod(n, steps)
+    return [fewest + 1] * remainder + [fewest] * (steps - remainder)
 
 
 def smdm_counts(n, steps):

@@ -84,7 +84,7 @@ DEFAULTS = {
     "decay_start": 0.3,  # in [0, 1], the part of the run after which the decay begins
     "min_lr": 0.0,  # the learning rate at the end of the decay
     # system
-    "compile": True,  # by a C++ compiler on a CPU; not below 2 max_minutes unless it is asked for
+    "compile": True,  # by a C++ compiler on a CPU; off by default if max_minutes is below 2
     "recompute": False,  # compute each block again for its gradient: slower, but with less memory
     "parallel": "ddp",  # ddp (each process has the network) | fsdp (a part of it); under torchrun
     # evaluation, checkpoints and the log
@@ -124,7 +124,7 @@ class Batch(NamedTuple):
         return {name: value for name, value in self._asdict().items() if name not in counts}
 
     def each(self, move):
-        """The batch with every tensor moved."""
+        """Apply `move` to every tensor."""
         return Batch(*(move(field) if torch.is_tensor(field) else field for field in self))
 
 
@@ -236,7 +236,7 @@ def build(config, team, state=None):
         if team.world > 1 and config["parallel"] == "fsdp":
             parallel.shard(net, team)
         net.to_empty(device=team.device)
-        cos, sin = network.rotary_tables(config)  # (block_size, d/2) each
+        cos, sin = network.rotary_tables(config)  # (block_size, d/2) each; no parameters to fill
         net.cos, net.sin = cos.to(team.device), sin.to(team.device)
         torch.manual_seed(config["seed"])
         parallel.fill(net, weights.items() if weights else net.initial_weights(), "the checkpoint")
@@ -246,14 +246,12 @@ def build(config, team, state=None):
     return model, ema, optimizers
 
 
-def train_step(config, step, batches, loss_fn, optimizers, team, spent=0.0):
+def train_step(config, step, batches, loss_fn, optimizers, team):
     """One optimizer step on this process's next micro-batches -> (loss, NELBO, skipped).
 
     Loss and NELBO are in nats a token, and stay on the device. skipped: the gradient was not finite
-    and, with skip_nonfinite, the weights stay as they are. spent: the part of max_minutes that is
-    used, which the learning rate follows as it does the steps.
+    and, with skip_nonfinite, the weights stay as they are.
     """
-    set_learning_rate(optimizers, learning_rate(step, config, spent))
     if config["dropout"]:  # each process draws its own, the same whenever this step is taken
         philox.seed_torch(config["seed"], step, STREAMS["dropout"] + team.rank)
     share, micro = shares(config, team)
@@ -277,13 +275,13 @@ def train_step(config, step, batches, loss_fn, optimizers, team, spent=0.0):
 
 
 # ---- 3. Now and then -----------------------------------------------------------------------------
-def log_now(config, losses, spent, signal, team, log):
+def log_now(config, losses, rate, signal, team, log):
     """Wait for the device and log the step -> the signal that stops any of the processes, or 0."""
     step = log.clock.step
     (loss, nelbo), stopped, memory = parallel.reduce_over_processes(losses, signal, team)
-    sound = math.isfinite(loss) or config["skip_nonfinite"]
-    resume.require_sound(config, sound, f"the loss is {loss} at step {step}")
-    log.write_step(step, loss, nelbo, learning_rate(step - 1, config, spent), memory)
+    is_sound = math.isfinite(loss) or config["skip_nonfinite"]
+    resume.require_sound(config, is_sound, f"the loss is {loss} at step {step}")
+    log.write_step(step, loss, nelbo, rate, memory)
     return stopped
 
 
@@ -336,7 +334,7 @@ def one_sample(config, model, tokenizer, val, team):
 
 # ---- 4. The recipe -------------------------------------------------------------------------------
 def main(config):
-    """Train as config says -> the last evaluation, a dict of report, or None. Raises UserError."""
+    """Train as the config says -> the last evaluation, a dict of report, or None. UserError."""
     config = settings.completed(config, *MODULES)
     team = parallel.join(config)
     with resume.locked_out_dir(config, team):  # a second start with this out_dir is refused
@@ -344,7 +342,7 @@ def main(config):
 
 
 def train(config, team):
-    """The recipe, once out_dir is this run's alone."""
+    """The recipe; out_dir is locked."""
     # How the run begins: anew, from other weights, or from where it stopped.
     config, state = resume.begin(config, team)
     path = resume.checkpoint_path(config)
@@ -357,7 +355,7 @@ def train(config, team):
     config = resume.with_place_in_data(with_dial(config, dataset, team), state, team.world)
     clock = Clock(config, state, team)
 
-    # Model, average of its weights, optimizers; the loss, compiled and spread over the processes.
+    # The model, its EMA, the optimizers; the loss, compiled and spread over the processes.
     model, ema, optimizers = build(config, team, state)
     loss_fn = diffusion.Loss(model, config["objective"])
     loss_fn = parallel.prepare_for_training(loss_fn, config, team)
@@ -370,11 +368,11 @@ def train(config, team):
     result, stopped = None, 0
     with Stop() as stop, log, parallel.together(path, team), contextlib.closing(batches):
         for step in clock:
-            # One step: forward, loss.backward(), and a move of the weights.
-            spent = clock.spent()
-            loss, nelbo, skipped = train_step(
-                config, step - 1, batches, loss_fn, optimizers, team, spent
-            )
+            # One step: forward, loss.backward(), and a move of the weights. The clock counts steps
+            # from 1; random numbers and the learning rate are those of the steps done before.
+            rate = learning_rate(step - 1, config, clock.spent())
+            set_learning_rate(optimizers, rate)
+            loss, nelbo, skipped = train_step(config, step - 1, batches, loss_fn, optimizers, team)
             if skipped:
                 log.skip(step)
             elif ema:
@@ -384,7 +382,7 @@ def train(config, team):
             # Now and then, and at the end: wait for the device, log, evaluate, save.
             last = clock.tick(config["log_interval"])
             if step % config["log_interval"] == 0 or last or (stop.signal and team.world == 1):
-                stopped = log_now(config, (loss, nelbo), spent, stop.signal, team, log)
+                stopped = log_now(config, (loss, nelbo), rate, stop.signal, team, log)
             if clock.due(config["eval_interval"], share=0.1):
                 result = evaluate_now(config, model, ema, tokenizer, val, team, log)
             if clock.due(config["save_interval"] or config["eval_interval"]) or stopped:

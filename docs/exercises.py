@@ -2,7 +2,7 @@
 
     python -m pytest docs/exercises.py -k nfe       one of them; all fail until they are solved
 
-Answers in numbers and names go into ANSWERS; the others are code of yours in the five scripts.
+Answers in numbers and names go into ANSWERS; the others are code of yours in the scripts.
 """
 
 import subprocess

@@ -45,12 +45,11 @@ import sample
 from config import plural, require
 from data import choice as sets
 from data import examples
+from lib import subject as subjects
 from lib.files import to_json, whole_file
 from lib.stats import mean_and_error, method, plus_minus, shown_perplexity
-from lib.subject import load_evaluable
 
 DEFAULTS = {
-    "ckpt": "out/pydocs",  # whatever checkpoint.load takes
     "set": "hellaswag",  # one of READERS
     "from": "",  # the set's file (.jsonl, .jsonl.gz, .jsonl.xz), or a folder with one SET*.jsonl*
     "limit": 0,  # only the first so many questions, as lm-evaluation-harness limits; 0: all
@@ -59,9 +58,9 @@ DEFAULTS = {
     "cfg_scale": 0.0,  # guidance by the context: w in [-1, 1000] of u + (1 + w)(c - u); 0: off
     "pad_to": 0,  # fill rows up to it with masks, for a model that saw one length only; 0: off
     "batch_size": 32,  # rows in one network call; 1 or more
-    "ema": True,  # use the averaged weights where the checkpoint has them
     "out": "",  # also write each question's nats and answers to this .jsonl file
 }
+MODULES = (settings, subjects, diffusion, sys.modules[__name__])  # whose keys it takes
 
 ESTIMATORS, READERS = evaluate.ESTIMATORS, sets.READERS
 
@@ -159,7 +158,7 @@ def main(config):
     """Ask config["ckpt"] the questions of config["set"], print how and the accuracy -> a dict."""
     check(config)
     questions, path = sets.read(config["set"], config["from"], config["limit"])
-    subject = load_evaluable(config, reads_text=True)
+    subject = subjects.load_evaluable(config, reads_text=True)
     check_network(config, subject, "cfg_scale", "pad_to")
     began, model, L = time.time(), subject.model, subject.model.block_size
     require(config["pad_to"] <= L, f"pad_to must be at most the block's {L} tokens")
@@ -244,4 +243,4 @@ def keep(path, questions, nats, picks, right):
 
 
 if __name__ == "__main__":
-    program.run(main, settings, diffusion, sys.modules[__name__])
+    program.run(main, *MODULES)

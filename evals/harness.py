@@ -40,11 +40,10 @@ import sample
 from config import UserError, nearest, plural, require
 from data import examples
 from evals import choice
+from lib import subject as subjects
 from lib.stats import method
-from lib.subject import load_evaluable
 
 DEFAULTS = {
-    "ckpt": "out/pydocs",  # whatever checkpoint.load takes
     "tasks": "",  # tasks of lm-evaluation-harness, separated by commas
     "include_path": "",  # a folder with more task files (.yaml)
     "limit": 0,  # only the first so many documents of each task; 0: all
@@ -56,8 +55,8 @@ DEFAULTS = {
     "steps": 128,  # of the sampler, in [1, 1e6]
     "max_new_tokens": 256,  # generated where a task does not say how many; 1 or more
     "batch_size": 32,  # rows in one network call; 1 or more
-    "ema": True,  # use the averaged weights where the checkpoint has them
 }
+MODULES = (settings, subjects, diffusion, sys.modules[__name__])  # whose keys it takes
 
 ESTIMATORS, SAMPLERS = evaluate.ESTIMATORS, sample.SAMPLERS
 
@@ -188,7 +187,7 @@ def check(config):
 def main(config):
     """Run the tasks on config["ckpt"], print the harness's table; return its results, a dict."""
     check(config)
-    subject = load_evaluable(config, reads_text=True)
+    subject = subjects.load_evaluable(config, reads_text=True)
     choice.check_network(config, subject, "cfg_scale")
     lm_eval, LM, TaskManager = packages()
     manager = TaskManager(include_path=config["include_path"] or None)
@@ -221,4 +220,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    program.run(main, settings, diffusion, sys.modules[__name__])
+    program.run(main, *MODULES)

@@ -131,7 +131,9 @@ class Part:
         )
 
         def step(batches, config=config):
-            train.train_step(config, next(count), batches, loss_of, optimizers, self.team)
+            number = next(count)
+            train.set_learning_rate(optimizers, train.learning_rate(number, config))
+            train.train_step(config, number, batches, loss_of, optimizers, self.team)
             if ema:
                 update_ema(ema, model, config["ema"], 1)
 

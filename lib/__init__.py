@@ -3,7 +3,7 @@
 How a main(config) becomes a command, checkpoints and weight formats, processes and devices, the
 optimizer, the fused loss, caches of keys and values, the log, files. Nothing here imports train,
 sample, samplers or evaluate. What makes networks or runs (checkpoint, formats, budget, resume)
-imports model, and resume, rows and log import diffusion.
+imports model, and resume and rows import diffusion.
 """
 
 from lib import program  # noqa: F401 (first of all: from here on Ctrl-C is one line)

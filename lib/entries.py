@@ -134,7 +134,7 @@ def uses_schedule(draw):
         return False
     u, noise = torch.full((4,), 0.5), torch.linspace(0.1, 0.9, 12).view(4, 3)  # (4,), (4, 3)
     schedules = (lambda t: (t, torch.ones_like(t)), lambda t: (t**2, 2 * t))
-    draws = [draw(u, noise, 3, schedule) for schedule in schedules]
+    draws = [draw(u, noise, torch.full((4,), 3), schedule) for schedule in schedules]
     return any(not torch.equal(*pair) for pair in zip(*draws, strict=True))
 
 
@@ -172,8 +172,8 @@ def check_objective(objective):
     if objective.draw is None:
         return "" if objective.causal else "has no draw, which a network that is not causal needs"
     v, noises = numbers_of_three()
-    for noise, prompt in noises:
-        n = 3 if prompt is None else torch.full_like(prompt, 3)
+    for noise, _ in noises:
+        n = torch.full((len(v),), 3)  # (N,)
         mask, weight = objective.draw(v**3, noise, n, lambda t: (t**2, 2 * t))
         if mask.shape != noise.shape or mask.dtype != torch.bool or weight.shape != v.shape:
             return "must draw (mask (B, L) bool, weight (B,))"

@@ -3,9 +3,10 @@
 - cross_entropy: head and cross-entropy chunk by chunk, with the gradient taken on the way forward
 - attention: F.scaled_dot_product_attention, or its two products written out where that is faster
 - gelu: its tanh form in fewer operations when compiled; relu2: without a power
-- moved: .to(device) without waiting; masked_indices: in few distinct sizes
+- moved: .to(device) without waiting; masked_indices: in few distinct sizes; kth_smallest
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -20,6 +21,12 @@ def masked_indices(mask, multiple=1):
     flat = mask.flatten()  # (B*L,)
     N = -(-int(flat.sum()) // multiple) * multiple  # few distinct N: few compiled programs
     return (~flat).to(torch.uint8).argsort(stable=True)[:N]
+
+
+def kth_smallest(values, k):
+    """The k-th smallest value (B, 1) of each row of values (B, L), k (B,) from 1; on the CPU."""
+    ordered = np.sort(values.numpy())  # (B, L) numpy sorts far faster than torch
+    return torch.from_numpy(ordered).gather(1, k[:, None] - 1)
 
 
 def summed(values, masked_idx, x0):
@@ -253,6 +260,11 @@ def relu2(h):
 
 
 # ---- From the host to a device -------------------------------------------------------------------
+
+
+def in_float64(values):
+    """The values as float64, on the CPU if they are on MPS, which has none."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def moved(device, *tensors):

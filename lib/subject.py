@@ -12,6 +12,11 @@ from lib import checkpoint
 from lib.device import cast_products, dtype_name, machine
 from lib.text import encode, text_or_file, without_space
 
+DEFAULTS = {
+    "ckpt": "out/pydocs",  # what checkpoint.load takes: a run's folder, published weights
+    "ema": True,  # use the averaged weights if the checkpoint has them
+}
+
 
 class Subject(NamedTuple):
     """The model that a program samples or evaluates."""
@@ -38,7 +43,7 @@ def load_subject(config, reads_text=False, cast=True):
     once to the dtype of products; otherwise they stay as they were saved.
     """
     device, autocast = machine(config)
-    ckpt, ema = config["ckpt"], config.get("ema", True)
+    ckpt, ema = config["ckpt"], config.get("ema", DEFAULTS["ema"])
     model, tokenizer, trained = checkpoint.load(ckpt, device, ema=ema)
     if reads_text:
         message = f"{ckpt} names no tokenizer, so text cannot be read or written"

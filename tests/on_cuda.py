@@ -167,6 +167,7 @@ def steps_of(device, bf16=False, **keys):
     for step in range(2):
         waits.clear()
         batch = iter(batches[2 * step :])
+        train.set_learning_rate(optimizers, train.learning_rate(step, config))
         losses.append(train.train_step(config, step, batch, loss_of, optimizers, team)[0])
         train.update_ema(ema, model, 0.9, step)
     counted = dict(waits)
@@ -314,7 +315,7 @@ def test_quality_and_choices_run_too(cuda, tmp_path):
     question = {"context": WORDS[:8], "options": ["the", "cat"], "gold": 0}
     (tmp_path / "plain.jsonl").write_text(json.dumps(question) + "\n")
     keys |= {"from": str(tmp_path), "set": "plain", "draws": 2, "cfg_scale": 0.5}
-    result = choice.main(settings.options(keys, settings, diffusion, choice))
+    result = choice.main(settings.options(keys, *choice.MODULES))
     assert result["questions"] == 1
 
 

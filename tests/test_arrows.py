@@ -42,7 +42,7 @@ def test_a_script_of_the_root_imports_none_that_evaluates_or_shows_it(name):
     assert first and not first & {"evals", "experiments", "view"}
 
 
-def test_of_lib_five_files_import_the_method_or_the_network_and_none_a_script_that_is_run():
+def test_five_files_of_lib_import_the_method_or_the_network_and_none_another_script():
     scripts = {f"{name}.py" for name in ROOTS} - {"config.py"}
     arrows = {name: ARROWS[name] & scripts for name in FILES if name.startswith("lib/")}
     assert {name: files for name, files in arrows.items() if files} == {

@@ -16,7 +16,6 @@ from conftest import L, V
 from plain import DEFAULTS
 
 import config as settings
-import diffusion
 import evaluate
 from config import UserError
 from data import choice as sets
@@ -502,7 +501,7 @@ def program(tmp_path):
         given = {"ckpt": str(tmp_path), "from": str(tmp_path), "device": "cpu", "dtype": "float32"}
         given |= {"set": "plain"} | keys
         jsonl(tmp_path / f"{given['set']}.jsonl", *records)
-        return choice.main(settings.options(given, settings, diffusion, choice)), model
+        return choice.main(settings.options(given, *choice.MODULES)), model
 
     return run
 

@@ -32,7 +32,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import config
-import diffusion
 import evaluate
 import lib.program
 import model as network
@@ -182,7 +181,7 @@ PROGRAMS = {
     "sample": (sample.main, sample.MODULES),
     "evaluate": (evaluate.main, evaluate.MODULES),
     "zeroshot": (zeroshot.main, (*evaluate.MODULES, zeroshot)),
-    "harness": (harness.main, [config, diffusion, harness]),
+    "harness": (harness.main, harness.MODULES),
     "checkpoint": (checkpoint.main, [checkpoint]),
     "plot_log": (lambda given: plot_log.main(given | {"folders": [given["out"]]}), [plot_log]),
 }

@@ -18,7 +18,6 @@ import pytest
 import torch
 
 import config as settings
-import diffusion
 import evaluate
 import model as network
 import sample
@@ -96,7 +95,7 @@ FLOAT32 = {"device": "cpu", "dtype": "float32"}
 
 def ask(folder, ckpt, task, **keys):
     given = FLOAT32 | {"ckpt": str(ckpt), "tasks": task, "include_path": str(folder)} | keys
-    return harness.main(settings.options(given, settings, diffusion, harness))[task]
+    return harness.main(settings.options(given, *harness.MODULES))[task]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +117,7 @@ def test_multiple_choice_gives_the_numbers_of_our_own(
     file.write_text("".join(json.dumps(line) + "\n" for line in ours))
     given = FLOAT32 | {"ckpt": str(ckpt), "set": "plain", "from": str(file)}
     given |= {"draws": 8, "cfg_scale": cfg_scale}
-    ours = choice.main(settings.options(given, settings, diffusion, choice))
+    ours = choice.main(settings.options(given, *choice.MODULES))
     assert theirs["acc,none"] == ours["accuracy"] and 0 < ours["accuracy"] < 1
     assert theirs["acc_stderr,none"] == pytest.approx(ours["error"], rel=1e-6)
 
@@ -199,7 +198,7 @@ def test_an_answer_as_long_as_the_block_is_cut_and_not_its_prompt(tmp_path, atte
         return tokens, info
 
     monkeypatch.setattr(sample, "sample", spy)
-    config = settings.options({"steps": 2}, settings, diffusion, harness)
+    config = settings.options({"steps": 2}, *harness.MODULES)
     given = evaluate.DEFAULTS | settings.DEFAULTS | FLOAT32
     subject = load_evaluable(given | {"ckpt": str(save_model(tmp_path, attention))})
     requests = [(p, {"until": [], "max_gen_toks": n}) for p, (n, _) in prompts.items()]
@@ -216,7 +215,7 @@ def test_what_a_block_cuts_of_contexts_and_continuations_is_counted(tmp_path):
         evaluate.DEFAULTS | settings.DEFAULTS | FLOAT32 | {"ckpt": str(save_model(tmp_path))}
     )
     config, cuts = (
-        settings.options({"draws": 2}, settings, diffusion, harness),
+        settings.options({"draws": 2}, *harness.MODULES),
         collections.Counter(),
     )
     pairs = [("abc", " def"), ("a" * 32, " def"), ("abc", " d" * 20), ("", "abc")]

@@ -7,7 +7,6 @@ import torch
 from test_train import MODULES, TINY, log, refusal, run, same
 
 import config as settings
-import diffusion
 import evaluate
 import train
 from config import parse
@@ -216,7 +215,7 @@ def test_the_best_weights_are_kept_when_a_run_learns_its_text_by_heart(
     assert f"{said}last is {nats[60]:.3f}\n" in capsys.readouterr().out
     words = [f"--ckpt={out / 'best.pt'}", f"--sequences={sequences}"]
     words += ["--device=cpu", "--dtype=float32"]
-    result = evaluate.main(parse(words, settings, diffusion, evaluate))
+    result = evaluate.main(parse(words, *evaluate.MODULES))
     assert result["nats_per_token"] == pytest.approx(nats[best], rel=1e-5)
 
 

@@ -117,7 +117,7 @@ def test_the_network_is_the_architecture_written_out(variant, attention):
     assert torch.allclose(model(x), plain_forward(model, x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_convolution_over_the_embedded_tokens_is_that_of_torch_and_begins_as_nothing():
+def test_a_convolution_of_the_embedded_tokens_is_that_of_torch_and_begins_as_nothing():
     model, x = tiny(conv=3), tokens()
     assert torch.allclose(model(x), plain_forward(model, x), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(model(x), plain_forward(tiny(), x), atol=0.1)

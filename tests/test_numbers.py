@@ -15,7 +15,6 @@ from conftest import ROOT
 from test_train import MODULES, TEXT, TINY, batch_of, build, config_of, log, refusal, run
 
 import config as settings
-import diffusion
 import evaluate
 import sample
 import train
@@ -268,14 +267,12 @@ ASK = {  # what may be asked of a checkpoint: program -> its words
     "train": (train, "--init_from=CKPT --data=data --out_dir=out"),
 }
 MORE = {quality: (*sample.MODULES, quality), page: (*sample.MODULES, page)}
-MORE |= {each: each.MODULES for each in (train, sample)}
 
 
 def asked(name, ckpt):
     module, words = ASK[name]
     line = [*words.replace("CKPT", ckpt).split(), "--device=cpu", "--dtype=float32"]
-    modules = MORE.get(module, (settings, diffusion, module))
-    return module.main(settings.parse(line, *modules))
+    return module.main(settings.parse(line, *(MORE.get(module) or module.MODULES)))
 
 
 @pytest.mark.parametrize("name", ASK)
@@ -339,7 +336,7 @@ def test_nothing_has_the_likelihood_1_whatever_stands_before_it(data, tmp_path):
     run(data, tmp_path, max_iters=2)
     keys = {"ckpt": str(tmp_path), "dtype": "float32"}
     subject = load_evaluable(evaluate.DEFAULTS | settings.DEFAULTS | keys)
-    config = settings.options({"draws": 2}, settings, diffusion, harness)
+    config = settings.options({"draws": 2}, *harness.MODULES)
     args = [("the ", ""), ("", ""), ("the cat", ""), ("the", " cat")]
     requests = [SimpleNamespace(args=pair, task_name="t", doc_id=i) for i, pair in enumerate(args)]
     log_p = harness.log_p_of_continuations(subject, config, harness.collections.Counter(), requests)

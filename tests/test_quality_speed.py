@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 
 import config as settings
-import diffusion
 import train
 from config import UserError
 from evals import choice
@@ -82,7 +81,7 @@ def test_smdms_ratio_of_seconds_is_the_one_that_it_claims():
     assert papers.MT_BENCH[128][0] == pytest.approx(papers.ARM_SCORE, abs=0.011)
 
 
-def test_every_sampler_is_tried_at_one_length_and_each_writer_has_its_own_share_of_flops():
+def test_every_sampler_is_tried_at_one_length_and_each_writer_has_its_share_of_flops():
     names = {name for name, *_ in quality_speed.plan({"length": 128, "quick": False}, 128)}
     tried = {name.split(", ")[1] for name in names if "," in name}
     assert tried == set(samplers_of_the_house()) - {"euler"}, "which is ancestral here"
@@ -190,7 +189,7 @@ def test_the_commands_for_published_weights_have_the_settings_of_the_paper():
     lines = re.findall(r"\$ask (.*)", doc)
     chosen = {}
     for line in lines:
-        config = settings.parse([*ask, *line.split()], settings, diffusion, choice)
+        config = settings.parse([*ask, *line.split()], *choice.MODULES)
         chosen[config["set"]] = config["estimator"], config["cfg_scale"]
         assert config["draws"] == 1024 or config["estimator"] == "left_to_right"
     assert chosen == SMDM and list(chosen) == understanding.TASKS

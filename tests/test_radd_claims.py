@@ -100,7 +100,7 @@ def test_the_flops_of_the_time_input_are_those_that_torch_counts():
     assert timing.share_without_modulation(config) == pytest.approx(step / (step + extra))
 
 
-def test_the_time_that_the_network_is_told_is_that_of_the_draw_and_ends_with_the_block():
+def test_the_time_that_the_network_is_told_is_the_draw_s_and_ends_with_the_block():
     plain = network.Transformer, diffusion.Loss
     with timing.timed():
         _, model = timed_network()

@@ -402,7 +402,7 @@ def test_an_answer_costs_given_its_prompt_what_it_does_as_it_was_trained(
     words += ["--device=cpu", "--dtype=float32"]
     words += [] if objective == "ar" else ["--estimator=chain", "--draws=4"]
     capsys.readouterr()
-    result = evaluate.main(settings.parse(words, settings, diffusion, evaluate))
+    result = evaluate.main(settings.parse(words, *evaluate.MODULES))
     said = capsys.readouterr().out
     padding = [0] * (7 if objective == "any_order" else 0)
     requests, model = [([*b"b1: "], [*b"bb", 0, *padding])], checkpoint.load(str(tmp_path))[0]
@@ -413,7 +413,7 @@ def test_an_answer_costs_given_its_prompt_what_it_does_as_it_was_trained(
     assert "-log p(answer and eos | 'b1: ', 4 tokens, not scored): " in said
     too_long = [*words[:2], "--text=" + "b" * 10]
     with pytest.raises(UserError, match=r"from 1 to 10 tokens \(an example of 14, with eos, .* 11"):
-        evaluate.main(settings.parse(too_long, settings, diffusion, evaluate))
+        evaluate.main(settings.parse(too_long, *evaluate.MODULES))
 
 
 def test_resumed_with_examples_of_another_width_a_run_counts_what_it_has_seen(data, tmp_path):

@@ -231,10 +231,9 @@ def build(data, **keys):
 
 def gradient_of_step(data, **keys):
     """(loss, gradients) of train_step: what plain descent with a rate of 1 moves the weights by."""
-    keys |= {"grad_clip": 0.0, "warmup_iters": 0, "learning_rate": 1.0}
-    config, model, blocks, loss_of = build(data, **keys)
+    config, model, blocks, loss_of = build(data, grad_clip=0.0, **keys)
     before = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     batches = train.make_batches(config, blocks, Team())
     loss, _, skipped = train.train_step(config, 0, batches, loss_of, [optimizer], Team())
     assert not skipped
