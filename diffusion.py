@@ -11,10 +11,10 @@
                       t = 0      cats  sat   on    the mat    3 calls
 
 Why it works. In a moment dt a visible token is masked with probability m'/(1 - m) dt: of the share
-1 - m that is still visible, m' dt goes. Let y be x with its masked position i unmasked to v. By
-Bayes' rule, x was y a moment ago with probability
-m'/(1 - m) dt * p_t(y)/p_t(x), RADD eq. 2.10: to go back is to know these ratios, the *concrete
-score*. With k masked and L - k visible tokens, p_t(x) = m^k (1 - m)^(L-k) p(visible tokens), so
+1 - m still visible, m' dt goes. Let y be x with its masked position i unmasked to v. By Bayes' rule
+x was y a moment ago with probability m'/(1 - m) dt * p_t(y)/p_t(x), RADD eq. 2.10: to go back is to
+know these ratios, the *concrete score*. With k masked and L - k visible tokens, p_t(x) = m^k
+(1 - m)^(L-k) p(visible tokens), so
 
     p_t(x with masked i := v) / p_t(x)  =  (1 - m)/m * p(visible, x0_i = v) / p(visible)
                                         =  (1 - m)/m * p(x0_i = v | visible)
@@ -80,8 +80,7 @@ class Objective(NamedTuple):
 def any_order(u, noise, n, schedule):
     """Exactly k masked, k uniform on 1..n, weight n/k. RADD eq. 2.16, G.3 (any-order AR)."""
     k = (1 + (u * n).floor()).clamp(max=n)  # (B,)
-    # The k positions of least noise; ties have probability 0.
-    return noise <= fused.kth_smallest(noise, k.long()), n / k
+    return noise <= fused.kth_smallest(noise, k.long()), n / k  # ties have probability 0
 
 
 def lambda_dce(u, noise, n, schedule):

@@ -38,7 +38,7 @@ import diffusion
 import sample
 import samplers
 from config import choose
-from experiments import baselines, bench, frontier, papers, results, runs
+from experiments import baselines, bench, frontier, papers, results, runs, timing
 from lib import program
 
 DEFAULTS = {
@@ -128,7 +128,7 @@ def timed(ctx, V, L, steps):
     ):
         for name, function in functions.items():
             repeats = 5 if not name.isdigit() else 1
-            times[name].append(bench.seconds_of(function, ctx.device, repeats))
+            times[name].append(timing.seconds_of(function, ctx.device, repeats))
     return {name: min(taken) for name, taken in times.items()}
 
 

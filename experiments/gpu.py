@@ -8,7 +8,7 @@ card does not recover from, or what hangs, ends one part. A line is told when it
 that fails says why, and the next goes on. gpu.json, gpu.md and gpu.jsonl, from which the same
 command goes on, are written after each part.
 
-How it is measured. The clock is the card's own (experiments/bench.seconds_of), after calls that
+How it is measured. The clock is the card's own (experiments/timing.seconds_of), after calls that
 compile and warm up: the median of three turns of as many calls in a row as the part's time allows.
 first_step_s is all that comes before the second step: network, optimizer and compilation, by what
 torch has in its cache. memory_GB is the most that tensors have taken since the line began.
@@ -41,7 +41,7 @@ import diffusion
 import train
 from data import loader
 from experiments import device_checks, device_speed, loading, results, scaling_up
-from experiments.bench import seconds_of
+from experiments.timing import seconds_of
 from lib import device as devices
 from lib import parallel, program, resume
 from lib.optim import update_ema

@@ -31,7 +31,7 @@ import train
 from config import require
 from data import loader
 from experiments import results
-from experiments.bench import alternate, middle, resident
+from experiments.timing import alternate, middle, resident
 from lib import program
 from lib.device import machine
 from lib.files import to_json

@@ -40,7 +40,7 @@ import torch
 from tqdm import tqdm
 
 import config as settings
-from experiments import bench, frontier, papers, results, runs
+from experiments import bench, frontier, papers, results, runs, timing
 from experiments import equal_quality as equal
 from lib import checkpoint, program
 from lib.device import cast_products, machine
@@ -154,7 +154,7 @@ def timed(ctx, folders, points, L, B):
             functions += [(name, bench.sampler(model, x, autocast, **o)) for name, o in of_writer]
     for _ in tqdm(range(1 if ctx.config["quick"] else ctx.config["rounds"]), disable=None):
         for name, function in functions:
-            seconds = bench.seconds_of(function, ctx.device) / B
+            seconds = timing.seconds_of(function, ctx.device) / B
             times[name] = min(seconds, times.get(name, np.inf))
     return times
 

@@ -13,7 +13,7 @@ from plain import DEFAULTS
 import diffusion
 from data import writer
 from data.tokenizer import Char
-from experiments import baselines, bench, textbook
+from experiments import baselines, bench, textbook, timing
 from lib import fused
 from model import make_network
 
@@ -47,7 +47,7 @@ def test_the_cache_draws_each_token_with_its_probability_at_masked_positions_onl
 
 def test_the_tables_have_every_variant_and_their_first_is_the_unit(monkeypatch):
     monkeypatch.setattr(bench, "SMALL", TINY)
-    monkeypatch.setattr(bench, "TURN", 0.0)
+    monkeypatch.setattr(timing, "TURN", 0.0)
     monkeypatch.setattr(torch, "compile", lambda function: function)
     rows, limits = bench.training(11, 2, 1, CPU, TINY)
     names = [row["name"] for row in rows]
@@ -64,14 +64,14 @@ def test_the_tables_have_every_variant_and_their_first_is_the_unit(monkeypatch):
 
 def test_a_turn_is_as_many_calls_as_fit_and_its_time_is_that_of_one(monkeypatch):
     clock, calls = [0.0], {"fast": 0, "slow": 0}
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
 
     def call(name, seconds):
         calls[name] += 1
         clock[0] += seconds
 
     variants = {"fast": lambda: call("fast", 0.25), "slow": lambda: call("slow", 3.0)}
-    times = bench.alternate(variants, 2, CPU)
+    times = timing.alternate(variants, 2, CPU)
     assert times == {"fast": [0.25, 0.25], "slow": [3.0, 3.0]}
     assert calls == {"fast": 2 + 2 * 4, "slow": 2 + 2}
 

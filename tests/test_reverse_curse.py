@@ -22,6 +22,7 @@ from experiments import (
     people,
     results,
     reverse_curse,
+    reverse_tables,
     runs,
 )
 
@@ -63,13 +64,13 @@ def test_the_substring_rule_is_weaker_than_the_exact_one():
 
 def test_an_interval_holds_what_was_measured_and_is_never_a_point():
     def width(percents):
-        low, high = reverse_curse.interval(percents, 30)
+        low, high = reverse_tables.interval(percents, 30)
         assert 0 <= low <= sum(percents) / len(percents) <= high <= 100
         return high - low
 
     assert min(map(width, ([0.0] * 3, [100.0] * 3, [50.0]))) > 11
     assert width([20.0, 50.0, 80.0]) > width([50.0, 50.0, 50.0])
-    high = reverse_curse.interval([0.0] * 3, 30)[1]
+    high = reverse_tables.interval([0.0] * 3, 30)[1]
     assert high == pytest.approx(11.35, abs=0.01), "Wilson's for 0 of 30"
 
 
