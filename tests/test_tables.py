@@ -269,6 +269,7 @@ def test_the_entries_that_are_shown_are_all_that_a_run_by_them_takes(lines, tmp_
         monkeypatch.setattr(train, name, getattr(diffusion, name), raising=False)
     before = {name: set(getattr(diffusion, name)) for name in ("SCHEDULES", "ORDERS", "OBJECTIVES")}
     monkeypatch.setattr(samplers, "SAMPLERS", sample.SAMPLERS | {})
+    monkeypatch.setattr(train, "LOSS_WEIGHTS", train.LOSS_WEIGHTS | {})
     exec(lines, {})
     (schedule,), (order,), (objective,) = (set(getattr(diffusion, n)) - before[n] for n in before)
     text = "the list is sorted.\n"
