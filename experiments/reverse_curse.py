@@ -20,10 +20,10 @@ forms of sentences for traits of the order. So both also read (berglund.py makes
 
 Ten of the 30 people told of in both orders lose the lines that have the name last and are asked for
 instead. These people *validate*: by them, and by no test item, the best third of the best of a few
-trainings is chosen, for trainings differ by their random numbers more than by any setting; and the
-w of a column. What each training says without the choice stands in a table. The causal model has
-one training: it answers none of them. It may know what it never says, so both also rank the names
-of all who are asked for, by their nats behind the prompt.
+trainings is chosen, for trainings differ by their random numbers more than by any setting; and, of
+one column each, w and the fewest words of an answer. What each training says without the choice
+stands in a table. The causal model has one training: it answers none of them. It may know what it
+never says, so both also rank the names of all who are asked for, by their nats behind the prompt.
 
 Budget: a seed has 3 trainings of the masked model and one of the causal one, 9e13 FLOPs each: 3
 hours for 3 seeds on a thread of 125 GFLOP/s (--minutes=260, of which a quarter is for the answers).
@@ -67,10 +67,12 @@ WIDTH = 40  # words in an example: the longest of Berglund's lines, with bos and
 OBJECTIVES = {"mdm": "any_order", "ar": "ar"}
 WAYS = {  # how both models answer: {ending of a figure's name: (w, fewest words)}
     "": (0.0, 2),  # no reference has less than two words
+    "_words": (0.0, None),  # the fewest words by the people who validate
     "_cfg": (0.8, 2),  # the paper's w; for the masked model alone, as the next
     "_chosen": (None, 2),  # w by the people who validate
     "_free": (0.0, 0),  # may be empty: training says that a line ends behind a description
 }
+FEWEST_WORDS = (2, 3, 4, 5, 6, 8)  # of these one is chosen
 CHOSEN = (
     "Size, thinning and invented people were chosen by looking at reverse answers of the masked "
     "model to these items, mostly with seed 1337; what came later, by people who validate. The "
@@ -211,17 +213,21 @@ def exam(ctx, folders, texts, tests, people):
     tokenizer, validation, items = Words(texts), tests["validation"], tests["reverse_dtn"]
     model, tries = best_of(ctx, folders, tokenizer, validation)
     net, causal, w = (model, tokenizer, ctx), model.causal, 0.0
+    of_words = {n: right(ask(net, validation, 0.0, n), validation) for n in FEWEST_WORDS}
+    words = max(of_words, key=of_words.get)  # of equal ones the fewest
     ends = [(checkpoint.load(folder, ctx.device)[0], tokenizer, ctx) for folder in folders]
     if not causal:
         of_w = {w: right(ask(net, validation, w), validation) for w in guidance.SCALES}
         w = max(of_w, key=of_w.get)
     record = {"parameters": model.n_parameters(), "lines": len(texts), "w": w, "tries": tries}
+    record["words"] = words
     record["unchosen"] = [right(ask(end, items), items) for end in ends]
     record |= {"scores": {}, "answers": {}, "wrong": {}, "ranked": {}, "possible": {}}
     for task, items in ((task, tests[task]) for task in SHOWN):
         for way, (scale, least) in WAYS.items():
             if causal and way in ("_cfg", "_chosen"):
                 continue
+            least = words if least is None else least
             answers = ask(net, items, w if scale is None else scale, least)
             scores = {end: percent(rule, answers, items) for end, rule in rules().items()}
             record["scores"][task + way] = scores

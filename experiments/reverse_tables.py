@@ -16,6 +16,7 @@ NAMES = [task for task in SHOWN if not task.endswith("ntd")]  # what is asked fo
 
 COLUMNS = [  # of the table and the plot
     ("mdm", "", "MDM"),
+    ("mdm", "_words", "MDM, fewest words chosen"),
     ("mdm", "_cfg", "MDM, w = 0.8"),
     ("mdm", "_chosen", "MDM, w chosen"),
     ("mdm", "_free", "MDM, may be empty"),
@@ -120,6 +121,7 @@ def seeds_table(records):
     lines = []
     for (kind, seed), record in records.items():
         line = {"model": kind, "seed": str(seed), "w chosen": f"{record['w']:g}"}
+        line["fewest words"] = str(record["words"])
         thirds = (", ".join(f"{z:.0f}" for z in each) for each in record["tries"])
         line["validation at thirds of each try"] = "; ".join(thirds)
         line["reverse, dtn of each"] = ", ".join(f"{z:.0f}" for z in record["unchosen"])

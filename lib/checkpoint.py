@@ -234,15 +234,15 @@ def locate(path):
             return file
     others = sorted(str(file) for file in Path(path).glob("*.safetensors") if os.path.isfile(file))
     names = f"{', '.join(WEIGHTS[:-1])} or {WEIGHTS[-1]}"
-    which = f"; name the file that is meant: {' or '.join(others)}"
-    which = which if others else runs_in(path)
+    which = f"; name the file that is meant: {' or '.join(others)}" if others else runs_in(path)
     raise UserError(f"no checkpoint in folder {path}: it has no {names}{which}")
 
 
 def runs_in(folder, most=4):
     """The end of a message: folders in this one that hold weights, a few, the newest first."""
     holds = lambda run: any(os.path.isfile(run / name) for name in WEIGHTS)  # noqa: E731
-    runs = sorted(filter(holds, Path(folder).glob("*")), key=os.path.getmtime, reverse=True)
+    inside = Path(folder).glob("*") if os.path.isdir(folder) else []  # False for what is no name
+    runs = sorted(filter(holds, inside), key=os.path.getmtime, reverse=True)
     return f"; there is: {', '.join(map(str, runs[:most]))}" if runs else ""
 
 

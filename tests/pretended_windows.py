@@ -119,7 +119,7 @@ def program(module, *words):
     modules = {
         "data.text.prepare": ("data.text.prepare", "data.tokenizer"),
         "lib.checkpoint": ("lib.checkpoint",),
-        "view.page": ("config", "diffusion", "samplers", "sample", "view.page"),
+        "view.page": ("config", "lib.subject", "diffusion", "samplers", "sample", "view.page"),
     }
     command = importlib.import_module(module)
     parts = [importlib.import_module(name) for name in modules.get(module, ())]
