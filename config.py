@@ -5,9 +5,9 @@
 - A key is defined once, with its default and a comment, in a dict DEFAULTS at the top of the file
   that uses it.
 - A program's config is one flat dict: the DEFAULTS of its files < a preset file < the command line.
-- The values that a key can have stand in its comment and nowhere else, and the check reads them
-  there: `a | b | c` or `one of TABLE`; of a number `1 or more` or `in [0, 1)`, else 0 or more.
-- A mistake of the user is a UserError: one line that says what would be right (lib/program.py).
+- The values that a key accepts are listed in its comment and nowhere else, and the check parses it:
+  `a | b | c` or `one of TABLE`; for a number `1 or more` or `in [0, 1)`, otherwise 0 or more.
+- A user's mistake raises UserError: one line that says what would be right (lib/program.py).
 """
 
 import ast
@@ -22,19 +22,19 @@ import traceback
 from pathlib import Path
 
 DEFAULTS = {
-    "device": "auto",  # cpu, mps, cuda or one card (cuda:1); auto: cuda if there is one, mps, cpu
-    "dtype": "auto",  # auto (bfloat16 where the hardware multiplies it) | float32 | bfloat16
+    "device": "auto",  # cpu, mps, cuda or one card (cuda:1); auto: the first of cuda, mps, cpu
+    "dtype": "auto",  # auto (bfloat16 if the hardware multiplies it fast) | float32 | bfloat16
     "seed": 1337,  # every random draw is a function of the seed
 }
 
-# The keys whose value is a path, or several separated by commas; in it ~ is the home folder.
+# Keys whose value is a path, or several separated by commas; ~ is expanded to the home folder.
 PATHS = {"ckpt", "data", "folder", "from", "gpt2", "include_path", "init_from", "input", "judge",
          "out", "out_dir", "page", "preset", "reference", "results", "rows", "runs", "samples",
          "svg", "to", "tokenizer", "val"}  # fmt: skip
-# {key: how files end that it takes, or files in the folders that it takes}
+# {key: suffix of the files that it takes, or of a file in the folders that it takes}
 ENDS = {"ckpt": (".pt", ".pth", ".safetensors"), "data": "meta.json", "out_dir": "ckpt.pt"}
 
-RENAMED = {  # keys of earlier versions, in old commands and checkpoints, and what others call them
+RENAMED = {  # names from earlier versions (in old commands and checkpoints) or from other code
     "causal": "attention",
     "cfg": "cfg_scale",
     "lr": "learning_rate",
@@ -51,7 +51,7 @@ ROOT = Path(__file__).resolve().parent
 
 
 class UserError(Exception):
-    """A mistake of the user. The one-line message says what is wrong, and what would be right."""
+    """A user's mistake. The one-line message says what is wrong and what would be right."""
 
 
 def require(condition, message):
@@ -61,7 +61,7 @@ def require(condition, message):
 
 
 def nearest(name, names):
-    """The end of a message about an unknown name: the likely one of `names`, or all of them."""
+    """The end of a message about an unknown name: the closest one of `names`, or all of them."""
     names = sorted(str(each) for each in names if str(each))
     old = name in RENAMED
     close = [RENAMED[name]] if old else difflib.get_close_matches(str(name), names, n=1)
@@ -71,17 +71,17 @@ def nearest(name, names):
 
 
 def choose(key, value, options):
-    """options[value] of a dict, or the value itself from a list; UserError if it is not there."""
+    """options[value] for a dict, the value itself for a list; UserError if it is not in there."""
     if not (isinstance(value, str) and value in options):
         raise UserError(f"unknown {key} '{value}'{nearest(str(value), options)}")
     return options[value] if isinstance(options, dict) else value
 
 
 class Table(dict):
-    """A dict {name: entry} of all things of one kind, to which one is added by adding an entry.
+    """A dict {name: entry} of all things of one kind. To add a new one, add an entry.
 
-    Looking up an unknown name is a UserError. So is looking up a faulty entry: lacking(entry) says
-    at the first look-up what is wrong with it, in words, or "".
+    Looking up an unknown name raises UserError. So does looking up a faulty entry: the first lookup
+    calls lacking(entry), which returns what is wrong with it, in words, or "".
     """
 
     def __init__(self, kind, lacking=None, /, **entries):
@@ -94,7 +94,7 @@ class Table(dict):
         if self.lacking and not is_checked:
             try:
                 problem = self.lacking(entry)
-            except Exception as error:  # an entry may hold anything
+            except Exception as error:  # an entry may run any code
                 frames = traceback.extract_tb(error.__traceback__)
                 frame = [each for each in frames if "torch" not in Path(each.filename).parts][-1]
                 where = f"{Path(frame.filename).name}, line {frame.lineno}"
@@ -105,13 +105,13 @@ class Table(dict):
 
 
 def first_line(error):
-    """The first line of an error's message, shortened, or its type where there is no message."""
+    """The first line of an error's message, shortened, or its type if there is no message."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
 
 
 def plural(n, noun):
-    """How many there are of what: 1 block, 2 blocks."""
+    """A number with its noun: 1 block, 2 blocks."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
 
 
@@ -119,17 +119,17 @@ def plural(n, noun):
 
 
 def shown(value):
-    """The value as text for a message, shortened: a file can hold one that fills the memory."""
+    """The value as text for a message, shortened, because a file can hold a huge one."""
     try:
         return reprlib.repr(value)
-    except ValueError:  # more digits than Python writes
+    except ValueError:  # an int with more digits than Python prints
         return "a number of thousands of digits"
 
 
 def typed(key, value, default):
-    """The value in the type of its default: text is parsed, a literal is checked, or UserError."""
+    """The value, parsed from text or checked, in the type of its default; UserError otherwise."""
     if isinstance(default, str):
-        # without the characters that no file name can have
+        # the excluded characters cannot occur in a file name
         is_text = isinstance(value, str) and not re.search("[\0\ud800-\udc7f\udd00-\udfff]", value)
         require(is_text, f"{key} must be text, not {shown(value)}")
         return value
@@ -150,7 +150,7 @@ def typed(key, value, default):
 
 
 def at_home(key, value):
-    """The path, or paths, of a key with ~ replaced by the home folder; UserError without one."""
+    """The path or paths of a key with ~ expanded to the home folder; UserError if there is none."""
 
     def expanded(match):
         path = os.path.expanduser(match[0])
@@ -163,15 +163,15 @@ def at_home(key, value):
 
 @functools.cache
 def key_block(module):
-    """The text of a module's DEFAULTS: a key is documented by the line that defines it."""
+    """The source of a module's DEFAULTS: the line that defines a key also documents it."""
     return re.search(r"^DEFAULTS = \{\n(.*?)^\}", inspect.getsource(module), re.S | re.M)[1]
 
 
 def allowed(module):
-    """The values that keys can have, {key: list}, as the comments of DEFAULTS list them.
+    """The values that each key accepts, {key: list}, as listed in the comments of DEFAULTS.
 
     A comment is `# a | b (remark) | c; remark` or `# one of TABLE`, a dict or list of the module.
-    Readers and --help look there, so the check does, too: a second list could become another one.
+    Readers and --help rely on these comments, so the check does too: a second list could differ.
     """
     values = {}
     for key, comment in re.findall(r'^ *"(\w+)": ".*?",  # (.*)', key_block(module), re.M):
@@ -184,9 +184,9 @@ def allowed(module):
 
 
 def ranges(module):
-    """The range of each number, {key: text}, as the comments of DEFAULTS state it.
+    """The range of each number, {key: text}, as stated in the comments of DEFAULTS.
 
-    `1 or more`, `in [0, 1)`, where the round bracket leaves out the 1, or nothing: `0 or more`.
+    It is `1 or more`, or `in [0, 1)` (without the 1), or `0 or more` if the comment states none.
     """
     numbers = re.findall(r'^ *"(\w+)": -?\d[^,]*,(.*)', key_block(module), re.M)
     stated = r"-?\d+ or more|in [\[(].*?[\])]"
@@ -194,7 +194,7 @@ def ranges(module):
 
 
 def in_range(value, text):
-    """Whether a number is in a range of `ranges`."""
+    """Whether a number is in a range, given as the text that `ranges` returns."""
     interval = re.fullmatch(r"in ([\[(])(.*), (.*)([\])])", text)
     if not interval:
         return value >= int(text.split()[0])
@@ -215,9 +215,9 @@ def defaults_of(modules):
 
 
 def merge(items, *modules):
-    """The modules' DEFAULTS overridden by items (its name in a message, key, value), in order.
+    """The modules' DEFAULTS, overridden in order by items (name in messages, key, value).
 
-    Raises UserError for an unknown key, or a value that the key cannot have.
+    Raises UserError for an unknown key, or a value that the key does not accept.
     """
     config = defaults_of(modules)
     choices = {key: values for module in modules for key, values in allowed(module).items()}
@@ -239,29 +239,29 @@ def merge(items, *modules):
 def options(keywords, *modules, only=None):
     """The keyword options of a call merged over the DEFAULTS, as in `sample(model, x, steps=8)`.
 
-    only: the keys that the call reads, if not all; another one is a UserError that names these.
+    only: the keys that the call reads, if not all; any other raises a UserError that lists them.
     """
     keys = defaults_of(modules)
     only = keys if only is None else only
     for key in keywords:
-        unknown = "" if key in keys else key  # else it is well written, but for another call
+        unknown = "" if key in keys else key  # a key of other calls is not misspelled
         require(key in only, f"unknown key {key}{nearest(unknown, only)}")
     return merge([(key, key, value) for key, value in keywords.items()], *modules)
 
 
 def completed(config, *modules):
-    """A config that was made in Python, merged over the DEFAULTS and checked as a command's is.
+    """A config made in Python, merged over the DEFAULTS and checked like that of a command.
 
-    Keys that no module defines stay as they are.
+    Keys that no module defines are kept as they are.
     """
     keys = config.keys() & defaults_of(modules)
     return config | options({key: config[key] for key in keys}, *modules)
 
 
 def refuse_typed(config, keys, reason):
-    """Raise UserError if the command line has one of `keys`, which for this reason change nothing.
+    """Raise UserError if the command line sets one of `keys`; `reason` says why it has no effect.
 
-    A preset may have it, for other commands.
+    A preset may set it, since other commands may use it.
     """
     for key in keys:
         where = config.get("user_keys", {}).get(key, "")
@@ -269,9 +269,9 @@ def refuse_typed(config, keys, reason):
 
 
 def refuse_unused(config, used_by, thing):
-    """refuse_typed for the keys of a table that change nothing of a thing, as they are set.
+    """refuse_typed for the keys in used_by that have no effect on a thing.
 
-    used_by: {key: (what it is for, in words, thing -> whether that is so, the value of no effect)}.
+    used_by: {key: (what it is for, in words; thing -> whether it is used; a value always allowed)}.
     """
     for key, (what, uses, neutral) in used_by.items():
         typed_key = config.get("user_keys", {}).get(key, "").startswith("--")
@@ -280,20 +280,20 @@ def refuse_unused(config, used_by, thing):
 
 
 def read_preset(path):
-    """The dict of a preset file, one Python dict literal, which is read and never executed.
+    """The dict of a preset file: one Python dict literal, which is parsed and never executed.
 
-    A file that is not found from the working directory is looked for in this repository.
+    A path that does not exist in the working directory is looked up in this repository.
     """
     path = Path(at_home("preset", str(path)))
     if not os.path.isfile(path) and os.path.isfile(ROOT / path):  # called from another folder
         path = ROOT / path
-    if not os.path.isfile(path):  # unlike path.is_file() this is False also where one may not look
+    if not os.path.isfile(path):  # unlike path.is_file(), False also if access is denied
         folder = path.parent if os.path.isdir(path.parent) else ROOT / "configs"
         raise UserError(f"no preset file {path}{nearest(path, folder.glob('[!.]*.py'))}")
     try:
         preset = ast.literal_eval(path.read_text(encoding="utf-8-sig"))
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        reason = str(error).splitlines() or ["nested too deeply"]  # a MemoryError says nothing
+        reason = str(error).splitlines() or ["nested too deeply"]  # a MemoryError has no message
         raise UserError(f"{path} must hold one Python dict literal ({reason[0]})") from None
     message = f"{path} must hold one Python dict literal, not a {type(preset).__name__}"
     require(isinstance(preset, dict), message)
@@ -301,14 +301,14 @@ def read_preset(path):
 
 
 def taker(path, keys):
-    """The end of a message about a path that stands alone: the one of the keys that takes it."""
+    """The end of a message about a path without a key: the one of `keys` that takes such a path."""
     names = os.listdir(path) if os.path.isdir(path) else [path] if os.path.isfile(path) else []
     fitting = [key for key in ENDS if key in keys and any(n.endswith(ENDS[key]) for n in names)]
     return f"; did you mean --{fitting[0]}={path}?" if fitting else ""
 
 
 def parse(argv, *modules):
-    """The config of a command line: the DEFAULTS < preset files < --key=value; --key is True.
+    """The config of a command line: DEFAULTS < preset files < --key=value; --key alone is True.
 
     config["user_keys"] says which keys the user set, and where: {key: "--key" or "FILE: key"}.
     Raises UserError for an unknown key, a wrong type or value, or a missing preset.
@@ -329,7 +329,7 @@ def parse(argv, *modules):
 
 
 def help_text(*modules):
-    """The text of each module's DEFAULTS, with the names of TABLE added behind `one of TABLE`."""
+    """The text of each module's DEFAULTS, with the names in TABLE listed after `one of TABLE`."""
     blocks = []
     for module in modules:
         block = key_block(module)

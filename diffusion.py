@@ -1,32 +1,32 @@
-"""Absorbing-state (masked) diffusion: all that the method needs beyond a network. Read this first.
+"""Absorbing-state (masked) diffusion: the whole method except the network. Read this first.
 
 - Corrupt: replace each token of a clean text x0 by `mask_id`, independently, with probability m(t),
   which grows from 0 at time t = 0 to 1 at t = 1. A masked token stays masked: "mask" absorbs.
 - Learn: a network predicts p(x0_i | unmasked tokens) at masked positions i, for any set of them.
-- Sample: start at t = 1 with masks alone, go back to t = 0, and draw tokens from the network.
+- Sample: start at t = 1 with only masks, go back to t = 0, and draw tokens from the network.
 
     one sentence      t = 1      _     _     _     _   _      0 network calls so far
     on its way back   t = 0.6    _     sat   _     _   _      1 call: one position was unmasked
-                      t = 0.3    _     sat   on    the _      2: "on", "the" in one, independently
+                      t = 0.3    _     sat   on    the _      2 calls: "on" and "the" independently
                       t = 0      cats  sat   on    the mat    3 calls
 
-Why it works. In a moment dt a visible token is masked with probability m'/(1 - m) dt: of the share
-1 - m still visible, m' dt goes. Let y be x with its masked position i unmasked to v. By Bayes' rule
-x was y a moment ago with probability m'/(1 - m) dt * p_t(y)/p_t(x), RADD eq. 2.10: to go back is to
-know these ratios, the *concrete score*. With k masked and L - k visible tokens, p_t(x) = m^k
-(1 - m)^(L-k) p(visible tokens), so
+Why it works. In a short time dt, a visible token is masked with probability m'/(1 - m) dt: the
+visible share is 1 - m, and it shrinks by m' dt. Let y be x with its masked position i unmasked to
+v. By Bayes' rule, x was y a time dt ago with probability m'/(1 - m) dt * p_t(y)/p_t(x), as in
+RADD eq. 2.10. So going back requires only these ratios, the *concrete score*. With k masked and
+L - k visible tokens, p_t(x) = m^k (1 - m)^(L-k) p(visible tokens), so
 
     p_t(x with masked i := v) / p_t(x)  =  (1 - m)/m * p(visible, x0_i = v) / p(visible)
                                         =  (1 - m)/m * p(x0_i = v | visible)
 
-a factor that only time knows, times a conditional of clean text that time does not enter: RADD
-(arXiv 2406.03736) Theorem 1, RADD eq. 3.2, 3.3. (The papers write m = 1 - exp(-sigma_bar), where
-sigma_bar is the total noise up to t; the factor is then exp(-sigma_bar) / (1 - exp(-sigma_bar)).)
-Multiplied by the rate m'/(1 - m) above, this is the rate of the reverse process: a masked token is
-unmasked at the rate m'/m, which no network has to say, and becomes v by the conditional. Hence the
-network needs no time input; it fills any gap, for any visible set is a condition that it was
-trained on; and to learn the conditionals is a cross-entropy (CE), weighted to a bound (part 2).
-What training draws and weighs by default departs from it, and is in lib/weighting.py.
+a factor that depends only on time, times a conditional of clean text that does not: RADD (arXiv
+2406.03736) Theorem 1, RADD eq. 3.2, 3.3. (The papers write m = 1 - exp(-sigma_bar), where sigma_bar
+is the total noise up to t; the factor is then exp(-sigma_bar) / (1 - exp(-sigma_bar)).) Times the
+rate m'/(1 - m) above, this is the rate of the reverse process: a masked token is unmasked at the
+rate m'/m, whatever the network says, and becomes v with probability p(x0_i = v | visible). Hence
+the network needs no time input. It fills any gap, because it is trained on any visible set. And the
+conditionals are learnt by cross-entropy (CE), weighted so that it is a bound (part 2). By default,
+training draws and weights masks differently from the bound: lib/weighting.py.
 """
 
 import math
@@ -50,14 +50,14 @@ def loglinear(t, eps=0.0):
 
 
 def cosine(t):
-    """m = cos(pi/2 (1 - t)) = sin(pi/2 t): more is masked, so sampling unmasks slowly at first."""
+    """m = cos(pi/2 (1 - t)) = sin(pi/2 t). It is above t, so sampling unmasks slowly at first."""
     return torch.sin(math.pi / 2 * t), math.pi / 2 * torch.cos(math.pi / 2 * t)
 
 
 def geometric(t, sigma_min=1e-4, sigma_max=20.0):
-    """sigma_bar = sigma_min^(1-t) sigma_max^t. m starts at 1e-4: t_dce omits the rates below."""
+    """sigma_bar = sigma_min^(1-t) sigma_max^t. m starts at 1e-4, so t_dce omits lower rates."""
     sigma_bar = sigma_min ** (1 - t) * sigma_max**t
-    slope = sigma_bar * math.log(sigma_max / sigma_min)  # sigma, that of sigma_bar
+    slope = sigma_bar * math.log(sigma_max / sigma_min)  # sigma, the slope of sigma_bar
     return -torch.expm1(-sigma_bar), slope * torch.exp(-sigma_bar)
 
 
@@ -70,7 +70,7 @@ SCHEDULES = Table(
 class Objective(NamedTuple):
     draw: object  # (u (B,), noise (B, L), n (B,), schedule) -> (mask (B, L) bool, weight (B,))
     normalised: bool = True  # False: the output is a score, not log-probabilities
-    attention: tuple = ("full",)  # what the network must have
+    attention: tuple = ("full",)  # the kinds that it trains
 
     @property
     def causal(self):  # the baseline: nothing is masked
@@ -78,25 +78,25 @@ class Objective(NamedTuple):
 
 
 def any_order(u, noise, n, schedule):
-    """Exactly k masked, k uniform on 1..n, weight n/k. RADD eq. 2.16, G.3 (any-order AR)."""
+    """Mask exactly k of n, k uniform on 1..n, weight n/k. RADD eq. 2.16, G.3 (any-order AR)."""
     k = (1 + (u * n).floor()).clamp(max=n)  # (B,)
     return noise <= fused.kth_smallest(noise, k.long()), n / k  # ties have probability 0
 
 
 def lambda_dce(u, noise, n, schedule):
-    """Each masked with probability lam = u, weight 1/lam: denoising CE (DCE). RADD eq. 3.6, 3.8."""
+    """Mask with probability lam = u, weight 1/lam: denoising CE (DCE). RADD eq. 3.6, 3.8."""
     return noise < u[:, None], 1 / u
 
 
 def t_dce(u, noise, n, schedule):
-    """Each masked with probability m(t), t = u, weight m'(t)/m(t). RADD eq. 3.5, 2.11 (DSE)."""
+    """Mask with probability m(t), t = u, weight m'(t)/m(t). RADD eq. 3.5, 2.11 (DSE)."""
     m, dm = schedule(u)  # (B,) each
     return noise < m[:, None], dm / m
 
 
 OBJECTIVES = Table(
     "objective",
-    check_objective,  # the first use of an entry checks that its weights make the bound
+    check_objective,  # at an entry's first use: its weights must give the bound
     any_order=Objective(any_order, attention=("full", "order")),
     lambda_dce=Objective(lambda_dce),
     t_dce=Objective(t_dce),
@@ -104,32 +104,32 @@ OBJECTIVES = Table(
     ar=Objective(None, attention=("causal",)),  # nothing is masked: the baseline
 )
 
-# Why the sum over k is a bound. Along an order, -log p is a sum of L terms, CE(token | those before
-# it). In a random order, while k tokens are masked, the next one is any of the k, so its expected
-# CE is h_k, the mean CE of the masked tokens: the bound is h_1 + ... + h_L. One draw takes one k,
-# uniformly, so h_k counts L times: L h_k = L/k * (sum of their CE). By hand: README.
+# Why any_order is a bound. Along one order, -log p is a sum of L terms: each token's CE given those
+# before it. In a random order with k tokens still masked, the next is any of them, so its expected
+# CE is h_k, the mean CE of k masked tokens, and the bound is h_1 + ... + h_L. A draw picks one of L
+# values of k, so h_k counts L times: L h_k = L/k * (sum of the k CEs). By hand: README.
 #
-# Why all objectives are this bound, RADD eq. 3.7. Masking each token with probability lam ~ U(0, 1)
-# makes k uniform on 0..L, 1/(L + 1) each; given k, lam is Beta(k + 1, L - k + 1), and 1/lam has the
-# mean (L + 1)/k: so k brings 1/(L + 1) * (L + 1)/k * k h_k = h_k again. A schedule only renames lam
-# = m(t), d lam/lam = m'(t)/m(t) dt. t_dse (denoising score entropy, trained by SEDD) is the same
-# where its scores add up to 1, as in t_dce. any_order has least noise: k fixes its weight.
+# Why all objectives are this bound, RADD eq. 3.7. Mask each token with probability lam ~ U(0, 1).
+# Then k is uniform on 0..L, 1/(L + 1) each; given k, lam ~ Beta(k + 1, L - k + 1) and 1/lam has
+# mean (L + 1)/k. So k contributes 1/(L + 1) * (L + 1)/k * k h_k = h_k again. A schedule only
+# substitutes lam = m(t), d lam/lam = m'(t)/m(t) dt. t_dse (denoising score entropy, SEDD's loss) is
+# the same if its scores sum to 1, as in t_dce. any_order has the least noise: k fixes its weight.
 #
-# What is bounded: -log p(x0), p being the mean over orders of the chain rule's products, the law of
-# the sampler any_order. The bound averages log p; the log of an average is larger (Jensen), unless
-# all orders agree, as with true conditionals. Several together are nearer (evaluate.py, `orders`).
+# What is bounded: -log p(x0), where p is the mean over orders of the chain rule's product, as drawn
+# by the sampler any_order. The bound averages log p; the log of an average is larger (Jensen)
+# unless all orders agree, as with true conditionals. Averaging p is tighter: evaluate.py, `orders`.
 #
-# What other weights do. L times each sequence's mean over its masked tokens is right for k uniform
-# on 1..L only: under lam an empty mask counts as 0, so it is L/(L + 1) of the bound. One mean over
-# a batch's masked tokens weighs a sequence by its k: L sum_k k h_k / sum_k k. Another weight by k,
-# or law of k (train.py has both), keeps the optimum but gives no bound: experiments/loss_audit.py.
+# What other weights do. L times each sequence's mean masked CE is right only if k is uniform on
+# 1..L: with lam, an empty mask counts as 0, which gives L/(L + 1) of the bound. One mean over all
+# masked tokens of a batch weights a sequence by its k: L sum_k k h_k / sum_k k. Another weight or
+# distribution of k (see train.py) keeps the optimum but gives no bound: experiments/loss_audit.py.
 
 
 def draw_mask(objective, u, noise, schedule=loglinear, prompt=None):
     """(mask (B, L) bool, weight (B,)) from uniform u (B,) in (0, 1] and noise (B, L) in [0, 1).
 
-    On the CPU. E[sum over masked i of weight * CE_i] >= -log p(x0), in nats. The first `prompt`
-    (B,) tokens, fewer than L, are a condition, never masked: >= -log p(the rest | prompt).
+    E[sum over masked i of weight * CE_i] >= -log p(x0), in nats. The first `prompt` (B,) tokens,
+    fewer than L, are never masked; the bound is then on -log p(rest | prompt). On the CPU.
     """
     B, L = noise.shape
     prompt = torch.zeros(B, dtype=torch.long) if prompt is None else prompt  # (B,)
@@ -139,8 +139,8 @@ def draw_mask(objective, u, noise, schedule=loglinear, prompt=None):
     return mask & ~in_prompt, weight
 
 
-# For attention=order alone (model.py, part 3), which is trained on orders in place of masks.
-ORDERS = Table(  # from noise and place (B, L) in [0, 1), coin (B, 1): numbers, sorted to an order
+# Only for attention=order (model.py, part 3), which is trained on orders instead of masks.
+ORDERS = Table(  # noise, place (B, L), coin (B, 1) in [0, 1) and order_p -> (B, L) sort keys
     "order",
     check_order,
     uniform=lambda noise, place, coin, p: noise,
@@ -161,11 +161,11 @@ def draw_order(name, noise, coin, p=0.5, prompt=None):
     return key.argsort(dim=1, stable=True)
 
 
-# ---- 3. Draws of low variance, the same for any number of processes ------------------------------
+# ---- 3. Low-variance draws, the same for any number of processes ---------------------------------
 def stratified(jitter, rows, batch_size):
     """u (B,) for draw_mask: one in each of batch_size strata of (0, 1), in antithetic pairs.
 
-    rows (B,) are their numbers in the global batch; 2j and 2j + 1 are a pair (u, 1 - u) and bring
+    rows (B,) are indices into the global batch. Rows 2j and 2j + 1 form a pair (u, 1 - u) and have
     the same jitter in [0, 1). Row i always draws from the same stratum, so data must be shuffled.
     """
     u = (rows // 2 + 1 - jitter) / batch_size  # (B,) in (0, 1/2 + 1/(2 batch_size)]
@@ -173,20 +173,20 @@ def stratified(jitter, rows, batch_size):
 
 
 def stratified_uniforms(seed, step, rows, batch_size, L):
-    """(u (B,), noise (B, L)) for draw_mask, of `rows` (B,) of the global batch of `step`."""
+    """(u (B,), noise (B, L)) for draw_mask, for `rows` (B,) of the global batch at `step`."""
     rows = torch.as_tensor(rows)  # (B,)
-    pair = batch_size + rows // 2  # (B,) counters past the batch's own
+    pair = batch_size + rows // 2  # (B,) counters past those of the rows
     u = stratified(philox.uniforms(seed, step, pair, 1).squeeze(1), rows, batch_size)  # (B,)
     return u, philox.uniforms(seed, step, rows, L)
 
 
 # ---- 4. The bound: one weighted cross-entropy ----------------------------------------------------
 def plain_cross_entropy(model, h, target, weight, normalised=True):
-    """The specification; nothing here calls it. h (N, D) -> (loss, terms (N,), CE (N,)) in nats.
+    """The specification, only used in checks: h (N, D) -> (loss, terms (N,), CE (N,)), in nats.
 
-    The loss, the sum of weight * terms, alone has a gradient. Terms are CE. With normalised=False
-    (t_dse; SEDD, arXiv 2310.16834, RADD eq. 2.11) e^logit is a score without its factor (1 - m)/m,
-    which the weight has, and need not sum to 1: -logit[target] + sum_v e^logit_v - 1 is CE or more.
+    Only loss = sum(weight * terms) has a gradient. Terms are CE, or for t_dse (normalised=False;
+    SEDD, arXiv 2310.16834, RADD eq. 2.11) -logit[target] + sum_v e^logit_v - 1 >= CE: there e^logit
+    is a score without its factor (1 - m)/m, which is in the weight, and need not sum to 1.
     """
     logits = model.head(h).to(fused.wide(h.dtype))  # (N, V)
     at_target = logits.gather(-1, target[:, None]).squeeze(-1)  # (N,)
@@ -196,18 +196,18 @@ def plain_cross_entropy(model, h, target, weight, normalised=True):
 
 
 def cross_entropy(model, h, target, weight, normalised=True):
-    """The loss: the same in value and gradient, in pieces: (N, V) logits are never stored."""
+    """The same value and gradient in chunks, so that the (N, V) logits are never stored."""
     head, row_loss = model.head_parameters(), model.row_loss
     return fused.cross_entropy(h, head, target, weight, normalised, row_loss=row_loss)
 
 
 def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, bound_weight=None):
-    """The loss: weight * cross-entropy, summed over masked positions; its mean bounds -log p(x0).
+    """The loss: weight * cross-entropy, summed over masked positions. Its mean bounds -log p(x0).
 
     NELBO: negative evidence lower bound. x0 (B, L), mask (B, L) bool, weight (B,) or (B, L) ->
-    (loss, nats): loss a scalar, summed over the batch; nats (B,) the same for each sequence, no
-    gradient. masked_idx (N,): flat positions that count, the masked ones and a few of weight 0 that
-    fill up N (from fused.masked_indices on the CPU: no GPU waits for N). bound_weight: of the nats.
+    (loss, nats): a scalar summed over the batch, and the same per sequence (B,), without gradient.
+    masked_idx (N,): flat indices of the positions that count, padded with some of weight 0 (by
+    fused.masked_indices on the CPU: no GPU waits for N). bound_weight: for nats, if it differs.
     """
     check_ids(model, "x0", x0, mask)
     masked_idx = fused.masked_indices(mask) if masked_idx is None else masked_idx  # (N,)
@@ -216,7 +216,7 @@ def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, bound_weigh
     target, w = x0.flatten()[masked_idx], at_masked(weight, mask, masked_idx).to(h)  # (N,) each
     loss, terms, ce = cross_entropy(model, h, target, w, normalised)
     nats = w * terms  # (N,)
-    if bound_weight is not None:  # the bound is of the softmax: by CE, in t_dse as well
+    if bound_weight is not None:  # the bound is on the softmax: CE, for t_dse too
         nats = at_masked(bound_weight, mask, masked_idx).to(h) * ce  # (N,)
     return loss, fused.summed(nats, masked_idx, x0)
 
@@ -227,7 +227,7 @@ def at_masked(weight, mask, masked_idx):
 
 
 def ar_nll(model, x0, mask=None, weight=None, masked_idx=None):
-    """Exact -log p(x0) of a causal network: the baseline. As nelbo; without a mask all counts."""
+    """Exact -log p(x0) of a causal network, the baseline. Like nelbo; no mask: all tokens count."""
     check_ids(model, "x0", x0, mask)
     x = torch.nn.functional.pad(x0[:, :-1], (1, 0), value=model.start_id)  # (B, L) shifted
     if mask is None:
@@ -241,10 +241,10 @@ def ar_nll(model, x0, mask=None, weight=None, masked_idx=None):
 
 
 def order_nll(model, x0, order, weight=None):
-    """Exact -log p(x0) along an order, of an `order` network: (loss, its L terms (B, L)).
+    """Exact -log p(x0) along an order, for an `order` network: (loss, its L terms (B, L)).
 
-    order[b, k] (B, L) is the position that is unmasked k-th, terms[b, k] its CE times weight (B, L)
-    or 1, no gradient. Averaged over uniform orders their sum is the any_order bound: no k is drawn.
+    order[b, k] (B, L) is the position unmasked k-th, terms[b, k] its CE times weight (B, L) or 1,
+    no gradient. Their sum, averaged over uniform orders, is the any_order bound: no k is drawn.
     """
     check_ids(model, "x0", x0)
     target = x0.gather(1, order)  # (B, L) in the order in which they are unmasked
@@ -255,14 +255,14 @@ def order_nll(model, x0, order, weight=None):
 
 
 def of_all(model, h, target, weight=None):
-    """(loss, terms (B, L)) of all of target (B, L), from h (B*L, D); weight (B, L), or None: 1."""
+    """(loss, terms (B, L)) for all tokens of target (B, L), from h (B*L, D); weight (B, L) or 1."""
     w = h.new_ones(len(h)) if weight is None else weight.flatten().to(h.dtype)  # (B*L,)
     loss, ce, _ = cross_entropy(model, h, target.flatten(), w)
     return loss, (w * ce).view(target.shape)
 
 
 class Loss(torch.nn.Module):
-    """What training differentiates: the arguments of nelbo, ar_nll or order_nll -> (loss, nats)."""
+    """The training loss: the arguments of nelbo, ar_nll or order_nll -> (loss, nats (B,))."""
 
     def __init__(self, model, objective):
         super().__init__()
@@ -280,7 +280,7 @@ class Loss(torch.nn.Module):
 
 # ---- 5. Guidance ---------------------------------------------------------------------------------
 def states(model, x, masked_idx, cond, cfg_scale=0.0):
-    """hs for `guided`: [h (N, D)] of x (B, L), and with guidance that of x without cond (B, L)."""
+    """hs for `guided`: [h (N, D)] of x (B, L); with guidance also of x with cond (B, L) masked."""
     if cfg_scale == 0:
         return [model.hidden(x, masked_idx)]
     both = torch.cat([x, x.masked_fill(cond, model.mask_id)])  # (2B, L) both as one batch
@@ -288,11 +288,11 @@ def states(model, x, masked_idx, cond, cfg_scale=0.0):
 
 
 def guided(model, hs, cfg_scale=0.0):
-    """Logits (N, V), guided by the condition, from `states`: of all positions or a part of them.
+    """Logits (N, V) guided by the condition, from the hs of `states` or from a slice of each.
 
     Unsupervised classifier-free guidance (SMDM, arXiv 2410.18514): u + (1 + cfg_scale) * (c - u)
-    leans towards what the condition makes likelier: c are the network's logits, u those with the
-    condition masked too, known without fine-tuning. 0 is c alone, -1 u alone.
+    favours what the condition makes more likely. c are the network's logits; u are those with the
+    condition masked too, which need no fine-tuning. cfg_scale 0 gives c, -1 gives u.
     """
     if cfg_scale == 0:
         return model.head(hs[0]).float()  # (N, V)

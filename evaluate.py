@@ -1,40 +1,40 @@
-"""Evaluation: how many nats a model needs for text that it has not seen.
+"""Evaluation: -log p in nats, exact or an upper bound, of text that a model has not seen.
 
-    python evaluate.py --ckpt=out/pydocs                                  its own data, held out
+    python evaluate.py --ckpt=out/pydocs                                  its own held-out data
     python evaluate.py --ckpt=out/pydocs --text="The list is sorted."     token by token
     python evaluate.py --ckpt=out/mine --text="A sequence." --prompt="What is a list?"
     python evaluate.py --ckpt=out/pydocs --precision=0.002 --draws=256    to within 0.002 nats
 
-- A masked diffusion model has a bound (NELBO: negative evidence lower bound), estimated from draws
-  of the corruption; a causal one has an exact number. Conditional likelihood, -log p(answer |
-  prompt), is the same with a prompt that is never masked; a text is an answer to an empty prompt.
-- A draw is one random corruption of a sequence; a row, one input of the network. Draws that are
-  stratified together are a set. An estimator is a function, what a row masks and counts, or an
-  order, along which the chain rule is taken.
+- A masked diffusion model gives a bound (NELBO: negative evidence lower bound), estimated from
+  draws of the corruption; a causal model gives an exact number. A conditional likelihood, -log
+  p(answer | prompt), never masks the prompt. A text is an answer to an empty prompt.
+- A draw is one random corruption of a sequence, a row is one input of the network, and a set is the
+  draws that are stratified together. An estimator is either a function (what does a row mask and
+  count?) or an order, along which the chain rule is applied.
 
-    any_order        one row a draw: k masked, each counts L/k times
+    any_order        one row per draw: k tokens are masked, and each counts L/k times
     lambda_dce, t_dce, t_dse   the same, drawn so that no mask is empty (importance_sampled)
-    chain            the chain rule along a random order: a row for each token. Row k masks the k-th
-                     token of the order and all after it, and counts the k-th: exact for this order,
-                     and in the mean over orders the any_order bound. RADD eq. 2.16
+    chain            the chain rule along a random order, one row per token. Row k masks the k-th
+                     token of the order and all after it, and counts the k-th. Exact for this order;
+                     the mean over orders is the any_order bound. RADD eq. 2.16
     orders           -log of the mean of p along K orders (log-mean-exp): a bound that falls with K
                      to the likelihood of the mixture of all orders (as in arXiv 1509.00519)
     left_to_right, right_to_left   the exact -log p of sampling in that order (SMDM): no draws
 
-  An `order` network has all terms of a chain rule in one pass, so one row a draw there.
+  An `order` network gives all terms of a chain rule in one pass: one row per draw.
 
-- Two intervals are printed, each the mean +- Student's t times an error. S sequences have l_s
-  tokens and n_s nats, the mean over R sets of draws; r = sum n / sum l.
+- Two 95% intervals are printed: the mean +- Student's t times a standard error. Sequence s of S has
+  l_s tokens and n_s nats, the mean over R sets of draws; r = sum n / sum l.
 
-    of the draws     How far would other draws move the number for this text? With the variance
-                     var_s of the R sets: sqrt(sum_s var_s / R) / sum l, S (R - 1) degrees of
-                     freedom. --precision is about this one.
-    of the text      How far would other text of the same kind move it? By
-                     sqrt(S/(S - 1) sum (n_s - r l_s)^2) / sum l, S - 1 degrees of freedom. It has
-                     the noise of the draws in it; blocks of one document count as independent.
+    of the draws     How far would other draws move the number for this text? With var_s, the
+                     variance over the R sets: sqrt(sum_s var_s / R) / sum l, S (R - 1) degrees of
+                     freedom. --precision refers to this interval.
+    of the text      How far would other text of the same kind move it?
+                     sqrt(S/(S - 1) sum (n_s - r l_s)^2) / sum l, S - 1 degrees of freedom. It
+                     includes the noise of the draws; blocks of one document count as independent.
 
-What makes it fast: draws of a set are stratified in antithetic pairs (u, 1 - u), each with noise of
-its own: an eighth of the calls of independent ones for the same interval. Sets are independent.
+What makes it fast: the draws of a set are stratified in antithetic pairs (u, 1 - u), each with its
+own noise: an eighth of the calls of independent draws for the same interval. Sets are independent.
 """
 
 from lib import program  # isort: skip (first: from here on Ctrl-C is one line)
@@ -59,44 +59,44 @@ from lib.stats import certainty, finite, mean_over_sets, method, report, t95
 from lib.text import by_token, check_text
 
 DEFAULTS = {
-    "data": "",  # a prepared folder; empty: the one that the checkpoint learnt from
-    "text": "",  # a sentence (or FILE:PATH) to score token by token, in place of data
-    "prompt": "",  # what stands before the text (or FILE:PATH): a condition, which is not scored
-    "split": "val",  # the part of the folder that is evaluated
+    "data": "",  # a prepared folder; empty: the one that the checkpoint was trained on
+    "text": "",  # a sentence (or FILE:PATH) to score token by token, instead of data
+    "prompt": "",  # what precedes the text (or FILE:PATH): a condition, which is not scored
+    "split": "val",  # the split of the folder to evaluate
     "estimator": "any_order",  # one of ESTIMATORS (SMDM: lambda_dce); a causal network needs none
-    "draws": 16,  # for each sequence, 1 or more; where precision is given, the most of them
-    "strata": 4,  # draws stratified together, 1 or more (1: independent); orders: K of one bound
-    "precision": 0.0,  # stop at an interval of +- this many nats per token, 95%; 0: take all draws
-    "sequences": 0,  # how many blocks, evenly spaced over the split; 0: all
-    "block_size": 0,  # tokens in a block; 0: the model's block_size
-    "protocol": "whole",  # whole (a last, shorter block counts) | radd (it is left out, as there)
+    "draws": 16,  # per sequence, 1 or more; if precision is given, the maximum
+    "strata": 4,  # draws stratified together, 1 or more (1: independent); for orders: K
+    "precision": 0.0,  # stop at a 95% interval of +- this many nats per token; 0: take all draws
+    "sequences": 0,  # blocks to evaluate, evenly spaced over the split; 0: all
+    "block_size": 0,  # tokens per block; 0: the model's block_size
+    "protocol": "whole",  # whole (a shorter last block counts) | radd (it is dropped, as in RADD)
     "batch_size": 32,  # rows in one network call; 1 or more
 }
 MODULES = (settings, subjects, diffusion, sys.modules[__name__])  # whose keys it takes
-# Those that token_nats, answer_nats and estimate take as options.
+# The keys that token_nats, answer_nats and estimate take as options.
 OF_TOKENS = ("estimator", "draws", "seed", "batch_size")
 OF_ANSWERS = (*OF_TOKENS, "schedule")
 OF_ESTIMATE = (*OF_ANSWERS, "strata", "precision")
-SURE = 100  # degrees of freedom from which an error is trusted: with few it may be small by chance
+SURE = 100  # degrees of freedom needed to trust an error: with few it may be small by chance
 
 
 # ---- 1. Estimators: what a row of the network masks, and what it counts --------------------------
 class RowNoise(NamedTuple):
-    """Random numbers of b rows of width W; the answer is what follows the prompt."""
+    """Random numbers for b rows of width W; the answer is what follows the prompt."""
 
     u: torch.Tensor  # (b,) uniform
     noise: torch.Tensor  # (b, W) uniform
-    turn: torch.Tensor  # (b,) which term of a chain rule
-    prompt: torch.Tensor  # (b,) tokens
+    turn: torch.Tensor  # (b,) index of a term of the chain rule
+    prompt: torch.Tensor  # (b,) length of each prompt
     schedule: object
 
     @property
-    def position(self):  # (b, W) of each token in the answer, negative in the prompt
+    def position(self):  # (b, W) from 0 in the answer, negative in the prompt
         return torch.arange(self.noise.shape[1]) - self.prompt[:, None]
 
 
 def any_order(drawn):
-    """All masked tokens, k of l of them, count l/k each."""
+    """Mask k of the l answer tokens; each of them counts l/k times."""
     mask, weight = diffusion.draw_mask("any_order", drawn.u, drawn.noise, prompt=drawn.prompt)
     return mask, weight[:, None] * mask  # (b, W) each
 
@@ -110,14 +110,14 @@ def t_dce(drawn):
 
 
 def importance_sampled(objective, drawn, m):
-    """The objective's draw under the condition that something is masked, times the chance of that.
+    """The objective's draw given that some token is masked, times the probability of that.
 
-    Its weight 1/m has no second moment: one token masked at a tiny m counts for too much, and no
-    interval could be trusted. An empty mask adds nothing, so E[X] = P(some masked) E[X | some
-    masked], and weight * P(some masked) = (1 - (1 - m)^n) / m is n at most. The condition is that
-    the lowest of n uniform numbers is below m. Given the lowest, the others are uniform above it:
-    scaling 1 - noise by one factor a row takes the lowest to where it must be. (highest^n below is
-    uniform on (0, 1]; it has to become uniform on (1 - P(some masked), 1].)
+    The plain weight 1/m has infinite variance: one token masked at a tiny m counts too much, and no
+    interval could be trusted. But an empty mask adds nothing, so E[X] = P(some) E[X | some], where
+    "some" means that some token is masked, and weight * P(some) = (1 - (1 - m)^n) / m is at most n.
+    The condition is that the lowest of n uniform numbers is below m. Given the lowest, the others
+    are uniform above it, so scaling 1 - noise by one factor per row moves the lowest to where it
+    must be. (highest^n is uniform on (0, 1]; it must become uniform on (1 - P(some), 1].)
     """
     answer = drawn.position >= 0  # (b, W)
     n = answer.sum(1)  # (b,)
@@ -131,40 +131,40 @@ def importance_sampled(objective, drawn, m):
 
 
 def along(name):
-    """RowNoise -> order (b, W) of this name in diffusion.ORDERS, prompts first."""
+    """A function RowNoise -> order (b, W): `name` of diffusion.ORDERS, with prompts first."""
     return lambda r: diffusion.draw_order(name, r.noise, r.u[:, None], prompt=r.prompt)
 
 
 def one_term(drawn, order):
-    """Term `turn` of the chain rule along an order (b, W), prompts first: a row masks the rest."""
-    turns = order.argsort(1) - drawn.prompt[:, None]  # (b, W) of each token, negative in the prompt
+    """Term `turn` of the chain rule along an order (b, W), prompts first; later ones masked too."""
+    turns = order.argsort(1) - drawn.prompt[:, None]  # (b, W) by position, negative in the prompt
     turn = drawn.turn[:, None]  # (b, 1)
     return turns >= turn, (turns == turn).double()  # (b, W) each
 
 
 def ar(drawn):
-    """What counts, as diffusion.ar_nll takes it; nothing is masked."""
+    """The answer counts, as diffusion.ar_nll takes it; nothing is masked."""
     answer = drawn.position >= 0  # (b, W)
     return answer, answer.double()
 
 
 class Estimator(NamedTuple):
-    row: object = None  # RowNoise -> (mask bool, weight), (b, W) each; None: a term of a chain rule
+    row: object = None  # RowNoise -> (mask bool, weight), (b, W) each; None: a chain-rule term
     order: object = None  # RowNoise -> order (b, W) of that chain rule, prompts first
     exact: bool = False  # nothing is drawn
-    mean_of_p: bool = False  # a set says -log(mean of p), not the mean of -log p
+    mean_of_p: bool = False  # a set gives -log(mean of p), not the mean of -log p
     normalised: bool = True  # False: the output is a score, not log-probabilities
-    name: str = ""  # in ESTIMATORS, given by estimator_of
+    name: str = ""  # in ESTIMATORS, set by estimator_of
 
     def row_of(self, drawn):
-        """What a row masks (b, W) bool, and the weight (b, W) of what it counts."""
+        """The mask (b, W) bool of each row, and the weight (b, W) of the tokens that it counts."""
         return self.row(drawn) if self.row else one_term(drawn, self.order(drawn))
 
 
 ESTIMATORS = Table(
     "estimator",
     lambda entry: check_estimator(entry, RowNoise),
-    any_order=Estimator(any_order, along("uniform")),  # the latter for an `order` network
+    any_order=Estimator(any_order, along("uniform")),  # the order is for `order` networks
     lambda_dce=Estimator(lambda_dce),
     t_dce=Estimator(t_dce),
     t_dse=Estimator(t_dce, normalised=False),
@@ -173,15 +173,15 @@ ESTIMATORS = Table(
     left_to_right=Estimator(order=along("left_to_right"), exact=True),
     right_to_left=Estimator(order=along("right_to_left"), exact=True),
 )
-AR = Estimator(ar, along("left_to_right"), exact=True, name="ar")  # of causal networks
-# Of a key that may be typed, which estimators it changes: config.refuse_unused.
+AR = Estimator(ar, along("left_to_right"), exact=True, name="ar")  # for causal networks
+# For config.refuse_unused: the estimators that a key affects.
 DRAWN = "estimators that draw", lambda estimator: not estimator.exact, None
 USED_BY = dict.fromkeys(("draws", "strata", "precision"), DRAWN)
 USED_BY["schedule"] = "estimators that draw a time", lambda e: uses_time(e, RowNoise), None
 
 
 def estimator_of(model, name):
-    """The Estimator that evaluates this network: the one of that name, unless it is causal."""
+    """The Estimator for this network: the one of that name, or AR if the network is causal."""
     estimator = ESTIMATORS[name]._replace(name=name)
     return AR if model.causal else estimator
 
@@ -189,18 +189,18 @@ def estimator_of(model, name):
 # ---- 2. A set of draws for many requests, in full batches ----------------------------------------
 @torch.no_grad()
 def set_nats(model, requests, o, number=0, size=1, progress=False):
-    """Take set `number`, of `size` draws, for Requests -> (nats (N, size), its {"rows", "calls"}).
+    """Take set `number`, of `size` draws, for Requests -> (nats (N, size), cost {"rows", "calls"}).
 
-    o: the options of all MODULES. A row is one sequence that the network reads. With size = 2,
-    three requests whose answers have 5 tokens take 6 rows by any_order, which counts all that a row
-    masks, and 30 by chain, which counts one token in a row: its `turn` says which.
+    o: the options of all MODULES. A row is one sequence that the network reads. With size = 2, for
+    example, three requests with answers of 5 tokens take 6 rows with any_order, where all masked
+    tokens of a row count, and 30 rows with chain, where a row counts one token, that of its `turn`.
     """
     estimator, groups = estimator_of(model, o["estimator"]), requests.group_of_each()  # (N,)
     rows_a_draw = requests.rows_a_draw(model, estimator)  # (N,)
-    passes = 2 if requests.in_one_pass(model, estimator) or requests.cfg_scale else 1  # of a row
+    passes = 2 if requests.in_one_pass(model, estimator) or requests.cfg_scale else 1  # per row
     nats = torch.zeros(len(groups), size, dtype=torch.float64)
     cost = {"rows": 0, "calls": 0}
-    pending = []  # ((request, draw), nats) of rows, (b,) each: the host waits for no call
+    pending = []  # ((request, draw), nats) per call, (b,) each: read at the end, so no call waits
     with progress_bar(progress, nats.numel(), "draw") as bar:
         for i, k, turn in requests.batches(rows_a_draw, size, o["batch_size"]):  # (b,) each
             x0, prompt = requests.clean(i)  # (b, W), (b,)
@@ -217,7 +217,7 @@ def set_nats(model, requests, o, number=0, size=1, progress=False):
 
 
 def nats_of_call(model, requests, estimator, x0, drawn):
-    """What each row (b, W) counts, in nats: (b,). One network call."""
+    """The nats (b,) that each row of x0 (b, W) counts. One network call."""
     if requests.in_one_pass(model, estimator):
         arguments = x0, estimator.order(drawn), drawn.position >= 0  # (b, W) each; prompts first
         return diffusion.order_nll(model, *fused.moved(model.device, *arguments))[1].sum(1)
@@ -231,7 +231,7 @@ def nats_of_call(model, requests, estimator, x0, drawn):
 
 def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
     """weight * CE, summed over each row (b, W) -> (b,), guided by cond (b, W). One network call."""
-    idx = weight.flatten().nonzero().flatten()  # (n,) what counts, and alone leaves the network
+    idx = weight.flatten().nonzero().flatten()  # (n,) what counts: only this is computed
     x0, mask, weight, idx = fused.moved(model.device, x0, mask, weight.float(), idx)
     if model.causal:
         require(cond is None, "cfg_scale needs a masked diffusion model, not a causal one")
@@ -251,7 +251,7 @@ def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
 
 
 def of_set(estimator, nats):
-    """Combine a set of K draws: nats (N, K) -> (N,). NotFinite where one is no number."""
+    """Combine a set of K draws: nats (N, K) -> (N,). NotFinite if one is nan or infinite."""
     nats = finite(nats, "log-likelihoods")
     return math.log(nats.shape[1]) - (-nats).logsumexp(1) if estimator.mean_of_p else nats.mean(1)
 
@@ -260,8 +260,8 @@ def of_set(estimator, nats):
 def answer_nats(model, requests, groups=None, cfg_scale=0.0, pad_to=0, progress=False, **options):
     """-log p(answer | prompt) of each request: N pairs (prompt ids, answer ids) -> (N,) float64.
 
-    By one stratified set of `draws`. groups, cfg_scale, pad_to: as in Requests; the options of one
-    question are a group, which compares them with little noise. options: OF_ANSWERS.
+    It takes one stratified set of `draws`. groups, cfg_scale, pad_to: see Requests. If the choices
+    of a question form a group, they are compared with little noise. options: keys of OF_ANSWERS.
     """
     o = settings.options(options, *MODULES, only=OF_ANSWERS)
     requests = Requests(requests, groups, cfg_scale, pad_to).checked(model)
@@ -272,12 +272,12 @@ def answer_nats(model, requests, groups=None, cfg_scale=0.0, pad_to=0, progress=
 
 
 def estimate(model, requests, lengths=None, progress=False, **options):
-    """Nats of each request (or block (L,) of ids) by sets of `strata` draws, `draws` in all.
+    """The nats of each request, or block (L,) of ids -> (nats (S,) float64, info).
 
-    -> (nats (S,) float64, info). lengths (S,): how many tokens of each count; without it all. Stops
-    once the 95% interval of this text's nats per token is within +- precision, where that is not 0,
-    and known well enough. info: draws, draw_error and draw_half (of the interval) in nats per
-    token, rows and calls of the network, seconds. options: OF_ESTIMATE.
+    Takes `draws` draws in sets of `strata`. With a precision above 0 it stops once the 95% interval
+    of the draws is within +- precision nats per token, and known well enough. lengths (S,): tokens
+    of each that count (default: all). info: draws; draw_error and draw_half (of the interval) in
+    nats per token; rows and calls of the network; seconds. options: keys of OF_ESTIMATE.
     """
     began = time.time()
     o = settings.options(options, *MODULES, only=OF_ESTIMATE)
@@ -305,8 +305,8 @@ def estimate(model, requests, lengths=None, progress=False, **options):
 def token_nats(model, ids, prompt=(), **options):
     """The nats of each token of a text by the chain rule: ids (L,) -> (draws, L) float64.
 
-    Given the prompt (P,) of ids, and those before it in an order, one order a draw; UserError for
-    what is no chain rule. options: OF_TOKENS.
+    Each token is conditioned on the prompt ids (P,) and the tokens before it in the draw's order.
+    UserError if the estimator is no chain rule. options: keys of OF_TOKENS.
     """
     o = settings.options(options, *MODULES, only=OF_TOKENS)
     estimator = estimator_of(model, o["estimator"])
@@ -314,7 +314,7 @@ def token_nats(model, ids, prompt=(), **options):
     require(estimator.order and not estimator.mean_of_p, message)
     one_pass = Requests([(prompt, ids)]).checked(model).in_one_pass(model, estimator)
     x0, P, L = torch.tensor([[*prompt, *ids]]), len(prompt), len(ids)  # (1, P + L)
-    terms_of, turns = (all_terms, 1) if one_pass else (term_of_each_row, L)  # rows of a draw
+    terms_of, turns = (all_terms, 1) if one_pass else (term_of_each_row, L)  # rows per draw
     K = 1 if estimator.exact else o["draws"]
     nats = torch.zeros(K, L, dtype=torch.float64)
     for row in torch.arange(K * turns).split(o["batch_size"]):  # (b,)
@@ -327,14 +327,14 @@ def token_nats(model, ids, prompt=(), **options):
 
 
 def all_terms(model, estimator, x0, drawn):
-    """Of an `order` network in one pass of rows x0 (b, W): positions, nats (b, W - P) each."""
+    """All terms in one pass of an `order` network: x0 (b, W) -> positions, nats (b, W - P) each."""
     order, P = estimator.order(drawn), drawn.prompt[0]  # (b, W)
     terms = diffusion.order_nll(model, *fused.moved(model.device, x0, order))[1]  # (b, W)
     return order[:, P:], terms[:, P:]
 
 
 def term_of_each_row(model, estimator, x0, drawn):
-    """Of rows x0 (b, W) the position of the term `turn` and its nats: (b, 1) each."""
+    """The term `turn` of each row: x0 (b, W) -> its position and its nats, (b, 1) each."""
     order = estimator.order(drawn)  # (b, W)
     nats = nats_of_rows(model, x0, *one_term(drawn, order), estimator)  # (b,)
     return order.gather(1, (drawn.prompt + drawn.turn)[:, None]), nats[:, None]
@@ -342,7 +342,7 @@ def term_of_each_row(model, estimator, x0, drawn):
 
 # ---- 4. One text ---------------------------------------------------------------------------------
 def check(config):
-    """Raise UserError for settings that no evaluation has."""
+    """Raise UserError for settings that no evaluation can have."""
     draws, K, estimator = (config[key] for key in ("draws", "strata", "estimator"))
     message = f"{estimator} takes whole sets: draws {draws} must be a multiple of strata {K}"
     require(draws % K == 0 or not ESTIMATORS[estimator].mean_of_p, message)

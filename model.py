@@ -1,23 +1,23 @@
 """The network: a Transformer that reads partly masked tokens and predicts the masked ones.
 
-It is not told the time, for what it predicts does not depend on it (diffusion.py).
+It has no time input, because what it predicts does not depend on the time (diffusion.py).
 
-- It reads ids from 0 to V, where V is the mask, and scores the V others: it predicts no mask.
+- It reads ids from 0 to V, where V is the mask, and outputs V logits: it can never predict a mask.
 - It predicts in place: the output at a masked position is about that position. Nothing is shifted.
 - attention=full sees both sides: masked diffusion as in both papers. One unmasked token changes
   every hidden state, so nothing can be kept from one call to the next.
 - attention=causal sees the left: the autoregressive baseline (ARM), with a cache (lib/cache.py).
-- attention=order is any-order generation with a cache: part 3, which the others do not need.
-  make_network(config) makes any of them.
-- One class holds both papers' architectures (RADD: LayerNorm, biases, GELU; SMDM: RMSNorm, SwiGLU,
-  no biases; both rotary) and what trains faster at small scale (QK-norm, zero initialisation).
+- attention=order is any-order generation with a cache (part 3; skip it if you use the other two).
+  make_network(config) builds any of the three.
+- One class covers both papers' architectures (RADD: LayerNorm, biases, GELU; SMDM: RMSNorm, SwiGLU,
+  no biases; both rotary) and adds what trains faster at small scale (QK-norm, zero initialisation).
 
     h = embed(x)                               (B, L, D)
     h = h + proj(attention(norm1(h)))          in each block
     h = h + mlp(norm2(h))
     logits = unembed(norm(h))                  (B, L, V)
 
-What makes it fast: the last block (attention_at) and the head compute masked positions alone.
+What makes it fast: the last block (attention_at) and the head run only at masked positions.
 """
 
 import functools
@@ -34,29 +34,29 @@ from lib.cache import OrderCache
 from lib.entries import check_ids
 
 DEFAULTS = {
-    "n_layer": 0,  # blocks; 0 lets train.py's `depth` choose it, as for n_head and n_embd
-    "n_head": 0,  # attention heads of a block
-    "n_embd": 0,  # width D; a head has n_embd / n_head of it, an even number
-    "block_size": 128,  # the longest sequence; 1 or more
+    "n_layer": 0,  # blocks; 0: set by train.py's `depth`, as for n_head and n_embd
+    "n_head": 0,  # attention heads in each block
+    "n_embd": 0,  # width D; the width of a head, n_embd / n_head, must be even
+    "block_size": 128,  # maximum sequence length; 1 or more
     "vocab_size": 0,  # V, without the mask; train.py takes it from the data
     "attention": "full",  # one of ATTENTIONS; ar needs causal, any_order full or order
     "norm": "rms",  # one of NORMS
     "mlp": "gelu",  # one of MLPS
-    "mlp_width": 0,  # inside the MLP; 0: 4 * n_embd
-    "bias": False,  # in norms, MLPs and the head, as RADD has them; never in attention
+    "mlp_width": 0,  # inner width of the MLP; 0: 4 * n_embd
+    "bias": False,  # biases in norms, MLPs and the head, as in RADD; attention never has any
     "qk_norm": True,  # RMS-normalise queries and keys
-    "conv": 0,  # width (odd) of a convolution over embedded tokens, for full attention; 0: none
+    "conv": 0,  # width (odd) of a convolution over the embeddings, for full attention; 0: none
     "zero_init": "all",  # one of ZERO_INITS; which output matrices start at zero (RADD: head)
     "dropout": 0.0,  # after attention and after the MLP; in [0, 1]
-    # of published weights; a new network leaves these as they are
+    # for published weights; a new network keeps these defaults
     "rotary_bf16": False,  # round the rotary tables to bfloat16, as SMDM's weights expect
-    "start_id": -1,  # -1 or more, the token before the first one of a causal network; -1: the mask
-    "head_padding": 0,  # outputs past V that a weight format holds and nothing uses (RADD: 1)
+    "start_id": -1,  # -1 or more, the token a causal network reads before the first; -1: the mask
+    "head_padding": 0,  # unused outputs past V that a weight format stores (RADD: 1)
 }
 
 
 def check_shape(config):
-    """Raise UserError for a shape that no network has."""
+    """Raise UserError for a shape that no network can have."""
     D, H, n_layer, conv = (config[key] for key in ("n_embd", "n_head", "n_layer", "conv"))
     message = f"n_layer {n_layer}, n_head {H} and n_embd {D} must be 1 or more; train.py fills in 0"
     require(min(n_layer, H, D) > 0, message)
@@ -66,13 +66,13 @@ def check_shape(config):
 
 
 def rotary_frequency(config):
-    """10000^(-2i/d) (d/2,), the angle of a step from one position to the next, on the CPU."""
+    """10000^(-2i/d) (d/2,): the angle by which pair i turns per position; on the CPU."""
     d = config["n_embd"] // config["n_head"]
     return 1.0 / 10000 ** (torch.arange(0, d, 2, device="cpu").float() / d)
 
 
 def rotary_tables(config):
-    """cos, sin (block_size, d/2) of the angles position * frequency, on the CPU."""
+    """cos, sin (block_size, d/2) of the angles position * frequency; on the CPU."""
     position = torch.arange(config["block_size"], device="cpu").float()  # (block_size,)
     angle = torch.outer(position, rotary_frequency(config))  # (block_size, d/2)
     dtype = torch.bfloat16 if config["rotary_bf16"] else torch.float32
@@ -95,13 +95,13 @@ NORMS = Table(
     layer=lambda config: nn.LayerNorm(config["n_embd"], eps=1e-5, bias=config["bias"]),
     rms=lambda config: nn.RMSNorm(config["n_embd"], eps=1e-5),
 )
-MLPS = Table(  # (activation, whether it is that of a gate)
+MLPS = Table(  # (activation, whether it is applied to a gate)
     "mlp",
     gelu=(fused.gelu, False),
     swiglu=(F.silu, True),
     relu2=(fused.relu2, False),
 )
-ZERO_INITS = Table(  # the ends of the names of those weights that start at zero
+ZERO_INITS = Table(  # name suffixes of the weights that start at zero
     "zero_init",
     none=(),
     head=("unembed.weight",),
@@ -137,20 +137,20 @@ class Block(nn.Module):
         self.drop = nn.Dropout(config["dropout"])
 
     def forward(self, h, cos, sin, masked_idx=None, cache=None):
-        """(B, L, D) -> (B, L, D), or at flat positions masked_idx (N,) alone: (N, D)."""
+        """(B, L, D) -> (B, L, D), or only at flat positions masked_idx (N,): (N, D)."""
         z = self.norm1(h)  # (B, L, D)
         if masked_idx is None:
             return self.after_attention(h, self.attention(z, cos, sin, cache))  # (B, L, D)
-        h = h.flatten(0, 1).index_select(0, masked_idx)  # (N, D), a faster gradient than []
+        h = h.flatten(0, 1).index_select(0, masked_idx)  # (N, D) with a faster gradient than []
         return self.after_attention(h, self.attention_at(masked_idx, z, cos, sin))  # (N, D)
 
     def after_attention(self, h, y):
-        """h and y, what attention has read, -> h, (..., D) each: of each position by itself."""
+        """The rest of the block, position by position: h and attention's y -> h, (..., D) each."""
         h = h + self.drop(self.proj(y))
         return h + self.drop(self.mlp(self.norm2(h)))
 
     def attention(self, z, cos, sin, cache=None):
-        """Self-attention, with the keys and values of a cache if there is one: (B, L, D) twice."""
+        """Self-attention: (B, L, D) -> (B, L, D). A cache adds keys and values of earlier calls."""
         B, L, D = z.shape
         qkv = self.qkv(z).view(B, L, 3, self.n_head, -1)  # (B, L, 3, H, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, L, d) each
@@ -161,17 +161,17 @@ class Block(nn.Module):
         return fused.attention(q, k, v, self.causal).transpose(1, 2).reshape(B, L, D)
 
     def norm_and_rotate(self, z, cos, sin):
-        """Queries or keys (..., d), normalised with qk_norm, and rotated to their positions."""
+        """Queries or keys (..., d): normalised if qk_norm, then rotated by their positions."""
         if self.qk_norm:
             z = F.rms_norm(z, z.shape[-1:]).to(z.dtype)  # CUDA's autocast makes it float32
         return rotate(z, cos, sin)
 
     def attention_at(self, masked_idx, z, cos, sin):
-        """attention(z) at flat positions masked_idx (N,) alone: (N, D). No result changes.
+        """attention(z), computed only at flat positions masked_idx (N,): (N, D), the same values.
 
-        All positions need keys and values, 2 of the 12 D x D products of a block (with an MLP of 4
-        D). Query, output projection and MLP, the other 10, are needed where something is predicted:
-        half of the positions in training, a few in sampling.
+        Keys and values are needed at all positions: 2 of the 12 D x D products of a block (with an
+        MLP of width 4 D). The other 10 (query, output projection, MLP) are needed only where a
+        token is predicted: at half of the positions in training, at a few in sampling.
         """
         B, L, D = z.shape
         if self.causal:
@@ -189,7 +189,7 @@ class Block(nn.Module):
 
 # ---- 2. The network ------------------------------------------------------------------------------
 def make_network(config):
-    """The network of a config: a Transformer, or with attention=order the one of part 3."""
+    """The network of a config: an OrderTransformer for attention=order, otherwise a Transformer."""
     return OrderTransformer(config) if config["attention"] == "order" else Transformer(config)
 
 
@@ -208,7 +208,7 @@ class Transformer(nn.Module):
         self.config = config
         self.block_size, self.vocab_size, self.mask_id = config["block_size"], V, V
         self.start_id = V if config["start_id"] < 0 else config["start_id"]
-        self.row_loss = None  # of lib/fused.py, which lib/parallel.py may compile
+        self.row_loss = None  # lib/parallel.py may set a compiled one, of lib/fused.py
         self.embed = nn.Embedding.from_pretrained(torch.empty(V + 1, D), freeze=False)
         self.conv = nn.Parameter(torch.empty(conv, D)) if conv else None
         self.blocks = nn.ModuleList(self.block_class(config) for _ in range(config["n_layer"]))
@@ -228,8 +228,8 @@ class Transformer(nn.Module):
     def initial_weights(self):
         """Yield (name, value): N(0, 2/(5 D)), output projections N(0, 1/(D n_layer^2)).
 
-        As SMDM has it (arXiv 2410.18514). One tensor at a time, drawn whole: a network that is
-        spread over processes starts with the same numbers.
+        This is SMDM's initialisation (arXiv 2410.18514). Tensors are drawn one at a time, each as a
+        whole, so that a network sharded over processes starts with the same weights.
         """
         D, n_layer = self.config["n_embd"], self.config["n_layer"]
         zero = ZERO_INITS[self.config["zero_init"]]
@@ -244,9 +244,9 @@ class Transformer(nn.Module):
                 yield name, torch.full(parameter.shape, float(one))
 
     def hidden(self, x, masked_idx=None, cache=None):
-        """Hidden states: x (B, L) -> (B, L, D); at distinct flat indices masked_idx (N,): (N, D).
+        """Hidden states: x (B, L) -> (B, L, D), or (N, D) at distinct flat indices masked_idx (N,).
 
-        With a `cache`, a list of one Cache a block, a causal network goes on from what they hold.
+        cache: a list of one Cache per block, which a causal network continues from and appends to.
         """
         start = cache[0].n if cache else 0
         end = start + x.shape[1]
@@ -261,16 +261,16 @@ class Transformer(nn.Module):
         return self.norm(h)
 
     def convolved(self, h):
-        """What a position takes from the tokens on both sides of it: h (B, L, D) -> (B, L, D).
+        """A depthwise convolution over neighbours on both sides: (B, L, D) -> (B, L, D).
 
-        Attention has to learn which positions are neighbours; a convolution is given them.
+        Attention has to learn which positions are neighbours; a convolution has it built in.
         """
         L, half = h.shape[1], len(self.conv) // 2
         padded = F.pad(h, (0, 0, half, half))  # (B, L + width - 1, D)
         return sum(padded[:, i : i + L] * weight for i, weight in enumerate(self.conv))
 
     def head_parameters(self):
-        """(weight (V, D), bias (V,) or None) of the head; the mask has no output."""
+        """The weight (V, D) and bias (V,) or None of the head; the mask has no output."""
         weight, bias, V = self.unembed.weight, self.unembed.bias, self.vocab_size
         if self.config["head_padding"]:
             weight, bias = weight[:V], None if bias is None else bias[:V]
@@ -296,22 +296,22 @@ class Transformer(nn.Module):
 class Streams(NamedTuple):
     """What an OrderBlock needs besides h, cos and sin."""
 
-    n: int  # clean tokens; the others are queries
-    read: object  # (q (B, H, T, d), k and v (2, B, H, n + Q, d)) -> what each q reads (B, H, T, d)
-    last: bool  # the last block, of which queries alone are wanted
+    n: int  # number of clean tokens; the others are queries
+    read: object  # (q (B, H, T, d), k and v (2, B, H, n + Q, d)) -> attention's output (B, H, T, d)
+    last: bool  # whether this is the last block, which needs only the queries
 
 
 class OrderBlock(Block):
     def forward(self, h, cos, sin, streams):
-        """(B, n + Q, D), n clean tokens, then Q queries -> the same, or of the queries alone."""
+        """h (B, n + Q, D), n clean tokens, then Q queries -> the same; last block: (B, Q, D)."""
         y = self.attention_in_order(self.norm1(h), cos, sin, streams)  # (B, T, D)
         return self.after_attention(h[:, -y.shape[1] :], y)
 
     def attention_in_order(self, z, cos, sin, streams):
-        """z (B, n + Q, D), n clean tokens, then Q queries -> the same, or of the queries alone.
+        """z (B, n + Q, D), n clean tokens, then Q queries -> the same; last block: (B, Q, D).
 
-        Clean tokens are read by all that come later, a query by none but itself. Of the last block
-        only the queries are needed.
+        A clean token is read by itself and everything that comes later, a query only by itself. The
+        last block needs only the queries.
         """
         (B, T, _), (n, read, last) = z.shape, streams
         qkv = self.qkv(z).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)
@@ -323,18 +323,18 @@ class OrderBlock(Block):
 class OrderTransformer(Transformer):
     """Any-order generation with a cache.
 
-    Clean tokens are read in the order in which they are unmasked, each seeing itself and those
-    before; a *query*, the mask at some position, sees the clean tokens so far and itself. What
-    comes later changes no earlier key or value, so a cache is exact, and one pass over [clean
-    tokens; queries] gives all L terms of a chain rule. What it predicts depends on the order as
-    well as on the set of visible tokens. Left to right it is an ARM with queries. (XLNet, arXiv
-    1906.08237; sigma-GPT, 2404.09562; Eso-LM, 2506.01928.)
+    Clean tokens are laid out in the order in which they are unmasked, and each sees itself and
+    those before it. A *query* is the mask at some position; it sees the clean tokens so far and
+    itself. Later tokens never change earlier keys and values. So a cache is exact, and one pass
+    over [clean tokens; queries] gives all L terms of a chain rule. A prediction depends on the
+    order of the visible tokens, not only on their set. From left to right, this is an ARM with
+    queries. (XLNet, arXiv 1906.08237; sigma-GPT, 2404.09562; Eso-LM, 2506.01928.)
     """
 
     attentions, block_class = ("order",), OrderBlock
 
     def hidden(self, x, masked_idx=None):
-        """As Transformer.hidden: it reads visible tokens, from left to right, then the queries."""
+        """Like Transformer.hidden. Visible tokens are read from left to right, then the queries."""
         B, L = x.shape
         idx = torch.arange(B * L) if masked_idx is None else masked_idx.cpu()  # (N,)
         visible = x.cpu() != self.mask_id  # (B, L)
@@ -345,10 +345,10 @@ class OrderTransformer(Transformer):
     def hidden_in_order(self, clean, positions, attend=None):
         """Hidden states (B, Q, D) of the queries.
 
-        clean (B, n): ids in the order in which they are unmasked, a start token first. positions
-        (B, n + Q): their positions, then those of the queries. Here Q = n, and query k sees the
-        clean tokens 0..k: all terms of a chain rule in one pass. With the `attend` of a cache's
-        Reading (lib/cache.py), all queries see all that their sequence has read.
+        clean (B, n): a start token, then ids in the order in which they are unmasked. positions
+        (B, n + Q): those of the clean tokens, then those of the queries. By default Q = n, and
+        query k sees the clean tokens 0..k: all terms of a chain rule in one pass. With `attend`
+        from a cache's Reading (lib/cache.py), each query sees all that its sequence has read.
         """
         n, Q = clean.shape[1], positions.shape[1] - clean.shape[1]
         queries = torch.full((len(clean), Q), self.mask_id, device=clean.device)  # (B, Q)
@@ -360,10 +360,10 @@ class OrderTransformer(Transformer):
         return self.norm(h)
 
     def hidden_from_cache(self, x, visible, masked_idx, cache, slots):
-        """Hidden states (N, D) at flat positions masked_idx (N,) of x (B, L), in slots of a cache.
+        """Hidden states (N, D) at flat positions masked_idx (N,) of x (B, L), with an OrderCache.
 
-        First it reads those tokens of visible (B, L) that an OrderCache does not hold yet in slots
-        (B,). All but x is on the CPU.
+        slots (B,) say where the cache stores each sequence. Tokens of visible (B, L) that it does
+        not hold yet are read first. All tensors but x are on the CPU.
         """
         reading = cache.plan_call(slots, visible, masked_idx, x.device)
         clean = F.pad(x, (1, 0), value=self.mask_id).gather(1, reading.columns)  # (B, n)

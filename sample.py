@@ -1,30 +1,30 @@
 """Sampling: fill every masked position of a sequence, in an order that the sampler decides.
 
     python sample.py --ckpt=out/pydocs                                    asks for prompts
-    python sample.py --ckpt=out/pydocs --num_samples=4                    free samples
-    python sample.py --ckpt=out/pydocs --prompt="The list "               begin with it
-    python sample.py --ckpt=out/pydocs --prompt=FILE:prompt.txt           of several lines
-    python sample.py --ckpt=out/pydocs --template="The ___12 of a list."  a gap of 12 tokens
-    python sample.py --ckpt=out/pairs --prompt="Who?" --cfg_scale=0.8     guided by its prompt
-    echo "The list" | python sample.py --prompt=FILE:/dev/stdin           standard input
+    python sample.py --ckpt=out/pydocs --num_samples=4                    samples without a prompt
+    python sample.py --ckpt=out/pydocs --prompt="The list "               continue a prompt
+    python sample.py --ckpt=out/pydocs --prompt=FILE:prompt.txt           a prompt of several lines
+    python sample.py --ckpt=out/pydocs --template="The ___12 of a list."  fill a gap of 12 tokens
+    python sample.py --ckpt=out/pairs --prompt="Who?" --cfg_scale=0.8     guided by the prompt
+    echo "The list" | python sample.py --prompt=FILE:/dev/stdin           from standard input
 
 - Whatever is not masked is a condition and never changes: a prompt, the text around a gap.
-- A network call gives p(x0_i | visible) at the positions that are due; each is drawn from it.
-- Which are due is the sampler's policy, one entry of samplers.SAMPLERS. The loop knows none.
+- A network call gives p(x0_i | visible) at the positions that are due; a token is drawn at each.
+- The sampler's policy, an entry of samplers.SAMPLERS, decides which are due. One loop serves all.
 
     while masks are left in x:
-        due = what the policy names;  p = softmax(network(x)) at due
+        due = the positions that the policy chooses;  p = softmax(network(x)) at due
         x[due] = tokens drawn from p
 
 What makes it fast: the step at which ancestral and Euler sampling unmask a position does not
 depend on the network (samplers.py, part 1). So all steps are drawn before the first call, and
-those at which a sequence unmasks nothing are skipped. RADD (arXiv 2406.03736, section 3.2) saves
-these calls with a cache; here there is nothing to keep. Each sequence goes to its own next step, a
-finished one makes room for another, and only positions that are due pass the last layer and the
-head. An `order` network (model.py) reads each clean token once, into a cache (class Predictor).
+steps that unmask nothing in a sequence are skipped. RADD (arXiv 2406.03736, section 3.2) saves
+these calls with a cache; here no cache is needed. Each sequence goes to its own next step, a
+finished one makes room for another, and only positions that are due go through the last layer and
+the head. An `order` network (model.py) reads each clean token once, into a cache (Predictor).
 
-    steps drawn for four positions, -1 being a condition:  [5, -1, 2, 5]
-    the calls of that sequence, which are two:             [1, -1, 0, 1]
+    steps drawn for four positions, -1 is a condition:  [5, -1, 2, 5]
+    this sequence needs two calls, 0 and 1:             [1, -1, 0, 1]
 """
 
 from lib import program  # isort: skip (first: from here on Ctrl-C is one line)
@@ -51,29 +51,29 @@ from lib.watch import watch
 from samplers import SAMPLERS
 
 DEFAULTS = {
-    "temperature": 1.0,  # 0: the likeliest token; a model fine-tuned on prompts and answers has 0
-    "top_k": 0,  # keep the k likeliest tokens; 0: all
-    "top_p": 1.0,  # keep the likeliest tokens that hold this much probability, in (0, 1]
-    "cfg_scale": 0.0,  # w in [-1, 1000] of guidance by the condition, logits u + (1 + w)(c - u)
-    "prompt": "",  # the beginning of each sample; like the next two it can be FILE:PATH
+    "temperature": 1.0,  # 0: the most probable token, the default for models of prompts and answers
+    "top_k": 0,  # keep the k most probable tokens; 0: all
+    "top_p": 1.0,  # keep the most probable tokens up to this total probability, in (0, 1]
+    "cfg_scale": 0.0,  # w in [-1, 1000] for guidance by the condition: logits u + (1 + w)(c - u)
+    "prompt": "",  # the beginning of each sample; this and the next two can be FILE:PATH
     "suffix": "",  # the end of each sample
     "template": "",  # text with gaps: ___12 is a gap of 12 tokens
-    "length": 0,  # tokens in a sample, prompt and suffix included; 0: all that the model takes
-    "min_new_tokens": 0,  # the fewest tokens of an answer before its eos (models of examples)
-    "num_samples": 4,  # times the request is filled, 1 or more; a model of examples fills it once
+    "length": 0,  # tokens per sample, prompt and suffix included; 0: as many as the model takes
+    "min_new_tokens": 0,  # minimum tokens of an answer before its eos (models of examples)
+    "num_samples": 4,  # samples per request, 1 or more; models of examples default to 1
     "batch_size": 16,  # sequences in one network call; 1 or more
-    "compile": False,  # compile the network: it pays for many or long samples
+    "compile": False,  # compile the network; worth it for many or long samples
     "watch": False,  # show how the samples emerge, call by call
     "out": "",  # also write the samples to this .jsonl file
 }
 MODULES = (settings, subjects, diffusion, samplers, sys.modules[__name__])  # whose keys it takes
-# Those that `sample` takes as options; the others are of the command alone.
+# The keys that `sample` takes as options; the others belong to the command.
 OPTIONS = (*samplers.DEFAULTS, *diffusion.DEFAULTS, "seed", "batch_size")
 OPTIONS += ("temperature", "top_k", "top_p", "cfg_scale")
-# Defaults for a model of prompts and answers: the likeliest tokens, one in each call as far as the
-# steps reach. 98% of new sums were right, 88% by ancestral (experiments/arithmetic.py).
+# Defaults for models of examples (prompts and answers): the most probable tokens, one per call if
+# the steps suffice. 98% of new sums were right, 88% with ancestral (experiments/arithmetic.py).
 ANSWERS = {"sampler": "confidence", "temperature": 0.0, "num_samples": 1}
-# Of a key that may be typed, whether it changes anything: config.refuse_unused.
+# For config.refuse_unused: when a key of the command line has an effect.
 MASKED = "networks that are not causal", lambda o: not o["causal"]
 DRAWN = "temperatures above 0", lambda o: o["temperature"] > 0
 USED_BY = {"compile": (*MASKED, False), "top_k": (*DRAWN, 0), "top_p": (*DRAWN, 1.0)}
@@ -81,19 +81,19 @@ USED_BY |= {
     key: ("other samplers", lambda o, key=key: key in o["read"], None)
     for key in {*samplers.DEFAULTS, *diffusion.DEFAULTS} - {"sampler"}
 }
-LOGITS = 2**24  # how many are drawn from at once: in float64 with their copies at most 1 GiB
+LOGITS = 2**24  # how many to draw from at once; with float64 copies at most 1 GiB
 
 
 # ---- 1. The draw ---------------------------------------------------------------------------------
 def categorical(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """Invert the distribution function: logits (N, V), u (N,) uniform -> tokens (N,), their p (N,).
+    """Draw by inverting the CDF: logits (N, V), uniform u (N,) -> tokens (N,), their p (N,).
 
-    p is the probability in the distribution drawn from, after temperature, top_k and top_p, which
-    `confidence` and `threshold` compare. At temperature 0 it is the network's own.
+    p is the token's probability after temperature, top_k and top_p, which `confidence` and
+    `threshold` compare. At temperature 0 it is the network's own.
 
-    In float64. Gumbel noise in float32 cuts off the tails, which lowers the temperature unasked
-    (arXiv 2409.02908); here a float32 sum over 50,257 tokens would go in steps of 1e-7, and rare
-    tokens have less probability than that. The caller brings one uniform number for each draw, so
+    All is in float64. Gumbel noise in float32 cuts off the tails, which silently lowers the
+    temperature (arXiv 2409.02908). A float32 CDF over 50,257 tokens would have steps of 1e-7, and
+    rare tokens are less probable than that. The caller passes one uniform number per draw, so
     sampling is a function of its noise. Logits of nan or infinity give p of nan.
     """
     logits = fused.in_float64(logits)  # (N, V)
@@ -109,14 +109,14 @@ def categorical(logits, u, temperature=1.0, top_k=0, top_p=1.0):
 
 
 def keep_likely(p, top_k, top_p):
-    """p (N, V) with 0 for all but the top_k tokens, and for all past the first top_p of the mass.
+    """p (N, V) set to 0 outside the top_k tokens, and past the first top_p of the total mass.
 
-    Of equally likely tokens the first are kept.
+    Of equally probable tokens, the first are kept.
     """
     if 0 < top_k < p.shape[-1]:
         least = p.topk(top_k, dim=-1).values[:, -1:]  # (N, 1)
         tied = p == least  # (N, V)
-        room = top_k - (p > least).sum(-1, keepdim=True)  # (N, 1) for those that are tied
+        room = top_k - (p > least).sum(-1, keepdim=True)  # (N, 1) how many tied ones are kept
         p = p.masked_fill((p < least) | (tied & (tied.cumsum(-1) > room)), 0.0)
     if top_p < 1:
         normalised = p / p.sum(-1, keepdim=True)  # (N, V)
@@ -129,9 +129,9 @@ def keep_likely(p, top_k, top_p):
 def draw_tokens(model, hs, call, suppress, policy, o, keep_logits=False):
     """Draw the tokens of n positions -> (token, p, entropy (n,) each, logits (n, V) if kept).
 
-    hs: their states, a list of (n, D) as diffusion.guided takes them; call: their Call, on the
-    device; suppress (N*L,) or None. They are drawn in pieces of at most LOGITS logits: these become
-    float64, most of the memory here where an adaptive sampler draws at all masked positions.
+    hs: their hidden states, a list of (n, D) for diffusion.guided. call: their Call, on the device.
+    suppress (N*L,) or None. Pieces of at most LOGITS logits save memory: the float64 copies would
+    be large where an adaptive sampler draws at all masked positions.
     """
     pieces, kept = [], []
     for piece in fused.chunks(len(call.u), max(1, LOGITS // model.vocab_size)):
@@ -147,19 +147,19 @@ def draw_tokens(model, hs, call, suppress, policy, o, keep_logits=False):
     return token, p, entropy, torch.cat(kept) if kept else None
 
 
-# ---- 2. The loops (one without anything that makes it fast: experiments/textbook.py, sample) -----
+# ---- 2. The loops (the plain, slow one: experiments/textbook.py, sample) -------------------------
 @torch.no_grad()
 def sample(model, x, suppress=None, progress=False, on_call=None, **options):
     """Fill every mask_id of x (N, L) and change nothing else -> (tokens (N, L), info).
 
-    options: keys of OPTIONS; UserError for another, for values that they cannot have, or where the
-    sampler leaves masks. suppress (N, L): a token that a position must not get, or -1.
-    info: nfe (N,) network calls of each sequence, expected_nfe their expected mean (None: only
-    sampling tells), seconds. A sequence is a pure function of (seed, its place in x): the batch
-    size changes how long it takes, not what comes out (except where an adaptive sampler is equally
-    sure of two positions, and rounding decides). A causal network goes left to right.
+    options: keys of OPTIONS. UserError for other keys, for invalid values, or if the sampler leaves
+    masks. suppress (N, L): a token that a position must not get, or -1.
+    info: nfe (N,), network calls of each sequence; expected_nfe, their expected mean (None: unknown
+    before sampling); seconds. A sequence is a pure function of (seed, its index in x): the batch
+    size changes the time, not the result (except where an adaptive sampler is equally confident of
+    two positions and rounding decides). A causal network samples left to right.
     on_call(sequence (n,), position (n,), call (n,), token (n,), p (n,), logits (n, V)), all on the
-    CPU, receives the tokens that each call unmasks; it is not called for causal networks.
+    CPU, receives the tokens that each call unmasks. It is not called for causal networks.
     """
     o = settings.options(options, *MODULES, only=OPTIONS)
     check_ids(model, "x", x, values=True)
@@ -169,7 +169,7 @@ def sample(model, x, suppress=None, progress=False, on_call=None, **options):
 
 
 def sample_mdm(model, x, o, suppress=None, progress=False, on_call=None):
-    """sample by a masked diffusion model: call by call, as the sampler's policy says."""
+    """`sample` for a masked diffusion model: call by call, as the sampler's policy decides."""
     began = time.time()
     N, L = x.shape
     masked = (x == model.mask_id).cpu()  # (N, L)
@@ -203,8 +203,8 @@ def sample_mdm(model, x, o, suppress=None, progress=False, on_call=None):
 
 
 def accepted(policy, call, mask_id, token, p, entropy):
-    """Which of a call's tokens are unmasked, (n,) bool on the CPU, and the tokens, else mask_id."""
-    if policy.planned:  # all of them: no call waits for its p
+    """Which of a call's tokens are kept, (n,) bool on the CPU; the tokens, mask_id if not kept."""
+    if policy.planned:  # all are kept, and no call waits for its p
         return torch.ones(len(token), dtype=torch.bool), token
     p_all = torch.full(policy.masked_at(call.live, call.done).shape, -1.0, dtype=p.dtype)  # (b, L)
     entropy_all = torch.full_like(p_all, torch.inf)  # (b, L)
@@ -216,10 +216,10 @@ def accepted(policy, call, mask_id, token, p, entropy):
 
 
 class Predictor:
-    """The states of positions that are due, for diffusion.guided.
+    """Hidden states at the positions that are due, for diffusion.guided.
 
     An `order` network reads each clean token once, into a cache with batch_size slots. A sequence
-    holds one until it is done. Guidance reads without the condition into a cache of its own.
+    holds a slot until it is done. With guidance, a second cache holds x without the condition.
     """
 
     def __init__(self, model, cond, policy, o):
@@ -233,17 +233,17 @@ class Predictor:
             self.caches = [OrderCache(self.B, L) for _ in range(2 if self.cfg_scale else 1)]
 
     def __call__(self, x, call, on_device):
-        """x (N, L), a Call on the CPU and on x's device -> a list of states (n, D)."""
+        """x (N, L), a Call on the CPU and on x's device -> a list of hidden states (n, D)."""
         x = x[on_device.live]  # (b, L)
         cond = self.cond[on_device.live] if self.cfg_scale else None  # (b, L)
         if self.caches:
             return self.from_caches(x, cond, call)
         hs = diffusion.states(self.model, x, on_device.idx, cond, self.cfg_scale)
-        return [h[: len(on_device.at)] for h in hs]  # without what a CUDA graph is padded with
+        return [h[: len(on_device.at)] for h in hs]  # without the padding of a CUDA graph
 
     def from_caches(self, x, cond, call):
-        """The same of an `order` network: x (b, L) and, guided, cond (b, L) of a call."""
-        visible = ~self.policy.masked_at(call.live, call.done)  # (b, L) known to the CPU
+        """The same for an `order` network: x (b, L) and, with guidance, cond (b, L) of a call."""
+        visible = ~self.policy.masked_at(call.live, call.done)  # (b, L) on the CPU
         texts = [(x, visible)]
         if self.cfg_scale:
             without = x.masked_fill(cond, self.model.mask_id)  # (b, L)
@@ -253,7 +253,7 @@ class Predictor:
         return [ask(*text, call.idx, cache, slots) for text, cache in pairs]
 
     def slots_of(self, live):
-        """The slots (b,) of sequences; new ones get those of sequences that are done."""
+        """The slots (b,) of the live sequences; new ones take those of finished ones."""
         self.slots = {n: slot for n, slot in self.slots.items() if n in live}
         free = [slot for slot in range(self.B) if slot not in self.slots.values()]
         for n in (n for n in live if n not in self.slots):
@@ -264,10 +264,10 @@ class Predictor:
 
 
 def sample_ar(model, x, o, suppress=None, progress=False):
-    """The baseline: fill x (N, L) left to right by a causal network that caches keys and values.
+    """The baseline: fill x (N, L) left to right with a causal network and a key-value cache.
 
-    As sample, without guidance. Prompts may differ in length: one call reads what all sequences are
-    given, and each one after that adds a position, drawn or given.
+    Like `sample`, without guidance. Prompts may differ in length: the first call reads what all
+    sequences of the batch are given, and each later call adds one position, drawn or given.
     """
     require(o["cfg_scale"] == 0, "cfg_scale needs a masked diffusion model, not a causal one")
     began = time.time()
@@ -288,12 +288,12 @@ def sample_ar(model, x, o, suppress=None, progress=False):
                     bar.update()
                 nfe[batch] = len(span)
     wait(x.device)
-    expected = float(nfe.double().mean())  # one call a token is what it takes
+    expected = float(nfe.double().mean())  # the number of calls is not random
     return x, {"nfe": nfe, "expected_nfe": expected, "seconds": time.time() - began}
 
 
 def fill_span(model, span, x, to_fill, u, suppress, o):
-    """Fill x (b, L) in place, one position of the span a call; yields after each call."""
+    """Fill x (b, L) in place, one position of the span per call; yield after each call."""
     cache = [Cache(x.shape[1]) for _ in model.blocks]
     new = torch.cat([x.new_full((len(x), 1), model.start_id), x[:, : span[0]]], dim=1)  # (b, n)
     seen = Probabilities()
@@ -310,7 +310,7 @@ def fill_span(model, span, x, to_fill, u, suppress, o):
 
 # ---- 3. The command -----------------------------------------------------------------------------
 def open_model(config):
-    """The Subject of config["ckpt"], compiled if the config says so."""
+    """Load the Subject of config["ckpt"], compiled if the config says so."""
     subject = subjects.load_subject(config, reads_text=True)
     if subject.causal:
         subjects.check_causal(config)
@@ -320,7 +320,7 @@ def open_model(config):
 
 
 def fill(config, subject):
-    """Fill num_samples copies of the config's request, save, print and return the records."""
+    """Fill num_samples copies of the config's request; save, print and return the records."""
     model, tokenizer, *_ = subject
     x, suppress, end, eos_id = rows_to_fill(config, subject)  # (N, L) each
     options = {key: config[key] for key in OPTIONS}
@@ -341,10 +341,10 @@ def fill(config, subject):
 
 
 def rows_to_fill(config, subject):
-    """What to fill, x (N, L), its `suppress`, where what is given ends, and the eos_id, or -1."""
+    """x (N, L) to fill, its `suppress`, the end of the last given token, and the eos_id or -1."""
     model, tokenizer, trained, *_ = subject
     texts = {key: text_or_file(config[key]) for key in ("prompt", "suffix", "template")}
-    length = 0 if texts["template"] else trained.get("example_width", 0)  # examples have one
+    length = 0 if texts["template"] else trained.get("example_width", 0)  # that of examples
     ids = request(tokenizer, model, **texts, length=config["length"] or length)
     x = torch.tensor([ids] * config["num_samples"])  # (N, L)
     end = max((i + 1 for i, token in enumerate(ids) if token != model.mask_id), default=0)
@@ -355,7 +355,7 @@ def rows_to_fill(config, subject):
 
 
 def suited(config, subject):
-    """The config with ANSWERS for a model of examples, where the user has not said otherwise."""
+    """The config with ANSWERS for a model of examples, except for keys that the user has set."""
     if "user_keys" not in config or not subject.answers:
         return config
     answers = {key: ANSWERS[key] for key in ANSWERS if key not in config["user_keys"]}
@@ -365,7 +365,7 @@ def suited(config, subject):
 
 
 def converse(config, subject):
-    """Ask for prompts and continue each, until there are no more."""
+    """Ask for prompts and continue each of them, until the input ends."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  so that lines can be edited
     free = "" if subject.answers else " (none: a free sample)"
@@ -380,7 +380,7 @@ def converse(config, subject):
 
 
 def main(config):
-    """Fill the request of a command; without one, in a terminal, ask for prompts."""
+    """Fill the request of the command; without one, in a terminal, ask for prompts."""
     subject = open_model(config)
     config = suited(config, subject)
     sampler = "left_to_right" if subject.causal else config["sampler"]

@@ -2,11 +2,11 @@
 
     python -m experiments.textbook      about a minute on two CPU cores (--quick: seconds)
 
-It is the method as the papers write it, and it stands alone: read it after the first page of
-diffusion.py. A remark `->` names what the real scripts do at the same place, and why.
+This is the method as the papers write it, in one self-contained file. Read it after the first page
+of diffusion.py. A remark `->` says what the real scripts do at the same place, and why.
 
-From a GPT to this: attention looks both ways; one more id, the mask, is read; tokens are predicted
-in place; the loss is that of masked ones, weighted; a sample is unmasked in steps, anywhere.
+From a GPT to this: attention looks both ways; the input has one more id, the mask; tokens are
+predicted in place; the loss is on masked tokens, weighted; sampling unmasks in steps, anywhere.
 """
 
 import sys
@@ -16,11 +16,11 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-L, D, HEADS, LAYERS, BATCH = 64, 128, 4, 3, 32  # -> configs/: presets of all that can be set
+L, D, HEADS, LAYERS, BATCH = 64, 128, 4, 3, 32  # -> configs/: presets for all settings
 
 
 def read(folder="data/pydocs"):
-    """(training ids, held-out ids, characters) of a prepared text, or of one in every Python."""
+    """(training ids, held-out ids, characters) of a prepared text, or of Python's help texts."""
     if (Path(folder) / "meta.json").is_file():
         sys.path.append(str(Path(__file__).parents[1]))
         from data import loader, tokenizer
@@ -28,7 +28,7 @@ def read(folder="data/pydocs"):
         parts = [loader.Tokens(folder, split) for split in ("train", "val")]
         text = tokenizer.from_meta(parts[0].meta["tokenizer"])
         train, val = (text.decode(part[: len(part)].tolist()) for part in parts)
-    else:  # -> data/: documents that are held out as a whole, tokenizers, token files of any size
+    else:  # -> data/: whole documents held out, tokenizers, token files of any size
         from pydoc_data.topics import topics
 
         text = "\n".join(topics.values())
@@ -39,13 +39,13 @@ def read(folder="data/pydocs"):
 
 
 def blocks(ids, n):
-    """n blocks of text from anywhere: (n, L)."""
-    start = torch.randint(len(ids) - L, (n, 1))  # -> data/loader.py: each block once an epoch
+    """n blocks from random places in the text: (n, L)."""
+    start = torch.randint(len(ids) - L, (n, 1))  # -> data/loader.py: each block once per epoch
     return ids[start + torch.arange(L)]
 
 
 def rotate(z):
-    """Rotary positions: turn the pairs (i, i + d/2) of z (B, H, L, d) by angles of the position."""
+    """Rotary embedding: rotate pairs (i, i + d/2) of z (B, H, L, d) by position * frequency."""
     d = z.shape[-1]
     angle = torch.outer(torch.arange(L), 10000 ** -(torch.arange(0, d, 2) / d))  # (L, d/2)
     a, b = z.chunk(2, dim=-1)  # (B, H, L, d/2) each
@@ -62,12 +62,12 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm1(h)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(rotate(q), rotate(k), v)  # no causal mask
         h = h + self.proj(y.transpose(1, 2).flatten(2))
-        # -> model.py: in the last block, this and the queries at masked positions alone
+        # -> model.py: in the last block, this and the queries only at masked positions
         return h + self.down(F.gelu(self.up(self.norm2(h))))
 
 
 class Network(nn.Module):
-    """x (B, L) in [0, V], V being the mask -> logits (B, L, V). The time is no input."""
+    """x (B, L) in [0, V], where V is the mask -> logits (B, L, V). There is no time input."""
 
     def __init__(self, V):
         super().__init__()
@@ -81,16 +81,16 @@ class Network(nn.Module):
 
 
 def nelbo(model, x0):
-    """The loss, the bound on -log p(x0) in nats per token: x0 (B, L) -> a scalar."""
-    t = 1 - torch.rand(len(x0), 1)  # (B, 1) the time, in (0, 1], is also the probability of a mask
+    """The loss: the bound on -log p(x0), in nats per token. x0 (B, L) -> a scalar."""
+    t = 1 - torch.rand(len(x0), 1)  # (B, 1) the time in (0, 1], also the masking probability
     mask = torch.rand(x0.shape) < t  # (B, L)
-    # -> diffusion.draw_mask: exactly k masked, k uniform on 1..L; diffusion.stratified: k over the
-    #    whole batch evenly, in antithetic pairs (k, L + 1 - k). The same bound, and far less noise.
+    # -> diffusion.draw_mask: exactly k masked, k uniform on 1..L; diffusion.stratified: k spread
+    #    evenly over the batch, in antithetic pairs (k, L + 1 - k). The same bound, far less noise.
     logits = model(torch.where(mask, model.mask_id, x0))  # (B, L, V)
-    # -> lib/fused.py: logits of masked positions only, a chunk at a time
+    # -> lib/fused.py: logits only at masked positions, a chunk at a time
     ce = F.cross_entropy(logits.transpose(1, 2), x0, reduction="none")  # (B, L)
-    # The weight is m'(t)/m(t) = 1/t, the sum divided by B * L. Dividing it by the number of masked
-    # tokens is common, and no bound: experiments/loss_audit.py.
+    # The weight is m'(t)/m(t) = 1/t, and the sum is divided by B * L. Dividing by the number of
+    # masked tokens is common, but gives no bound: experiments/loss_audit.py.
     return (mask * ce / t).sum() / x0.numel()  # -> train.py: mask_rate, loss_weight depart from it
 
 
@@ -113,13 +113,13 @@ def train(model, ids, steps):
 
 @torch.no_grad()
 def evaluate(model, ids, draws=100):
-    """The bound on held-out text. -> evaluate.py: all of it, stratified draws, and the error."""
+    """The bound on held-out text. -> evaluate.py: the whole text, stratified draws, error bars."""
     return sum(nelbo(model, blocks(ids, BATCH)).item() for _ in range(draws)) / draws
 
 
 @torch.no_grad()
 def sample(model, n, steps):
-    """Ancestral sampling, from masks alone at t = 1 to text at t = 0: (n, L)."""
+    """Ancestral sampling, from only masks at t = 1 to text at t = 0: (n, L)."""
     x = torch.full((n, L), model.mask_id)  # (n, L) -> sample.py: a prompt, a text with gaps
     for k in range(steps):
         t, s = 1 - k / steps, 1 - (k + 1) / steps  # a step goes from t to s
@@ -127,7 +127,7 @@ def sample(model, n, steps):
         token = torch.multinomial(p.flatten(0, 1), 1).view(n, L)
         unmask = (x == model.mask_id) & (torch.rand(n, L) < (t - s) / t)  # (m(t) - m(s)) / m(t)
         x = torch.where(unmask, token, x)
-        # -> sample.py: steps are drawn ahead, idle ones skipped; only what is due is asked for
+        # -> sample.py: steps are drawn ahead, idle ones skipped; the head runs only where due
     return x
 
 
