@@ -114,10 +114,11 @@ def importance_sampled(objective, drawn, m):
 
     The plain weight 1/m has infinite variance: one token masked at a tiny m counts too much, and no
     interval could be trusted. But an empty mask adds nothing, so E[X] = P(some) E[X | some], where
-    "some" means that some token is masked, and weight * P(some) = (1 - (1 - m)^n) / m is at most n.
-    The condition is that the lowest of n uniform numbers is below m. Given the lowest, the others
-    are uniform above it, so scaling 1 - noise by one factor per row moves the lowest to where it
-    must be. (highest^n is uniform on (0, 1]; it must become uniform on (1 - P(some), 1].)
+    "some" means that some token is masked, and weight * P(some) = (1 - (1 - m)^n) / m is at most n
+    (t_dce: n m'). The condition is that the lowest of n uniform numbers is below m. Given the
+    lowest, the others are uniform above it, so scaling 1 - noise by one factor per row moves the
+    lowest to where it must be. (highest^n is uniform on (0, 1]; it must become uniform on (1 -
+    P(some), 1].)
     """
     answer = drawn.position >= 0  # (b, W)
     n = answer.sum(1)  # (b,)

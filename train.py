@@ -95,7 +95,7 @@ DEFAULTS = {
     "show_sample": True,  # print one unconditional sample at each evaluation
     "save_interval": 0,  # steps between checkpoints; 0: as eval_interval
     "keep": 1,  # last checkpoints to keep, 1 or more (above 1: ckpt_STEP.pt); best.pt always stays
-    "log_interval": 10,  # steps between log entries, 1 or more; stop signals are checked as often
+    "log_interval": 10,  # steps between log entries, 1 or more; several processes may stop as often
 }
 MODULES = (settings, diffusion, network, lib.log, sys.modules[__name__])  # whose keys it takes
 # Tables named in DEFAULTS; config.py looks them up here.
