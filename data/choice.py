@@ -1,9 +1,9 @@
-"""Multiple-choice questions: one line of a .jsonl file (also .gz, .xz) to contexts, options, gold.
+"""Multiple-choice questions: a line of a .jsonl file (also .gz, .xz) to contexts, options and gold.
 
-They are worded as lm-evaluation-harness 0.4.13 words them without examples, since that is what
-published numbers are made with; FORMATS says how. Between a context and an option stands one space.
-A set of your own has lines {"context": TEXT, "options": [TEXT, ...], "gold": NUMBER FROM 0}, and
-its options go on from the context as they are.
+They are worded as by lm-evaluation-harness 0.4.13 without examples, which published numbers use;
+see FORMATS. A context and an option are separated by one space. A set of your own (plain) has lines
+{"context": TEXT, "options": [TEXT, ...], "gold": NUMBER FROM 0}, and its options follow the context
+as they are.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from config import Table, require
 from data.examples import field, records
 
 ARC = "Question: {question}\nAnswer:"
-FORMATS = {  # the context of a question; in braces the keys of its line
+FORMATS = {  # the context of a question; keys of its line are in braces
     "arc_challenge": ARC,
     "arc_easy": ARC,
     "boolq": "{passage}\nQuestion: {question}?\nAnswer:",
@@ -34,17 +34,17 @@ FORMATS = {  # the context of a question; in braces the keys of its line
 
 class Question(NamedTuple):
     where: str  # file and line, for messages
-    contexts: list  # the text before each option; one text, but in WinoGrande
-    options: list  # the texts that are scored
-    gold: int  # which of them is right
+    contexts: list  # the text before each option; the same for all but in WinoGrande
+    options: list  # the texts to score
+    gold: int  # the index of the right one
 
 
 def read(name, place, limit=0):
-    """The first `limit` questions (0: all) of a set -> (questions, path of the file).
+    """The first `limit` questions (0: all) of a set: (questions, path of the file).
 
-    place: a file, or a folder with one file NAME*.jsonl*. Raises UserError that names file and line
-    for a line that is not JSON, lacks a key or holds another type there, and for a gold that none
-    of the options is.
+    place: a file, or a folder with one file NAME*.jsonl*. Raises UserError, naming file and line,
+    for a line that is not JSON, lacks a key or has a value of another type there, and for a gold
+    that is not the index of an option.
     """
     reader, path = READERS[name], find(name, Path(place))
     lines = articles(records(path)) if name == "race" else records(path)
@@ -61,7 +61,7 @@ def read(name, place, limit=0):
 
 
 def find(name, place):
-    """The file of a set."""
+    """The file of a set: `place` itself, or the only one of that name in the folder."""
     require(place.exists(), f"no file or folder {place}")
     if place.is_file():
         return place
@@ -82,7 +82,7 @@ def texts(where, record, key):
 
 
 def number(where, record, key):
-    """The whole number under a key, which may be spelt as text, True or False."""
+    """The whole number under a key, which may be written as text, True or False."""
     require(key in record, f'{where}: no key "{key}"')
     value = record[key]
     whole = isinstance(value, int) or re.fullmatch(r"\s*\d{1,9}\s*", str(value))
@@ -91,7 +91,7 @@ def number(where, record, key):
 
 
 def in_range(where, options, gold):
-    """Raise UserError for an answer that none of the options is."""
+    """Raise UserError for an answer that is not the index of an option."""
     n = len(options)
     require(0 <= gold < n, f"{where}: the answer {gold} is out of range: from 0 to {n - 1}")
 
@@ -100,14 +100,14 @@ def in_range(where, options, gold):
 
 
 def one_context(name, where, record, options, gold):
-    """All options behind one context, by the format of the set."""
+    """All options after the same context, worded by the format of the set."""
     keys = [key for _, key, _, _ in string.Formatter().parse(FORMATS[name]) if key]
     context = FORMATS[name].format(**{key: field(where, record, key) for key in keys})
     return [context] * len(options), options, gold
 
 
 def keyed(name, *keys, answer, first=0):
-    """A reader of options with a key each; under `answer` is the gold, numbered from `first`."""
+    """A reader of sets with one key per option; `answer` holds the gold, counted from `first`."""
 
     def reader(where, record):
         options = [field(where, record, key) for key in keys]
@@ -141,7 +141,7 @@ def plain(where, record):
 
 
 def hellaswag(where, record):
-    """As the harness leaves it (query, choices, gold) or as published (ctx_a, ctx_b, endings)."""
+    """As processed by the harness (query, choices, gold) or published (ctx_a, ctx_b, endings)."""
     if "query" in record:
         options, gold = texts(where, record, "choices"), number(where, record, "gold")
         return one_context("hellaswag", where, record, options, gold)
@@ -152,7 +152,7 @@ def hellaswag(where, record):
 
 
 def without_brackets(text):
-    """HellaSwag's text without the [title], [step], ... of WikiHow."""
+    """HellaSwag's text without WikiHow's [title], [step], ..."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -173,9 +173,9 @@ def race(where, record):
 
 
 def articles(lines):
-    """RACE as the harness asks it: of an article's questions the last, behind the others answered.
+    """RACE as in the harness: an article's last question, after the other ones with answers.
 
-    The lines of one article have to follow each other. An answered question that ends in a gap is a
+    The lines of one article must be consecutive. An answered question that ends in a gap becomes a
     sentence.
     """
     for _, group in itertools.groupby(lines, lambda line: line[1].get("article")):
@@ -192,7 +192,7 @@ def articles(lines):
 
 
 def winogrande(where, record):
-    """Either option is put in the gap, and what follows the gap is scored."""
+    """Each option is put into the gap, and the text after the gap is scored."""
     before, gap, after = field(where, record, "sentence").partition("_")
     require(gap, f"{where}: the sentence has no gap _")
     contexts = [before + field(where, record, key) for key in ("option1", "option2")]

@@ -1,7 +1,7 @@
-"""Files from the network: resumed, checked, and at their own path only when whole.
+"""Download files: resumed, checked, and moved to their final path only when complete.
 
-What a server says is not believed beyond reason: a size must be that expected and find room on the
-disk, a hash must be right, a name must stay in its folder, and no symbolic link is written through.
+Servers are not trusted blindly: a size must be as expected and fit on the disk, a hash must match,
+a name must stay in its folder, and no symbolic link is written through.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ from tqdm import tqdm
 from config import UserError, require
 from lib.files import lock, new_folder
 
-TRIES = 5  # failures in a row, without a new byte between them, before it gives up
+TRIES = 5  # consecutive failures, without a new byte between them, before it gives up
 LONGEST_WAIT = 60  # seconds between two tries, whatever the server asks for
 
-PASSING = (  # errors that may be gone at the next try
+PASSING = (  # errors that may not recur at the next try
     requests.ConnectionError,
     requests.Timeout,
     requests.exceptions.ChunkedEncodingError,
@@ -32,11 +32,11 @@ PASSING = (  # errors that may be gone at the next try
 
 
 class CannotWrite(UserError):
-    """A download has no place here."""
+    """A download cannot be written to this machine."""
 
 
 class TryAgain(Exception):
-    """A failure that may pass: what it was, and how many seconds the server asks to wait."""
+    """A temporary failure: what it was, and how many seconds the server asks to wait."""
 
     def __init__(self, what, wait=0.0):
         super().__init__(what)
@@ -46,20 +46,20 @@ class TryAgain(Exception):
 def fetch(url, path, sha256=None, size=None, headers=None, first_wait=1.0, stop=None):
     """Download `url` to `path`, unless the right file is there already; return the path.
 
-    The size and hash that the caller gives, or else those that the server states as the Hub does,
-    are checked. A dropped connection is resumed where it stopped; where there is a hash to check
-    the result by, an interrupted run is, too. After drops, 429 and 5xx it waits (first_wait
-    seconds, then twice that, ..., or what Retry-After says) and tries again. Raises UserError for a
-    refusal, a wrong length or hash, when it gives up, and soon after another thread sets `stop` (a
-    threading.Event); CannotWrite where the system cannot.
+    The size and hash given by the caller, or else those stated by the server as the Hub does, are
+    checked. A dropped connection is resumed where it stopped, and so is an interrupted run if there
+    is a hash to check the result. After drops, 429 and 5xx it waits (first_wait seconds, then twice
+    that, ..., or what Retry-After says) and tries again. Raises UserError for a refusal, a wrong
+    length or hash, when it gives up, and soon after another thread sets `stop` (a threading.Event);
+    CannotWrite if the system cannot write.
     """
     path, stop = Path(path), stop or threading.Event()
-    expected = {"hash": sha256, "size": size}  # completed by what the server states
+    expected = {"hash": sha256, "size": size}  # completed with what the server states
     try:
         if not is_expected(path, **expected):
             with new_folder(path.parent):
                 fetch_missing(url, path, expected, headers or {}, first_wait, stop)
-    except requests.RequestException as error:  # its kind alone: the rest may hold the headers sent
+    except requests.RequestException as error:  # only its type: the text may contain our headers
         raise UserError(f"cannot fetch {url}: {type(error).__name__}") from None
     except OSError as error:
         raise CannotWrite(f"cannot write {path}: {error.strerror or error}") from None
@@ -67,23 +67,23 @@ def fetch(url, path, sha256=None, size=None, headers=None, first_wait=1.0, stop=
 
 
 def fetch_missing(url, path, expected, headers, first_wait, stop):
-    """fetch for a file that is not there, into an existing folder; it grows as `path`.part."""
+    """fetch a missing file into an existing folder; it is `path`.part until it is complete."""
     part = path.with_name(path.name + ".part")
     require(not part.is_symlink(), f"{part} is a symbolic link: it is not written through")
     try:
         with open(part, "ab") as file:
-            lock(file, wait=True)  # of several processes that want the file, one downloads
+            lock(file, wait=True)  # if several processes want the file, one downloads it
             if is_expected(path, **expected):
                 return
             left = file.seek(0, os.SEEK_END)  # bytes that an interrupted run left
             download(url, file, expected, headers, first_wait, stop)
             if left and not (expected["hash"] and is_expected(part, **expected)):
-                file.truncate(0)  # nothing but a hash can tell that those bytes belong here
+                file.truncate(0)  # only a hash can tell that those bytes belong here
                 download(url, file, expected, headers, first_wait, stop)
             if not is_expected(part, **expected):
                 file.truncate(0)
                 raise UserError(f"{url} is not the expected file: its length or hash is wrong")
-            with contextlib.suppress(PermissionError):  # Windows moves no open file
+            with contextlib.suppress(PermissionError):  # Windows cannot move an open file
                 return os.replace(part, path)
         os.replace(part, path)
     finally:
@@ -93,7 +93,7 @@ def fetch_missing(url, path, expected, headers, first_wait, stop):
 
 
 def is_expected(path, hash, size):
-    """Whether a file is there and is the one expected. hash: its sha256, or its name in git."""
+    """Whether the file exists and is the expected one. hash: its sha256 or its git blob id."""
     if not path.is_file() or (size is not None and path.stat().st_size != size):
         return False
     if hash is None:
@@ -108,7 +108,7 @@ def is_expected(path, hash, size):
 
 
 def download(url, file, expected, headers, first_wait, stop):
-    """Request `url` until `file` has all of it."""
+    """Request `url` until `file` is complete."""
     headers = {"Accept-Encoding": "identity", **headers}
     failures, most = 0, 0
     name = Path(file.name).stem
@@ -126,14 +126,14 @@ def download(url, file, expected, headers, first_wait, stop):
                 problem = error
             failures = 1 if file.tell() > most else failures + 1
             most = max(most, file.tell())
-            place = Path(file.name).with_suffix("")  # less .part
+            place = Path(file.name).with_suffix("")  # without .part
             problem_is = f"cannot fetch {url}: {problem}, {TRIES} times in a row"
             require(failures < TRIES, f"{problem_is}; if you have the file, put it at {place}")
             stop.wait(max(problem.wait, first_wait * 2 ** (failures - 1)))
 
 
 def request(url, file, expected, headers, bar, stop):
-    """One request for what `file` lacks; leaves in `headers` what the next one has to ask with."""
+    """One request for what `file` lacks; puts into `headers` what the next request must send."""
     have = file.seek(0, os.SEEK_END)
     headers.update({"Range": f"bytes={have}-"} if have else {})
     with requests.get(url, headers=headers, stream=True, timeout=(10, 60)) as response:
@@ -143,7 +143,7 @@ def request(url, file, expected, headers, bar, stop):
         begins, total = extent(response)
         if response.status_code == 416 and total == have:
             return
-        if begins != have:  # the server does not know ranges, or the file has changed
+        if begins != have:  # no support for ranges, or the file has changed
             file.seek(0)
             file.truncate()
             headers.pop("Range", None)
@@ -167,7 +167,7 @@ def request(url, file, expected, headers, bar, stop):
 
 
 def check_size(url, expected, total, missing, folder):
-    """Raise UserError where `total` is not the size expected, or there is no room for the rest."""
+    """Raise UserError if `total` is not the expected size, or there is no room for the rest."""
     message = f"{url} has {total} bytes, not the {expected} expected"
     require(expected is None or total in (expected, None), message)
     free = shutil.disk_usage(folder).free
@@ -175,7 +175,7 @@ def check_size(url, expected, total, missing, folder):
 
 
 def refuse(url, response):
-    """Raise UserError where asking again is no use, TryAgain where it is."""
+    """Raise UserError for a refusal that is final, TryAgain for one that may be temporary."""
     status = response.status_code
     if status in (408, 429) or status >= 500:
         wait = retry_after(response.headers.get("Retry-After", ""))
@@ -198,7 +198,7 @@ def retry_after(text):
 
 
 def extent(response):
-    """(first byte, length of the whole file or None) of what a response holds."""
+    """(first byte, length of the whole file or None) of a response's content."""
     if response.status_code == 200:
         return 0, number(response.headers.get("Content-Length"))
     pattern = r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)"
@@ -208,14 +208,14 @@ def extent(response):
 
 
 def number(text):
-    """The number that a header gives; None where it gives none, or more digits than a size has."""
+    """The number in a header; None if there is none, or if it has more digits than a size."""
     return int(text) if re.fullmatch("[0-9]{1,18}", text or "") else None
 
 
 def stated(response):
-    """{hash, size} that the Hub states of a file as it sends one on to where it lies, or None each.
+    """{hash, size} of a file as stated by the Hub when it redirects to it, or None each.
 
-    The first answer that states them is the Hub's; what a later host says is not believed.
+    The first answer that states them is the Hub's; later hosts are not trusted.
     """
     answers = (answer.headers for answer in [*response.history, response])
     headers = next((headers for headers in answers if "X-Linked-Etag" in headers), {})
@@ -224,7 +224,7 @@ def stated(response):
 
 
 def cache():
-    """The folder of downloads: NANOMDM_CACHE, or nanomdm in the user's folder of such things."""
+    """The folder of downloads: NANOMDM_CACHE, or nanomdm in the user's cache folder."""
     if folder := os.environ.get("NANOMDM_CACHE"):
         return Path(os.path.expanduser(folder))
     of_user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -234,10 +234,10 @@ def cache():
 
 
 def hub_file(repo, filename, folder=None, stop=None):
-    """A file of a Hugging Face repository ("owner/name", "datasets/owner/name") -> its path.
+    """Download a file of a Hugging Face repository ("owner/name", "datasets/owner/name"): its path.
 
-    Downloaded once, to `folder`, without one to the cache. The token of HF_TOKEN goes to the Hub
-    alone: requests drops it on the way to another host (a test sees to it).
+    It is downloaded once, to `folder` or else to the cache. The token in HF_TOKEN goes only to the
+    Hub: requests drops it on redirects to another host (which a test checks).
     """
     parts = [*repo.split("/"), *filename.split("/")]
     name = r"[\w.+=-][\w .+=-]*"

@@ -1,14 +1,14 @@
-"""Conditional data: examples of one width, each a prompt, its answer, an eos, and eos to the width.
+"""Conditional data: examples of one width, each a prompt, its answer, an eos, and eos as padding.
 
-A folder of examples is a folder of token files (writer.py) with two things more. meta.json has
-"width", the tokens of an example, and "end", the id of the eos; its "documents" are examples, its
-"bytes" those of the answers. SPLIT_prompt.bin has two little-endian uint16 for each example: tokens
+A folder of examples is a folder of token files (writer.py) with two additions. meta.json has
+"width", the tokens per example, and "end", the id of the eos; its "documents" are examples, its
+"bytes" those of the answers. SPLIT_prompt.bin has two little-endian uint16 per example: the length
 of the prompt, and of prompt, answer and one eos together. Example r is the ids r * width to
-(r + 1) * width of the split. With a prompt of 0 tokens all of an example may be masked.
+(r + 1) * width of the split. If the prompt has 0 tokens, the whole example may be masked.
 
-All that follows a prompt may be masked, every eos included: so a model learns where an answer ends,
-and an example of the full width is what a sampler fills later. All examples cost the same, and none
-depends on its neighbours in a batch.
+Everything after the prompt may be masked, including every eos, so a model learns where an answer
+ends, and a sampler later fills an example of the full width. All examples take the same compute,
+and none depends on its neighbours in a batch.
 """
 
 import itertools
@@ -25,11 +25,11 @@ from data import tokenizer as tokenizers
 from lib.files import opened
 
 DEFAULTS = {
-    "width": 0,  # tokens in an example, prompt and eos included; 0: as many as the longest needs
+    "width": 0,  # tokens per example, including prompt and eos; 0: as many as the longest needs
 }
 
 LENGTH, WIDEST = np.dtype("<u2"), 65535  # of SPLIT_prompt.bin
-EOS = "\0"  # the eos where a tokenizer has no id for it
+EOS = "\0"  # the eos if a tokenizer has no id for it
 
 
 # ---- 1. Text in ----------------------------------------------------------------------------------
@@ -44,13 +44,13 @@ def lines(path):
 
 
 def records(path):
-    """Yield (where, dict) of a file with a JSON object on each line."""
+    """Yield (where, dict) for each line of a file with one JSON object per line."""
     for where, line in lines(path):
         yield where, writer.record_of(line, where)
 
 
 def field(where, record, key):
-    """The text under a key; UserError where there is none."""
+    """The text under a key; UserError if there is none."""
     require(key in record, f'{where}: no key "{key}"{nearest(key, record)}')
     text = record[key]
     require(isinstance(text, str), f'{where}: "{key}" must be text, not {str(text)[:40]}')
@@ -61,7 +61,7 @@ def field(where, record, key):
 
 
 def vocabulary(name, texts, load):
-    """tokenizer.named, with an eos in an alphabet."""
+    """tokenizer.named, with the eos in a character alphabet."""
     return tokenizers.named(name, itertools.chain([EOS], texts), load)
 
 
@@ -71,7 +71,7 @@ def eos_of(tokenizer):
 
 
 def encode(tokenizer, where, text, start=True):
-    """The ids of a text; one that starts anew follows the tokenizer's bos, as a document does."""
+    """The ids of a text; at a start they follow the tokenizer's bos, as in a document."""
     try:
         ids = tokenizer.encode(text, start)
     except UserError as error:
@@ -83,7 +83,7 @@ def encode(tokenizer, where, text, start=True):
 
 
 class Ragged:
-    """Examples of different lengths, one behind the other: a split before its width is known."""
+    """Examples of different lengths, one after another: a split before its width is known."""
 
     def __init__(self):
         self.ids, self.lengths, self.answer_bytes, self.dropped = array("I"), array("I"), 0, 0
@@ -96,10 +96,10 @@ class Ragged:
 def prepare(folder, examples, tokenizer, width=0):
     """Write a folder of examples; return its meta.
 
-    examples: an iterable of (split, where, prompt ids, answer ids), where being for messages. An
-    example longer than the width is dropped and counted. Raises UserError for an answer that is
-    empty or holds the eos, for a split without examples, and where the system cannot write. The
-    folder keeps what it held until all is written.
+    examples: an iterable of (split, where, prompt ids, answer ids); `where` is for messages.
+    Examples longer than the width are dropped and counted. Raises UserError for an answer that is
+    empty or holds the eos, for a split without examples, and if the system cannot write. The folder
+    keeps its old contents until everything is written.
     """
     require(0 <= width <= WIDEST, f"width must be from 0 to {WIDEST}, not {width}")
     splits = collect(examples, tokenizer, width)
@@ -136,11 +136,11 @@ def collect(examples, tokenizer, width):
 
 
 def write_split(folder, split, part, meta, at_once=4096):
-    """Pad a Ragged to the width and write it; return what meta.json says of it."""
+    """Pad a Ragged to the width and write it; return its entry in meta.json."""
     width, ids = meta["width"], np.frombuffer(part.ids, np.uint32)  # (tokens,)
     lengths = np.frombuffer(part.lengths, np.uint32).reshape(-1, 2)  # (n, 2)
     prompt, length = lengths.astype(np.int64).T  # (n,) each
-    border = np.concatenate([[0], length.cumsum()])  # (n + 1,) of the examples in ids
+    border = np.concatenate([[0], length.cumsum()])  # (n + 1,) between the examples in ids
     n = len(lengths)
     for first in range(0, n, at_once):
         now = length[first : first + at_once]  # (b,)
@@ -154,7 +154,7 @@ def write_split(folder, split, part, meta, at_once=4096):
 
 
 def summary(folder, meta):
-    """What was prepared, for people: a line for each split."""
+    """A readable summary of what was prepared, with a line for each split."""
     head = f"{folder}: examples of {meta['width']} tokens; {meta['tokenizer']['kind']} tokenizer"
     head += f", V = {meta['vocab_size']}, eos {meta['end']}"
     return "\n".join([head, *(summary_of_split(*item) for item in meta["splits"].items())])
@@ -171,7 +171,7 @@ def summary_of_split(name, split):
 
 
 def layout(folder, meta):
-    """(width, eos) of a folder of examples, (0, -1) of text; UserError for a damaged meta.json."""
+    """(width, eos) of a folder of examples, (0, -1) for text; UserError for a damaged meta.json."""
     width, eos = meta.get("width", 0), meta.get("end", -1)
     undamaged = type(width) is type(eos) is int and 0 <= width <= WIDEST
     undamaged = undamaged and eos < meta["vocab_size"] and (eos < 0) == (width == 0)
@@ -182,9 +182,9 @@ def layout(folder, meta):
 class Examples:
     """Shuffled examples, each a pure function of (seed, its number in the run).
 
-    An epoch takes each example once, in an order of its own. skip: tokens to leave out at the
-    beginning of each, 1 where the network brings the bos itself. Raises UserError for what is not a
-    whole folder of examples.
+    An epoch takes each example once, in its own order. skip: tokens to leave out at the beginning
+    of each, 1 if the network itself supplies the bos. Raises UserError if the folder is not a
+    complete folder of examples.
     """
 
     def __init__(self, folder, split, seed=0, skip=0):
@@ -205,14 +205,14 @@ class Examples:
         self.prompt, self.length = (lengths.reshape(-1, 2) - skip).clip(0).T  # (n,), as on disk
 
     def __getitem__(self, index):
-        """Numbers of examples (b,) -> (x0 (b, block_size), prompt (b,), length (b,)), int64."""
+        """Example numbers (b,) -> (x0 (b, block_size), prompt (b,), length (b,)), int64."""
         index = np.asarray(index, np.int64)
         starts = index * (self.block_size + self.skip) + self.skip  # (b,)
         x0 = self.tokens.windows(starts, self.block_size)  # (b, block_size)
         return x0, self.prompt[index], self.length[index]
 
     def index(self, first, rows):
-        """Numbers (b,) of the examples in `rows` of a batch with `first` before it."""
+        """Numbers (b,) of the examples in `rows` of a batch that `first` examples precede."""
         sample = first + np.asarray(rows, np.int64)  # (b,)
         epoch, i = np.divmod(sample, self.n)  # (b,) each
         out = np.empty_like(i)  # (b,)
@@ -222,22 +222,22 @@ class Examples:
         return out
 
     def counted(self, index, padding):
-        """Tokens of the examples `index` (b,) behind the prompt, with or without padding: (b,)."""
+        """Tokens after the prompt in the examples `index` (b,), with or without padding: (b,)."""
         return (self.block_size if padding else self.length[index]) - self.prompt[index]
 
     def counts(self, first, batch_size, padding):
-        """{"n_tokens", "n_real"} of a whole batch that has `first` examples before it.
+        """{"n_tokens", "n_real"} of a whole batch that `first` examples precede.
 
-        What `counted` says of it, added up: n_tokens with padding if that counts, n_real without.
+        Both are sums of `counted`: n_tokens with padding if that counts, n_real without.
         """
         index = self.index(first, range(batch_size))  # (B,)
         n_tokens, n_real = (int(self.counted(index, each).sum()) for each in (padding, False))
         return {"n_tokens": n_tokens, "n_real": n_real}
 
     def requests(self, n, padding):
-        """n examples evenly spread (0: all) -> [(prompt ids, answer ids), ...], [tokens, ...].
+        """n evenly spaced examples (0: all): [(prompt ids, answer ids), ...], [tokens, ...].
 
-        An answer has its padding or stops at its first eos; tokens counts it without padding.
+        An answer includes its padding or stops at its first eos; tokens excludes the padding.
         """
         n = min(n or self.n, self.n)
         index = np.arange(n) * self.n // n  # (n,)
@@ -247,11 +247,11 @@ class Examples:
         return pairs, self.counted(index, padding=False).tolist()
 
 
-# ---- 5. What a model learns from and is evaluated on ---------------------------------------------
+# ---- 5. Training data and held-out data ----------------------------------------------------------
 
 
 class HeldOut(NamedTuple):
-    """What is evaluated; a block of text is an answer to an empty prompt."""
+    """Held-out data to evaluate; a block of text is an answer to an empty prompt."""
 
     requests: list  # pairs (prompt ids, answer ids)
     counts: list  # tokens of each answer that are not padding
@@ -272,7 +272,7 @@ def open_data(config):
 
 
 def held_out(folder, split, block_size, n, network, end=None):
-    """n blocks (of the text up to `end`) or examples of a split, evenly spread, 0 for all: HeldOut.
+    """HeldOut: n evenly spaced examples or blocks (of the text up to `end`) of a split, 0 for all.
 
     network: (causal, start_id).
     """
@@ -290,6 +290,6 @@ def held_out(folder, split, block_size, n, network, end=None):
 
 
 def brought_by_network(folder, causal, start_id):
-    """Tokens of an example that a causal network reads anyway: 1 for a bos that is its start_id."""
+    """How many tokens of an example a causal network supplies: 1 if its start_id is the bos."""
     tokenizer = tokenizers.KINDS[loader.read_meta(folder)["tokenizer"]["kind"]]
     return int(causal and tokenizer.bos == start_id)

@@ -1,10 +1,10 @@
 """Token files as blocks: shuffled for training, in order for evaluation.
 
-A prepared folder is one long text, the end or the beginning of each document marked by an id (or a
-blank line), and a block is any run of block_size tokens: it crosses from one document into the
-next, as RADD's and SMDM's do. Where a block must not, the text is laid out for it when it is
-prepared (writer.py): meta.json then has a "block_size", a document starts at a multiple of it, and
-blocks are those runs that do too. No list of documents is ever held, however long the text.
+A prepared folder is one long text, in which an id (or a blank line) marks the end or the beginning
+of each document. A block is any run of block_size tokens and may cross from one document into the
+next, as in RADD and SMDM. If blocks must not do so, the text is laid out for that when it is
+prepared (writer.py): meta.json then has a "block_size", and documents and blocks start at multiples
+of it. No list of documents is ever kept in memory, however long the text.
 """
 
 import hashlib
@@ -28,20 +28,20 @@ def id_type(vocab_size):
 
 
 def shards(folder, split):
-    """The shards of a split in their order."""
+    """The shards of a split in order."""
     names = {path: re.fullmatch(r"(.*)_(\d+)\.bin", path.name) for path in Path(folder).iterdir()}
     numbers = {path: int(name[2]) for path, name in names.items() if name and name[1] == split}
     return sorted(numbers, key=numbers.get)
 
 
 def preparer(name):
-    """What Python runs to prepare data/NAME, from the working directory."""
+    """The arguments with which python, run in the working directory, prepares data/NAME."""
     path = ROOT / "data" / name / "prepare.py"
     return f"-m data.{name}.prepare" if Path.cwd() == ROOT else str(path)
 
 
 def read_meta(folder):
-    """The meta.json of a prepared folder; UserError where it is missing or damaged."""
+    """The meta.json of a prepared folder; UserError if it is missing or damaged."""
     folder = Path(folder)
     recipe = f"{preparer('text')} --input=FILE --out={folder}"
     if folder.is_file():
@@ -61,7 +61,7 @@ def read_meta(folder):
 
 
 def hash_of(paths):
-    """A hash of what the files hold, one behind the other, as 16 hexadecimal digits."""
+    """A hash of the concatenated contents of the files, as 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
     for path in paths:
         with open(path, "rb") as file:
@@ -71,16 +71,16 @@ def hash_of(paths):
 
 
 def is_replaced(folder, trained):
-    """Whether the folder that a model learnt from has had another training text since.
+    """Whether the training text in the folder has changed since a model was trained on it.
 
-    trained: the config of the model. False where that or the folder does not say, as older ones.
+    trained: the config of the model. False if it or the folder has no hash, as older ones.
     """
     hashes = {read_meta(folder).get("train_hash"), trained.get("train_hash")} - {None}
     return Path(folder) == Path(str(trained.get("data"))) and len(hashes) > 1
 
 
 def describes_tokens(meta):
-    """Whether a meta.json is one; raises KeyError, TypeError or AttributeError where it is not."""
+    """Whether a meta.json is valid; if not, may raise KeyError, TypeError or AttributeError."""
     V, splits = meta["vocab_size"], meta["splits"].values()
     numbers = [split[key] for split in splits for key in ("tokens", "documents", "bytes")]
     numbers += [V, meta.get("block_size", 1)]
@@ -95,9 +95,9 @@ def describes_tokens(meta):
 class Tokens:
     """The tokens of one split as if they were one long array; they stay on disk.
 
-    Nothing is open or mapped between two reads: neither file handles nor resident memory grow with
-    the data. Raises UserError for a folder that is not prepared, lacks the split, or whose shards
-    do not add up.
+    Nothing is open or mapped between two reads, so neither file handles nor resident memory grow
+    with the data. Raises UserError for a folder that is not prepared or lacks the split, or whose
+    shards do not add up.
     """
 
     def __init__(self, folder, split):
@@ -107,21 +107,21 @@ class Tokens:
         self.dtype = np.dtype(self.meta["dtype"])
         self.vocab_size = self.meta["vocab_size"]
         self.paths = shards(folder, split)
-        width = self.dtype.itemsize  # bytes of an id
+        width = self.dtype.itemsize  # bytes per id
         sizes = [path.stat().st_size if path.is_file() else 0 for path in self.paths]  # or a link
         held, stated = sum(sizes), splits[split]["tokens"] * width
         require(
             held == stated and all(size % width == 0 for size in sizes),
             f"the {split} shards of {folder} hold {held} bytes, not the {stated} of its meta.json",
         )
-        # The first token of each shard, and behind the last one their number N.
+        # The first token of each shard, and at the end the number N of tokens.
         self.borders = np.cumsum([0, *sizes]) // width  # (shards + 1,)
 
     def __len__(self):
         return int(self.borders[-1])
 
     def __getitem__(self, span):
-        """tokens[a:b] -> (b - a,) int64, clipped as any slice is."""
+        """tokens[a:b] -> (b - a,) int64, clipped like any slice."""
         start, stop, step = span.indices(len(self))
         assert step == 1
         return self.windows(np.array([start]), max(0, stop - start))[0]  # (b - a,)
@@ -142,7 +142,7 @@ class Tokens:
         return out.astype(np.int64)
 
     def _read(self, shard, rows, out):
-        """Fill in what one shard has of the rows [(row, its first position), ...] of out."""
+        """Fill in one shard's part of the rows [(row, its first position), ...] of out."""
         low, high = self.borders[shard : shard + 2].tolist()
         with open(self.paths[shard], "rb", buffering=0) as file:
             for row, start in rows:
@@ -164,18 +164,18 @@ def mix(x):
 
 
 def hash_words(*numbers, count):
-    """Pseudo-random 64-bit words, 8 at most, a function of the integers: (count,) uint64."""
+    """At most 8 pseudo-random 64-bit words, a function of the integers: (count,) uint64."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8 * count).digest()
     return np.frombuffer(digest, "<u8").astype(np.uint64)
 
 
 def permute(i, n, key, rounds=6):
-    """Where a pseudo-random permutation of range(n) sends each of i -> int64 in the shape of i.
+    """The images of i under a pseudo-random permutation of range(n): int64 in the shape of i.
 
-    A Feistel network on pairs (left, right) of Z_a x Z_b with a, b about sqrt(n): each round adds
-    to one half a hash of the other, which can be undone. The rectangle has up to a - 1 cells beyond
-    n; an image that lands there is sent on until it is in range, which keeps the map a bijection
-    (Black and Rogaway, CT-RSA 2002). Its memory does not depend on n.
+    A Feistel network on pairs (left, right) of Z_a x Z_b with a, b about sqrt(n): each round adds a
+    hash of one half to the other, which can be undone. The rectangle has up to a - 1 cells beyond
+    n; an image that lands there is mapped again until it is in range, which keeps the map a
+    bijection (Black and Rogaway, CT-RSA 2002). Its memory does not depend on n.
     """
     a = np.uint64(math.isqrt(n - 1) + 1)
     b = np.uint64(-(-n // int(a)))
@@ -203,8 +203,8 @@ def sequences_before(config, step):
 class Blocks:
     """Shuffled training blocks, each a pure function of (seed, its number in the run).
 
-    An epoch cuts the text into n windows from an offset of its own and takes each once, in an order
-    of its own. Raises UserError for a text shorter than one block.
+    Each epoch cuts the text into n windows from its own offset and takes each once, in its own
+    order. Raises UserError for a text shorter than one block.
     """
 
     def __init__(self, tokens, block_size, seed):
@@ -214,8 +214,8 @@ class Blocks:
         enough = size >= block_size
         held = f"{folder} holds {plural(size, 'token')}"
         require(enough, f"{held}, less than one block of {block_size}")
-        # The windows of an epoch, whatever its offset, and how many offsets there are: every token
-        # comes up in some epoch.
+        # The number of windows per epoch, whatever its offset, and the number of offsets: every
+        # token comes up in some epoch.
         self.n = size // block_size if laid_out else max(1, (size - block_size + 1) // block_size)
         self.offsets = 1 if laid_out else size - self.n * block_size + 1
 
@@ -230,13 +230,13 @@ class Blocks:
         return out
 
     def batch(self, first, rows):
-        """Those of `rows` (b,) of a batch with `first` blocks before it: (b, block_size)."""
+        """The `rows` (b,) of a batch that `first` blocks precede: (b, block_size)."""
         index = first + np.asarray(rows, np.int64)  # (b,)
         return self.tokens.windows(self.starts(index), self.block_size)
 
 
 def in_order(tokens, block_size, n=0, end=None):
-    """n blocks of the text up to `end`, evenly spaced, all for n = 0: (block_size,) int64 each.
+    """n evenly spaced blocks of the text up to `end`, all for n = 0: (block_size,) int64 each.
 
     The last one may be shorter.
     """
@@ -246,9 +246,9 @@ def in_order(tokens, block_size, n=0, end=None):
 
 
 def fits(tokens, block_size):
-    """Tell whether documents are laid out for blocks of this size, or simply follow one another.
+    """Whether documents are laid out for blocks of this size, rather than simply concatenated.
 
-    Raises UserError where they are laid out for another size.
+    Raises UserError if they are laid out for another size.
     """
     L = tokens.meta.get("block_size")
     advice = f"--block_size must be that, not {block_size}"
@@ -257,17 +257,17 @@ def fits(tokens, block_size):
 
 
 def spread(items, n):
-    """n of the items, evenly spaced; all of them for n = 0."""
+    """n evenly spaced items; all of them for n = 0."""
     if not n or n >= len(items):
         return items
     return [items[i * len(items) // n] for i in range(n)]
 
 
 def prefetch(items, ahead=2):
-    """Yield the items of an iterable in order; a thread makes up to `ahead` of them beforehand.
+    """Yield the items of an iterable in order; a thread makes up to `ahead` of them in advance.
 
-    What an item raises is raised here in its turn. Closing this generator, or leaving it by an
-    exception, ends the thread once the item in the making is done.
+    An item's exception is raised here when the item is due. Closing this generator, or leaving it
+    by an exception, ends the thread once its current item is done.
     """
     items, end = iter(items), object()
     with ThreadPoolExecutor(1) as thread:

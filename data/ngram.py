@@ -1,4 +1,4 @@
-"""The n-gram baseline: what counting achieves on a prepared folder, to read a model's number by."""
+"""The n-gram baseline of a prepared folder, to compare a model's number with."""
 
 import numpy as np
 
@@ -8,11 +8,11 @@ from data.loader import Tokens, read_meta
 def baseline(folder, limit=2**24):
     """Nats per held-out token of n-gram models of the training text: {"unigram": ..., ...}.
 
-    {} where the folder holds no text with both parts. Witten-Bell smoothing, which has nothing to
-    tune: after a context h seen c(h) times before T(h) distinct tokens, p(v | h) = (c(hv) + T(h)
-    p(v | h less its first token)) / (c(h) + T(h)), starting from the uniform 1/V. Stops at
-    trigrams, or where the table of V^n counts exceeds `limit`. Reads `limit` tokens of each split
-    at most.
+    {} if the folder is not text with both splits. Witten-Bell smoothing, which has nothing to tune:
+    after a context h that was seen c(h) times, before T(h) distinct tokens, p(v | h) = (c(hv) +
+    T(h) p(v | h without its first token)) / (c(h) + T(h)), starting from the uniform 1/V. Stops at
+    trigrams, or when the table of V^n counts exceeds `limit`. Reads at most `limit` tokens of each
+    split.
     """
     meta, nats = read_meta(folder), {}
     if meta.get("width") or not {"train", "val"} <= meta["splits"].keys():
@@ -34,7 +34,7 @@ def baseline(folder, limit=2**24):
 
 
 def words(nats, of_model):
-    """The baseline in words, with advice where the nats per token of a model are worse."""
+    """The baseline in words, with advice if a model's nats per token are worse."""
     shown = ", ".join(f"{name} {value:.4f}" for name, value in nats.items())
     method = "Witten-Bell, counted on the training text"
     is_worse = of_model > min(nats.values())

@@ -1,7 +1,7 @@
 """Text to token ids and back: characters, bytes, GPT-2's BPE, Llama 2's SentencePiece.
 
-All have one interface. A tokenizer knows V real tokens; id V is the mask, which no text contains
-and `decode` draws as a block, so that partly masked text can be read. `meta` holds all that is
+All have the same interface. A tokenizer has V real tokens; id V is the mask, which no text contains
+and which `decode` shows as a block, so that partly masked text can be read. `meta` holds everything
 needed to build a tokenizer again.
 """
 
@@ -16,40 +16,40 @@ from data import loader
 from lib.files import optional
 
 DEFAULTS = {
-    # char | byte | gpt2 | llama, or whose tokenizer it is: a prepared folder, a checkpoint
+    # char | byte | gpt2 | llama, or the tokenizer of a prepared folder or checkpoint
     "tokenizer": "char",
 }
 
 MASK = "█"
-LLAMA = ROOT / "data/llama/tokenizer.model"  # not ours to give away: comes with Llama 2
+LLAMA = ROOT / "data/llama/tokenizer.model"  # not redistributable: comes with Llama 2
 
 
 class Unavailable(UserError):
-    """A tokenizer that there is, but whose package or vocabulary is not on this machine."""
+    """A known tokenizer whose package or vocabulary is not on this machine."""
 
 
 class Tokenizer:
-    """What the four have in common; `table[i]` is the UTF-8 text of token i, with the mask's last.
+    """The base class of the four; `table[i]` is the UTF-8 text of token i, the mask's is the last.
 
-    encode(text, start=True) -> ids. start=False says that other tokens stand before the text; it
-    matters to Llama alone.
+    encode(text, start=True) -> ids. start=False says that other tokens precede the text; it
+    matters only for Llama.
     """
 
     bos = None  # id that begins a document, if there is one
     eot = None  # id that ends a document, if there is one
-    separator = ""  # text between two documents, where no id does it
-    joins_spaces = False  # whether the token of a word holds the space before it
+    separator = ""  # text between two documents, if no id marks the border
+    joins_spaces = False  # whether the token of a word includes the space before it
 
     def __init__(self, table):
         self.table = [*table, MASK.encode()]
         self.vocab_size = len(table)  # V, without the mask
 
     def decode(self, ids):
-        """The text of ids in [0, V], V being the mask; bytes that are not UTF-8 become U+FFFD."""
+        """The text of ids in [0, V], where V is the mask; bytes not in UTF-8 become U+FFFD."""
         return b"".join(self.table[i] for i in ids).decode("utf8", errors="replace")
 
     def document(self, text):
-        """The ids of one whole document, with the marks of its border."""
+        """The ids of one whole document, including the id that marks its border."""
         return self.encode(text) + ([] if self.eot is None else [self.eot])
 
     def meta(self):
@@ -103,7 +103,7 @@ class GPT2(Tokenizer):
     joins_spaces = True
 
     def __init__(self):
-        """Raise Unavailable where tiktoken neither has nor can fetch the vocabulary."""
+        """Raise Unavailable if tiktoken neither has nor can fetch the vocabulary."""
         import requests
         import tiktoken
 
@@ -127,7 +127,7 @@ class Llama(Tokenizer):
     joins_spaces = True
 
     def __init__(self):
-        """Read LLAMA, or the copy in the shared folder; Unavailable where there is no model."""
+        """Read LLAMA, or the copy in the shared folder; Unavailable if there is no model."""
         try:
             sentencepiece = optional("sentencepiece", "the llama tokenizer")
         except UserError as error:
@@ -149,15 +149,15 @@ class Llama(Tokenizer):
         return piece.replace("▁", " ").encode()
 
     def encode(self, text, start=True):
-        """SentencePiece puts a space before a text; one that continues another must not gain it.
+        """SentencePiece puts a space before a text, which a continuation must not have.
 
-        Behind a newline, which is part of no other piece, the space and the newline are ids of
-        their own and are cut off.
+        So a continuation gets a newline, which is part of no other piece: the space and the
+        newline are then ids of their own and are cut off.
         """
         return self.pieces.encode(text) if start else self.pieces.encode("\n" + text)[2:]
 
     def decode(self, ids):
-        """As for all, less what stands before every text: the id that begins it, and a space."""
+        """As in the base class, but without the bos and the space that precede every text."""
         ids = list(ids)
         return super().decode(ids[ids[:1] == [self.bos] :]).removeprefix(" ")
 
@@ -169,11 +169,11 @@ KINDS = Table("tokenizer", char=Char, byte=Byte, gpt2=GPT2, llama=Llama)
 
 
 def named(name, texts, load):
-    """The tokenizer that --tokenizer=name means: a new one of a kind, or that of what has one.
+    """The tokenizer that --tokenizer=name means: a new one of a kind, or an existing one.
 
-    That is a prepared folder or all that `load` takes, lib.checkpoint.load. UserError where there
-    is none. To an alphabet the characters are added that `texts` hold besides, behind those that it
-    has: a network that knows these can learn the others (lib/resume.py).
+    The latter comes from a prepared folder or anything that `load` (lib.checkpoint.load) takes.
+    Raises UserError if there is none. New characters in `texts` are appended to an alphabet, so
+    that a network which knows the old ones can learn them (lib/resume.py).
     """
     if name in KINDS or not (os.path.exists(name) or "/" in name):
         return build(name, texts)
@@ -193,17 +193,17 @@ def named(name, texts, load):
 
 
 def lacks(known, meta):
-    """The characters that the alphabet of some data has and that of a model has not: two metas."""
+    """The characters in the alphabet of `meta` (of data) that that of `known` (a model) lacks."""
     are_chars = known["kind"] == meta["kind"] == "char"
     return "".join(sorted({*meta["alphabet"]} - {*known["alphabet"]})) if are_chars else ""
 
 
 def build(kind, texts):
-    """A new tokenizer. `texts`, an iterable of str, is read for a character alphabet only.
+    """A new tokenizer. `texts`, an iterable of str, is read only for a character alphabet.
 
-    The alphabet is that of all the text, held-out documents included: a character that training
-    never shows then makes the bound as bad as it should. Leaving it out would mean altering the
-    held-out text, and a bound that flatters.
+    The alphabet is that of all the text, including held-out documents: a character that never
+    occurs in training then worsens the bound, as it should. Leaving it out would alter the held-out
+    text and flatter the bound.
     """
     tokenizer = KINDS[kind]
     if tokenizer is not Char:
@@ -218,7 +218,7 @@ def characters(texts):
 
 
 def from_meta(meta):
-    """The tokenizer that wrote `meta`; UserError where the meta is not one."""
+    """The tokenizer that wrote `meta`; UserError if `meta` is not valid."""
     texts = isinstance(meta, dict) and all(isinstance(value, str) for value in meta.values())
     message = f"a tokenizer's meta must be a dict of texts with a kind, not {shown(meta)}"
     require(texts and "kind" in meta, message)

@@ -1,13 +1,13 @@
-"""Text to token files, streamed: what all of data/NAME/prepare.py share.
+"""Text to token files, streamed: the code that all data/NAME/prepare.py share.
 
 A prepared folder holds flat token ids in shards (train_00000.bin, ..., val_00000.bin, ...) and
 meta.json, which is written last: a folder with a meta.json is complete.
 
-Documents follow one another, each with the mark of its border, and blocks of training cross from
-one into the next. With a `block_size` L they do not: a document starts at a multiple of L, and what
-it leaves of its last L tokens is filled up with its eos (the tokenizer's, else a newline), so that
-a block is one document or a piece of one. A document that fills its blocks exactly carries no eos.
-The fill is text like any other: it is masked, predicted, and counted as tokens.
+Documents follow one another, each with an id or a separator at its border, and training blocks
+cross from one into the next. With a `block_size` L they do not: a document starts at a multiple of
+L and is padded with eos (the tokenizer's, else a newline) to the next one, so that a block is one
+document or a part of one. A document that fills its blocks exactly has no eos. The padding is
+treated like other text: it is masked, predicted, and counted as tokens.
 """
 
 import contextlib
@@ -34,15 +34,15 @@ from data import loader
 from data import tokenizer as tokenizers
 from lib.files import only_one, set_aside, to_json, whole_file, writing
 
-SHARD = 100_000_000  # tokens in a shard, the last one aside
-FEW = 1000  # documents or prompts, of which a hash may hold out none, or far too many
+SHARD = 100_000_000  # tokens per shard, except the last
+FEW = 1000  # documents or prompts: of so few, a hash may hold out none or far too many
 
 
 # ---- 1. Text in ----------------------------------------------------------------------------------
 
 
 def listed(names):
-    """The names in a list with commas between them, of which a file's or folder's can have some."""
+    """The names in a comma-separated list; a file's or folder's name may contain commas itself."""
     parts, paths = names.split(","), []
     while parts:
         lengths = range(len(parts), 1, -1)
@@ -53,7 +53,7 @@ def listed(names):
 
 
 def record_of(line, where):
-    """The JSON object of a line; UserError, which begins with `where`, for anything else."""
+    """The JSON object on a line; UserError, beginning with `where`, for anything else."""
     try:
         record, what = json.loads(line), "no JSON object"
     except (ValueError, RecursionError):
@@ -64,7 +64,7 @@ def record_of(line, where):
 
 
 def as_utf8(text):
-    """The text with halves of characters, which JSON can spell and UTF-8 cannot, replaced."""
+    """The text with lone surrogates, which JSON can express but UTF-8 cannot, replaced."""
     return text.encode("utf8", "replace").decode("utf8")
 
 
@@ -74,19 +74,19 @@ def is_held_out(name, fraction):
 
 
 def draw_of(name):
-    """A pseudo-random number below 2^64, always the same one for a name."""
+    """A pseudo-random number below 2^64, always the same for the same name."""
     return int.from_bytes(hashlib.sha256(name.encode("utf8", "replace")).digest()[:8], "big")
 
 
 def about_right(held, total, fraction):
-    """Whether what is held out is between half of the `fraction` and twice as much."""
+    """Whether the part held out is between half the `fraction` and twice as much."""
     return fraction / 2 <= held / max(1, total) <= 2 * fraction
 
 
 def adjusted(names, fraction):
-    """The fraction itself, or where is_held_out makes none or too much of a few names another one.
+    """The fraction itself, or another if is_held_out holds out too little or too much of few names.
 
-    With it is_held_out holds out that part of them, rounded down: those with the lowest draws.
+    With it, is_held_out holds out the fraction of them, rounded down: those with the lowest draws.
     """
     names = list(itertools.islice(names, FEW + 1))
     draws = sorted(set(map(draw_of, names)))
@@ -104,9 +104,9 @@ def prepare(folder, documents, tokenizer, workers=1, shard_tokens=SHARD, block_s
     """Tokenize `documents`, an iterable of (split, text), into `folder`; return its meta.
 
     The documents are streamed: memory does not grow with their number. The number of workers
-    changes the speed and nothing else. block_size > 0: no block of that size crosses from one
-    document into another. The folder keeps what it held until the new shards are all written.
-    Raises UserError where there is no text at all, or the system cannot write.
+    changes only the speed. block_size > 0: no block of that size crosses from one document into
+    another. The folder keeps its old contents until all new shards are written. Raises UserError if
+    there is no text at all or the system cannot write.
     """
     with replacing(folder) as building:
         grouped = batches(documents, "" if block_size else tokenizer.separator)
@@ -120,16 +120,16 @@ def prepare(folder, documents, tokenizer, workers=1, shard_tokens=SHARD, block_s
 
 
 def about(tokenizer):
-    """What meta.json says of the tokenizer."""
+    """The entries of meta.json that describe the tokenizer."""
     V = tokenizer.vocab_size
     return {"tokenizer": tokenizer.meta(), "vocab_size": V, "dtype": loader.id_type(V).name}
 
 
 @contextlib.contextmanager
 def replacing(folder):
-    """Yield an empty folder inside `folder` for new shards, and remove it; see publish.
+    """Yield an empty folder inside `folder` for new shards, and remove it afterwards; see publish.
 
-    Raises UserError where the system cannot write, or another program prepares the folder.
+    Raises UserError if the system cannot write or another program is preparing the folder.
     """
     building = Path(folder, ".preparing")
     with only_one(folder, "out"), writing(folder):
@@ -142,9 +142,9 @@ def replacing(folder):
 
 
 def publish(building, folder, meta):
-    """Swap the new shards in, without a meta.json until the last of them is there; see clear_away.
+    """Swap in the new shards (see clear_away); there is no meta.json until the last is in place.
 
-    meta.json gets a hash of the training text, by which a model knows what it has learnt from.
+    meta.json gets a hash of the training text, by which a model knows what it was trained on.
     """
     meta["train_hash"] = loader.hash_of(loader.shards(building, "train"))
     clear_away(folder, meta)
@@ -155,7 +155,7 @@ def publish(building, folder, meta):
 
 
 def summary(folder, meta):
-    """One line about a prepared folder, for people."""
+    """A readable line about a prepared folder."""
     splits = ", ".join(
         f"{name} {plural(split['tokens'], 'token')} of {plural(split['documents'], 'document')}"
         for name, split in meta["splits"].items()
@@ -165,7 +165,7 @@ def summary(folder, meta):
 
 
 def clear_away(folder, meta):
-    """Take the data that a folder holds out of the way; those that are not as `meta` are kept."""
+    """Delete a folder's old data, or keep them elsewhere in it if `meta` does not describe them."""
     path = folder / "meta.json"
     if not path.is_file():
         return
@@ -184,7 +184,7 @@ def described(meta):
 
 
 def say_unheld(folder, meta, fraction):
-    """Say where another part than the fraction that was wanted is held out, or none."""
+    """Report if the held-out part is far from the fraction that was wanted, or empty."""
     sizes = {name: split["tokens"] for name, split in meta["splits"].items()}
     held, total = sizes.get("val", 0), sum(sizes.values())
     if fraction and not held:
@@ -195,7 +195,7 @@ def say_unheld(folder, meta, fraction):
 
 
 def write_shards(folder, encoded, shard_tokens):
-    """Write all shards -> {split: {tokens, documents, bytes}}; bytes of UTF-8, with separators."""
+    """Write all shards; return {split: {tokens, documents, bytes}}, UTF-8 bytes with separators."""
     splits = {}
     with tqdm(unit="B", unit_scale=True, desc="tokenizing", disable=None) as bar:
         for split, ids, n_documents, n_bytes in itertools.chain.from_iterable(encoded):
@@ -208,7 +208,7 @@ def write_shards(folder, encoded, shard_tokens):
 
 
 def append(folder, split, ids, tokens, shard_tokens=SHARD):
-    """Append `ids` to a split that has `tokens` already; a shard that is full begins a new one."""
+    """Append `ids` to a split that already has `tokens`; after a full shard a new one begins."""
     while len(ids):
         shard, filled = divmod(tokens, shard_tokens)
         part, ids = ids[: shard_tokens - filled], ids[shard_tokens - filled :]
@@ -221,7 +221,7 @@ def append(folder, split, ids, tokens, shard_tokens=SHARD):
 
 
 def batches(documents, separator, characters=2**20):
-    """Group (split, text) into lists of about `characters`, the separator between documents."""
+    """Group (split, text) into lists of about `characters`, with separators between documents."""
     batch, size, begun = [], 0, set()
     for split, text in documents:
         if not text:
@@ -249,7 +249,7 @@ def encode_batch(batch, meta, block_size):
 
 
 def laid_out(tokenizer, text, block_size):
-    """The ids of one document, filled up with its eos to a multiple of block_size, if not 0."""
+    """The ids of one document, padded with eos to a multiple of block_size, if that is not 0."""
     ids = tokenizer.document(text)
     if not block_size:
         return ids
@@ -260,22 +260,22 @@ def laid_out(tokenizer, text, block_size):
 
 @functools.cache
 def rebuilt(meta):
-    """The tokenizer of a meta in JSON, built once in each process: some cannot be sent to one."""
+    """The tokenizer of a meta in JSON, built once per process: some cannot be sent to another."""
     return tokenizers.from_meta(json.loads(meta))
 
 
 def cores():
-    """Cores that this process may use; no more than Windows lets it wait for at a time."""
+    """How many cores this process may use; at most 61, since Windows waits for no more at once."""
     affinity = getattr(os, "sched_getaffinity", None)
     return min(61, len(affinity(0)) if affinity else os.cpu_count() or 1)
 
 
 @contextlib.contextmanager
 def nameless_main():
-    """Inside, processes that are started neither run the program itself again nor hear Ctrl-C.
+    """Processes started in this block neither run the main program again nor receive Ctrl-C.
 
-    They would run it to know its names, and a script without a guard would begin all over in each.
-    These need none of its names, and end with the program.
+    They would run it to know its names, and a script without a guard would start again in each.
+    Ours need none of its names, and end with the program.
     """
     main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
     mask = getattr(signal, "pthread_sigmask", lambda *_: ())  # Windows has none
@@ -288,7 +288,7 @@ def nameless_main():
 
 
 def encode_all(batches, tokenizer, workers, block_size):
-    """encode_batch of all batches, in their order, by several processes, a few batches for each."""
+    """encode_batch of all batches, in order, by several processes with a few batches each."""
     meta, pending = to_json(tokenizer.meta()), deque()
     first = list(itertools.islice(batches, 2 if workers > 1 else 0))
     batches = itertools.chain(first, batches)
@@ -296,7 +296,7 @@ def encode_all(batches, tokenizer, workers, block_size):
         yield from (encode_batch(batch, meta, block_size) for batch in batches)
         return
     spawn, ignore = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(workers, spawn, signal.signal, ignore) as pool:  # Ctrl-C is our own
+    with ProcessPoolExecutor(workers, spawn, signal.signal, ignore) as pool:  # Ctrl-C is ours
         try:
             for batch in batches:
                 with nameless_main():
@@ -308,6 +308,6 @@ def encode_all(batches, tokenizer, workers, block_size):
         except (
             BrokenProcessPool,
             OSError,
-        ):  # an OSError where the pool's pipes were closed already
+        ):  # an OSError if the pool's pipes were already closed
             lost = "a tokenizing process died, perhaps for lack of memory; try --workers=1"
             raise UserError(lost) from None

@@ -6,22 +6,22 @@
         of lines {"context": ..., "options": [...], "gold": 0}
 
 The answer is the option with the fewest nats, -log p(option | context), by one of the estimators of
-evaluate.py. All options of a question have the same random numbers: where they are alike, most of
-the noise cancels (experiments/common_draws.py measures it). Options of all questions share full
-calls of the network. data/choice.py words the questions.
+evaluate.py. All options of a question share their random numbers: where the options are alike, most
+of the noise cancels (experiments/common_draws.py measures it). Options of different questions are
+batched into full network calls. data/choice.py words the questions.
 
-Two accuracies are printed: by the nats of an option, and by its nats per byte, the space before it
-not counted. These are lm-evaluation-harness's acc and acc_bytes; its acc_norm divides by
-characters, which is the same where all are ASCII.
+Two accuracies are printed: by the nats of an option, and by its nats per byte, not counting the
+space before it. These are lm-evaluation-harness's acc and acc_bytes; its acc_norm divides by
+characters, which is the same for ASCII.
 
-Context and option are tokenized as one text, which is then cut where the context's own tokens end;
-spaces at the end of a context go to the option (both as the harness does). Text that a block does
-not hold loses the beginning of its context and, if the option alone is too long, the end of the
-option, which then has too few nats: the number of these is printed.
+Context and option are tokenized as one text, which is then split where the context's own tokens
+end; spaces at the end of a context go to the option (both as in the harness). A text longer than a
+block loses the beginning of its context and, if the option alone is too long, the end of the
+option, which then has too few nats; the number of such cuts is printed.
 
-LAMBADA asks for a passage's last word: it counts as right if greedy decoding, one token a call by
-confidence (left to right for a causal network), gives exactly its tokens (SMDM, arXiv 2410.18514).
-Its nats are also given as a perplexity.
+LAMBADA asks for a passage's last word, which counts as right if greedy decoding, one token per call
+by confidence (left to right for a causal network), gives exactly its tokens (SMDM, arXiv
+2410.18514). Its nats are also given as a perplexity.
 
 SMDM's published settings: left_to_right with cfg_scale 1.1 for lambada, 1.6 for openbookqa and
 boolq, 0.6 for piqa; lambda_dce, 1,024 draws, with 0.6 for arc_easy and social_iqa, 0.7 for race and
@@ -52,15 +52,15 @@ from lib.stats import mean_and_error, method, plus_minus, shown_perplexity
 DEFAULTS = {
     "set": "hellaswag",  # one of READERS
     "from": "",  # the set's file (.jsonl, .jsonl.gz, .jsonl.xz), or a folder with one SET*.jsonl*
-    "limit": 0,  # only the first so many questions, as lm-evaluation-harness limits; 0: all
+    "limit": 0,  # only the first `limit` questions, as in lm-evaluation-harness; 0: all
     "estimator": "any_order",  # one of ESTIMATORS; SMDM's are lambda_dce and left_to_right
-    "draws": 128,  # for each option, stratified; 1 or more
+    "draws": 128,  # per option, stratified; 1 or more
     "cfg_scale": 0.0,  # guidance by the context: w in [-1, 1000] of u + (1 + w)(c - u); 0: off
-    "pad_to": 0,  # fill rows up to it with masks, for a model that saw one length only; 0: off
+    "pad_to": 0,  # pad rows with masks to this length, for a model that saw only one; 0: off
     "batch_size": 32,  # rows in one network call; 1 or more
     "out": "",  # also write each question's nats and answers to this .jsonl file
 }
-MODULES = (settings, subjects, diffusion, sys.modules[__name__])  # whose keys it takes
+MODULES = (settings, subjects, diffusion, sys.modules[__name__])  # modules whose keys it takes
 
 ESTIMATORS, READERS = evaluate.ESTIMATORS, sets.READERS
 
@@ -69,10 +69,10 @@ ESTIMATORS, READERS = evaluate.ESTIMATORS, sets.READERS
 
 
 def request(tokenizer, start_id, where, context, option):
-    """(prompt ids, answer ids): one tokenization of both, cut where the context's own tokens end.
+    """(prompt ids, answer ids): both tokenized as one text, split where the context's tokens end.
 
-    A causal network reads its start_id before the first token; where that is the tokenizer's bos,
-    it is not given twice.
+    A causal network reads its start_id before the first token; if that is the tokenizer's bos, it
+    is not given twice.
     """
 
     def encode(piece):
@@ -82,18 +82,18 @@ def request(tokenizer, start_id, where, context, option):
     if not option:
         return encode(context), []  # log p of an empty option is 0
     both = encode(context + option)
-    border = min(len(encode(context.rstrip())), len(both) - 1)  # an option is one token at least
+    border = min(len(encode(context.rstrip())), len(both) - 1)  # an option is at least one token
     return both[:border], both[border:]
 
 
 def fit(prompt, answer, block_size):
-    """What a block holds of the two: the answer's beginning, and the prompt's end."""
+    """Cut both to fit a block: keep the beginning of the answer and the end of the prompt."""
     answer = answer[:block_size]
     return prompt[max(0, len(prompt) + len(answer) - block_size) :], answer
 
 
 def requests_of(questions, tokenizer, start_id, block_size):
-    """(requests, groups (N,), texts that were cut, options that were cut) of all questions."""
+    """(requests, groups (N,), number of texts cut, number of options cut) of all questions."""
     pairs, groups = [], []
     for number, question in enumerate(questions):
         for context, option in zip(question.contexts, question.options, strict=True):
@@ -108,7 +108,7 @@ def requests_of(questions, tokenizer, start_id, block_size):
 
 
 def by_question(nats, questions):
-    """nats (N,) of all options -> a list of (options,), one a question."""
+    """nats (N,) of all options -> a list of arrays (options,), one per question."""
     return np.split(np.asarray(nats), np.cumsum([len(q.options) for q in questions])[:-1])
 
 
@@ -123,10 +123,10 @@ def answers(nats, questions):
 
 
 def decoded(model, requests, **options):
-    """Whether greedy decoding, one token a call by confidence, gives the answer: (N,) bool."""
+    """Whether greedy decoding, one token per call by confidence, gives the answer: (N,) bool."""
     right = np.zeros(len(requests), bool)
     lengths = np.array([len(prompt) + len(answer) for prompt, answer in requests])  # (N,)
-    right[lengths == 0] = True  # there is nothing that could be wrong
+    right[lengths == 0] = True  # nothing can be wrong there
     for W in np.unique(lengths[lengths > 0]).tolist():
         members = np.flatnonzero(lengths == W)
         x0 = torch.tensor([[*requests[i][0], *requests[i][1]] for i in members])  # (n, W)
@@ -143,19 +143,19 @@ def decoded(model, requests, **options):
 
 
 def check(config):
-    """Raise UserError for settings that no set and no network has."""
+    """Raise UserError for settings that are wrong for every set and network."""
     require(config["from"], "say where the questions are: --from=FILE or --from=FOLDER")
 
 
 def check_network(config, subject, *keys):
-    """Raise UserError for settings that the network cannot have."""
+    """Raise UserError for settings that do not apply to the network."""
     for key in keys:
         masked_only = f"{key} needs a masked diffusion model; this network is causal"
         require(not subject.causal or not config[key], masked_only)
 
 
 def main(config):
-    """Ask config["ckpt"] the questions of config["set"], print how and the accuracy -> a dict."""
+    """Evaluate config["ckpt"] on config["set"], print how and the result; return it as a dict."""
     check(config)
     questions, path = sets.read(config["set"], config["from"], config["limit"])
     subject = subjects.load_evaluable(config, reads_text=True)
@@ -217,7 +217,7 @@ def protocol(config, result, path, subject):
 
 
 def summary(result):
-    """What came out, with standard errors over questions."""
+    """The result in words, with standard errors over questions."""
     with_error = lambda key, error: f"{result[key]:.4f}{plus_minus(result[error])}"  # noqa: E731
     right, n = with_error("accuracy", "error"), result["questions"]
     few = f"too few questions for an error: {n}"
@@ -232,7 +232,7 @@ def summary(result):
 
 
 def keep(path, questions, nats, picks, right):
-    """Write a line for each question: where it stands, its options' nats, answers, the gold."""
+    """Write a line for each question: its place in the file, its options' nats, answers, gold."""
     columns = by_question(nats, questions), *picks, right
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf8") as file:
         for question, *values in zip(questions, *columns, strict=True):

@@ -1,22 +1,22 @@
-"""EleutherAI's lm-evaluation-harness asks, a checkpoint answers; the harness brings the tasks.
+"""Evaluate a checkpoint on the tasks of EleutherAI's lm-evaluation-harness.
 
     python -m evals.harness --ckpt=CKPT --tasks=arc_easy,piqa --cfg_scale=0.6
     python -m evals.harness --ckpt=CKPT --tasks=mine --include_path=FOLDER
                                                      FOLDER/mine.yaml; needs no network
 
-The harness asks three things, of a masked diffusion model or a causal one:
+The harness makes three kinds of requests to a masked diffusion model or a causal one:
 
-  loglikelihood          log p(continuation | context), as choice.py estimates it: the options of
-                         one document share their random numbers. Whether greedy decoding gives the
-                         continuation takes a call a token; it is found out for a continuation that
-                         has no rival (LAMBADA's last word), where alone metrics ask for it.
-  loglikelihood_rolling  log p(text), as evaluate.py has it: blocks one after the other, each alone
-  generate_until         masks behind the context, filled by a sampler; cut at the first stop string
+  loglikelihood          log p(continuation | context), estimated as in choice.py: the options of
+                         one document share their random numbers. Greedy decoding takes one call per
+                         token, so it is compared only with a continuation that has no alternatives
+                         (LAMBADA's last word); only there do metrics need it.
+  loglikelihood_rolling  log p(text), as in evaluate.py: consecutive blocks, each on its own
+  generate_until         masks after the context, filled by a sampler; cut at the first stop string
                          or end-of-text token
 
-Where a block does not hold a context and what follows, a continuation keeps as much of its context
-as there is room for, and a context is kept whole before an answer, which gets the rest of the
-block, one token at least. How many were cut is printed behind the table.
+If a context and what follows do not fit into a block, a continuation keeps as much of its context
+as fits, while a generated answer keeps its whole context and gets the rest of the block, at least
+one token. The number of cuts is printed after the table.
 
 Optional: pip install -r requirements-lm_eval.txt
 """
@@ -46,24 +46,24 @@ from lib.stats import method
 DEFAULTS = {
     "tasks": "",  # tasks of lm-evaluation-harness, separated by commas
     "include_path": "",  # a folder with more task files (.yaml)
-    "limit": 0,  # only the first so many documents of each task; 0: all
+    "limit": 0,  # only the first `limit` documents of each task; 0: all
     "estimator": "any_order",  # one of ESTIMATORS
-    "draws": 16,  # for each continuation, stratified, or for each block of a text; 1 or more
+    "draws": 16,  # per continuation, stratified, or per block of a text; 1 or more
     "strata": 4,  # draws of a block that are stratified together; 1 or more
     "cfg_scale": 0.0,  # guidance by the context: w in [-1, 1000] of u + (1 + w)(c - u); 0: off
     "sampler": "confidence",  # one of SAMPLERS; for tasks that generate
     "steps": 128,  # of the sampler, in [1, 1e6]
-    "max_new_tokens": 256,  # generated where a task does not say how many; 1 or more
+    "max_new_tokens": 256,  # generated if a task does not say how many; 1 or more
     "batch_size": 32,  # rows in one network call; 1 or more
 }
-MODULES = (settings, subjects, diffusion, sys.modules[__name__])  # whose keys it takes
+MODULES = (settings, subjects, diffusion, sys.modules[__name__])  # modules whose keys it takes
 
 ESTIMATORS, SAMPLERS = evaluate.ESTIMATORS, sample.SAMPLERS
 
 
 @contextlib.contextmanager
 def without_this_folder():
-    """Hide this project from imports: the harness needs a package called evaluate, as ours is."""
+    """Keep this project out of imports: the harness needs another package called evaluate."""
     root, path = Path(__file__).resolve().parent.parent, sys.path[:]
     evaluate_module = sys.modules.pop("evaluate", None)
     sys.path[:] = [folder for folder in path if Path(folder or ".").resolve() != root]
@@ -77,7 +77,7 @@ def without_this_folder():
 
 
 def packages():
-    """(lm_eval, its class LM, its TaskManager); UserError where it is not installed."""
+    """(lm_eval, its class LM, its TaskManager); UserError if it is not installed."""
     try:
         with without_this_folder():
             import lm_eval
@@ -88,18 +88,18 @@ def packages():
     return lm_eval, LM, TaskManager
 
 
-# ---- What the harness asks -----------------------------------------------------------------------
+# ---- Requests of the harness ---------------------------------------------------------------------
 
 
 def options(config, *keys):
-    """The `keys` of the config, and those that every function takes."""
+    """The given keys of the config, and those that every function takes."""
     return {key: config[key] for key in (*keys, "seed", "batch_size")} | {"progress": True}
 
 
 def log_p_of_continuations(subject, config, cuts, requests):
     """loglikelihood: (context, continuation) -> [(log p, whether greedy decoding gives it)].
 
-    cuts, here and below: a Counter of what a block did not hold.
+    cuts, here and below: a Counter of what was cut to fit a block.
     """
     model, tokenizer, L = subject.model, subject.tokenizer, subject.model.block_size
     texts = [request.args for request in requests]
@@ -122,7 +122,7 @@ def log_p_of_continuations(subject, config, cuts, requests):
 
 
 def log_p_of_texts(subject, config, requests):
-    """loglikelihood_rolling: (text,) -> [log p]; a bos is given, no part of the text."""
+    """loglikelihood_rolling: (text,) -> [log p]; a bos is given and not scored."""
     model, L, log_p = subject.model, subject.model.block_size, []
     keys = options(config, "estimator", "draws", "strata", "schedule")
     for request in requests:
@@ -138,7 +138,7 @@ def log_p_of_texts(subject, config, requests):
 def generated(subject, config, cuts, requests):
     """generate_until: (context, dict) -> [text].
 
-    Of the dict it takes until, max_gen_toks, do_sample and temperature.
+    It reads until, max_gen_toks, do_sample and temperature from the dict.
     """
     model, tokenizer, texts = subject.model, subject.tokenizer, [""] * len(requests)
     groups = collections.defaultdict(list)  # {(tokens in the prompt, new ones, temperature): [...]}
@@ -146,7 +146,7 @@ def generated(subject, config, cuts, requests):
         context, keywords = request.args
         whole = examples.encode(tokenizer, "a request", context)
         longest = keywords.get("max_gen_toks", config["max_new_tokens"])
-        n = max(1, min(longest, model.block_size - len(whole)))  # the prompt goes first
+        n = max(1, min(longest, model.block_size - len(whole)))  # the prompt has priority
         prompt, _ = choice.fit(whole, range(n), model.block_size)
         cuts["answers"] += 1
         cuts["answers cut short"] += int(n < longest)
@@ -167,7 +167,7 @@ def generated(subject, config, cuts, requests):
 
 
 def cut(text, stops):
-    """The text before the first of the stop strings."""
+    """The text before the first stop string."""
     stops = [stops] if isinstance(stops, str) else stops
     ends = [text.find(stop) for stop in stops if stop and stop in text]
     return text[: min(ends, default=len(text))]
@@ -177,7 +177,7 @@ def cut(text, stops):
 
 
 def check(config):
-    """Raise UserError for settings that no task has."""
+    """Raise UserError for settings that are wrong for every task."""
     require(config["tasks"], "say which tasks: --tasks=arc_easy,piqa")
     folder = config["include_path"]
     no_folder = f"include_path is a folder with task files (.yaml), not '{folder}'"
@@ -185,7 +185,7 @@ def check(config):
 
 
 def main(config):
-    """Run the tasks on config["ckpt"], print the harness's table; return its results, a dict."""
+    """Run the tasks on config["ckpt"], print the harness's table, return its results as a dict."""
     check(config)
     subject = subjects.load_evaluable(config, reads_text=True)
     choice.check_network(config, subject, "cfg_scale")

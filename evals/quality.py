@@ -1,31 +1,31 @@
-"""Generative quality: how likely samples are to a judge and how varied they are, always both.
+"""Generative quality: how likely samples are under a judge and how varied, always both.
 
     python -m evals.quality --ckpt=out/pydocs --judge=out/pydocs_ar --num_samples=64
     python -m evals.quality --samples=FILE.jsonl --judge=hf:gpt2-large
 
-The first draws samples as sample.py does, the second reads those of sample.py --out=FILE.jsonl. No
-number here means much alone: a sampler that repeats itself, or one whose noise is too coarse, has a
-*better* generative perplexity and a lower entropy (arXiv 2409.02908; experiments/annealing.py). So
-all are printed together, with the network calls and the length, and --reference=FOLDER measures
-held-out text in the same way beside them.
+The first command draws samples as sample.py does, the second reads those of sample.py
+--out=FILE.jsonl. No number here means much alone: a sampler that repeats itself or whose noise is
+too coarse has a *better* generative perplexity and a lower entropy (arXiv 2409.02908;
+experiments/annealing.py). So all are printed together, with the network calls and the length, and
+--reference=FOLDER adds the same measures of held-out text.
 
-Each is a mean over samples with its standard error. Of one sample of L tokens:
+Each is a mean over samples with its standard error. For one sample of L tokens:
 
-  nats        -log p by the judge: exact if it is causal, an upper bound if it is a masked model
-  entropy     -sum_v f_v ln f_v, f_v being how often v is in the sample, over L (arXiv 2409.02908).
-              It is ln L at most, so only samples of one length compare. (RADD's tables have 8.1 for
-              1024 tokens, more than ln 1024 = 6.9: bits?)
-  distinct-n  different n-grams over n-grams (arXiv 1510.03055, where it is of all samples at once)
-  repetition  1 - distinct-4: 4-grams that have been there before (seq-rep-4 of arXiv 1908.04319)
+  nats        -log p under the judge: exact if it is causal, an upper bound if it is a masked model
+  entropy     -sum_v f_v ln f_v, where f_v is the count of v in the sample over L (arXiv
+              2409.02908). It is at most ln L, so only samples of equal length compare. (RADD's
+              tables have 8.1 for 1024 tokens, more than ln 1024 = 6.9: bits?)
+  distinct-n  distinct n-grams over all n-grams (arXiv 1510.03055, there over all samples at once)
+  repetition  1 - distinct-4: the share of repeated 4-grams (seq-rep-4 of arXiv 1908.04319)
 
 Generative perplexity is exp(all nats / all tokens). RADD (arXiv 2406.03736) reports the mean over
-samples of exp(nats / tokens), which is never lower for samples of one length and which a few bad
-ones decide: it has a line of its own.
+samples of exp(nats / tokens), which is never lower for samples of equal length and is dominated by
+a few bad ones; it has its own line.
 
-The judge reads the tokens themselves if its tokenizer makes the same text of them; else the text,
-encoded anew, and then "per token" means the judge's tokens. What is longer than the judge can read
-is cut into blocks, each judged without what stands before it. A Hugging Face judge works as in the
-papers: its first token in a block is read and not judged.
+The judge reads the tokens themselves if its tokenizer decodes them to the same text; otherwise the
+text, encoded again, and then "per token" means the judge's tokens. A sample longer than the judge
+can read is cut into blocks, each judged without the text before it. A Hugging Face judge works as
+in the papers: it reads the first token of a block but does not judge it.
 """
 
 import sys
@@ -52,10 +52,10 @@ from lib.stats import FEWEST, finite, mean_and_error, perplexity, plus_minus
 from lib.subject import load_evaluable
 
 DEFAULTS = {
-    "judge": "",  # whatever checkpoint.load takes, or hf:NAME, a causal model of transformers
-    "samples": "",  # judge this .jsonl file of sample.py --out= in place of samples of ckpt
-    "reference": "",  # a prepared folder: as much of its val text is measured in the same way
-    "judge_draws": 16,  # for each sample, where the judge is a masked model; 1 or more
+    "judge": "",  # anything checkpoint.load takes, or hf:NAME, a causal model of transformers
+    "samples": "",  # judge this .jsonl file of sample.py --out= instead of samples of ckpt
+    "reference": "",  # a prepared folder: measure as much of its val text in the same way
+    "judge_draws": 16,  # per sample, if the judge is a masked model; 1 or more
 }
 
 
@@ -63,13 +63,13 @@ DEFAULTS = {
 
 
 def entropy(tokens):
-    """Entropy of the frequencies of the tokens: 0 for one token repeated, ln L for L different."""
+    """Entropy of the token frequencies: 0 for one repeated token, ln L for L distinct ones."""
     share = np.array(list(Counter(tokens).values())) / len(tokens)  # (different tokens,)
     return float(-(share * np.log(share)).sum())
 
 
 def distinct(tokens, n):
-    """Different n-grams over n-grams, in (0, 1]; 1 where there is none."""
+    """Distinct n-grams over all n-grams, in (0, 1]; 1 if there are none."""
     grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
     return len(set(grams)) / max(1, len(grams)) if grams else 1.0
 
@@ -82,11 +82,11 @@ VARIETY = {
 }
 
 
-# ---- Judges: encode, decode, vocab_size, block_size, unjudged tokens a block, nats(blocks) -------
+# ---- Judges: encode, decode, vocab_size, block_size, unjudged tokens per block, nats(blocks) -----
 
 
 class Checkpoint:
-    """A checkpoint that judges: a causal one exactly, a masked one by its bound."""
+    """A checkpoint as a judge: a causal one exactly, a masked one by its bound."""
 
     unjudged = 0
 
@@ -103,7 +103,7 @@ class Checkpoint:
         self.words = exact if self.subject.causal else f"{bound} with exact nats"
 
     def nats(self, blocks):
-        """Blocks, a list of S lists of ids -> (S,) float64."""
+        """Nats of S blocks, a list of lists of ids: (S,) float64."""
         blocks = [np.array(block) for block in blocks]
         with self.subject.autocast():
             nats, _ = evaluate.estimate(self.subject.model, blocks, progress=True, **self.options)
@@ -111,7 +111,7 @@ class Checkpoint:
 
 
 class HuggingFace:
-    """A causal model by the package transformers: weights from safetensors, no code from there."""
+    """A causal model of the package transformers: safetensors weights, no remote code."""
 
     unjudged = 1
     words = "exact nats of a causal network, but for the first token of each block"
@@ -138,7 +138,7 @@ class HuggingFace:
 
     @torch.no_grad()
     def nats(self, blocks):
-        """Blocks, a list of S lists of ids -> (S,) float64."""
+        """Nats of S blocks, a list of lists of ids: (S,) float64."""
         nats, lengths = np.zeros(len(blocks)), np.array([len(block) for block in blocks])  # (S,)
         for length in np.unique(lengths):
             members = np.flatnonzero(lengths == length)
@@ -154,7 +154,7 @@ class HuggingFace:
 
 
 def open_judge(config):
-    """The judge that config["judge"] names; UserError where there is none."""
+    """The judge that config["judge"] names; UserError if there is none."""
     name = config["judge"]
     usual = "--judge=hf:NAME (gpt2-large is the usual one)"
     require(name, f"say who judges: --judge=CHECKPOINT, or {usual}")
@@ -162,7 +162,7 @@ def open_judge(config):
 
 
 def ids_for(judge, records):
-    """The ids of each sample that the judge reads, and whether they are the sample's own."""
+    """The ids that the judge reads for each sample, and whether they are the sample's own."""
     own_tokens = all(reads(judge, record) for record in records)
     ids = []
     for i, record in enumerate(records, start=1):
@@ -176,13 +176,13 @@ def ids_for(judge, records):
 
 
 def reads(tokenizer, record):
-    """Whether the tokens of a sample are its text to this tokenizer (or judge), too."""
+    """Whether this tokenizer (or judge) decodes a sample's tokens to its text."""
     tokens = record["tokens"]
     return max(tokens) < tokenizer.vocab_size and tokenizer.decode(tokens) == record["text"]
 
 
 def judge_nats(judge, ids):
-    """Nats of each sample, and how many tokens they are for: ids, S lists -> (S,), (S,)."""
+    """Nats of each sample, and how many tokens were judged: S lists of ids -> (S,), (S,)."""
     size = judge.block_size
     blocks = [(s, row[i : i + size]) for s, row in enumerate(ids) for i in range(0, len(row), size)]
     blocks = [(s, block) for s, block in blocks if len(block) > judge.unjudged]
@@ -214,7 +214,7 @@ def measure(records, judge):
 
 
 def reference_records(folder, records):
-    """As many blocks of a folder's val text as there are samples, as long as they are: records."""
+    """Records of a folder's val text: as many blocks as there are samples, and equally long."""
     text, length = loader.Tokens(folder, "val"), max(len(record["tokens"]) for record in records)
     tokenizer = from_meta(text.meta["tokenizer"])
     message = f"{folder} has another tokenizer than the samples"
@@ -254,7 +254,7 @@ def samples_of(config):
         require(not clash, f"--samples are there already: {leave}")
         return read_samples(config["samples"]), f"from {config['samples']}"
     for_sample = {key: value for key, value in config.items() if key not in DEFAULTS}
-    with contextlib.redirect_stdout(None):  # the samples themselves are not what is asked for
+    with contextlib.redirect_stdout(None):  # the samples themselves are not wanted
         records = sample.fill(for_sample, sample.open_model(for_sample))
     keys = ("sampler", "steps", "temperature", "top_k", "top_p", "cfg_scale", "seed")
     options = ", ".join(f"{key} {config[key]}" for key in keys)
@@ -262,7 +262,7 @@ def samples_of(config):
 
 
 def main(config):
-    """Print all measures of the samples -> {measure: value, "measure, error": standard error}."""
+    """Print all measures of the samples; return {measure: value, "measure, error": its error}."""
     judge = open_judge(config)
     records, source = samples_of(config)
     held = reference_records(config["reference"], records) if config["reference"] else []

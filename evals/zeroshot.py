@@ -1,11 +1,11 @@
-"""Zero-shot perplexity: texts of other kinds than the one a model was trained on, in one table.
+"""Zero-shot perplexity: one table for texts of other kinds than a model was trained on.
 
     python -m data.zeroshot.prepare --set=all
     python -m evals.zeroshot --ckpt=JingyangOu/radd-t-dce                    RADD's five sets
     python -m evals.zeroshot --ckpt=out/fineweb --sets=lambada,ptb
 
-Each set is evaluated as evaluate.py does it, by the same keys. Its result is kept in the file `out`
-under all that it depends on: a table that was interrupted is resumed, and nothing is done twice.
+Each set is evaluated as by evaluate.py, with the same keys. Its result is stored in the file `out`
+under everything it depends on, so an interrupted table is resumed and nothing is computed twice.
 """
 
 import sys
@@ -28,7 +28,7 @@ from lib.subject import load_evaluable, open_text
 
 DEFAULTS = {
     "sets": "all",  # all, or a list such as lambada,ptb
-    "out": "out/zeroshot.jsonl",  # where the results of sets that are done are kept
+    "out": "out/zeroshot.jsonl",  # the file that keeps the results of finished sets
 }
 
 SETS = ["lambada", "wikitext2", "ptb", "wikitext103", "lm1b"]
@@ -37,15 +37,15 @@ FACTS += ["sequences", "block_size", "protocol"]  # depends on
 
 
 def main(config):
-    """Evaluate the sets that `out` lacks, print the table; return its rows."""
+    """Evaluate the sets that `out` lacks, print the table and return its rows."""
     evaluate.check(config)
     keys = {"data", "split"} & set(config.get("user_keys", ()))
     require(
         not keys, f"--{min(keys, default='')} is for evaluate.py: zero-shot sets have their own"
     )
     folders = prepared(config["sets"])
-    # A file that cannot be read or written is an error now, not after the first set; so is a
-    # folder that does not fit.
+    # A file that cannot be read or written, or a folder that does not fit, is an error now, not
+    # after the first set.
     keep(config["out"], finished(config["out"]))
     subject = load_evaluable(config)
     for folder in folders.values():
@@ -65,7 +65,7 @@ def main(config):
 
 
 def prepared(sets):
-    """{name: its folder} of the key `sets`; UserError where one is unknown or not prepared."""
+    """{name: its folder} for the key `sets`; UserError if one is unknown or not prepared."""
     names = SETS if sets == "all" else [name.strip() for name in sets.split(",")]
     folders = {choose("set", name, SETS): Path("data/zeroshot", name) for name in names}
     for name, folder in folders.items():
@@ -74,11 +74,11 @@ def prepared(sets):
     return folders
 
 
-# ---- Results that are kept -----------------------------------------------------------------------
+# ---- Stored results ------------------------------------------------------------------------------
 
 
 def digest(model):
-    """A short hash of the network and all its weights: a checkpoint may change under its name."""
+    """A short hash of the network and its weights, since a file may change under the same name."""
     hashed = hashlib.blake2b(repr(sorted(model.config.items())).encode(), digest_size=8)
     for name, w in sorted(model.state_dict().items()):
         hashed.update(name.encode())
@@ -87,14 +87,14 @@ def digest(model):
 
 
 def identify(config, folder, weights, subject):
-    """All that a result depends on, as one line of JSON."""
+    """Everything a result depends on, as one line of JSON."""
     facts = {key: config[key] for key in FACTS} | {"weights": weights, "as": subject.words}
     facts |= {"folder": str(folder), "text": loader.read_meta(folder)}
     return to_json(facts, sort_keys=True)
 
 
 def finished(path):
-    """{identity: result} of a file, one a line; {} where there is none. UserError for another."""
+    """{identity: result} of a file, one per line; {} without one, UserError for another kind."""
     try:
         text = Path(path).read_text(encoding="utf8")
     except FileNotFoundError:
@@ -114,7 +114,7 @@ def finished(path):
 
 
 def keep(path, results):
-    """Write the results to the file, which is whole at any time."""
+    """Write the results to the file atomically."""
     with whole_file(path) as temporary, open(temporary, "w", encoding="utf8") as file:
         for identity, result in results.items():
             file.write(to_json({"identity": json.loads(identity), "result": result}) + "\n")
@@ -124,7 +124,7 @@ def keep(path, results):
 
 
 def table(rows):
-    """The perplexities as text; +- is half a 95% interval over the draws, and over the text."""
+    """The perplexities as text; +- is half a 95% interval, over the draws and over the text."""
     heads = ["set", "tokens", "nats/token", "perplexity", "+- draws", "+- text"]
     lines = ["{:12} {:>9} {:>10} {:>10} {:>9} {:>9}  estimator".format(*heads)]
     for row in rows:
@@ -132,7 +132,7 @@ def table(rows):
         halves = (row["draw_half"], None if high is None else high - mean)
         draws, text = (wider(mean, half) for half in halves)
         by = row["estimator"]
-        if row["draw_error"] != 0:  # None: by too few draws for an error
+        if row["draw_error"] != 0:  # None: too few draws for an error
             by += f", {plural(row['draws'], 'draw')}"
         cells = f"{shown_perplexity(mean):>10} {draws:>9} {text:>9}  {by}"
         lines.append(f"{row['set']:12} {row['tokens']:9,} {mean:10.4f} {cells}")

@@ -1,8 +1,8 @@
-"""Keys and values that are kept from one network call to the next.
+"""Key-value caches: keys and values that are kept from one network call to the next.
 
-- Cache: of one block of a causal network, which reads from left to right.
-- OrderCache: of all blocks of an `order` network, which reads in the order of unmasking. It knows
-  what each sequence has read, so it is told what is visible and works out what is new.
+- Cache: for one block of a causal network, which reads from left to right.
+- OrderCache: for all blocks of an `order` network, which reads in the order of unmasking. It
+  records what each sequence has read and works out which of the visible tokens are new.
 """
 
 import functools
@@ -21,7 +21,7 @@ class Cache:
         self.length, self.n, self.k, self.v = length, 0, None, None
 
     def append(self, k, v):
-        """Store those of the next positions, (B, H, new, d) each -> all so far (B, H, n, d)."""
+        """Store k and v of the next positions, (B, H, new, d) each; return all, (B, H, n, d)."""
         if self.k is None:
             shape = (*k.shape[:2], self.length, k.shape[3])
             self.k, self.v = k.new_empty(shape), v.new_empty(shape)  # (B, H, length, d) each
@@ -35,31 +35,31 @@ class Reading(NamedTuple):
 
     columns: torch.Tensor  # (b, n) the clean tokens, as columns of [start token; x]
     positions: torch.Tensor  # (b, n + Q) the positions of the clean tokens, then of the queries
-    answers: tuple  # (row (N,), query (N,)) in (b, Q) of the positions that are asked for
-    attend: object  # (layer, q, kv) -> what q reads there: model.Streams.read, but for the layer
+    answers: tuple  # (row (N,), query (N,)) in (b, Q) of the requested positions
+    attend: object  # (layer, q, kv) -> attention output of q: model.Streams.read with a layer
 
 
 class OrderCache:
-    """Keys and values of the clean tokens that sequences of L tokens have read, in B slots.
+    """Keys and values of the clean tokens read so far by sequences of L tokens, in B slots.
 
-    Later tokens never change earlier entries. The queries of a call are stored behind them, and the
-    next call overwrites these.
+    Later tokens never change earlier entries. A call stores its queries after them, and the next
+    call overwrites the queries.
     """
 
     def __init__(self, B, L):
         self.layers, self.length = {}, 0  # {layer: (2, B, H, length, d)}
-        self.was_read = torch.zeros(B, 1 + L, dtype=torch.bool)  # a start token, each position
+        self.was_read = torch.zeros(B, 1 + L, dtype=torch.bool)  # start token, positions
 
     def clear(self, slots):
-        """Make slots (b,) ready for other sequences, which have read nothing."""
+        """Free slots (b,) for new sequences, which have read nothing yet."""
         self.was_read[slots] = False
 
     def plan_call(self, slots, visible, masked_idx, device):
-        """The Reading of sequences in slots (b,): what is new of visible (b, L), then queries.
+        """Plan a Reading for sequences in slots (b,): new tokens of visible (b, L), then queries.
 
-        masked_idx (N,): flat positions in (b, L) that are asked for. All of it is on the CPU, which
-        plans a call while the device still computes. Where a token that was read is masked again,
-        the slot is read anew.
+        masked_idx (N,): the requested flat positions in (b, L). All arguments are on the CPU, which
+        plans a call while the device is still computing. If a token that was read is masked again,
+        its slot is read again from the start.
         """
         b, L = visible.shape
         visible = F.pad(visible, (1, 0), value=True)  # (b, 1 + L)
@@ -76,30 +76,30 @@ class OrderCache:
         all_slots = torch.equal(slots, torch.arange(len(self.was_read)))
         tensors = columns, positions, masked_idx // L, query, slots, where, seen
         columns, positions, row, query, slots, where, seen = fused.moved(device, *tensors)
-        part = slice(None) if all_slots else slots  # no copy of all
+        part = slice(None) if all_slots else slots  # a slice copies nothing
         attend = functools.partial(self.attend, part, (slots[:, None], where), seen)
         return Reading(columns, positions, (row, query), attend)
 
     def layout(self, count, n_new, n, Q):
         """Where n tokens and Q queries are stored (b, n + Q); what they see (b, 1, n + Q, length).
 
-        count (b,): clean tokens of each sequence, the last n_new (b,) of which are the first of n.
+        count (b,): clean tokens of each sequence; its last n_new (b,) are the first of the n.
         """
         count, n_new = count[:, None], n_new[:, None]  # (b, 1) each
-        # It grows by 32 entries at a time, so that there are few sizes to make kernels for. What a
-        # row does not need is written to the last entry, which nobody reads.
+        # Grow by 32 entries at a time, so that kernels are needed for few sizes only. Entries that
+        # a row does not need are written to the last one, which is never read.
         self.length = max(self.length, 32 * (1 + (int(count.max()) + Q) // 32))
         entry = torch.arange(self.length)
         entries = count - n_new + entry[:n]  # (b, n)
         kept = torch.where(entry[:n] < n_new, entries, self.length - 1)  # (b, n)
         where = torch.cat([kept, count + entry[:Q]], dim=1)  # (b, n + Q)
-        # A query sees all clean tokens, these those before them; and each sees itself.
+        # A query sees all clean tokens, a clean token sees those before it; each sees itself.
         limit = torch.cat([entries + 1, count.expand(-1, Q)], dim=1)  # (b, n + Q)
         seen = (entry < limit[..., None]) | (entry == where[..., None])  # (b, n + Q, length)
         return where, seen[:, None]
 
     def attend(self, part, stored, seen, layer, q, kv):
-        """Store kv (2, b, H, n + Q, d) in a layer; what q (b, H, T, d) reads there (b, H, T, d)."""
+        """Store kv (2, b, H, n + Q, d) in a layer; return the attention of q (b, H, T, d) there."""
         slots, where = stored
         kept = self.layers.get(layer)  # (2, B, H, length, d)
         if kept is None:
@@ -113,6 +113,6 @@ class OrderCache:
 
 
 def to_the_left(keep):
-    """Columns where keep (B, L) holds, then others: (B, n), and how many of them hold: (B,)."""
+    """Columns (B, n) where keep (B, L) is True, then others; and how many are True, (B,)."""
     count = keep.sum(1)  # (B,)
     return (~keep).to(torch.uint8).argsort(dim=1, stable=True)[:, : int(count.max())], count

@@ -1,11 +1,11 @@
-"""Weights in and out: our checkpoints and exports, and the published ones of RADD and SMDM.
+"""Load and save weights: our checkpoints and exports, and RADD's and SMDM's published weights.
 
     python -m lib.checkpoint export --ckpt=out/pydocs --to=DIR --format=nanomdm
 
-`load` takes all that --ckpt may name: an out_dir of train.py, a folder with config.json and
+`load` takes anything that --ckpt can name: an out_dir of train.py, a folder with config.json and
 model.safetensors (ours, RADD's or SMDM's), a folder of RADD's trainer, a single .safetensors, .pth
 or .bin file, or a Hub name (JingyangOu/radd-t-dce, nieshen/SMDM/mdm_safetensors/FILE.safetensors).
-How the formats name tensors and settings is in formats.py. Nothing in a file is executed.
+formats.py has each format's names of tensors and settings. No code in a file is executed.
 """
 
 from lib import program  # isort: skip (first, as in train.py)
@@ -41,24 +41,24 @@ DEFAULTS = {
 FORMATS = formats.NAMES
 WEIGHTS = "ckpt.pt", "best.pt", "model.safetensors", "pytorch_model.bin"  # in a folder
 WEIGHTS += ("checkpoints-meta/checkpoint.pth",)
-COUNTS = "minutes", "tokens", "flops"  # what a run has taken so far; older checkpoints lack some
+COUNTS = "minutes", "tokens", "flops"  # used by a run so far; older checkpoints lack some
 
 # ---- 1. Our own checkpoint -----------------------------------------------------------------------
 
 
 def save(path, state, keep=1):
-    """Write {config, tokenizer, model, ema, optimizer, step} and COUNTS whole or not at all.
+    """Write {config, tokenizer, model, ema, optimizer, step} and COUNTS to `path` atomically.
 
-    With keep > 1 the last `keep` checkpoints also stay as NAME_STEP.pt. The newest of these is a
-    hard link to `path`, or a copy where the file system has no links.
+    With keep > 1 the last `keep` checkpoints are also kept as NAME_STEP.pt. The newest of these is
+    a hard link to `path`, or a copy if the file system has no links.
     """
     with whole_file(path) as temporary:
         try:
             torch.save(state, temporary)
-        except RuntimeError:  # torch raises it in place of an OSError
+        except RuntimeError:  # torch raises this instead of an OSError
             raise UserError(f"cannot write {path}; is the disk full?") from None
         with open(temporary, "r+b") as file:  # Windows syncs only files opened for writing
-            os.fsync(file)  # it must be on the disk before it takes the place of the last one
+            os.fsync(file)  # it must be on disk before it replaces the last one
     if keep > 1:
         with whole_file(path.with_name(f"{path.stem}_{state['step']}.pt")) as temporary:
             try:
@@ -67,22 +67,22 @@ def save(path, state, keep=1):
                 shutil.copyfile(path, temporary)
         files = kept_beside(path)
         last = sorted(step for step in files if step <= state["step"])[-keep:]
-        for step in files.keys() - set(last):  # and later ones, which a run that went back remakes
+        for step in files.keys() - set(last):  # also later ones, left by a run that then went back
             with contextlib.suppress(OSError):
                 files[step].unlink()
 
 
 def kept_beside(path):
-    """{step: file} of the checkpoints that `save` has kept beside `path`."""
+    """{step: file} of the checkpoints that `save` keeps beside `path`."""
     pattern = re.compile(rf"{re.escape(path.stem)}_(\d+)\.pt")
     names = {file: pattern.fullmatch(file.name) for file in path.parent.glob("*.pt")}
     return {int(name[1]): file for file, name in names.items() if name}
 
 
 def set_run_aside(path):
-    """files.set_aside of the checkpoints and the log of the run at `path`, None without the former.
+    """Move the checkpoints and log of the run at `path` aside; the folder, None if there are none.
 
-    Raises UserError where it cannot be done.
+    Raises UserError if they cannot be moved.
     """
     try:
         files = path, path.with_name("best.pt"), *kept_beside(path).values()
@@ -95,11 +95,11 @@ def set_run_aside(path):
 
 
 def read(path):
-    """The dict that `save` wrote to `path`, a file or its folder, with the keys' present names.
+    """The dict that `save` wrote to `path`, a file or its folder, with current key names.
 
-    Tensors stay on disk until they are used. Raises UserError where the file is missing, damaged or
-    not ours, or lacks something that a run needs to resume. An older checkpoint never takes its
-    place silently: a damaged file may be the first sign of a damaged disk.
+    Tensors stay on disk until they are used. Raises UserError if the file is missing, damaged or
+    not ours, or lacks something that a run needs to resume. It never falls back silently to an
+    older checkpoint: a damaged file may be the first sign of a damaged disk.
     """
     file = Path(path, "ckpt.pt") if os.path.isdir(path) else Path(path)
     require(os.path.isfile(file), f"no checkpoint {file}")
@@ -124,7 +124,7 @@ def is_ours(state):
 
 
 def check_parts(state, file):
-    """Raise UserError for the first part of a state from which no run can be resumed."""
+    """Raise UserError for the first part of a state that a run cannot be resumed from."""
     step, meta, ema = map(state.get, ("step", "tokenizer", "ema"))
     message = f"{file}: no run can be resumed from its"
     require(type(step) is int and step >= 0, f"{message} step")
@@ -155,7 +155,7 @@ def is_optimizer_state(part):
 
 
 def is_dict(part, key, test):
-    """Whether it is a dict with keys of the type `key` and values that pass the test."""
+    """Whether it is a dict whose keys have the type `key` and whose values pass `test`."""
     return isinstance(part, dict) and all(isinstance(k, key) and test(v) for k, v in part.items())
 
 
@@ -164,7 +164,7 @@ def are_weights(part):
 
 
 def is_plain(w):
-    """Whether it is an ordinary tensor of floating-point numbers, all of which are stored."""
+    """Whether w is an ordinary floating-point tensor whose values are all in its storage."""
     floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
     if not (isinstance(w, torch.Tensor) and w.dtype in floats and w.layout == torch.strided):
         return False
@@ -174,7 +174,7 @@ def is_plain(w):
 def unpickle(file):
     """torch.load without running code; UserError for a file that is damaged or contains code."""
     try:
-        zipped = zipfile.is_zipfile(file)  # as all but torch's oldest format, which no mmap reads
+        zipped = zipfile.is_zipfile(file)  # all but torch's oldest format, which cannot be mapped
         # Windows cannot replace a file that is mapped.
         mapped = zipped and is_utf8(file) and sys.platform != "win32"
         if zipped:
@@ -183,7 +183,7 @@ def unpickle(file):
                 bomb = size > os.path.getsize(file)  # torch stores without compression
                 require(not bomb and archive.testzip() is None, "a size or a checksum is wrong")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # those about pickles that torch did not write
+            warnings.simplefilter("ignore")  # about pickles that torch did not write
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle can raise anything
         code = re.search(r"GLOBAL (\S+)", str(error))
@@ -196,13 +196,13 @@ def unpickle(file):
 
 
 def load(path, device="cpu", ema=True):
-    """(model, tokenizer or None, config) of anything that the top of this file names.
+    """(model, tokenizer or None, config) of anything listed at the top of this file.
 
-    The model is on `device` in eval mode, with averaged weights if `ema` and there are some.
-    Weights become float32; float32 on the CPU is read from its file without a second copy. The
+    The model is on `device` in eval mode, with EMA weights if `ema` is set and the file has them.
+    Weights become float32; on the CPU, float32 weights are read without a second copy. The
     tokenizer is None if it cannot be built here (no package, no network). config has the model's
-    keys, "objective" and the tokenizer's meta, and for our own checkpoints all that the model was
-    trained with. Raises UserError for a file that is damaged or has other shapes than it says.
+    keys, "objective" and the tokenizer's meta, and for our own checkpoints the whole training
+    config. Raises UserError for a file that is damaged or whose shapes contradict its config.
     """
     file = locate(path)
     state = read_tensors(file)
@@ -226,7 +226,7 @@ def load(path, device="cpu", ema=True):
 
 
 def locate(path):
-    """The file of weights that a path or a Hub name stands for; in a folder ours comes first."""
+    """The weights file that a path or a Hub name refers to; in a folder, ours comes first."""
     if not os.path.isdir(path):
         return Path(path) if os.path.isfile(path) else from_hub(str(path))
     for file in (Path(path, name) for name in WEIGHTS):
@@ -239,7 +239,7 @@ def locate(path):
 
 
 def runs_in(folder, most=4):
-    """The end of a message: folders in this one that hold weights, a few, the newest first."""
+    """The end of a message: up to `most` subfolders with weights, the newest first."""
     holds = lambda run: any(os.path.isfile(run / name) for name in WEIGHTS)  # noqa: E731
     inside = Path(folder).glob("*") if os.path.isdir(folder) else []  # False for what is no name
     runs = sorted(filter(holds, inside), key=os.path.getmtime, reverse=True)
@@ -247,7 +247,7 @@ def runs_in(folder, most=4):
 
 
 def from_hub(name):
-    """Download OWNER/REPO (config.json and weights) or OWNER/REPO/FILE; the path of the weights."""
+    """Download OWNER/REPO (config.json and weights) or OWNER/REPO/FILE; the weights' path."""
     owner, *rest = name.split("/")
     like_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name) and owner != "out"
     message = f"no checkpoint {name}: no such file or folder, and not a Hub name"
@@ -263,11 +263,11 @@ def from_hub(name):
 
 
 def read_tensors(file):
-    """The dict in a file, which by its first bytes is safetensors or a pickle."""
+    """The dict in a file; its first bytes tell whether it is safetensors or a pickle."""
     try:
         with open(file, "rb") as stream:
             head = stream.read(9)
-        if head[8:] == b"{":  # safetensors: the length of a header, then the header, in JSON
+        if head[8:] == b"{":  # safetensors: the header's length, then the header in JSON
             if not is_utf8(file):
                 return load_bytes(Path(file).read_bytes())
             with safe_open(file, "pt") as tensors:
@@ -280,7 +280,7 @@ def read_tensors(file):
 
 
 def recognise(weights, file):
-    """The name of the format, which is told by its name of the embedding."""
+    """The name of the format, recognised by its name for the embedding."""
     embeddings = {formats.published("embed.weight", format): format for format in formats.NAMES}
     only_tensors = is_dict(weights, str, lambda w: isinstance(w, torch.Tensor))
     fitting = [embeddings[name] for name in embeddings if only_tensors and name in weights]
@@ -290,7 +290,7 @@ def recognise(weights, file):
 
 
 def skeleton(config, n_tensors, where):
-    """The network of a config, without memory for weights; UserError for impossible sizes."""
+    """The network of a config, without memory for its weights; UserError for impossible sizes."""
     limits = dict.fromkeys(formats.SIZE_KEYS, (1, 2**20))
     limits |= {"mlp_width": (0, 2**20), "head_padding": (0, 2**20)}
     limits |= {"dropout": (0, 1), "start_id": (-1, config["vocab_size"])}
@@ -307,7 +307,7 @@ def skeleton(config, n_tensors, where):
 
 
 def ema_by_name(ema, model, file):
-    """{name: averaged weight}: RADD's trainer saves these as a list in the parameters' order."""
+    """{name: EMA weight}; RADD's trainer saves them as a list in the order of the parameters."""
     names = [formats.published(name, "radd") for name, _ in model.named_parameters()]
     shadow = ema.get("shadow_params") if isinstance(ema, dict) else None
     paired = isinstance(shadow, list) and [type(w) for w in shadow] == [torch.Tensor] * len(names)
@@ -316,10 +316,10 @@ def ema_by_name(ema, model, file):
 
 
 def load_weights(model, weights, format, file):
-    """Give the skeleton its weights; UserError for a wrong name, shape, type or value."""
+    """Put the weights into the skeleton; UserError for a wrong name, shape, type or value."""
     names, config, frequency = model.state_dict(), model.config, formats.FREQUENCY
     expected = formats.to_format(names, config, format)
-    if frequency not in weights:  # averages of RADD's trainer lack it, since it is no parameter
+    if frequency not in weights:  # the EMA of RADD's trainer lacks it: it is not a parameter
         expected.pop(frequency, None)
     shapes = [{name: tuple(w.shape) for name, w in part.items()} for part in (weights, expected)]
     for name in expected | weights:
@@ -334,11 +334,11 @@ def load_weights(model, weights, format, file):
     name = not_finite(weights)
     require(not name, f"{file}: the tensor {name} holds nan or infinity")
     model.load_state_dict(formats.from_format(weights, names, config, format), assign=True)
-    model.cos, model.sin = rotary_tables(config)  # (block_size, d/2) each, which no file holds
+    model.cos, model.sin = rotary_tables(config)  # (block_size, d/2) each, stored in no file
 
 
 def tokenizer_of(meta, V, where):
-    """The tokenizer of a meta; None if it cannot be built here; UserError if the meta is wrong."""
+    """The tokenizer of a meta, None if it cannot be built here; UserError if the meta is wrong."""
     if meta is None:
         return None
     try:
@@ -358,7 +358,7 @@ def tokenizer_of(meta, V, where):
 def export(ckpt, to, format):
     """Write config.json and model.safetensors (float32) in a format to the folder `to`.
 
-    Raises UserError where the format cannot express the model, or the system cannot write.
+    Raises UserError if the format cannot express the model or the system cannot write.
     """
     choose("format", format, FORMATS)
     model, _, config = load(ckpt)
@@ -370,12 +370,12 @@ def export(ckpt, to, format):
         config_file.write_text(text, encoding="ascii")
         try:
             save_file({name: w.contiguous() for name, w in weights.items()}, weights_file)
-        except SafetensorError as error:  # safetensors raises it in place of an OSError
+        except SafetensorError as error:  # safetensors raises this instead of an OSError
             raise UserError(f"cannot write {paths[1]}: {error}") from None
 
 
 def refuse_misfit(config, format, ckpt):
-    """Raise UserError for the first thing about a model that the format cannot express."""
+    """Raise UserError for the first property of a model that the format cannot express."""
     limits = {key: [value] for key, value in formats.FIXED[format].items()}
     limits |= {"mlp_width": [4 * config["n_embd"], 0]} if format == "radd" else {}
     for key, values in limits.items():

@@ -19,7 +19,7 @@ from lib.fused import moved, product_dtype
 
 
 def machine(config):
-    """(device, autocast) for the keys device and dtype.
+    """(device, autocast) as the keys device and dtype say.
 
     `with autocast():` runs matrix products in that dtype. Raises UserError for a device that is
     unknown or missing.
@@ -48,7 +48,7 @@ def machine(config):
 
 
 def multiplies_bfloat16(device_type):
-    """Whether the hardware multiplies bfloat16 fast and does not emulate it."""
+    """Whether the hardware multiplies bfloat16 natively, without emulation."""
     if device_type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     cpu = torch.cpu
@@ -66,9 +66,9 @@ def dtype_name(autocast, device):
 
 
 def cast_products(model, autocast):
-    """Cast a network's matrices to the dtype of autocast once, so that no call has to.
+    """Cast a network's matrices to the dtype of autocast once, instead of in every call.
 
-    After that the network can only predict, and only inside autocast.
+    Afterwards the network is for inference only, and only inside autocast.
     """
     with autocast():
         dtype = product_dtype(torch.empty(0, device=model.device))
@@ -78,7 +78,7 @@ def cast_products(model, autocast):
 
 
 def keep_memory(keep=True):
-    """Let the process keep freed memory (glibc only), so that large tensors need no fresh pages.
+    """Let the process keep freed memory (glibc only), so that large tensors need no new pages.
 
     Otherwise page faults take up to a third of a training step on the CPU. keep=False returns the
     memory of large tensors to the system.
@@ -90,7 +90,7 @@ def keep_memory(keep=True):
 
 
 def check_cache():
-    """Ignore TORCHINDUCTOR_CACHE_DIR where it cannot be made, for torch would fail."""
+    """Ignore TORCHINDUCTOR_CACHE_DIR if it cannot be created, since torch would fail."""
     if folder := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         try:
             os.makedirs(folder, exist_ok=True)
@@ -102,9 +102,9 @@ def check_cache():
 
 @functools.cache
 def can_compile(device):
-    """Whether torch.compile works here: it is tried once, and a line says why it does not.
+    """Whether torch.compile works here, tried once; if it does not, a line says why.
 
-    It may lack a compiler, Python's headers, triton, or a cache folder. Without torch.compile
+    A compiler, Python's headers, triton or a cache folder may be missing. Without torch.compile
     everything works, but more slowly.
     """
     try:
@@ -115,39 +115,39 @@ def can_compile(device):
         sweep_cache()
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
         return True
-    except Exception as error:  # it can raise anything
-        cause = re.search(r".*\berror: .*", str(error))  # the message of the C++ compiler
+    except Exception as error:  # any type may be raised
+        cause = re.search(r".*\berror: .*", str(error))  # the C++ compiler's message
         reason = cause[0].strip()[:200] if cause else first_line(error)
-        if os.environ.get("RANK", "0") == "0":  # one process speaks for all
+        if os.environ.get("RANK", "0") == "0":  # one process reports for all
             message = "torch.compile does not work here, so nothing is compiled"
             print(f"{message}: {reason}", file=sys.stderr)
         return False
 
 
 def sweep_cache():
-    """Delete kernels that a killed compiler left empty: torch would take them for whole ones."""
+    """Delete kernels that a killed compiler left empty: torch would take them for complete ones."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     for kernel in Path(cache_dir()).glob("*/*.so"):
-        with contextlib.suppress(OSError):  # another process may sweep, too
+        with contextlib.suppress(OSError):  # another process may be sweeping too
             about = kernel.stat()
-            if about.st_size == 0 and time.time() - about.st_mtime > 5:  # nobody writes it now
+            if about.st_size == 0 and time.time() - about.st_mtime > 5:  # no longer being written
                 kernel.unlink()
 
 
 def compile_hidden(model, device, graphs=True):
-    """Compile what a sampler calls. graphs: calls of a size that repeats become CUDA graphs."""
+    """Compile model.hidden for sampling. graphs: calls of a recurring size become CUDA graphs."""
     options = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
     options = options if graphs and device.type == "cuda" else {}
     model.hidden = torch.compile(model.hidden, options=options)
 
 
 def calls_on_device(plan, policy, model):
-    """Yield each Call of samplers.py twice, as it is and on the device (`masked` if it remasks).
+    """Yield each Call of samplers.py and its copy on the device (with `masked` if it remasks).
 
-    Where all calls are known they are copied together before the first, so none waits for a copy.
-    A network that is compiled to CUDA graphs reads one size: there `live` and `idx` repeat their
-    last until all calls are as long as the longest (sample.Predictor drops the repeats' states).
+    If all calls are known in advance, they are copied together, so that none waits for a copy.
+    A network compiled to CUDA graphs reads one size, so `live` and `idx` are padded with their last
+    element to the length of the longest call (sample.Predictor drops the states of the padding).
     """
     names = ("live", "at", "idx", "u", "masked") if policy.remasks else ("live", "at", "idx", "u")
     if not policy.planned:
@@ -158,10 +158,10 @@ def calls_on_device(plan, policy, model):
     plan = list(plan)
     if not plan:
         return
-    parts = {name: [getattr(call, name) for call in plan] for name in names}  # of each call
-    compiled = "hidden" in vars(model)  # by compile_hidden: else the method is the class's
+    parts = {name: [getattr(call, name) for call in plan] for name in names}  # one per call
+    compiled = "hidden" in vars(model)  # set by compile_hidden, not the class's
     if compiled and model.device.type == "cuda" and model.config["attention"] == "full":
-        most = -(-max(map(len, parts["idx"])) // 16) * 16  # a multiple of 16: few different sizes
+        most = -(-max(map(len, parts["idx"])) // 16) * 16  # a multiple of 16: few distinct sizes
         parts["live"] = repeated_to(len(plan[0].live), parts["live"])
         parts["idx"] = repeated_to(most, parts["idx"])
     tables = moved(model.device, *map(torch.cat, parts.values()))
@@ -172,12 +172,12 @@ def calls_on_device(plan, policy, model):
 
 
 def repeated_to(size, tensors):
-    """Each tensor (n,) with its last number repeated up to (size,)."""
+    """Pad each tensor (n,) to (size,) by repeating its last element."""
     return [torch.cat([z, z[-1:].expand(size - len(z))]) for z in tensors]
 
 
 def wait(device):
-    """Wait until the device has finished: a call returns while a GPU still computes."""
+    """Wait until the device has finished: calls return while a GPU is still computing."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -185,22 +185,22 @@ def wait(device):
 
 
 def peak_memory(device):
-    """The most memory that this process has held so far, in MiB: of its card, or of the host."""
+    """The peak memory of this process so far in MiB, of its GPU or else of the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         import resource
-    except ImportError:  # Windows has none
+    except ImportError:  # not on Windows
         return math.nan
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-PRODUCTS = {"cpu": 1024, "cuda": 8192, "mps": 4096}  # n x n matrices of this n keep it busy
+PRODUCTS = {"cpu": 1024, "cuda": 8192, "mps": 4096}  # matrices (n, n) large enough to keep it busy
 
 
 def matmul_flops(device, autocast, seconds=0.3):
-    """Operations a second that a plain matrix product reaches here, the peak for utilisation."""
+    """Operations per second of a plain matrix product here: the peak for utilisation."""
     n = PRODUCTS[device.type]
     a = torch.randn(n, n, device=device)  # (n, n)
     with autocast():
@@ -214,11 +214,11 @@ def matmul_flops(device, autocast, seconds=0.3):
             wait(device)
             best = min(best, (time.perf_counter() - start) / 4)
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # peak_memory shall not count these matrices
+        torch.cuda.reset_peak_memory_stats(device)  # do not count these matrices in peak_memory
     return 2 * n**3 / best
 
 
-NOMINAL = {  # dense operations a second in bfloat16, by data sheets; the first matching name counts
+NOMINAL = {  # dense bfloat16 operations per second, from data sheets; the first match counts
     "B200": 2250e12,
     "H200|GH200": 989e12,
     "H100 NVL": 835e12,
@@ -234,25 +234,25 @@ NOMINAL = {  # dense operations a second in bfloat16, by data sheets; the first 
 
 
 def nominal_flops(device):
-    """(name of the card, its operations a second by NOMINAL), either of them None if unknown."""
+    """(name of the GPU, its operations per second by NOMINAL); either is None if unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     stated = (flops for key, flops in NOMINAL.items() if name and re.search(rf"\b({key})\b", name))
     return name, next(stated, None)
 
 
 def flops_per_token(model, L, head_share=1.0):
-    """Operations (2 a multiply-add) of the matrix products of a forward pass, per token of L.
+    """Operations (2 per multiply-add) in matrix products of a forward pass, per token of L.
 
-    head_share: the share of positions that leave the last block (masked ones, more than two a
-    sequence). Of that block's output projection and MLP (and query, unless causal) and of the head
-    only theirs are counted, of its attention everybody's. Training costs three times as much
+    head_share: the fraction of positions that leave the last block (masked ones, more than two per
+    sequence). The last block's output projection and MLP (and query, unless causal) and the head
+    count only these; its attention counts all positions. Training takes three times as many
     (arXiv 2204.02311, appendix B).
     """
     config, block = model.config, model.blocks[0]
     D, n_layer, attention = config["n_embd"], config["n_layer"], config["attention"]
     mlp = sum(p.numel() for p in block.mlp.parameters() if p.dim() == 2)
     tail, head = block.proj.weight.numel() + mlp, model.vocab_size * D
-    if attention == "order":  # two streams, both asking; of the last block the queries alone go on
+    if attention == "order":  # two streams, both with queries; only one leaves the last block
         read = n_layer * 4 * D * D + (2 * n_layer - 1) * L * D  # keys, values; attention
         return 2 * (read + (2 * n_layer - 1) * (D * D + tail) + head)
     query, halved = (0, 2) if attention == "causal" else (D * D, 1)
@@ -262,9 +262,9 @@ def flops_per_token(model, L, head_share=1.0):
 
 
 def step_flops(model, sequences, L, share=1.0):
-    """Operations of a training step, forward and backward, on so many sequences of length L.
+    """Operations of a training step, forward and backward, on `sequences` sequences of length L.
 
-    share: of the tokens, how many can count; with attention=full half of these are masked.
+    share: the fraction of tokens that can count; with attention=full half of them are masked.
     """
     share *= 0.5 if model.config["attention"] == "full" else 1.0
     return 3 * flops_per_token(model, L, share) * sequences * L
@@ -280,9 +280,9 @@ def flops_of_step(config, model, dataset):
 
 
 def mean_length(config, dataset):
-    """The mean number of tokens in a sequence, which random_length cuts in some steps.
+    """The mean number of tokens in a sequence, which random_length shortens in some steps.
 
-    In examples padding counts, too.
+    In examples, padding counts too.
     """
     L = dataset.block_size
     return L - config["random_length"] * (L - 1) / 2

@@ -1,7 +1,7 @@
-"""Checks of entries of tables (config.Table): each says what an entry lacks. And one of ids.
+"""Checks of table entries (config.Table), each of which says what is wrong, and a check of ids.
 
-They run at an entry's first use, in float64 and some milliseconds. To add a schedule, an order, an
-objective, a loss weight or a sampler takes one entry, there or in a script before it calls
+They run at an entry's first use, in float64, within milliseconds. Adding a schedule, an order, an
+objective, a loss weight or a sampler takes one entry, in its table or in a script before it calls
 train.main or sample.main:
 
     import torch
@@ -49,10 +49,10 @@ from lib.philox import uniforms
 
 
 def check_ids(model, name, x, mask=None, values=False):
-    """UserError unless x are ids (B, L) and a mask, if there is one, is bool (B, L).
+    """Raise UserError unless x holds ids (B, L) and the mask, if given, is bool (B, L).
 
-    values: and unless the network can read them: in [0, mask_id], for which a GPU is waited for, L
-    at most block_size.
+    values: also require that the network can read x: ids in [0, mask_id], a check that waits for a
+    GPU, and L at most block_size.
     """
     form = f"{name} must be ids (B, L) of int64"
     is_tensor = torch.is_tensor(x)
@@ -71,7 +71,7 @@ def check_ids(model, name, x, mask=None, values=False):
 
 
 def check_schedule(schedule):
-    """It must be t (T,) -> (m (T,), m' (T,)), where m grows from 0 to 1 and m' is its slope."""
+    """A schedule maps t (T,) to (m (T,), m' (T,)); m grows from 0 to 1, and m' is its slope."""
     t, h = torch.linspace(0.01, 0.99, 50, dtype=torch.float64), 1e-5  # (50,)
     pair = schedule(t)
     if not (isinstance(pair, tuple) and len(pair) == 2):
@@ -90,7 +90,7 @@ def check_schedule(schedule):
 
 
 def check_loss_weight(weigh):
-    """It must be the bound's weights (b,) -> weights (b,) above 0."""
+    """A loss weight maps the weights of the bound (b,) to positive weights (b,)."""
     weight = torch.linspace(1, 100, 50, dtype=torch.float64)  # (50,)
     result = weigh(weight)
     if not (torch.is_tensor(result) and result.shape == weight.shape):
@@ -101,7 +101,7 @@ def check_loss_weight(weigh):
 
 
 def check_mask_rate(mask_rate):
-    """It must be u (b,) -> (rate (b,), density (b,)), rate between 0 and 1, density du/d rate."""
+    """A mask rate maps u (b,) to (rate (b,), density (b,)): rates in 0..1, density du/d rate."""
     u, h = torch.linspace(0.02, 0.98, 49, dtype=torch.float64), 1e-6  # (49,)
     rate, density = mask_rate(u)  # (49,) each
     if not ((rate > 0) & (rate <= 1)).all():
@@ -115,7 +115,7 @@ def check_mask_rate(mask_rate):
 
 
 def check_lr_decay(decay):
-    """It must be the part of the decay that is over -> the part of the rate that stays."""
+    """A decay maps the fraction of it that is over to the fraction of the rate that remains."""
     parts = [decay(done) for done in (0.0, 0.5, 1.0)]
     right = all(math.isfinite(part) and 0 <= part <= 1 for part in parts)
     return "" if right else f"must give parts from 0 to 1, not {parts} at 0, 0.5 and 1"
@@ -129,7 +129,7 @@ def uses_p(order):
 
 
 def uses_schedule(draw):
-    """Whether the schedule changes a draw, as an entry of OBJECTIVES has it; None never does."""
+    """Whether the schedule changes `draw`, of an entry of OBJECTIVES; False if it is None."""
     if draw is None:
         return False
     u, noise = torch.full((4,), 0.5), torch.linspace(0.1, 0.9, 12).view(4, 3)  # (4,), (4, 3)
@@ -139,7 +139,7 @@ def uses_schedule(draw):
 
 
 def uses_time(estimator, rows_of):
-    """Whether the schedule changes an entry of ESTIMATORS; rows_of: as in check_estimator."""
+    """Whether the schedule changes an entry of ESTIMATORS. rows_of: see check_estimator."""
 
     def draw(u, noise, n, schedule):
         none = torch.zeros(len(u), dtype=torch.long)  # (4,)
@@ -149,7 +149,7 @@ def uses_time(estimator, rows_of):
 
 
 def check_order(order):
-    """It must be (noise (B, L), place (B, L), coin (B, 1), p) -> numbers (B, L) to sort by."""
+    """An order maps (noise (B, L), place (B, L), coin (B, 1), p) to numbers (B, L) to sort by."""
     noise = torch.linspace(0, 0.9, 15, dtype=torch.float64).view(3, 5)  # (3, 5)
     place, coin = (torch.arange(5) / 5).expand(3, 5), noise[:, :1]  # (3, 5), (3, 1)
     key = order(noise, place, coin, 0.5)
@@ -159,10 +159,10 @@ def check_order(order):
 
 
 def check_objective(objective):
-    """Its draw must have the weights of the bound: h_k, the mean CE of k masked tokens, once each.
+    """The weights of `draw` must give the bound: each h_k, the mean CE of k masked tokens, once.
 
-    For three tokens, that is, E[weight; i masked, k masked in all] = 1/3 for all i and k. This is
-    checked by quadrature, with a curved schedule, without a prompt and behind one. u is v^3, since
+    For three tokens this means E[weight; i masked, k masked in all] = 1/3 for all i and k. It is
+    checked by quadrature, with a curved schedule, without a prompt and after one. u is v^3, since
     weights grow as 1/u.
     """
     if not hasattr(objective, "attention"):
@@ -183,7 +183,7 @@ def check_objective(objective):
 
 
 def numbers_of_three():
-    """v (N,), [(noise (N, W), prompt (N,) or None)], quasi-random: three tokens, and behind one."""
+    """Quasi-random v (N,), [(noise (N, W), prompt (N,) or None)]: 3 tokens, then with a prompt."""
     z = torch.quasirandom.SobolEngine(4).draw(2**16, dtype=torch.float64)[1:]  # (N, 4)
     behind = torch.cat([torch.full_like(z[:, :1], torch.inf), z[:, 1:]], dim=1)  # (N, 4)
     return 1 - z[:, 0], [(z[:, 1:], None), (behind, torch.ones(len(z), dtype=torch.long))]
@@ -192,7 +192,7 @@ def numbers_of_three():
 def counted_once(v, mask, weight):
     """Why E[weight_i; k masked in all] is not 1/3 for the last three tokens i and all k, or "".
 
-    v (N,), the cube root of u; mask, weight (N, W).
+    v (N,) is the cube root of u; mask and weight are (N, W).
     """
     mask, weight = mask[:, -3:], weight[:, -3:]  # (N, 3) each
     counted = (3 * v**2)[:, None] * weight  # (N, 3)
@@ -205,9 +205,9 @@ def counted_once(v, mask, weight):
 
 
 def check_estimator(estimator, rows_of):
-    """Its row must have the weights of the bound as an objective's draw; its order be an order.
+    """The weights of `row` must give the bound, as in check_objective; `order` must be an order.
 
-    rows_of(u, noise, turn, prompt, schedule) -> what both are functions of (evaluate.RowNoise).
+    rows_of(u, noise, turn, prompt, schedule) -> the argument of both (evaluate.RowNoise).
     """
     if not hasattr(estimator, "row"):
         return f"is a {type(estimator).__name__}: wrap it in evaluate.Estimator(...)"
@@ -234,7 +234,7 @@ def check_estimator(estimator, rows_of):
 
 
 def keys_read(sampler, calls, options):
-    """Which of the options a sampler reads, by a dry run: no list says so a second time."""
+    """The options that a sampler reads, found by a dry run, so that no list has to repeat them."""
     read = set()
 
     class Options(collections.UserDict):
@@ -247,10 +247,10 @@ def keys_read(sampler, calls, options):
 
 
 def check_sampler(sampler, calls, options):
-    """It must be (masked (N, L) bool, options) -> a policy that unmasks all, step by step.
+    """A sampler maps (masked (N, L) bool, options) to a policy that unmasks all, step by step.
 
-    A dry run: it answers sample.py's loop as the policies of samplers.py do. calls: that of
-    samplers.py, (policy, calls done (N,), batch_size) -> what is asked for, call by call.
+    This is a dry run of sample.py's loop. calls: the function of samplers.py that maps (policy,
+    calls done (N,), batch_size) to the positions to predict, call by call.
     """
     masked = torch.tensor([[True, False, True, True], [False, True, True, True]])  # (2, 4)
     policy = sampler(masked.clone(), options | {"steps": 5})

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, JSON, a folder for one program at a time, a stop in time."""
+"""Atomic writes, JSON, locks that give a folder to one program at a time, and clean stops."""
 
 import contextlib
 import errno
@@ -28,9 +28,9 @@ from config import UserError, first_line, require
 def whole_file(path):
     """Yield a temporary path that is renamed to `path` after the block: it is whole or absent.
 
-    Something that is no file, such as /dev/null, is written to directly. Raises UserError where the
-    system cannot write (no space, no permission), and then leaves the old file as it was. A process
-    that is killed in the block leaves the temporary file behind; see sweep.
+    Anything that is not a regular file, such as /dev/null, is written directly. If the system
+    cannot write (no space, no permission), raises UserError and leaves the old file as it was. A
+    process killed inside the block leaves the temporary file behind; see sweep.
     """
     path = Path(path)
     with writing(path):
@@ -49,7 +49,7 @@ def whole_file(path):
 
 @contextlib.contextmanager
 def opened(path, newline=None):
-    """Open a text file, perhaps .gz or .xz; UserError where what the block reads is damaged."""
+    """Open a text file, perhaps .gz or .xz; UserError if the block reads damaged data."""
     path = Path(path)
     try:
         opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix.lower(), open)
@@ -66,7 +66,7 @@ def opened(path, newline=None):
 
 @contextlib.contextmanager
 def writing(path):
-    """Make an OSError of the block a UserError that names the file or folder `path`."""
+    """Turn an OSError in the block into a UserError that names the file or folder `path`."""
     try:
         yield
     except (FileExistsError, NotADirectoryError):
@@ -76,7 +76,7 @@ def writing(path):
 
 
 def set_aside(folder, files):
-    """Move the files, where they are there, to a new folder old_1, old_2 or so on; return that."""
+    """Move the files that exist to a new folder old_1, old_2, ...; return the folder."""
     names = (Path(folder, f"old_{n}") for n in itertools.count(1))
     aside = next(name for name in names if not name.exists())
     aside.mkdir()
@@ -88,7 +88,7 @@ def set_aside(folder, files):
 
 @contextlib.contextmanager
 def new_folder(folder):
-    """Make a folder, with its parents; those that are still empty after the block go again."""
+    """Make a folder and its parents; those still empty after the block are removed again."""
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def new_folder(folder):
 
 
 def replace(source, target):
-    """os.replace, tried again because Windows refuses it while another program reads `target`."""
+    """os.replace with retries, because Windows refuses it while another program reads `target`."""
     for wait in (0.01, 0.1, 0.4, 1.5):
         with contextlib.suppress(PermissionError):
             return os.replace(source, target)
@@ -109,12 +109,12 @@ def replace(source, target):
 
 
 def to_json(value, **options):
-    """JSON that any parser reads: nan and infinity, which it cannot express, become null."""
+    """Standard JSON: nan and infinity, which it cannot express, become null."""
     return json.dumps(without_nan(value), allow_nan=False, **options)
 
 
 def without_nan(value):
-    """The value with None in place of every float in it that is not finite."""
+    """The value with every float in it that is not finite replaced by None."""
     if isinstance(value, dict):
         return {key: without_nan(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -123,15 +123,15 @@ def without_nan(value):
 
 
 def is_utf8(file):
-    """Whether the name of a file is UTF-8: torch cannot map others into memory."""
+    """Whether a file's name is UTF-8: torch cannot map other files into memory."""
     return not re.search("[\udc80-\udcff]", str(file))
 
 
 def optional(name, needed_by):
-    """The module `name` of an optional package; UserError where it is missing or does not load.
+    """The module `name` of an optional package; UserError if it is missing or does not load.
 
     needed_by: the beginning of the message. A folder that happens to have the package's name, such
-    as the one that wandb leaves where it ran, does not count.
+    as the one that wandb creates where it runs, does not count.
     """
     package = name.rpartition(".")[2]
     try:
@@ -147,23 +147,23 @@ def optional(name, needed_by):
 
 
 def sweep(folder, *names):
-    """Remove what killed processes left of these files in whole_file; no other may be at work."""
+    """Remove the temporary files of `names` that killed processes left; no other may be writing."""
     for name in names:
         for torn in Path(folder).glob(f".{name}.[0-9]*.tmp"):
             with contextlib.suppress(OSError):
                 torn.unlink()
 
 
-# ---- 2. One program a folder ---------------------------------------------------------------------
+# ---- 2. One program per folder -------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def only_one(folder, key):
-    """Keep other programs out of `folder` during the block; yields whether the system does so.
+    """Keep other programs out of `folder` during the block; yields whether it is locked.
 
-    The file folder/.lock names its owner. The lock on it is the system's and ends with the process,
-    however that ends. Raises UserError, which advises another --key=, while another program has the
-    folder. Where there are no locks (on some network drives) a line says so, and the block runs.
+    The file folder/.lock names its owner. The operating system locks it and releases the lock when
+    the process ends, however it ends. Raises UserError, which suggests another --key=, while
+    another program holds the folder. Without locks (some network drives) it warns and goes on.
     """
     path = Path(folder, ".lock")
     with contextlib.ExitStack() as held:
@@ -193,12 +193,12 @@ def open_locked(path):
         with contextlib.suppress(OSError):
             if locked is False or os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 break
-        file.close()  # its owner has removed it in between
+        file.close()  # its owner removed it in the meantime
     return file, locked
 
 
 def name_owner(file):
-    """Write into the lock file whose it is."""
+    """Write the owner, this process, into the lock file."""
     with contextlib.suppress(OSError):  # a full disk does not matter here
         file.truncate(0)
         now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -207,7 +207,7 @@ def name_owner(file):
 
 
 def remove(path, file):
-    """Remove an open file, which Windows allows only once it is closed."""
+    """Remove an open file; Windows allows that only once it is closed."""
     try:
         path.unlink()
     except PermissionError:
@@ -221,7 +221,7 @@ def remove(path, file):
 def lock(file, wait=False):
     """Lock a file until it is closed: True; False if another process has it; None without locks.
 
-    wait: wait until no other has it.
+    wait: wait until it is free.
     """
     try:
         import fcntl
@@ -235,7 +235,7 @@ def lock(file, wait=False):
 
 
 def lock_on_windows(file, wait):
-    """lock, by a lock on one byte so far behind the text that others can still read that."""
+    """lock on Windows, of one byte so far beyond the text that others can still read the text."""
     try:
         import msvcrt
     except ImportError:
@@ -257,17 +257,17 @@ def lock_on_windows(file, wait):
         os.lseek(file.fileno(), here, os.SEEK_SET)
 
 
-# ---- 3. A stop -----------------------------------------------------------------------------------
+# ---- 3. Stopping ---------------------------------------------------------------------------------
 
 
 class Stop:
-    """Note Ctrl-C, SIGTERM or the end of the terminal, so that the loop can finish and save.
+    """Record Ctrl-C, SIGTERM or the end of the terminal, so that the loop can finish and save.
 
-    A second Ctrl-C interrupts at once. In a thread, which gets no signals, nothing is noted.
-    A compiler that is at work gets the signal too, and the error that this makes is the stop's.
+    A second Ctrl-C interrupts at once. Threads get no signals, so nothing is recorded in them. A
+    running compiler gets the signal too, and the error that follows is reported as the interrupt.
     """
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # no system has all of them
+    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # no system has them all
     signal = 0
 
     def __enter__(self):

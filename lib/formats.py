@@ -1,4 +1,4 @@
-"""The formats of weights: the names that we, RADD and SMDM give to tensors and settings.
+"""Weight formats: the names of tensors and settings in our files, RADD's and SMDM's.
 
 lib/checkpoint.py reads and writes the files.
 """
@@ -13,7 +13,7 @@ import torch
 import model as network
 from config import RENAMED, Table, UserError, allowed, choose, require, shown, typed
 
-# The default of the time, for a file that does not mention the key.
+# Earlier defaults, for old files that lack these keys.
 OLD = {"norm": "layer", "bias": True, "qk_norm": False, "zero_init": "none"}
 MODEL = network.DEFAULTS | OLD
 
@@ -36,7 +36,7 @@ NAMES = Table(  # model.py's name of a module or tensor -> the published one
     },
 )
 # fmt: on
-FREQUENCY = "rotary_emb.inv_freq"  # RADD's files hold the rotary frequencies, too
+FREQUENCY = "rotary_emb.inv_freq"  # RADD's files also hold the rotary frequencies
 
 
 def published(name, format):
@@ -47,17 +47,17 @@ def published(name, format):
 
 
 def to_format(weights, config, format):
-    """The tensors {name: tensor} of model.py as a format has them."""
+    """The tensors {name: tensor} of model.py, converted to a format."""
     D, d = config["n_embd"], config["n_embd"] // config["n_head"]
     out = {}
     for name, w in weights.items():
         if format == "smdm" and name.endswith("qkv.weight"):
-            # SMDM has q, k and v of the first head, then those of the next one.
+            # SMDM stores q, k and v of the first head, then those of the next one.
             w = w.reshape(3, -1, d, D).transpose(0, 1).reshape(-1, D)  # (3D, D)
         if format == "smdm" and name == "embed.weight" and config["attention"] == "causal":
             w = w[:-1]  # (V, D): its causal network cannot read the mask
         if format == "radd" and name.startswith("unembed") and not config["head_padding"]:
-            w = torch.cat([w, torch.zeros_like(w[:1])])  # (V + 1, D) or (V + 1,), with the mask's
+            w = torch.cat([w, torch.zeros_like(w[:1])])  # (V + 1, D) or (V + 1,), with the mask
         out[published(name, format)] = w
     if format == "radd":
         out[FREQUENCY] = network.rotary_frequency(config)  # (d/2,)
@@ -65,7 +65,7 @@ def to_format(weights, config, format):
 
 
 def from_format(weights, names, config, format):
-    """The inverse of to_format: the tensors that model.py calls `names`, in float32."""
+    """The inverse of to_format: the tensors called `names` in model.py, in float32."""
     D, d = config["n_embd"], config["n_embd"] // config["n_head"]
     out = {}
     for name in names:
@@ -80,22 +80,22 @@ def from_format(weights, names, config, format):
 
 # ---- 2. Settings ---------------------------------------------------------------------------------
 
-RADD = {"norm": "layer", "mlp": "gelu", "bias": True, "rotary_bf16": False}  # its kind of block
+RADD = {"norm": "layer", "mlp": "gelu", "bias": True, "rotary_bf16": False}  # its type of block
 SMDM = {"norm": "rms", "mlp": "swiglu", "bias": False, "rotary_bf16": True}
-FIXED = {  # the model keys for which a format has only one value
+FIXED = {  # the model keys that have only one value in a format
     "nanomdm": {},
     "radd": RADD | {"qk_norm": False, "conv": 0, "attention": "full"},
     "smdm": SMDM | {"qk_norm": False, "conv": 0, "head_padding": 0},
 }
 RADD_SIZES = {"n_layer": "n_blocks", "n_head": "n_heads", "n_embd": "hidden_size"}
-RADD_SIZES |= {"block_size": "length"}  # their names of these settings
+RADD_SIZES |= {"block_size": "length"}  # their names for these settings
 SMDM_FIXED = {"bias": False, "norm_eps": 1e-5, "rotary_percentage": 1.0, "parallel_residual": False}
 SIZE_KEYS = ("vocab_size", "n_layer", "n_head", "n_embd", "block_size")  # without a default
-EXAMPLES = {"example_width": 0, "eos_id": -1}  # keys of a model that was trained on examples
+EXAMPLES = {"example_width": 0, "eos_id": -1}  # keys of models trained on examples
 EXPORTED = (*MODEL, *EXAMPLES, "objective", "schedule", "tokenizer")  # the keys of our exports
 TOKENIZERS = {("radd", 50257): {"kind": "gpt2"}, ("smdm", 32000): {"kind": "llama"}}  # (format, V)
 # fmt: off
-SIZES = {  # SMDM's, by parameters less embedding and head: (n_layer, n_head, n_embd, mlp_width)
+SIZES = {  # SMDM's, by parameters without embedding and head: (n_layer, n_head, n_embd, mlp_width)
     "6M": (6, 4, 256, 1024),        "19M": (8, 6, 384, 1536),       "34M": (8, 8, 512, 2048),
     "48M": (9, 9, 576, 2304),       "66M": (10, 10, 640, 2560),     "75M": (16, 8, 640, 1600),
     "85M": (13, 10, 640, 2560),     "113M": (12, 12, 768, 3072),    "142M": (15, 12, 768, 3072),
@@ -111,13 +111,13 @@ SIZES = {  # SMDM's, by parameters less embedding and head: (n_layer, n_head, n_
 
 
 def size_config(name):
-    """The model keys of a size of SMDM's architecture (arXiv 2410.18514); UserError if unknown."""
+    """The model keys of one of SMDM's model sizes (arXiv 2410.18514); UserError if unknown."""
     keys = ("n_layer", "n_head", "n_embd", "mlp_width")
     return SMDM | dict(zip(keys, choose("size", name, SIZES), strict=True))
 
 
 def entry(where, key, value, default):
-    """A value in a file in the type of its default: config.typed, but text is no number here."""
+    """A file's value in the type of its default: config.typed, but text never becomes a number."""
     wants_text = isinstance(default, str)
     message = f"{where}: {key} must be {'text' if wants_text else 'a number'}, not {shown(value)}"
     require(isinstance(value, str) == wants_text, message)
@@ -125,7 +125,7 @@ def entry(where, key, value, default):
 
 
 def renamed(raw):
-    """A config of ours with the keys' present names; attention was once causal=True or False."""
+    """Our config with current key names; attention used to be causal=True or False."""
     raw = {RENAMED.get(key, key): value for key, value in raw.items()}
     if isinstance(raw.get("attention"), bool):
         raw["attention"] = "causal" if raw["attention"] else "full"
@@ -133,7 +133,7 @@ def renamed(raw):
 
 
 def own_config(raw, weights, where, file):
-    """The config of our checkpoints and exports: as it was saved, with its model keys checked."""
+    """The config of our checkpoints and exports: as saved, with its model keys checked."""
     raw = renamed(raw)
     saved = MODEL | dict.fromkeys(SIZE_KEYS) | raw
     config = {key: entry(where, key, saved[key], MODEL[key]) for key in MODEL}
@@ -157,16 +157,16 @@ def radd_config(raw, weights, where, file):
         config[ours] = entry(where, f"model.{theirs}", net.get(theirs), 0)
     config["vocab_size"] = entry(where, "tokens", raw.get("tokens"), 0)
     config["dropout"] = entry(where, "model.dropout", net.get("dropout", 0.0), 0.0)
-    # Their network is normalised, so that score entropy (t_DSE) is the same as cross-entropy.
+    # Their network is normalised, so score entropy (t_DSE) equals cross-entropy.
     objectives = {"k_dce": "any_order", "t_dce": "t_dce", "t_dse": "t_dce"}
-    recipe = str(raw.get("training", where)).lower().replace("-", "_")  # the path may name it
+    recipe = str(raw.get("training", where)).lower().replace("-", "_")  # the path may tell
     names = (ours for theirs, ours in objectives.items() if theirs in recipe)
     schedule = "geometric" if "geometric" in str(raw.get("noise")) else "loglinear"
     return config | {"objective": next(names, "lambda_dce"), "schedule": schedule}
 
 
 def smdm_config(raw, weights, where, file):
-    """The config of SMDM's files, by the shapes of the tensors; a config.json must agree."""
+    """The config of SMDM's files, from the shapes of their tensors; a config.json must agree."""
     names = ["lm_head.weight", "transformer.wte.weight", "transformer.h.0.mlp.swiglu.w1.weight"]
     for name in names:
         matrix = name in weights and weights[name].dim() == 2
@@ -219,9 +219,9 @@ def format_config(config, format):
 
 
 def read_settings(file):
-    """(settings, their path) beside a file of weights; ({}, file) where there are none.
+    """(settings, their path) that belong to a weights file; ({}, file) if there are none.
 
-    They are in config.json or in .hydra/config.yaml, as RADD's trainer writes it.
+    They are in config.json beside it, or in .hydra/config.yaml as written by RADD's trainer.
     """
     hydra = file.resolve().parent.parent / ".hydra" / "config.yaml"
     beside = (file.with_name("config.json"), hydra)

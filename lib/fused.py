@@ -1,8 +1,8 @@
-"""Fast forms of plain formulas. They are harder to read, and tests hold them to the plain ones.
+"""Fast versions of plain formulas: harder to read, and tested against the plain ones.
 
-- cross_entropy: head and cross-entropy chunk by chunk, with the gradient taken on the way forward
+- cross_entropy: head and cross-entropy in chunks, with the gradient taken in the forward pass
 - attention: F.scaled_dot_product_attention, or its two products written out where that is faster
-- gelu: its tanh form in fewer operations when compiled; relu2: without a power
+- gelu: the tanh form in fewer operations when compiled; relu2: without a power
 - moved: .to(device) without waiting; masked_indices: in few distinct sizes; kth_smallest
 """
 
@@ -17,7 +17,7 @@ def wide(dtype):
 
 
 def masked_indices(mask, multiple=1):
-    """Flat indices (N,) of the masked positions, then of visible ones, so that N is a multiple."""
+    """Flat indices (N,) of the masked positions, padded with visible ones to a `multiple`."""
     flat = mask.flatten()  # (B*L,)
     N = -(-int(flat.sum()) // multiple) * multiple  # few distinct N: few compiled programs
     return (~flat).to(torch.uint8).argsort(stable=True)[:N]
@@ -30,7 +30,7 @@ def kth_smallest(values, k):
 
 
 def summed(values, masked_idx, x0):
-    """The sum over each sequence of x0 (B, L) of values (N,) at flat indices (N,): (B,)."""
+    """Sum values (N,) at flat indices (N,) over each sequence of x0 (B, L): (B,)."""
     return values.new_zeros(x0.numel()).index_copy(0, masked_idx, values).view(x0.shape).sum(1)
 
 
@@ -40,8 +40,8 @@ def summed(values, masked_idx, x0):
 def cross_entropy(h, head, target, weight, normalised=True, chunk=0, row_loss=None):
     """diffusion.plain_cross_entropy without (N, V) logits: (loss, terms (N,), CE (N,)).
 
-    h (N, D), head (weight (V, D), bias (V,) or None), target (N,), weight (N,). chunk: the most
-    positions at a time, 0 for head_chunk. row_loss: a compiled cross_entropy_and_grad.
+    h (N, D), head (weight (V, D), bias (V,) or None), target (N,), weight (N,). chunk: at most so
+    many positions at a time; 0: head_chunk. row_loss: a compiled cross_entropy_and_grad.
     """
     chunk = chunk or head_chunk(len(head[0]), h.device)
     row_loss = row_loss or cross_entropy_and_grad
@@ -58,17 +58,17 @@ def cross_entropy(h, head, target, weight, normalised=True, chunk=0, row_loss=No
 
 
 def head_chunk(V, device):
-    """The positions at a time: 4 million logits at most, on CUDA 128 million, but 256 positions.
+    """Positions per chunk: at most 4 million logits (128 million on CUDA), at least 256 positions.
 
-    A CPU wants the logits in its cache, a GPU wants large products. 2^27 logits are 0.25 GiB in
-    bfloat16; a training step holds them, their gradients and, unless it is compiled, a float32
-    table, 1 GiB in all.
+    On a CPU the logits should fit into the cache; a GPU needs large products. 2^27 logits are
+    0.25 GiB in bfloat16; a training step holds them, their gradients and, unless it is compiled, a
+    float32 table, 1 GiB in total.
     """
     return max(256, 2 ** (27 if device.type == "cuda" else 22) // V)
 
 
 def chunks(N, most):
-    """Slices of N positions, alike but for the last, of `most` at most; one where N is 0."""
+    """Slices of N positions, equal but for the last, of at most `most` each; one if N is 0."""
     count = max(1, -(-N // most))
     size = -(-N // count)
     return [slice(i * size, (i + 1) * size) for i in range(count)]
@@ -77,7 +77,7 @@ def chunks(N, most):
 def head_for_products(W, bias, dtype):
     """(weight (V, D), bias (V,) or None) in the dtype of the products, made once for all chunks.
 
-    On CUDA outputs of -inf fill V up to a multiple of 64, for products of an odd width are slow.
+    On CUDA, outputs of -inf pad V to a multiple of 64, since products of an odd width are slow.
     """
     W, bias = W.to(dtype), None if bias is None else bias.to(dtype)
     more = -len(W) % 64 if W.device.type == "cuda" else 0
@@ -88,12 +88,12 @@ def head_for_products(W, bias, dtype):
 
 
 def cross_entropy_and_grad(logits, target, weight, normalised=True):
-    """Terms (N,), CE (N,), and the gradient of sum(weight * terms) at the logits (N, V).
+    """Terms (N,), CE (N,), and the gradient of sum(weight * terms) with respect to logits (N, V).
 
     Terms are CE, and the gradient is weight * (softmax(logits) - onehot(target)). normalised=False:
-    terms are -logit[target] + sum_v e^logit_v - 1, and e^logits take the place of the softmax.
-    weight None: no gradient. One table holds first the logits, then their exponentials, then the
-    gradient; a compiled program needs no table.
+    terms are -logit[target] + sum_v e^logit_v - 1, and e^logits replaces the softmax. weight None:
+    no gradient. One table holds the logits, then their exponentials, then the gradient; a compiled
+    program needs no table.
     """
     table = logits.to(wide(logits.dtype), copy=True)  # (N, V)
     if normalised:
@@ -106,7 +106,7 @@ def cross_entropy_and_grad(logits, target, weight, normalised=True):
         return terms, ce, None
     w = weight[:, None]  # (N, 1)
     table.mul_(w / total if normalised else w)
-    if torch.compiler.is_compiling():  # this fuses, where a scatter would need the table
+    if torch.compiler.is_compiling():  # this fuses; a scatter would need the table
         onehot = torch.arange(table.shape[1], device=table.device) == target[:, None]  # (N, V)
         table = torch.where(onehot, table - w, table)
     else:
@@ -134,10 +134,10 @@ def product_dtype(h):
 
 
 class FusedCrossEntropy(torch.autograd.Function):
-    """All that the gradient at the logits needs from upstream is a scalar factor.
+    """The gradient with respect to the logits needs only a scalar factor from upstream.
 
-    So each chunk of logits is turned into gradients of h and of the head at once, and dropped: that
-    takes (chunk, V) numbers in memory in place of (N, V), and no product is computed twice.
+    So each chunk of logits is turned into gradients of h and of the head at once, then dropped.
+    This keeps (chunk, V) numbers in memory instead of (N, V), and computes no product twice.
     """
 
     @staticmethod
@@ -157,7 +157,7 @@ class FusedCrossEntropy(torch.autograd.Function):
             if dbias is not None:
                 dbias += table.sum(0, dtype=dbias.dtype)
             pieces.append(piece)
-            del table  # or it would live on beside the next logits
+            del table  # else it would stay alive beside the next logits
         dW, dbias = dW[: len(W)], None if bias is None else dbias[: len(W)]
         ctx.save_for_backward(dh, dW, dbias)
         terms, ce = map(torch.cat, zip(*pieces, strict=True))  # (N,) each
@@ -172,7 +172,7 @@ class FusedCrossEntropy(torch.autograd.Function):
 
 
 def add_product(total, a, b):
-    """total += a @ b, in place; on CUDA the products are not rounded before they are added."""
+    """total += a @ b, in place; on CUDA the product is not rounded before it is added."""
     if total.device.type == "cuda" and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
@@ -185,19 +185,19 @@ def add_product(total, a, b):
 def attention(q, k, v, causal=False, seen=None):
     """Softmax attention: q (B, H, Lq, d), k and v (B, H, Lk, d) -> (B, H, Lq, d).
 
-    causal: the last query stands at the last key, and no query looks beyond its own place. In its
-    stead seen (B, 1, Lq, Lk) bool says which keys a query looks at.
+    causal: the last query is at the position of the last key, and no query sees keys after its own.
+    Otherwise seen (B, 1, Lq, Lk) bool may say which keys each query sees.
     """
     Lq, Lk = q.shape[2], k.shape[2]
-    few = Lq > 1 and len(q) * Lq <= 16  # queries, for which the kernel of SDPA takes a half
+    few = Lq > 1 and len(q) * Lq <= 16  # few queries: SDPA's kernel takes half the time
     written_out = q.device.type == "cpu" and q.dtype == torch.bfloat16 and not few
     if causal and Lq > 1 and (written_out or Lq != Lk):
         seen = torch.ones(Lq, Lk, dtype=torch.bool, device=q.device).tril(Lk - Lq)  # (Lq, Lk)
     if written_out:
-        # In bfloat16 on a CPU the kernel of SDPA takes about three times as long as its products
-        # written out. The scale goes into q (which rounds it once more, unless it is a power of
-        # two), because torch.compile treats the softmax of a scaled table in a way of its own that
-        # takes 1.6 times as long. A softmax of bfloat16 is summed in float32 and rounded once.
+        # In bfloat16 on a CPU, SDPA's kernel takes about three times as long as its two products
+        # written out. q is scaled (one more rounding, unless the scale is a power of two) because
+        # torch.compile handles the softmax of a scaled table in a special way that takes 1.6 times
+        # as long. A softmax of bfloat16 is summed in float32 and rounded once.
         score = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, Lq, Lk)
         score = score if seen is None else score.masked_fill(~seen, -torch.inf)
         return score.softmax(-1) @ v
@@ -205,7 +205,7 @@ def attention(q, k, v, causal=False, seen=None):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=causal)
 
 
-FEW = 2  # queries for each sequence, up to which copies of its keys and values cost less
+FEW = 2  # queries per sequence; up to here, copying its keys and values is cheaper
 
 
 def attention_at(masked_idx, q, k, v):
@@ -214,7 +214,7 @@ def attention_at(masked_idx, q, k, v):
     if len(masked_idx) <= FEW * B:  # each query gets a copy of its own sequence
         row = masked_idx // L  # (N,)
         return attention(q.unsqueeze(2), k[row], v[row], False).squeeze(2)
-    # With more queries a table of all positions, zeros where nothing is asked, costs less.
+    # With more queries, a table of all positions, with zeros for the others, is cheaper.
     table = q.new_zeros(B * L, H, d).index_copy(0, masked_idx, q).view(B, L, H, d)
     y = attention(table.transpose(1, 2), k, v, False)  # (B, H, L, d)
     return y.transpose(1, 2).reshape(B * L, H, d).index_select(0, masked_idx)
@@ -223,14 +223,14 @@ def attention_at(masked_idx, q, k, v):
 def attention_in_order(q, kv):
     """Attention among the 2n tokens of a chain rule, n clean ones, then n queries.
 
-    kv (2, B, H, 2n, d). The i-th token of either half sees the clean tokens 0..i, and a query also
-    itself. q (B, H, 2n, d) may hold the queries alone: (B, H, n, d).
+    kv (2, B, H, 2n, d). The i-th token of either half sees the clean tokens 0..i; a query also sees
+    itself. q is (B, H, 2n, d), or (B, H, n, d) with the queries alone.
     """
     (k, v), n = kv, kv.shape[3] // 2
     keys, values, own_k, own_v = k[:, :, :n], v[:, :, :n], k[:, :, n:], v[:, :, n:]  # (B, H, n, d)
     clean, queries = (None, q) if q.shape[2] == n else q.split(n, dim=2)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # Written out as above, but n + 1 wide: `attention` would score 2n keys, n - 1 in vain.
+        # Written out as above, but n + 1 wide: `attention` would score n - 1 unneeded keys.
         scaled = queries * q.shape[-1] ** -0.5  # (B, H, n, d)
         unseen = torch.ones(n, n, dtype=torch.bool).triu(1)  # (n, n)
         score = (scaled @ keys.transpose(-2, -1)).masked_fill(unseen, -torch.inf)  # (B, H, n, n)
@@ -247,14 +247,14 @@ def attention_in_order(q, kv):
 
 
 def gelu(h):
-    """GELU in its tanh form, as tanh(z) = 2 sigmoid(2z) - 1: compiled it takes 0.4 of the time."""
+    """GELU in its tanh form; compiled, tanh(z) = 2 sigmoid(2z) - 1 takes 0.4 of the time."""
     if torch.compiler.is_compiling():
         return h * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (h + 0.044715 * h * h * h))
     return F.gelu(h, approximate="tanh")
 
 
 def relu2(h):
-    """relu(h)^2 as a product, because CUDA's autocast would take a power in float32."""
+    """relu(h)^2 as a product, because CUDA's autocast would compute a power in float32."""
     h = F.relu(h)
     return h * h
 
@@ -263,14 +263,14 @@ def relu2(h):
 
 
 def in_float64(values):
-    """The values as float64, on the CPU if they are on MPS, which has none."""
+    """The values as float64, on the CPU if they are on MPS, which lacks float64."""
     return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def moved(device, *tensors):
-    """Tensors moved from the CPU to the device; to CUDA from pinned memory, so nobody waits.
+    """Move tensors from the CPU to the device; to CUDA from pinned memory, without waiting.
 
-    MPS has no float64: such a tensor stays where it is.
+    MPS has no float64, so such a tensor stays where it is.
     """
     device_type = torch.device(device).type
     if device_type == "cuda":

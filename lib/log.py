@@ -1,4 +1,4 @@
-"""The log of a training run: progress bar, lines on the screen, log.jsonl beside the checkpoint.
+"""The log of a training run: progress bar, printed lines, log.jsonl beside the checkpoint.
 
 On request it also goes to wandb or tensorboard, and a trace of a few steps is written for
 chrome://tracing or perfetto.dev.
@@ -23,43 +23,43 @@ from lib.files import optional, to_json, whole_file, writing
 from lib.resume import best_of
 
 DEFAULTS = {
-    "wandb": "",  # the project of wandb that gets the log of training, too
-    "tensorboard": False,  # write it to out_dir/tensorboard, too
-    "profile": 0,  # how many steps torch's profiler records in out_dir/trace.json
+    "wandb": "",  # the wandb project to log training to as well
+    "tensorboard": False,  # also write the log to out_dir/tensorboard
+    "profile": 0,  # the number of steps that torch's profiler records in out_dir/trace.json
 }
 MORE = "give more --max_minutes, or --compile=False"
-OFTEN = 100  # readings of the text, after which most runs have turned (experiments/epochs.py)
+OFTEN = 100  # passes over the text after which most runs overfit (experiments/epochs.py)
 
 
 class Log:
-    """Only the first process (is_main) says anything. clock: the budget.Clock of the run."""
+    """Only the first process (is_main) prints or writes. clock: the budget.Clock of the run."""
 
     def __init__(self, config, model, dataset, clock, team):
         self.config, self.is_main, self.causal = config, team.rank == 0, model.causal
         self.parameters = model.n_parameters()
         self.flops = float(flops_of_step(config, model, dataset))
-        self.peak = matmul_flops(team.device, team.autocast) * team.world  # a second, all processes
-        self.tokens = config["batch_size"] * mean_length(config, dataset)  # of a step
-        self.text = dataset.n * dataset.block_size  # tokens of an epoch
+        self.peak = matmul_flops(team.device, team.autocast) * team.world  # per second, in total
+        self.tokens = config["batch_size"] * mean_length(config, dataset)  # per step
+        self.text = dataset.n * dataset.block_size  # tokens per epoch
         self.path = Path(config["out_dir"]) / "log.jsonl"
         self.clock, self.start, self.skipped, self.sinks = clock, clock.start, 0, []
-        if self.start and not clock.tokens:  # an older checkpoint does not say
-            steps = sequences_before(config, self.start) / config["batch_size"]  # of today's size
+        if self.start and not clock.tokens:  # missing in older checkpoints
+            steps = sequences_before(config, self.start) / config["batch_size"]  # at today's size
             clock.tokens, clock.flops = steps * self.tokens, steps * self.flops
         self.best = math.inf, 0  # nats per token and step of best.pt
         self.began, self.fifth, self.evaluations = time.perf_counter(), None, []
-        self.resources = contextlib.ExitStack()  # what has to be closed
+        self.resources = contextlib.ExitStack()  # to be closed at the end
         if self.is_main:
             self.begin()
         profiled = config["profile"] if self.is_main else 0  # steps
         self.profiler = profiler(profiled, self.path.with_name("trace.json"))
-        total = config["max_iters"] or None  # `speed` estimates it where minutes are limited
+        total = config["max_iters"] or None  # write_step estimates it if minutes are limited
         steps = {"total": total, "initial": self.start, "unit": "step"}
         self.bar = tqdm(**steps, disable=bar_is_off(self.is_main))
         self.restart(self.start)
 
     def begin(self):
-        """Open the sinks, and drop log entries after `start`, which a resumed run makes again.
+        """Open the sinks, and drop log entries after `start`, which a resumed run writes again.
 
         A new run first moves an older one aside.
         """
@@ -112,7 +112,7 @@ class Log:
                 self.say(f"it is finished; --out_dir= begins another, {more}")
 
     def say(self, text):
-        """Print text, but do not fail once nobody reads it any more (head, a closed terminal)."""
+        """Print text; do not fail if nobody reads it any more (head, a closed terminal)."""
         if self.is_main and sys.stdout:  # None in a program without a console
             coding = sys.stdout.encoding or "utf8"
             with contextlib.suppress(OSError):
@@ -123,12 +123,12 @@ class Log:
         return f"{self.clock.minutes:.1f}{limit} min"
 
     def step(self, loss):
-        """Note that a step is done. After the tenth a line says how long the run will take."""
+        """Count a finished step. After the tenth, print how long the run will take."""
         self.bar.update()
         self.clock.tokens += self.tokens
         self.clock.flops += self.flops
         made = self.clock.step - self.start
-        if self.is_main and made in (5, 10):  # by the fifth all is compiled
+        if self.is_main and made in (5, 10):  # by the fifth, everything is compiled
             loss.item()  # waits for the device
             self.fifth = self.fifth or time.perf_counter()
             if made == 10:
@@ -137,13 +137,13 @@ class Log:
             self.profiler.step()
 
     def pace(self):
-        """Seconds a step, with evaluations, and without compilation once that is over."""
+        """Seconds per step, including evaluations, excluding compilation once that is over."""
         made, now = self.clock.step - self.start, time.perf_counter()
         compiled = self.fifth and made > 5
         return (now - self.fifth) / (made - 5) if compiled else (now - self.began) / made
 
     def say_plan(self, pace):
-        """Print the line after ten steps; pace: the seconds that a step takes from now on."""
+        """Print the plan after ten steps. pace: seconds per step from now on."""
         steps, seconds = self.clock.left(pace)
         tokens = self.clock.tokens + steps * self.tokens
         size = f"{self.parameters:,} parameters, {self.tokens:,.0f} tokens a step"
@@ -159,10 +159,10 @@ class Log:
             self.say(f"of {self.minutes()} most were compilation; {MORE}")
 
     def say_end(self):
-        """Say at the end of a run whether it spent its time or its text badly.
+        """Say at the end of a run if most of it was compilation, or if held-out text got worse.
 
-        Held-out text counts as worse than at best by more than the interval, which is wide for a
-        few sequences, or by a tenth.
+        The last evaluation must be worse than the best by more than the interval, which is wide
+        for few sequences, or by a tenth.
         """
         made, (best, step) = self.clock.step - self.start, self.best
         nats = [evaluation["nats_per_token"] for evaluation in self.evaluations]
@@ -186,7 +186,7 @@ class Log:
         if not self.is_main:
             return
         if "nats_per_token" in entry and self.best[1]:
-            entry = entry | {"best_step": self.best[1]}  # that of best.pt
+            entry = entry | {"best_step": self.best[1]}  # the step of best.pt
         numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float))}
         with writing(self.path), open(self.path, "a", encoding="utf8") as file:
             file.write(to_json(entry) + "\n")
@@ -197,11 +197,11 @@ class Log:
             sink(entry["step"], {f"{part}/{key}": value for key, value in numbers.items()})
 
     def write_step(self, step, loss, nelbo, rate, memory):
-        """Write and show an entry about training, with all sequences seen so far.
+        """Write and show an entry about training, with the tokens and operations so far.
 
-        loss: as trained; nelbo: of the same batch, with the weights of the bound. rate: of
-        learning. memory: MiB of the process that has most. mfu, model FLOPs utilisation, is the
-        share of the machine's speed in matrix products that training reaches.
+        loss: the training loss; nelbo: of the same batch, with the bound's weights. rate: the
+        learning rate. memory: MiB of the process that uses most. mfu, model FLOPs utilisation, is
+        the fraction of the machine's speed in matrix products that training reaches.
         """
         now = time.perf_counter()
         per_second = (step - self.last_step) / (now - self.last_time)  # steps
@@ -209,7 +209,7 @@ class Log:
         self.bar.total = round(step + steps)
         tokens, mfu = per_second * self.tokens, per_second * self.flops / self.peak
         speed = f"{tokens:.0f} tokens/s, {mfu:.0%} of peak"
-        speed += f", {memory:.0f} MiB" if math.isfinite(memory) else ""  # Windows does not say
+        speed += f", {memory:.0f} MiB" if math.isfinite(memory) else ""  # unknown on Windows
         bound = "" if f"{loss:.3f}" == f"{nelbo:.3f}" else f", nelbo {nelbo:.3f}"
         text = f"loss {loss:.3f}{bound}, {self.minutes()}, {speed}"
         self.bar.set_postfix_str(text)
@@ -224,12 +224,12 @@ class Log:
         self.restart(step)
 
     def restart(self, step):
-        """Begin to measure the speed anew, so that an evaluation before does not count."""
+        """Restart the measurement of speed, so that a preceding evaluation does not count."""
         self.last_time, self.last_step = time.perf_counter(), step
 
 
 def step_of(line):
-    """The step of a line of log.jsonl; infinite for one that a kill or a full disk has cut off."""
+    """The step of a line of log.jsonl; infinite for a line cut off by a kill or a full disk."""
     try:
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
@@ -237,7 +237,7 @@ def step_of(line):
 
 
 def profiler(steps, path):
-    """A context that records `steps` steps after the first two, and writes the trace to path."""
+    """A context that records `steps` steps after the first two and writes the trace to `path`."""
     if not steps:
         return contextlib.nullcontext()
 
@@ -250,7 +250,7 @@ def profiler(steps, path):
 
 
 def wandb_sink(config, folder, start, resources):
-    """sink(step, numbers) for the project config["wandb"]; the starts of a run are a group."""
+    """sink(step, numbers) for the project config["wandb"]; all starts of a run form a group."""
     wandb = optional("wandb", "--wandb")
     name = f"{folder.name} from {start}"
     run = wandb.init(project=config["wandb"], group=folder.name, name=name, config=config)

@@ -1,8 +1,8 @@
-"""What a step does with the gradient: clipping, AdamW, Muon, the learning rate, the EMA.
+"""From the gradient to a step: clipping, AdamW, Muon, the learning rate, the EMA.
 
 A step of Muon (Jordan et al. 2024) has the same size in every direction of a matrix: the momentum
-U S V' is replaced by about U V'. torch.optim.Muon takes the same step for one matrix after the
-other. Here matrices of one shape are stacked, because calls cost more than products of small
+U S V' is replaced by approximately U V'. torch.optim.Muon takes the same step for one matrix at a
+time. Here matrices of the same shape are stacked, because calls take longer than products of small
 matrices, and a sharded matrix is gathered once, not inside every product.
 """
 
@@ -17,7 +17,7 @@ from lib.entries import check_lr_decay
 OPTIMIZERS = Table(  # {name: (learning rate up to a width of 96, whether Muon moves matrices)}
     "optimizer", adamw=(4e-3, False), muon=(1e-2, True)
 )
-LR_DECAYS = Table(  # {name: part of the decay that is over -> part of the learning rate that stays}
+LR_DECAYS = Table(  # {name: fraction of the decay that is over -> fraction of the rate that stays}
     "lr_decay",
     check_lr_decay,
     cosine=lambda done: 0.5 * (1 + math.cos(math.pi * done)),
@@ -25,14 +25,14 @@ LR_DECAYS = Table(  # {name: part of the decay that is over -> part of the learn
     constant=lambda done: 1.0,
 )
 
-# a x + b x^3 + c x^5, applied five times, takes singular values in (0, 1] to 0.7..1.2.
+# a x + b x^3 + c x^5, applied five times, maps singular values in (0, 1] to 0.7..1.2.
 POLYNOMIAL = (3.4445, -4.7750, 2.0315)
-# The most numbers in a stack: large matrices gain nothing, and every process holds all of a stack.
+# Most numbers in a stack: large matrices gain nothing, and every process holds the whole stack.
 STACK = 2**24
 
 
 def orthogonal(g):
-    """About U V' for each matrix U S V' of g (n, rows, columns), by Newton-Schulz in bfloat16."""
+    """Approximately U V' for each U S V' of g (n, rows, columns), by Newton-Schulz in bfloat16."""
     a, b, c = POLYNOMIAL
     tall = g.shape[1] > g.shape[2]
     x = (g.mT if tall else g).bfloat16()  # (n, short, long)
@@ -47,7 +47,7 @@ def orthogonal(g):
 class Muon(torch.optim.Optimizer):
     """For matrices: Nesterov momentum, decoupled weight decay, steps as large as AdamW's.
 
-    The size of a step is that of arXiv 2502.16982, eq. 4.
+    The size of a step follows arXiv 2502.16982, eq. 4.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.95):
@@ -66,7 +66,7 @@ class Muon(torch.optim.Optimizer):
                     self.move(stack, **group)
 
     def move(self, matrices, lr, weight_decay, momentum, **_):
-        """Take one step with a few matrices of one shape."""
+        """Take one step with several matrices of the same shape."""
         ahead = []
         for p in matrices:
             state = self.state[p]
@@ -102,10 +102,10 @@ def make_optimizers(config, model):
 
 
 def learning_rate(step, config, spent=0.0):
-    """The rate of a step: linear warm-up, constant until decay_start, then a decay to min_lr.
+    """The rate of a step: linear warm-up, constant until decay_start, then decay to min_lr.
 
-    The decay follows the run's steps (max_iters) or the share `spent` of its minutes, whichever is
-    further.
+    The decay follows the run's steps (max_iters) or the fraction `spent` of its minutes, whichever
+    is further along.
     """
     peak, floor, warmup = config["learning_rate"], config["min_lr"], config["warmup_iters"]
     if step < warmup:
@@ -118,7 +118,7 @@ def learning_rate(step, config, spent=0.0):
 
 
 def clip_gradient(config, parameters):
-    """Clip the gradient to a norm of grad_clip; say whether skip_nonfinite skips this step."""
+    """Clip the gradient to a norm of grad_clip; return whether skip_nonfinite skips this step."""
     if not (config["grad_clip"] or config["skip_nonfinite"]):
         return False
     norm = torch.nn.utils.clip_grad_norm_(parameters, config["grad_clip"] or math.inf)
@@ -135,7 +135,7 @@ def set_learning_rate(optimizers, rate):
 
 @torch.no_grad()
 def update_ema(ema, model, decay, step):
-    """Move the exponential moving average of the weights towards the model's, at first faster."""
+    """Move the exponential moving average of the weights towards the model's, faster at first."""
     decay = min(decay, (1 + step) / (10 + step))
     pairs = zip(ema.parameters(), model.parameters(), strict=True)
     averages, weights = zip(*([parallel.local(p) for p in pair] for pair in pairs), strict=True)

@@ -1,12 +1,12 @@
-"""Several processes in one run: who they are, how they share the network and its tensors.
+"""Several processes in one run: how they are set up and share the network and its tensors.
 
     torchrun --nproc-per-node=8 train.py ...                    ddp: each has the whole network
     torchrun --nproc-per-node=8 train.py ... --parallel=fsdp    fsdp: each has 1/8 of every tensor
 
 - ddp averages the gradients.
-- fsdp (arXiv 2304.11277) divides weights, their average, gradients and optimizer state among the
-  processes. The weights of a block are gathered for its turn and dropped after it. A sharded tensor
-  is a DTensor.
+- fsdp (arXiv 2304.11277) shards weights, their EMA, gradients and optimizer state across the
+  processes. A block's weights are gathered when it runs and dropped afterwards. A sharded tensor is
+  a DTensor.
 - A checkpoint holds whole tensors, whatever the engine and the number of processes.
 """
 
@@ -30,29 +30,29 @@ from config import UserError, require
 from lib import fused
 from lib.device import can_compile, keep_memory, machine, peak_memory
 
-# The advice where a run cannot be resumed.
+# The advice if a run cannot be resumed.
 ANEW = "begin anew in another --out_dir=, or here with --resume=False, which keeps the old run"
-# How long to wait for a process that hangs; a dead one is noticed at once. They also wait while one
-# of them compiles, or while process 0 writes a large checkpoint.
+# How long to wait for a process that hangs; a dead one is noticed at once. Processes also wait
+# while one of them compiles or process 0 writes a large checkpoint.
 PATIENCE = datetime.timedelta(minutes=30)
 
 
-# ---- 1. Who they are -----------------------------------------------------------------------------
+# ---- 1. The processes ----------------------------------------------------------------------------
 
 
 class Team(NamedTuple):
     """The processes of a run, and the device of this one."""
 
-    world: int = 1  # processes
+    world: int = 1  # the number of processes
     rank: int = 0  # this one's number
     device: torch.device = torch.device("cpu")
     autocast: object = contextlib.nullcontext  # `with autocast():` sets the dtype of products
 
 
 def join(config):
-    """Join the processes as torchrun has set them up: the Team. On CUDA each gets its own card.
+    """Join the processes that torchrun has started: the Team. On CUDA each gets its own GPU.
 
-    UserError where they would all share one card.
+    Raises UserError if they would all share one GPU.
     """
     world, rank, local_rank = launched(os.environ)
     name, several = config["device"], world > 1 and torch.cuda.is_available()
@@ -66,26 +66,26 @@ def join(config):
         backend = "gloo"
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            backend, group["device_id"] = "nccl", device  # without it NCCL guesses the card
+            backend, group["device_id"] = "nccl", device  # without it NCCL guesses the GPU
         dist.init_process_group(backend, **group)
         atexit.register(leave)
     return Team(world, rank, device, autocast)
 
 
 def leave():
-    """End the group while Python lives, whose lock a thread of gloo may need for its last tensor.
+    """End the group before Python exits: a gloo thread may need Python's lock for its last tensor.
 
-    The group ends with the last reference to it, and DDP is in cycles that hold one.
+    The group ends with the last reference to it, and DDP is in reference cycles that hold one.
     """
     gc.collect()
     dist.destroy_process_group()
 
 
 def launched(env):
-    """(processes, rank of this one, its rank on this machine) by torchrun's variables in `env`.
+    """(number of processes, rank, rank on this machine) from torchrun's variables in `env`.
 
-    If some of the variables are missing, torchrun has not set the others: a line says that they are
-    ignored. UserError where the values are no such numbers.
+    If some of the variables are missing, torchrun did not set the others, and a line says that they
+    are ignored. Raises UserError if the values are not such numbers.
     """
     names = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
     are_set = [name for name in names if env.get(name)]
@@ -106,9 +106,9 @@ def launched(env):
 def own_store():
     """The store in which the processes of this start find each other; None: torch chooses one.
 
-    With torchrun --max-restarts all starts share a store, in which a process may find the address
-    of one that was killed. On one machine each start therefore gets its own part of it. (On several
-    machines TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each start a store of its own.)
+    With torchrun --max-restarts, all starts share a store, in which a process may find the address
+    of a killed one. On a single machine, each start therefore gets its own part of it. (On several
+    machines, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives each start its own store.)
     """
     env = os.environ
     if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
@@ -119,7 +119,7 @@ def own_store():
 
 
 def gather(value, team):
-    """The values of all processes, [that of process 0, ...], on every process."""
+    """The values of all processes, in the order of their ranks, on every process."""
     parts = [value] * team.world
     if team.world > 1:
         dist.all_gather_object(parts, value)
@@ -139,9 +139,9 @@ def reduce_over_processes(losses, signal, team):
 
 @contextlib.contextmanager
 def together(path, team):
-    """Make the end of another process during the block a UserError.
+    """Turn the loss of another process during the block into a UserError.
 
-    With NCCL its watchdog may end this process first, with a report of its own.
+    With NCCL, its watchdog may end this process first, with its own report.
     """
     try:
         yield
@@ -154,9 +154,9 @@ def together(path, team):
 
 
 def my_share(lengths, team):
-    """The items that this process works on: of each length as many as any other process.
+    """The items that this process works on: as many of each length as every other process.
 
-    So all make the same network calls. Where the division leaves a rest, some items are done twice.
+    So all make the same network calls. If the division leaves a remainder, some are done twice.
     """
     items = []
     for length in sorted(set(lengths)):
@@ -166,19 +166,19 @@ def my_share(lengths, team):
     return items
 
 
-# ---- 2. How they share the network ---------------------------------------------------------------
+# ---- 2. Sharing the network ----------------------------------------------------------------------
 
 
 def shard(model, team):
     """Apply fsdp to a network on the meta device, so that no process ever holds all of it.
 
-    Blocks are gathered in the dtype of the products, which takes half the bytes and spares autocast
-    a copy. Gradients are added up in float32, and embedding and head are gathered in float32, the
-    dtype of the hidden states.
+    Blocks are gathered in the dtype of the products, which halves the bytes and saves autocast a
+    copy. Gradients are summed in float32, and embedding and head are gathered in float32, the dtype
+    of the hidden states.
     """
-    from torch.distributed import fsdp  # half a second that only fsdp needs
+    from torch.distributed import fsdp  # takes half a second, so only if needed
 
-    keep_memory(False)  # dropped weights have to leave the process on a CPU, too
+    keep_memory(False)  # on a CPU, dropped weights must really be freed
     mesh = init_device_mesh(team.device.type, (team.world,))
     with team.autocast():
         dtype = fused.product_dtype(torch.empty(0, device=team.device))
@@ -188,18 +188,18 @@ def shard(model, team):
     policy = fsdp.MixedPrecisionPolicy(**low if mixes else {})
     for block in model.blocks:
         fsdp.fully_shard(block, mesh=mesh, mp_policy=policy)
-    fsdp.fully_shard(model, mesh=mesh)  # what is left: embedding, last norm and head
+    fsdp.fully_shard(model, mesh=mesh)  # the rest: embedding, last norm and head
     for method in ("hidden", "hidden_in_order"):
         if hasattr(model, method):
             fsdp.register_fsdp_forward_method(model, method)
 
 
 def prepare_for_training(loss_fn, config, team):
-    """A diffusion.Loss made ready for training: blocks recomputed, compiled, gradients averaged.
+    """Make a diffusion.Loss ready for training: recomputation, compilation, averaged gradients.
 
-    Blocks are compiled one at a time; as they are alike, they share their programs. A step is as
-    fast as with one program for the whole network, after half the wait, and sharded weights are
-    gathered between programs, not inside them.
+    Blocks are compiled one at a time and share their programs, since they are alike. A step is as
+    fast as with one program for the whole network, compilation takes half as long, and sharded
+    weights are gathered between programs, not inside them.
     """
     model, compiled = loss_fn.model, config["compile"] and can_compile(team.device)
     if compiled and team.rank == 0:
@@ -219,7 +219,7 @@ def prepare_for_training(loss_fn, config, team):
 
 
 def in_training(block, fast):
-    """The block's forward: `fast` in training, where shapes do not vary, and elsewhere its own."""
+    """A forward for the block: `fast` in training, where shapes do not vary, else its own."""
     eager = block.forward
 
     def forward(*arguments, **keys):
@@ -231,23 +231,23 @@ def in_training(block, fast):
 def accumulate(loss_fn, last):
     """The context of a micro-step: ddp averages the gradients only at the last one.
 
-    fsdp does so each time, because gradients that wait would be as large as the network.
+    fsdp does so every time, because postponed gradients would be as large as the network.
     """
     waits = isinstance(loss_fn, DistributedDataParallel) and not last
     return loss_fn.no_sync() if waits else contextlib.nullcontext()
 
 
 def reshard(model):
-    """Drop the weights that a call outside training has gathered (fsdp)."""
+    """Drop the weights that were gathered by a call outside training (fsdp)."""
     if hasattr(model, "reshard"):
         model.reshard()
 
 
-# ---- 3. Whole tensors and parts of them ----------------------------------------------------------
+# ---- 3. Whole and sharded tensors ----------------------------------------------------------------
 
 
 def is_sharded(tensor):
-    """Whether it is a DTensor, told by a method, since only fsdp has to import that class."""
+    """Whether it is a DTensor, recognised by a method, since only fsdp imports that class."""
     return hasattr(tensor, "to_local")
 
 
@@ -257,12 +257,12 @@ def local(tensor):
 
 
 def gathered(tensor):
-    """The whole tensor on every process; all must call this together."""
+    """The whole tensor on every process; all processes must call this together."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def part(tensor, like):
-    """Shard a tensor, which every process holds whole, as `like` is; nothing is sent."""
+    """Shard a tensor that every process holds whole in the same way as `like`; nothing is sent."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -272,7 +272,7 @@ def part(tensor, like):
 
 @torch.no_grad()
 def fill(model, weights, where):
-    """Give a network its weights, pairs (name, whole tensor); UserError where one does not fit."""
+    """Load weights, pairs (name, whole tensor), into a network; UserError if one does not fit."""
     empty = dict(model.named_parameters())
     for name, value in weights:
         message = f"the tensor {name} {tuple(value.shape)} does not fit the network of its config"
@@ -298,10 +298,10 @@ def optimizer_parts(state, optimizer):
 def whole(tree, keep):
     """Nested dicts and lists with sharded tensors made whole, on the host if keep, else None.
 
-    All must call this together. So process 0 can write one ordinary file, which any number of
-    processes, sample.py and evaluate.py can read. That takes host memory for everything, 16 bytes a
-    parameter with AdamW and an average, and device memory for one tensor. The alternative,
-    torch.distributed.checkpoint, writes in parallel, which pays where one writer is too slow, but
+    All processes must call this together. Process 0 can then write one ordinary file, which any
+    number of processes, sample.py and evaluate.py can read. This takes host memory for everything,
+    16 bytes per parameter with AdamW and an EMA, and device memory for one tensor. The alternative,
+    torch.distributed.checkpoint, writes in parallel, which helps if one writer is too slow, but
     nothing else here can read its folder, whose index is a pickle and may run code.
     """
     if isinstance(tree, dict):

@@ -1,6 +1,6 @@
-"""A main(config) as a command: --help, Ctrl-C, streams, errors of one line, exit codes.
+"""Run main(config) as a command: --help, Ctrl-C, streams, one-line errors, exit codes.
 
-Every program imports this first, so that Ctrl-C is one line while it still imports torch, too.
+Every program imports this first, so that Ctrl-C prints one line even while torch is loading.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from config import ROOT, UserError, first_line, help_text, parse
 
 
 def interrupted(number, frame):
-    """The handler of Ctrl-C until a program runs: while one of ours imports, end it in one line."""
+    """Handle Ctrl-C before a program runs: while one of ours is importing, exit with one line."""
     script = Path(sys.argv[0])  # "-m" while Python looks for the package
     ours = script.name == "-m" or (script.suffix == ".py" and ROOT in script.resolve().parents[:3])
     frames = (outer.f_code.co_filename for outer, _ in traceback.walk_stack(frame))
@@ -34,18 +34,18 @@ def ready_streams():
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf8"))  # noqa: SIM115
-        elif mode == "w" and hasattr(stream, "reconfigure"):  # those of a notebook lack it
+        elif mode == "w" and hasattr(stream, "reconfigure"):  # a notebook's streams lack it
             raises = stream.errors in ("strict", "surrogateescape")
             stream.reconfigure(errors="replace" if raises else stream.errors, line_buffering=True)
 
 
 def system_error(error):
-    """The one-line message of an OSError; "" if it says that whoever read the output is gone."""
+    """The one-line message of an OSError; "" if it means that nobody reads the output any more."""
     windows = sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None
     unread, what = isinstance(error, BrokenPipeError) or windows, ""
     try:
         sys.stdout.flush()
-    except OSError:  # Python would raise it again as it ends, unless the output goes nowhere
+    except OSError:  # Python would raise it again at exit, unless the output goes to devnull
         what = "cannot write the output: "
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,7 +53,7 @@ def system_error(error):
 
 
 def memory_error(error):
-    """The one-line message of an error about a full memory; "" for any other error."""
+    """The one-line message of an out-of-memory error; "" for any other error."""
     pattern = r"allocate [\d.]+ ?\w+|(?:allocate|size calculation) [^.,(]*\w"
     request = re.search(pattern, str(error))
     is_full = request or re.search("out of memory|ALLOC_FAILED", str(error))  # by CUDA, by cuBLAS
@@ -66,8 +66,8 @@ def memory_error(error):
 def run(main, *modules):
     """Run main(config) as a command, with --help.
 
-    A UserError, a full memory or an error of the system becomes one line and exit code 2. Ctrl-C is
-    exit code 130; 141 says that nobody reads the output any more (head), as after SIGPIPE.
+    A UserError, an out-of-memory error or a system error becomes one line and exit code 2. Ctrl-C
+    gives exit code 130; 141, as after SIGPIPE, means that nobody reads the output any more (head).
     """
     script, code = Path(sys.argv[0]).name, 2
     if signal.getsignal(signal.SIGINT) is interrupted:
@@ -85,11 +85,11 @@ def run(main, *modules):
     except OSError as error:
         message = system_error(error)
         code = 2 if message else 141
-    except (MemoryError, RuntimeError) as error:  # torch raises either for a full memory
+    except (MemoryError, RuntimeError) as error:  # torch raises either if memory is full
         message = memory_error(error)
         if not message:
             raise
-    except KeyboardInterrupt as error:  # which may say what was saved
+    except KeyboardInterrupt as error:  # its text may say what was saved
         print(file=sys.stderr)
         message, code = f"interrupted; {error}" if str(error) else "interrupted", 130
     if message:

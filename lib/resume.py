@@ -1,19 +1,19 @@
-"""How a run begins, anew, from another (init_from) or where it stopped (resume); how it is saved.
+"""How a run begins: new, from other weights (init_from) or resumed; and how it is saved.
 
-Which of them decides a key:
+What determines the value of a key:
 
-  model.DEFAULTS, the shape   the checkpoint, where there is one: the user may set no other value;
-                              of a new network the command, then the dial (lib/budget.py)
-  RESUMED                     of a resumed run the checkpoint, but the user may set those marked so
-  attention                   of a new network the objective
-  block_size                  as the shape, but the user may change it with init_from, because
-                              positions are rotary. Of a new network the data: the width of
+  model.DEFAULTS, the shape   the checkpoint, if there is one: the user may set no other value;
+                              for a new network the command, then the dial (lib/budget.py)
+  RESUMED                     for a resumed run the checkpoint; the user may change the marked ones
+  attention                   for a new network the objective
+  block_size                  like the shape, but the user may change it with init_from, because
+                              positions are rotary. For a new network the data: the width of
                               examples, the blocks that a text is laid out in, or the length of a
-                              text that is shorter
-  vocab_size, example_width, eos_id   the data; train_hash, too, as they were when the run began
+                              shorter text
+  vocab_size, example_width, eos_id   the data; so is train_hash, as of the start of the run
   all others                  the command, then the preset, then the default: a resumed run may
-                              change its recipe, and says so. With another batch_size it goes on at
-                              the same place in the data (`ahead`)
+                              change its recipe, and reports it. With another batch_size it
+                              continues at the same place in the data (`ahead`)
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from lib.optim import LR_DECAYS
 from lib.parallel import ANEW
 from lib.stats import not_finite
 
-# (what a key is for, whether a config is that), and {key: (both, the value that others train by)}
+# (what a key is for, a test of a config), and {key: (both, the value that has no effect)}
 FULL = "networks with attention=full", lambda config: config["attention"] == "full"
 IN_ORDER = "networks with attention=order", lambda config: config["attention"] == "order"
 WITH_P = (
@@ -64,9 +64,9 @@ USED_BY = {
     "min_lr": (*DECAYS, 0.0),
     "decay_all": ("a weight_decay above 0", lambda config: config["weight_decay"] > 0, False),
 }
-# {key: may the user set another value}, what a resumed run takes from its checkpoint, as its shape.
+# {key: whether the user may change it}, taken from the checkpoint by a resumed run, like the shape.
 RESUMED = {"objective": False, "random_length": False, "mask_rate": True}
-# What older checkpoints, which lack these keys, were made with.
+# The values with which older checkpoints, which lack these keys, were made.
 OLDER = {"depth": 0, "init_from": "", "mask_rate": "uniform", "random_length": 0.0}
 
 
@@ -79,7 +79,7 @@ def best_path(config):
 
 
 def require_sound(config, sound, what):
-    """Raise UserError unless `sound`: its message is `what`, and the last good checkpoint."""
+    """Raise UserError unless `sound`; its message is `what` and the last good checkpoint."""
     path = checkpoint_path(config)
     last = f"the last good checkpoint is {path}" if path.is_file() else "nothing was saved before"
     require(sound, f"{what}; {last}")
@@ -87,10 +87,10 @@ def require_sound(config, sound, what):
 
 @contextlib.contextmanager
 def locked_out_dir(config, team):
-    """Keep other runs out of out_dir during the block, and sweep up half-written files.
+    """Keep other runs out of out_dir during the block, and remove half-written files.
 
-    The first process does so for all. Raises UserError in every process where another run has the
-    folder. A KeyboardInterrupt that ends the block says what was saved, and how to go on.
+    The first process does so for all. Raises UserError in every process if another run uses the
+    folder. A KeyboardInterrupt that ends the block says what was saved and how to resume.
     """
     refused = ""
     with contextlib.ExitStack() as held:
@@ -113,10 +113,10 @@ def locked_out_dir(config, team):
 
 
 def begin(config, team):
-    """(config, state): the config of the run, and what checkpoint.read gave of where it begins.
+    """(config, state): the config of the run, and the state that it begins from.
 
-    state is None for a new network; is_resumed tells a stopped run from weights (init_from).
-    Raises UserError for settings that cannot be trained or do not go together.
+    state is None for a new network; is_resumed tells a resumed run from weights (init_from).
+    Raises UserError for settings that cannot be trained or are incompatible.
     """
     path, meta = checkpoint_path(config), loader.read_meta(config["data"])
     state, source = starting_point(config, path)
@@ -135,7 +135,7 @@ def begin(config, team):
 
 
 def say_changes(config, state):
-    """Say what is no longer as the checkpoint has it, of what the user has set, now or before."""
+    """Report the keys set by the user, now or before, that differ from the checkpoint."""
     before, keys = state["config"], {"block_size"}
     if is_resumed(state):
         keys = {*config.get("user_keys", ()), *before.get("user_keys", ())}
@@ -165,14 +165,14 @@ def starting_point(config, path):
 
 
 def is_resumed(state):
-    """Whether a state of starting_point is where the run stopped, not a new one's weights."""
+    """Whether the state is that of a run to resume, and not just weights for a new one."""
     return bool(state) and "optimizer" in state
 
 
 def add_character_rows(state, source, meta, team):
-    """Give the network of init_from rows for characters that the data add to its alphabet.
+    """Add rows to the init_from network for characters that the data add to its alphabet.
 
-    A new row begins as the mean of the others. data.tokenizer.named makes such alphabets.
+    A new row starts as the mean of the others. data.tokenizer.named makes such alphabets.
     """
     old, current = state["tokenizer"], meta["tokenizer"]
     are_chars = old and old["kind"] == current["kind"] == "char"
@@ -201,7 +201,7 @@ def with_size(config):
 
 
 def with_saved(config, state, source):
-    """The config with the model keys of the state and, if the run resumes, those of RESUMED."""
+    """The config with the model keys of the state and, for a resumed run, those in RESUMED."""
     saved, resumed = OLDER | state["config"], is_resumed(state)
     keys, user_keys = {*network.DEFAULTS, "depth"}, config.get("user_keys", {})
     if resumed:
@@ -213,10 +213,10 @@ def with_saved(config, state, source):
 
 
 def check_saved(config, saved, keys, source, resumed):
-    """Raise UserError where the user set one of `keys` to another value than the checkpoint has.
+    """Raise UserError if the user set one of `keys` to another value than the checkpoint has.
 
-    Of a resumed run also for an init_from that it did not have, and for other data if no --out_dir
-    was given: such a command means a new run, and forgot to name its folder.
+    For a resumed run also if it did not begin with the given init_from, or if the data differ and
+    no --out_dir was given: such a command means a new run and forgot to name its folder.
     """
     user_keys = config.get("user_keys", {})
     advice = ANEW if resumed else "init_from takes a model as it is"
@@ -232,7 +232,7 @@ def check_saved(config, saved, keys, source, resumed):
 
 
 def with_data(config, state, source):
-    """The config with what the data decide."""
+    """The config with the keys that the data determine."""
     data, meta = config["data"], loader.read_meta(config["data"])
     width, eos_id = examples.layout(data, meta)
     resumed = is_resumed(state)
@@ -248,7 +248,7 @@ def with_data(config, state, source):
 
 
 def check_data(config, state, source, meta, width):
-    """Raise UserError where the data, examples of a width or (0) text, do not suit the config."""
+    """Raise UserError if the data (examples of `width` tokens; 0: text) do not suit the config."""
     data, V = config["data"], meta["vocab_size"]
     if state:
         same_tokenizer = state["tokenizer"] in (None, meta["tokenizer"])
@@ -264,7 +264,7 @@ def check_data(config, state, source, meta, width):
 
 
 def tokenizer_advice(state, source, data, meta):
-    """What to do where a checkpoint and the data have not one tokenizer, in words."""
+    """What to do if a checkpoint and the data have different tokenizers, in words."""
     prepare = f"prepare the data again with --tokenizer={source}"
     begin = f"begin from these weights: --init_from={source} --out_dir=ANOTHER"
     if not is_resumed(state):
@@ -281,7 +281,7 @@ def tokenizer_advice(state, source, data, meta):
 def with_attention(config, state, source):
     """The config with the attention that its objective trains.
 
-    UserError for another one that the checkpoint has or the user wants, and for a key on the
+    Raises UserError if the checkpoint has or the user wants another one, and for a key on the
     command line that would change nothing (USED_BY).
     """
     objective, attention = config["objective"], config["attention"]
@@ -300,7 +300,7 @@ def with_attention(config, state, source):
 
 
 def check(config):
-    """Raise UserError for sizes, perhaps of a checkpoint, and chances that cannot be."""
+    """Raise UserError for impossible sizes (perhaps of a checkpoint) and probabilities."""
     completed(config, network)
     for key in ("n_layer", "n_embd", "block_size", "mlp_width"):
         require(config[key] <= 2**20, f"{key} must be at most {2**20}, not {config[key]}")
@@ -311,7 +311,7 @@ def check(config):
 def with_place_in_data(config, state, world):
     """The config with `ahead`, the sequences that a resumed run has seen beyond step * batch_size.
 
-    They are not 0 once batch_size has changed. Raises UserError for a batch that cannot be divided
+    This is not 0 once batch_size has changed. Raises UserError for a batch that cannot be divided
     among the processes.
     """
     B, micro = config["batch_size"], config["micro_batch_size"] or config["batch_size"] // world
@@ -325,9 +325,9 @@ def with_place_in_data(config, state, world):
 
 
 def load_optimizers(optimizers, saved):
-    """Give the optimizers their state in a checkpoint, but keep the settings of the config.
+    """Load the optimizers' state from a checkpoint, but keep the settings of the config.
 
-    Raises UserError where the state does not fit.
+    Raises UserError if the state does not fit.
     """
     require(len(saved) == len(optimizers), f"a resumed run must keep its optimizer; {ANEW}")
     for optimizer, state in zip(optimizers, saved, strict=True):
@@ -347,14 +347,14 @@ def save(config, tokenizer, clock, model, ema, optimizers, team):
 
 
 def weights_of(config, tokenizer, clock, model, ema):
-    """What every checkpoint of a run holds."""
+    """The state that every checkpoint of a run holds."""
     state = {"config": config, "tokenizer": tokenizer.meta(), "step": clock.step}
     state |= {key: getattr(clock, key) for key in checkpoint.COUNTS}
     return state | {"model": model.state_dict(), "ema": ema.state_dict() if ema else None}
 
 
 def write(path, state, team, keep=1):
-    """Write a state, made whole by all processes together, to a file, by the first of them."""
+    """Gather a state, all processes together, and let the first of them write it to a file."""
     state = parallel.whole(state, keep=team.rank == 0)
     if team.rank == 0:
         sound = not not_finite(state["model"])
@@ -367,8 +367,8 @@ def write(path, state, team, keep=1):
 def keep_best(config, tokenizer, log, model, ema, result, team):
     """Write out_dir/best.pt if its evaluation, a dict of report, is the lowest so far.
 
-    Only once the training text has been read: no weights before can know it by heart, and a large
-    run, which reads nothing twice, is spared the disk.
+    This starts after one pass over the training text: no weights before that can have memorised
+    it, and a large run, which reads nothing twice, saves the disk space.
     """
     nats = result["nats_per_token"]
     is_best = log.clock.tokens > log.text and nats < log.best[0]
@@ -380,7 +380,7 @@ def keep_best(config, tokenizer, log, model, ema, result, team):
 
 
 def best_of(config):
-    """(nats per token of held-out text, step) of out_dir/best.pt; (inf, 0) where there is none."""
+    """(nats per token of held-out text, step) of out_dir/best.pt; (inf, 0) if there is none."""
     path = best_path(config)
     if not path.is_file():
         return math.inf, 0

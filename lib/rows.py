@@ -1,4 +1,4 @@
-"""What a network is asked to evaluate: requests, the rows that they take, and random numbers."""
+"""Evaluation requests, the rows that a network reads for them, and their random numbers."""
 
 from typing import NamedTuple
 
@@ -11,15 +11,15 @@ from lib.philox import distinct_uniforms
 
 
 class Requests(NamedTuple):
-    """N pairs (prompt ids, answer ids), and how they are put to the network."""
+    """N pairs (prompt ids, answer ids), and how the network evaluates them."""
 
     pairs: list
-    groups: object = None  # (N,) ints: those of one group share random numbers; None: each its own
+    groups: object = None  # (N,) ints: a group shares random numbers; None: no groups
     cfg_scale: float = 0.0  # guidance by the prompt
-    pad_to: int = 0  # rows are filled up to this width with masks
+    pad_to: int = 0  # rows are padded with masks to this width
 
     def checked(self, model):
-        """The same; UserError for the first request that the network cannot read."""
+        """Return self; UserError for the first request that the network cannot read."""
         V, most = model.vocab_size, model.block_size
         for i, pair in enumerate(self.pairs):
             fits = len(pair) == 2 and all(are_ids(part, V) for part in pair)
@@ -28,34 +28,34 @@ class Requests(NamedTuple):
         return self
 
     def in_one_pass(self, model, estimator):
-        """Whether a row has all terms of a chain rule: `order` networks, unguided, unpadded."""
+        """Whether one row gives all terms of a chain rule: `order` networks, unguided, unpadded."""
         in_order = model.config["attention"] == "order" and estimator.order is not None
         return in_order and not (self.cfg_scale or self.pad_to)
 
     def rows_a_draw(self, model, estimator):
-        """The rows that a draw of each request takes (N,): one, or one for each token."""
+        """How many rows a draw of each request takes (N,): one, or one per token."""
         n = self.lengths()[:, 1]  # (N,)
         in_one_row = estimator.row or self.in_one_pass(model, estimator)
         return n.clip(max=1) if in_one_row else n
 
     def lengths(self):
-        """Tokens of each prompt and answer: (N, 2), in numpy."""
+        """The number of tokens in each prompt and answer: (N, 2), in numpy."""
         return np.array([[len(p), len(a)] for p, a in self.pairs], int).reshape(-1, 2)
 
     def group_of_each(self):
-        """The group of each request (N,); without groups each is its own."""
+        """The group of each request (N,); without groups, each is a group of its own."""
         return torch.as_tensor(range(len(self.pairs)) if self.groups is None else self.groups)
 
     def clean(self, i):
-        """The clean tokens (b, W) of requests i (b,), alike in length, and their prompts' (b,)."""
+        """Clean tokens (b, W) of requests i (b,) of equal length, and their prompt lengths (b,)."""
         x0 = np.stack([np.concatenate(self.pairs[j]).astype(np.int64) for j in i])  # (b, W)
         return torch.from_numpy(x0), torch.tensor([len(self.pairs[j][0]) for j in i])
 
     def batches(self, turns, size, batch_size):
-        """Yield (request (b,), draw k (b,), turn (b,)) with b <= batch_size, for every row once.
+        """Yield (request (b,), draw k (b,), turn (b,)), b <= batch_size, that cover each row once.
 
-        turns (N,): how many rows one draw takes; size: draws. Only requests of equal length share a
-        batch, so that there is no padding.
+        turns (N,): rows per draw; size: the number of draws. Only requests of equal length share a
+        batch, so there is no padding.
         """
         lengths = self.lengths().sum(1)  # (N,)
         for length in np.unique(lengths):
@@ -69,7 +69,7 @@ class Requests(NamedTuple):
 
 
 def are_ids(part, V):
-    """Whether a part of a request is a row (L,) of whole numbers in [0, V), perhaps empty."""
+    """Whether part of a request is an array (L,) of integers in [0, V), perhaps empty."""
     part = np.asarray(part)  # (L,)
     whole = part.ndim == 1 and (part.dtype.kind in "iu" or not part.size)
     return whole and (not part.size or (part.min() >= 0 and part.max() < V))
@@ -78,8 +78,8 @@ def are_ids(part, V):
 def random_numbers(seed, number, group, k, size, n, prompt=None):
     """u (b,) and noise (b, n) for the draws k (b,) of requests of `group` (b,).
 
-    They belong to set `number`, of `size` draws over which u is stratified. Pure functions of the
-    arguments; the first columns of the noise do not depend on n, and stand behind the prompt (b,).
+    They belong to set `number` of `size` draws, over which u is stratified. They are pure functions
+    of the arguments. The first columns of noise do not depend on n and follow the prompt (b,).
     """
     jitter = distinct_uniforms(seed, 2 * number + 1, group * size + k // 2, 1)  # (b, 1)
     noise = distinct_uniforms(seed, 2 * number, group * size + k, n)  # (b, n)

@@ -1,4 +1,4 @@
-"""Means, standard errors and 95% intervals, and the sentences that report them. All in nats."""
+"""Means, standard errors and 95% intervals in nats, and the sentences that report them."""
 
 import math
 
@@ -7,11 +7,11 @@ import torch
 
 from config import UserError, plural
 
-FEWEST = 3  # values that show an error by their spread: two are too often close by chance
+FEWEST = 3  # values needed to estimate an error: two are too often close by chance
 
 
 class NotFinite(UserError):
-    """A number that would be used is nan or infinite."""
+    """A number that a result needs is nan or infinite."""
 
 
 def finite(values, what):
@@ -24,9 +24,9 @@ def finite(values, what):
 
 
 class Probabilities:
-    """A watch over the probabilities of drawn tokens, which raises NotFinite if one is nan.
+    """Checks the probabilities of drawn tokens and raises NotFinite if one is nan.
 
-    On a CPU `see` does so at once; elsewhere `check` does, so that no call waits for the device.
+    On a CPU `see` raises at once; elsewhere `check` does, so that no call waits for the device.
     """
 
     what = "probabilities of drawn tokens"
@@ -59,9 +59,9 @@ def not_finite(weights):
 def mean_over_sets(sets, sizes):
     """Mean (S,) over R independent sets of draws (S, R), and the standard error of the means' sum.
 
-    The draws of one set are stratified, so that their own spread is too large. Sets are independent
-    of each other, and so are sequences: the variance of each mean is unbiased (exactly for sets of
-    equal `sizes` (R,)), and the variances add up. With one set the error is infinite.
+    The draws within a set are stratified, so their spread overstates the error. Sets are
+    independent, and so are sequences: the estimated variance of each mean is unbiased (exactly for
+    sets of equal `sizes` (R,)), and the variances add up. With one set the error is infinite.
     """
     share = torch.as_tensor(sizes, dtype=torch.float64) / sum(sizes)  # (R,)
     mean = (sets * share).sum(1)  # (S,)
@@ -73,8 +73,8 @@ def mean_over_sets(sets, sizes):
 def mean_and_error(values, lengths=None):
     """sum(values) / sum(lengths) and its standard error, clustered by item: (S,) -> two floats.
 
-    It is the ratio estimator, with its error linearised as usual; without lengths the mean and its
-    standard error. The error is infinite for fewer items than FEWEST.
+    This is the ratio estimator with the usual linearised error; without lengths, the mean and its
+    standard error. The error is infinite for fewer than FEWEST items.
     """
     values = np.asarray(values, float)
     lengths = np.ones(len(values)) if lengths is None else np.asarray(lengths, float)
@@ -86,7 +86,7 @@ def mean_and_error(values, lengths=None):
 
 
 def mean_half(values):
-    """The mean of values (S,) and half of its 95% interval, infinite for fewer than FEWEST."""
+    """The mean of values (S,) and half its 95% interval, infinite for fewer than FEWEST values."""
     mean, error = mean_and_error(values)
     return mean, t95(len(values) - 1) * error
 
@@ -102,12 +102,12 @@ def t95(freedom):
 
 
 def plus_minus(half, form=".4f", sign="+-"):
-    """An error, or half an interval, as text to follow the value; "" if it is unknown."""
+    """An error or half an interval as text to put after the value; "" if it is unknown."""
     return f" {sign} {half:{form}}" if half is not None and math.isfinite(half) else ""
 
 
 def perplexity(nats):
-    """e^nats, infinite where a float cannot hold it."""
+    """e^nats, infinite if it overflows."""
     return math.exp(nats) if nats < 700 else math.inf
 
 
@@ -118,7 +118,7 @@ def shown_perplexity(nats):
 def report(nats, lengths, bytes_per_token):
     """The result of an evaluation as a dict and as text, from nats and lengths (S,).
 
-    The 95% interval is over texts. Where these are too few, it is infinite and the text says so.
+    The 95% interval is over sequences. If there are too few, it is infinite and the text says so.
     """
     mean, error = mean_and_error(nats, lengths)
     half, bit = t95(len(nats) - 1) * error, math.log(2)
@@ -146,7 +146,7 @@ def report(nats, lengths, bytes_per_token):
 
 
 def method(estimator, draws):
-    """How a number came about by an evaluate.Estimator, in words; `draws` says what was drawn."""
+    """How an evaluate.Estimator computed a number, in words; `draws` says what was drawn."""
     name = estimator.name
     if name == "ar":
         return "exact"
@@ -154,7 +154,7 @@ def method(estimator, draws):
 
 
 def certainty(result, precision, most, strata):
-    """The error of the draws and their cost, as text, and how many draws are needed for less."""
+    """The error of the draws and their cost, as text, and the draws needed for a smaller error."""
     error, half, draws = result["draw_error"], result["draw_half"], result["draws"]
     rows, calls = (plural(result[f"{noun}s"], noun) for noun in ("row", "call"))
     network = f"{rows} of the network in {calls}"

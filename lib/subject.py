@@ -1,4 +1,4 @@
-"""A checkpoint in use: its network, its tokenizer, how it computes, and the data it can read."""
+"""A loaded checkpoint: its network, its tokenizer, how it computes, and the data it can read."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from lib.device import cast_products, dtype_name, machine
 from lib.text import encode, text_or_file, without_space
 
 DEFAULTS = {
-    "ckpt": "out/pydocs",  # what checkpoint.load takes: a run's folder, published weights
+    "ckpt": "out/pydocs",  # anything checkpoint.load takes: a run's folder, published weights
     "ema": True,  # use the averaged weights if the checkpoint has them
 }
 
@@ -22,7 +22,7 @@ class Subject(NamedTuple):
     """The model that a program samples or evaluates."""
 
     model: torch.nn.Module
-    tokenizer: object  # None where it cannot be built here
+    tokenizer: object  # None if it cannot be built here
     trained: dict  # the config that the model was trained with
     autocast: object  # `with autocast():` sets the dtype of matrix products
     words: str  # how it computes, for reports
@@ -32,15 +32,15 @@ class Subject(NamedTuple):
         return self.model.causal
 
     @property
-    def answers(self):  # prompts, rather than continues text
+    def answers(self):  # prompts rather than continuing text
         return bool(self.trained.get("example_width"))
 
 
 def load_subject(config, reads_text=False, cast=True):
     """The Subject of the checkpoint config["ckpt"].
 
-    reads_text: it needs a tokenizer, without which it is a UserError. cast: its matrices are cast
-    once to the dtype of products; otherwise they stay as they were saved.
+    reads_text: raise UserError if there is no tokenizer. cast: cast its matrices once to the dtype
+    of products; otherwise they stay as they were saved.
     """
     device, autocast = machine(config)
     ckpt, ema = config["ckpt"], config.get("ema", DEFAULTS["ema"])
@@ -48,7 +48,7 @@ def load_subject(config, reads_text=False, cast=True):
     if reads_text:
         message = f"{ckpt} names no tokenizer, so text cannot be read or written"
         require(trained["tokenizer"], message)
-        tokenizer = tokenizer or from_meta(trained["tokenizer"])  # raises what it lacks
+        tokenizer = tokenizer or from_meta(trained["tokenizer"])  # or a UserError
     if cast:
         cast_products(model, autocast)
     weights = "averaged weights" if ema and trained.get("ema") else "raw weights"
@@ -57,7 +57,7 @@ def load_subject(config, reads_text=False, cast=True):
 
 
 def check_causal(config):
-    """Raise UserError for keys of sample.py that a causal network cannot have."""
+    """Raise UserError for keys of sample.py that do not apply to a causal network."""
     message = f"this network is causal: it has the sampler left_to_right, not '{config['sampler']}'"
     chosen = "sampler" in config.get("user_keys", ())
     require(config["sampler"] == "left_to_right" or not chosen, message)
@@ -67,10 +67,10 @@ def check_causal(config):
 
 
 def load_evaluable(config, reads_text=False):
-    """load_subject of what is to be evaluated.
+    """load_subject for an evaluation.
 
-    Refuses t_dse for a model whose scores have no scale, and any --estimator typed for a causal
-    network, which has only one.
+    Raises UserError for t_dse with a model whose scores have no scale, and for --estimator with a
+    causal network, which has only one.
     """
     subject = load_subject(config, reads_text)
     if subject.causal and config["estimator"] != "left_to_right":
@@ -82,11 +82,11 @@ def load_evaluable(config, reads_text=False):
 
 
 def ids_of_text(subject, config):
-    """(ids of config["prompt"], ids of config["text"], how many of these count, what both are).
+    """(ids of config["prompt"], ids of config["text"], how many of these count, both in words).
 
-    As the model read them in training: of examples, eos ends an answer and, for a model that is not
-    causal, fills the example up. That padding costs nats and does not count. UserError where there
-    is nothing to score or too much to read.
+    They are as the model read them in training: in an example, eos ends the answer and, unless the
+    model is causal, pads the example. The padding adds nats but does not count as tokens. Raises
+    UserError if there is nothing to score or too much to read.
     """
     model, tokenizer, width = subject.model, subject.tokenizer, subject.trained.get("example_width")
     prompt, text = (text_or_file(config[key]) for key in ("prompt", "text"))
@@ -107,7 +107,7 @@ def ids_of_text(subject, config):
 
 
 def folder_of(config, subject):
-    """The prepared folder config["data"], or else the one that the checkpoint was trained on."""
+    """The prepared folder config["data"], or else the one the checkpoint was trained on."""
     folder = config["data"] or subject.trained.get("data")
     message = f"{config['ckpt']} does not say what it learnt from; give --data=FOLDER"
     require(folder and isinstance(folder, str), message)
@@ -149,7 +149,7 @@ def open_text(config, subject, folder, split):
 
 
 def coverage(result, split, meta, protocol):
-    """The data that a result is about, in words."""
+    """The data behind a result, in words."""
     counts, width = meta["splits"][split], meta.get("width")
     tokens, documents = (plural(counts[f"{noun}s"], noun) for noun in ("token", "document"))
     unit = plural(result["sequences"], "answer" if width else "block")

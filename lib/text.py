@@ -1,4 +1,4 @@
-"""Text to the ids of a request, and the ids of a sample to text, which is shown."""
+"""From text to the ids of a request, and from the ids of samples to printed text."""
 
 import os
 import re
@@ -10,15 +10,15 @@ from config import plural, refuse_typed, require
 from lib.files import opened, to_json, whole_file
 from lib.stats import mean_half, plus_minus
 
-# Keys of evaluate.py that count for data alone.
+# Keys of evaluate.py that apply to data only, not to --text.
 OF_DATA = ("data", "split", "sequences", "block_size", "protocol", "precision", "strata")
 OF_DATA += ("schedule",)
 
 
 def text_or_file(text):
-    """What a text of the command line says: itself, or what the file of FILE:PATH holds.
+    """A text of the command line: the text itself or, for FILE:PATH, what the file holds.
 
-    The newline that ends a file is left out, for editors put it there unasked.
+    A newline at the end of the file is dropped, since editors add one.
     """
     if not text.startswith("FILE:"):
         return text
@@ -29,24 +29,24 @@ def text_or_file(text):
 def encode(tokenizer, model, text, start=True):
     """The ids of a text; at the start of a sequence they follow the tokenizer's bos, if any.
 
-    Every document did so in training. A causal network whose start_id is that bos reads it anyway.
+    Documents do so in training, too. A causal network whose start_id is the bos reads it anyway.
     """
     bos = [tokenizer.bos] if start and tokenizer.bos not in (None, model.start_id) else []
     return bos + tokenizer.encode(text, start) if text else []
 
 
 def without_space(tokenizer, model, text):
-    """A text in front of a gap without the space before it, which the gap has to bring.
+    """The text before a gap without its final space, which the gap has to supply.
 
-    Where the token of a word includes that space (BPE), hardly any space stood alone in training.
-    A model of examples takes its prompt literally, as it was in training.
+    If the token of a word includes the space (BPE), spaces hardly ever stand alone in training.
+    A model of examples takes its prompt literally, as in training.
     """
     joins = tokenizer.joins_spaces and not model.config.get("example_width")
     return text.removesuffix(" ") if joins else text
 
 
 def before_gap(tokenizer, model, text, start):
-    """The ids of a text in front of a gap."""
+    """The ids of a text before a gap."""
     return encode(tokenizer, model, without_space(tokenizer, model, text), start)
 
 
@@ -69,7 +69,7 @@ def request(tokenizer, model, prompt="", suffix="", template="", length=0):
 
 
 def template_ids(tokenizer, model, template):
-    """The ids of a text with gaps: ___12 is 12 times mask_id."""
+    """The ids of a text with gaps: ___12 becomes 12 times mask_id."""
     pieces, block = re.split(r"___(\d+)", template), model.block_size  # text, gap, text, ..., text
     advice = "write ___12 for a gap of 12 tokens in"
     require(len(pieces) > 1, f"the template has no gap: {advice} '{template}'")
@@ -90,7 +90,7 @@ def template_ids(tokenizer, model, template):
 def by_token(tokenizer, ids, nats, n):
     """The nats (draws, L) of each token of ids (L,), as a dict and as the text of a table.
 
-    Behind n tokens, which count per token, all ids are the padding of an example.
+    The first n tokens count; the ids after them are the padding of an example.
     """
     mean = nats.mean(0).tolist()
     total, half = mean_half(nats.sum(1))
@@ -108,7 +108,7 @@ def by_token(tokenizer, ids, nats, n):
 
 
 def check_text(config):
-    """Raise UserError for keys of evaluate.py that a text to score lacks, or does not have."""
+    """Raise UserError if --text is missing, or for keys of evaluate.py that do not apply to it."""
     is_asked = "text" in config.get("user_keys", ()) or config["prompt"]
     require(config["text"] or not is_asked, "the text to score is empty: give --text=")
     if config["text"]:
@@ -118,8 +118,8 @@ def check_text(config):
 def is_asked(config, answers):
     """Whether a command says what to fill, or there is no terminal to ask for prompts.
 
-    UserError where the model answers prompts, and so needs one: only an empty one that is typed
-    means free samples. For other models a line says that these come for want of a terminal.
+    Raises UserError if the model answers prompts and got none; to draw free samples, give it an
+    empty one. For other models, a line says that free samples are drawn for lack of a terminal.
     """
     keys, terminal = {*config["user_keys"]}, (sys.stdin, sys.stdout)
     if keys & {"prompt", "suffix", "template"}:
@@ -136,9 +136,9 @@ def is_asked(config, answers):
 
 
 def suppress_eos(x, begins, least, eos_id):
-    """`suppress` of sample: no eos_id before begins[i] and at `least` positions from it, x (N, L).
+    """`suppress` for sample: no eos_id in row i of x (N, L) before position begins[i] + least.
 
-    UserError where the model knows no eos, or has no room for so many tokens.
+    Raises UserError if the model knows no eos, or has no room for so many tokens.
     """
     message = "min_new_tokens is for answers by models of examples, which know an eos"
     require(eos_id >= 0, message)
@@ -153,7 +153,7 @@ def suppress_eos(x, begins, least, eos_id):
 def text_of(tokenizer, ids, begin=0, eos_id=-1, apart=False):
     """The text of a sample, which ends before the first eos_id from position `begin` on.
 
-    apart: an answer, what stands from there on, begins a line of its own.
+    apart: the answer, which begins there, starts on a new line.
     """
     if eos_id < 0:
         return tokenizer.decode(ids)
@@ -166,7 +166,7 @@ def text_of(tokenizer, ids, begin=0, eos_id=-1, apart=False):
 
 
 def say(records, texts, info, n_new, out):
-    """Print the texts and what they took; write the records to the file `out`, if there is one."""
+    """Print the texts, network calls and time; write the records to the file `out`, if given."""
     if out:
         with whole_file(out) as path, open(path, "w", encoding="utf8") as file:
             file.writelines(to_json(record) + "\n" for record in records)
@@ -183,7 +183,7 @@ def say(records, texts, info, n_new, out):
 
 
 def suppress_tokens(logits, tokens):
-    """Rule one token out of each row, in place: logits (N, V), tokens (N,), -1 for none."""
+    """Suppress one token in each row, in place: logits (N, V), tokens (N,), -1 for none."""
     column = tokens[:, None].clamp(min=0)  # (N, 1)
     logit = logits.gather(1, column)  # (N, 1)
     logits.scatter_(1, column, logit.masked_fill(tokens[:, None] >= 0, -torch.inf))

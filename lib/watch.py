@@ -1,4 +1,4 @@
-"""What a sample does, shown call by call, in a terminal or in lines."""
+"""Show a sample as it emerges, call by call, in a terminal or in plain lines."""
 
 import contextlib
 import shutil
@@ -10,22 +10,22 @@ NEW, MASKED, PLAIN = "\x1b[1;32m", "\x1b[2m", "\x1b[0m"
 
 
 def token_text(tokenizer, token):
-    """The text of a token, with a sign for NUL, which is the end of an answer in an alphabet."""
+    """The text of a token, with a symbol for NUL, the eos of a character alphabet."""
     return tokenizer.table[token].decode("utf8", "replace").replace("\0", "∎")
 
 
 def unmask_steps(policy, o):
-    """The step of each position (N, L) by a policy of samplers.py; None where a call is a step."""
-    by_time = o["sampler"] in ("ancestral", "euler")  # drawn ahead of the calls
+    """The step of each position (N, L) under a policy of samplers.py; None if each call is one."""
+    by_time = o["sampler"] in ("ancestral", "euler")  # drawn before the calls
     return policy.step if by_time else None
 
 
 def watch(tokenizer, x, mask_id, policy, o, out=None, pause=0.04):
-    """An `on_call` of sample.sample that draws x (N, L) after each network call.
+    """An `on_call` for sample.sample that prints x (N, L) after each network call.
 
-    policy: made by the options o, for `sample` uses up its own. In a terminal a frame takes the
-    place of the last one, by one write, as far as there is room. Elsewhere the lines of the first
-    sequence follow one another.
+    policy: made from the options o, since `sample` uses up its own. In a terminal each frame
+    replaces the last one in a single write, as far as there is room. Elsewhere only the first
+    sequence is printed, one frame after another.
     """
     out, x, height = out or sys.stdout, x.cpu().clone(), 0
     steps, coding, terminal = unmask_steps(policy, o), out.encoding, out.isatty()
@@ -46,12 +46,12 @@ def watch(tokenizer, x, mask_id, policy, o, out=None, pause=0.04):
             new = set(positions[rows == row].tolist()) if terminal else None
             text = lines(tokenizer, x[row].tolist(), mask_id, mark, new)
             frame += [f"---- sample {row + 1}: {counters[row]}", *text]
-        text = f"\x1b[{height}F" if height else ""  # up to where the last one began
+        text = f"\x1b[{height}F" if height else ""  # up to the start of the last frame
         if terminal:
             frame = [line + "\x1b[K" for line in frame[: shutil.get_terminal_size().lines - 1]]
             height = len(frame)
         text += "".join(line + "\n" for line in frame) + ("\x1b[J" if terminal else "")
-        with contextlib.suppress(OSError):  # who watched is gone; the samples are still wanted
+        with contextlib.suppress(OSError):  # nobody watches any more; the samples are still wanted
             out.write(text.encode(coding or "ascii", "replace").decode(coding or "ascii"))
             out.flush()
         time.sleep(pause if terminal else 0)
@@ -60,7 +60,7 @@ def watch(tokenizer, x, mask_id, policy, o, out=None, pause=0.04):
 
 
 def lines(tokenizer, ids, mask_id, mark, new):
-    """The text in lines of WIDTH characters; new: positions in colour, None: no colours at all."""
+    """The text in lines of WIDTH characters. new: positions to colour; None: no colours at all."""
     out, width = [""], 0
     for position, token in enumerate(ids):
         text = mark if token == mask_id else token_text(tokenizer, token)

@@ -1,8 +1,8 @@
-"""Where training departs from the bound, without moving the optimum: mask rates, loss weights.
+"""Mask rates and loss weights, by which training departs from the bound but not its optimum.
 
-By default it does so by both: rates from a bell, and weights of 2 sqrt(w), w being the weight in
-the bound under uniform rates (RADD eq. 2.16, 3.5, 3.6). The bell's density is in no loss weight.
-The NELBO in the log divides w by it, so that it is the bound for any rates.
+The defaults do both: mask rates from a bell, and loss weights 2 sqrt(w), where w is the weight in
+the bound under uniform rates (RADD eq. 2.16, 3.5, 3.6). No loss weight includes the bell's density.
+The NELBO in the log divides w by it, so that it is the bound for any mask rates.
 """
 
 import math
@@ -13,8 +13,8 @@ from config import Table
 from lib.entries import check_loss_weight, check_mask_rate
 
 # {name: weight of a masked token in the bound under uniform rates (b,) -> its weight in training}.
-# sqrt and constant make gradients less noisy; half of all L/k are above 2, so the factor 2 keeps
-# the loss's size.
+# sqrt and constant make gradients less noisy; half of all L/k are above 2, so the factor 2
+# preserves the scale of the loss.
 LOSS_WEIGHTS = Table(
     "loss_weight",
     check_loss_weight,
@@ -25,9 +25,9 @@ LOSS_WEIGHTS = Table(
 
 
 def bell(u, width=0.7):
-    """Logit-normal mask rates, mostly middle ones: u (b,) uniform -> rates, their density (b,).
+    """Logit-normal mask rates, mostly middle ones: uniform u (b,) -> rates and density (b,) each.
 
-    1 - u gives 1 - rate, so that pairs stay antithetic. (arXiv 2605.13026 has other bells.)
+    1 - u gives 1 - rate, so pairs stay antithetic. (arXiv 2605.13026 has other bells.)
     """
     z = torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9))  # (b,) normal
     rate = torch.sigmoid(width * z)  # (b,)
@@ -35,8 +35,8 @@ def bell(u, width=0.7):
     return rate, normal / (width * rate * (1 - rate))
 
 
-# {name: u (b,) uniform -> the u that masks are drawn from, and its density (b,)}. The bound needs
-# uniform ones, or weights divided by the density.
+# {name: uniform u (b,) -> the u that masks are drawn from, and its density (b,)}. The bound needs
+# uniform u, or weights divided by the density.
 MASK_RATES = Table(
     "mask_rate", check_mask_rate, uniform=lambda u: (u, torch.ones_like(u)), bell=bell
 )

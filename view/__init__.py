@@ -1,6 +1,6 @@
-"""To look at the model: a page with the network inside, a recorded sample, a terminal, a picture.
+"""Ways to look at the model: a page with the network inside, a recorded sample, a picture.
 
-What samples or evaluates belongs in the six scripts; the JavaScript here is held to it by tests.
+Code that samples or evaluates belongs in the six scripts; tests check the JavaScript against it.
 """
 
 from lib import program  # noqa: F401 (first of all: from here on Ctrl-C is one line)

@@ -3,9 +3,9 @@
     python -m view.page --ckpt=out/pydocs                         writes out/pydocs/page.html
     python -m view.page --ckpt=JingyangOu/radd-t-dce --trace      a recorded sample, no weights
 
-It begins with the text --template=, --threshold= and --max_entropy=; with --trace all keys of
-sample.py count. page.html is the frame, network.js the network, sampler.js the samplers and the
-NELBO, app.js what is seen and done.
+It starts with the text --template=, and with --threshold= and --max_entropy=; with --trace, all
+keys of sample.py apply. page.html is the frame, network.js the network, sampler.js the samplers and
+the NELBO, app.js the user interface.
 """
 
 import sys
@@ -31,18 +31,18 @@ from lib.watch import token_text, unmask_steps
 
 DEFAULTS = {
     "page": "",  # the file to write; "": page.html beside the checkpoint
-    "trace": False,  # record a sample here, and leave the weights out
-    "code": "",  # where the page's links to the code begin, an URL; "": relative to the page
+    "trace": False,  # record a sample now and leave out the weights
+    "code": "",  # the base URL of the page's links to the code; "": relative to the page
 }
 HERE = Path(__file__).resolve().parent
-MOST = 4_000_000  # parameters that a page holds
+MOST = 4_000_000  # the most parameters that a page holds
 
 
 def pack(model):
-    """(what a page has of the weights, a state dict of the same): rounded once, read by both.
+    """(the weights as a page stores them, the same as a state dict), rounded only once.
 
-    A matrix is q * s: s is max |w| / 127 of each row, in bfloat16, and q the nearest whole number
-    from -127 to 127. A vector is bfloat16.
+    A matrix is q * s: s is max |w| / 127 of each row, in bfloat16, and q the nearest integer from
+    -127 to 127. A vector is bfloat16.
     """
     shapes, narrow, wide, rounded = {}, b"", b"", {}
     for name, w in model.state_dict().items():
@@ -59,12 +59,12 @@ def pack(model):
 
 
 def with_weights(subject, o):
-    """The data of a page that holds the network; UserError where it cannot."""
+    """The data of a page that holds the network; UserError if it cannot hold it."""
     model, tokenizer, trained, *_ = subject
     config, n, kind = model.config, model.n_parameters(), tokenizer.kind
     simple = n <= MOST and not model.causal and kind in ("char", "byte")
     simple = simple and not any(config[key] for key in ("rotary_bf16", "head_padding", "conv"))
-    in_network_js = {"norm": ("layer", "rms"), "mlp": ("gelu", "swiglu", "relu2")}  # to network.js
+    in_network_js = {"norm": ("layer", "rms"), "mlp": ("gelu", "swiglu", "relu2")}  # supported
     simple = simple and all(config[key] in in_network_js[key] for key in in_network_js)
     require(simple, "a page cannot hold this model; record a sample of it with --trace")
     asks = o["template"] or not trained.get("example_width")
@@ -84,7 +84,7 @@ def with_weights(subject, o):
 
 
 class Recorder:
-    """An `on_call` of sample.sample: each token's step, call, probability and five alternatives."""
+    """An `on_call` for sample.sample: records step, call, probability, 5 alternatives per token."""
 
     def __init__(self, tokenizer, x, mask_id, options):
         self.tokenizer, self.start, self.mask_id, self.o = tokenizer, x.cpu(), mask_id, options
@@ -116,7 +116,7 @@ class Recorder:
 
 
 def recorded(subject, o):
-    """The data of a page or a picture that plays samples drawn now, by the keys of sample.py."""
+    """The data of a page or picture that replays samples, drawn now with the keys of sample.py."""
     model, tokenizer, *_ = subject
     rule = "a record holds one draw a position: no causal network, no sampler that masks again"
     require(not model.causal, rule)
@@ -132,8 +132,8 @@ def recorded(subject, o):
 
 
 def made(config, make):
-    """make(subject, the keys of sample.py) of what config["ckpt"] names."""
-    subject = load_subject(config, reads_text=True, cast=False)  # weights as they were saved
+    """make(subject, the keys of sample.py) for the checkpoint config["ckpt"]."""
+    subject = load_subject(config, reads_text=True, cast=False)  # weights as saved
     keys = settings.defaults_of(sample.MODULES)
     config = sample.suited(config, subject)
     with subject.autocast():
@@ -141,7 +141,7 @@ def made(config, make):
 
 
 def html(data, code):
-    """The page. What a model says is text, in its data as well: there a '<' cannot begin a tag."""
+    """The page. Text of the model stays text, also in the data, where no '<' can begin a tag."""
     parts = {path.name: path.read_text("utf8") for path in HERE.glob("[!.]*.js")}
     parts |= {"code": code, "data": to_json(data, ensure_ascii=False).replace("<", "\\u003c")}
     frame = (HERE / "page.html").read_text("utf8")
@@ -149,7 +149,7 @@ def html(data, code):
 
 
 def main(config):
-    """Write the page, and say where and how large it is."""
+    """Write the page and print its path and size."""
     require(not config["out"], "the page goes to --page=FILE, not to --out")
     data = made(config, recorded if config["trace"] else with_weights)
     ckpt = Path(config["ckpt"])

@@ -2,8 +2,8 @@
 
     python -m view.svg --ckpt=out/pydocs --template="The list ___24 is sorted by ___16."
 
-CSS alone moves it, so it works inside <img>, where no script may run; light and dark follow the
-reader's setting. One sample is drawn for it, by the keys of sample.py.
+Only CSS animates it, so it works inside <img>, where no script may run; light or dark follows the
+reader's setting. One sample is drawn for it, with the keys of sample.py.
 """
 
 import sys
@@ -21,9 +21,9 @@ from view import page
 
 DEFAULTS = {
     "svg": "sample.svg",  # the file to write
-    "still": False,  # four moments below one another, which do not move
-    "columns": 60,  # characters in a line
-    "seconds": 12.0,  # of one turn of the animation
+    "still": False,  # four still moments, one below the other
+    "columns": 60,  # characters per line
+    "seconds": 12.0,  # the duration of one loop of the animation
 }
 MOMENTS = (1.0, 0.6, 0.3, 0.0)  # t of the still picture
 WIDE, HIGH, EDGE = 10, 28, 24  # a character, a line, a margin
@@ -49,7 +49,7 @@ def cells(trace, columns):
 
 
 def letters(x, y, text, more=""):
-    """The text with every character at its own place, whatever font there is."""
+    """The text with every character at its own position, whatever the font."""
     at = " ".join(str(EDGE + x + WIDE * i) for i in range(len(text)))
     return f'<text x="{at}" y="{EDGE + y + 15:g}" {more}>{escape(text)}</text>' if text else ""
 
@@ -60,15 +60,15 @@ def hole(x, y, text, more='class="hole"'):
 
 
 def keyframes(name, at, before, after, later):
-    """From `before` to `after` at `at` percent at once, and slowly to `later`, then to its end."""
+    """Switch from `before` to `after` at `at` percent, then move gradually through `later`."""
     return f"@keyframes {name}{{0%,{at:.2f}%{{{before}}}{at + 0.01:.2f}%{{{after}}}{later}}}"
 
 
 def animated(trace, o):
-    """(elements, lines): with each call its masks go and its tokens come, coloured for a while."""
+    """(elements, bottom): each call's masks vanish and its tokens appear, coloured for a while."""
     run, tokens, body, css = trace["samples"][0], list(cells(trace, o["columns"])), [], ""
     when = lambda draw: round(4 + 76 * (draw["step"] + 1) / run["steps"], 2)  # noqa: E731
-    at = {draw["call"]: when(draw) for draw in run["draws"]}  # percent of a turn
+    at = {draw["call"]: when(draw) for draw in run["draws"]}  # percent of a loop
 
     def moving(name, call):
         style = f"animation:{name[0]}{call} {o['seconds']}s infinite"
@@ -92,10 +92,10 @@ def animated(trace, o):
 
 
 def still(trace, o):
-    """(elements, lines): one text at four times, with the network calls that it took so far."""
+    """(elements, bottom): one text at four times, with the number of network calls so far."""
     run, tokens, body, top = trace["samples"][0], list(cells(trace, o["columns"])), [], 0
     for t, before in zip(MOMENTS, (2.0, *MOMENTS), strict=False):
-        shown, old = ((1 - z) * run["steps"] for z in (t, before))  # steps that were taken
+        shown, old = ((1 - z) * run["steps"] for z in (t, before))  # steps taken
         calls = len({draw["call"] for draw in run["draws"] if draw["step"] < shown})
         text = f"t = {t:g}, {plural(calls, 'network call')}"
         body += [letters(0, top, text, 'class="note"')]
@@ -119,7 +119,7 @@ def draw(trace, o):
 
 
 def main(config):
-    """Draw a sample, then the picture of it."""
+    """Draw a sample and write its picture."""
     trace = page.made(config | {"num_samples": 1}, page.recorded)
     with whole_file(config["svg"]) as path:
         Path(path).write_text(draw(trace, config), encoding="utf8")

@@ -6,8 +6,8 @@
 Each line is {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...},
 ...]}, or "messages" with "role" (user, assistant) and "content". The answer is tokenized on its
 own, so with Llama's tokenizer it begins with a bos too (SMDM: arXiv 2410.18514). Conversations that
-do not begin with a question and an answer are passed over, longer ones than the width dropped; both
-are counted.
+do not begin with a question and an answer are skipped, those longer than the width are dropped;
+both are counted.
 """
 
 import sys
@@ -23,7 +23,7 @@ from lib import checkpoint, program
 DEFAULTS = {
     "input": "",  # files, separated by commas
     "out": "data/chat",  # folder to prepare
-    "val_fraction": 0.05,  # of the conversations, held out; in [0, 1]
+    "val_fraction": 0.05,  # fraction of the conversations to hold out; in [0, 1]
 }
 
 TEMPLATE = (
@@ -34,7 +34,7 @@ SPEAKERS = (["human", "gpt"], ["user", "assistant"])  # of a question and its an
 
 
 def first_turn(where, record):
-    """(question, answer) that a conversation begins with, or None; UserError for what is none."""
+    """The (question, answer) that begin a conversation, or None; UserError if it is malformed."""
     turns = record.get("conversations", record.get("messages"))
     is_list = isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns)
     require(is_list, f'{where}: no list of turns under "conversations" or "messages"')
@@ -48,7 +48,7 @@ def first_turn(where, record):
 
 
 def tokenized(turns, tokenizer, val_fraction):
-    """Yield what examples.prepare takes, of an iterable of (where, question, answer)."""
+    """Yield examples for examples.prepare from an iterable of (where, question, answer)."""
     for where, question, answer in turns:
         split = "val" if writer.is_held_out(question, val_fraction) else "train"
         prompt = examples.encode(tokenizer, where, TEMPLATE.format(question))

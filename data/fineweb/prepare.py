@@ -1,13 +1,13 @@
-"""FineWeb, web text for whole pre-training runs, tokenized for GPT-2: shards of 100 million tokens.
+"""FineWeb: web text for full pre-training runs, tokenized for GPT-2, in shards of 100M tokens.
 
     python -m data.fineweb.prepare --shards=10                    the first billion tokens, 2 GB
     python -m data.fineweb.prepare --sample=100B --shards=1030    all of the larger sample, 206 GB
 
-Several shards come from the Hub at a time. Each is checked (length and hash as the Hub states them,
-its header, its ids) and stripped of its header, which the files of this repository do not have. The
-same command goes on where one was stopped, and a larger --shards adds to what is there; meta.json,
-written last, makes the folder whole. The text is HuggingFaceFW/fineweb's (licence ODC-By 1.0); id
-50256 begins each document, where our own files of GPT-2 tokens have it at the end.
+Several shards are downloaded from the Hub at a time. Each is checked (length and hash as stated by
+the Hub, header, ids) and stripped of its header, which the files of this repository do not have.
+The same command resumes a stopped one, and a larger --shards adds to the existing ones; meta.json
+is written last, so a folder that has it is complete. The text is HuggingFaceFW/fineweb's (licence
+ODC-By 1.0); id 50256 begins each document, whereas it ends each in our own GPT-2 token files.
 """
 
 import sys
@@ -29,29 +29,29 @@ from data import download, loader, tokenizer, writer
 from lib.files import only_one, to_json, whole_file, writing
 
 DEFAULTS = {
-    "shards": 10,  # of training text, 200 MB each; one more is held out; 1 or more
+    "shards": 10,  # shards of training text, 200 MB each; one more is held out; 1 or more
     "sample": "10B",  # 10B (103 shards) | 100B (1,030 shards)
     "out": "data/fineweb",  # folder to prepare
-    "threads": 4,  # shards that are fetched at a time; 1 or more
+    "threads": 4,  # shards to download at a time; 1 or more
 }
 
-SAMPLES = {  # repository, its shards
+SAMPLES = {  # repository, number of shards
     "10B": ("kjj0/fineweb10B-gpt2", 103),
     "100B": ("kjj0/fineweb100B-gpt2", 1030),
 }
 MAGIC, VERSION = 20240520, 1  # the first two int32 of a header; the third is the number of tokens
 HEADER = 1024  # bytes of a header
-SHARD = HEADER + 2 * 100_000_000  # bytes, of most
+SHARD = HEADER + 2 * 100_000_000  # bytes of most shards
 EOT = tokenizer.GPT2.eot
 
 
-# ---- 1. What is there ----------------------------------------------------------------------------
+# ---- 1. Existing shards --------------------------------------------------------------------------
 
 
 def whole_shards(folder, repo):
-    """{name: counts} of the shards that are whole.
+    """{name: counts} of the complete shards.
 
-    They are in the folder or, of a run that was stopped, in .preparing, still or already.
+    They are in the folder or, if a run was stopped before moving them, in .preparing.
     """
     building, meta = folder / ".preparing", {}
     try:
@@ -70,15 +70,15 @@ def whole_shards(folder, repo):
 
 
 def sizes(folder, building, name):
-    """Bytes of the files that a shard can be in."""
+    """Sizes in bytes of the existing files of a shard."""
     paths = [place / f"{name}.bin" for place in (folder, building)]
     return [path.stat().st_size for path in paths if path.is_file()]
 
 
 def check_space(folder, missing, threads):
-    """Raise UserError where the disk lacks the room for `missing` shards.
+    """Raise UserError if the disk has no room for `missing` shards.
 
-    `threads` of them are there twice for a while, with and without a header.
+    Up to `threads` of them exist twice for a while, with and without the header.
     """
     begun = sum(path.stat().st_size for path in (folder / ".preparing").glob("fineweb_*"))
     need = (missing + min(missing, threads)) * SHARD - begun
@@ -88,11 +88,11 @@ def check_space(folder, missing, threads):
     require(need <= free, f"{folder} needs {lacking}, and {free / 1e9:.1f} GB are free")
 
 
-# ---- 2. What comes -------------------------------------------------------------------------------
+# ---- 2. Downloads --------------------------------------------------------------------------------
 
 
 def fetch_shard(repo, name, building, lengths, stop):
-    """Download a shard into `building` and leave its tokens, NAME.bin, and counts, NAME.json."""
+    """Download a shard into `building`; keep its tokens (NAME.bin) and counts (NAME.json)."""
     split, number = name.split("_")
     published = f"fineweb_{split}_{int(number):06d}.bin"
     source = download.hub_file(f"datasets/{repo}", published, building, stop)
@@ -105,13 +105,13 @@ def fetch_shard(repo, name, building, lengths, stop):
 def convert(source, target, lengths):
     """Copy a shard without its header; lengths (V,) in bytes -> {tokens, documents, bytes}.
 
-    Raises UserError for a file that is no shard, or holds more or less than it says; such a file is
-    removed.
+    Raises UserError for a file that is not a shard or holds more or less than its header says, and
+    removes it.
     """
 
     def check(condition, problem):
         if not condition:
-            source.unlink()  # the next run shall fetch it again
+            source.unlink()  # so that the next run fetches it again
             raise UserError(f"{source.name} {problem}; it is removed")
 
     size, V = source.stat().st_size, len(lengths)
@@ -133,7 +133,7 @@ def convert(source, target, lengths):
 
 
 def fetch_all(repo, names, building, lengths, threads):
-    """fetch_shard for all names, several at a time; one that fails, or Ctrl-C, soon ends all."""
+    """fetch_shard for all names, several at a time; a failure or Ctrl-C soon stops them all."""
     stop = threading.Event()
     with ThreadPoolExecutor(threads) as pool:
         try:
@@ -150,14 +150,14 @@ def fetch_all(repo, names, building, lengths, threads):
 
 
 def publish(folder, names, counts, meta):
-    """Move the new shards in and say so in meta.json; a run killed here has lost nothing."""
+    """Move the new shards in and list them in meta.json; a run killed here loses nothing."""
     building = folder / ".preparing"
     for name in names:
         if (building / f"{name}.bin").is_file():
             (building / f"{name}.bin").replace(folder / f"{name}.bin")
     for path in [*loader.shards(folder, "train"), *loader.shards(folder, "val")]:
         if path.stem not in names:
-            path.unlink()  # no meta.json knows it
+            path.unlink()  # no meta.json lists it
     shards = {name: counts[name] for name in names}
     for split in ("train", "val"):
         of_split = [count for name, count in shards.items() if name.startswith(split)]
@@ -190,7 +190,7 @@ def main(config):
             meta = writer.about(gpt2) | {"source": repo, "splits": {}}
             publish(folder, names, whole_shards(folder, repo), meta)
         finally:
-            with contextlib.suppress(OSError):  # folders made for nothing; those not empty stay
+            with contextlib.suppress(OSError):  # empty folders; others stay
                 building.rmdir()
                 folder.rmdir()
     print(writer.summary(folder, loader.read_meta(folder)))

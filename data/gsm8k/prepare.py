@@ -3,12 +3,12 @@
     python -m data.gsm8k.prepare --tokenizer=llama --width=256 [--from=FOLDER | --augmented]
 
 A line `question||<<16-3-4=9>> <<9*2=18>> #### 18` (the form of implicit chain of thought, arXiv
-2311.01460) gives two examples: prompt "Question: ...", answer "Answer: <<...>> "; and prompt both
-of these, answer "#### 18" with its newline. The three pieces are tokenized each on its own, with a
-bos each (SMDM: arXiv 2410.18514). A line that is too long for its second example gives neither.
+2311.01460) gives two examples: prompt "Question: ..." with answer "Answer: <<...>> ", and both of
+these as the prompt with answer "#### 18" and its newline. The three pieces are tokenized separately
+with a bos each (SMDM: arXiv 2410.18514). A line too long for its second example gives neither.
 
-The training lines are the equations of GSM8K's own 7,473 problems, less the 500 that valid.txt
-holds; SMDM's are the 384,620 of the augmented file (87 MB). The val split is valid.txt.
+The training lines are the equations of GSM8K's own 7,473 problems, without the 500 in valid.txt;
+SMDM's are the 384,620 of the augmented file (87 MB). The val split is valid.txt.
 """
 
 import sys
@@ -25,7 +25,7 @@ from data import tokenizer as tokenizers
 from lib import checkpoint, program
 
 DEFAULTS = {
-    "from": "",  # a folder that holds the files; without one they are downloaded
+    "from": "",  # a folder with the files; without one they are downloaded
     "augmented": False,  # train on the augmented file
     "out": "data/gsm8k",  # folder to prepare
 }
@@ -54,7 +54,7 @@ FILES = {  # name: (address, sha256)
 
 
 def find(name, folder, out):
-    """The path of a file: in the folder (also as .gz, or with icot_ before it), else downloaded."""
+    """The path of a file: in the folder (also as .gz, or with the prefix icot_) or downloaded."""
     if not folder:
         url, sha256 = FILES[name]
         return download.fetch(url, Path(out, "raw", name), sha256)
@@ -82,7 +82,7 @@ def problems(path):
 
 
 def tokenized(items, split, tokenizer, width):
-    """Yield what examples.prepare takes, of an iterable of (where, question, thought, answer)."""
+    """Yield examples for examples.prepare from (where, question, thought, answer) items."""
     for where, *pieces in items:
         question, thought, answer = (
             examples.encode(tokenizer, where, a + b) for a, b in zip(HEADS, pieces, strict=True)
@@ -94,7 +94,7 @@ def tokenized(items, split, tokenizer, width):
 
 def main(config):
     require(not config["from"] or Path(config["from"]).is_dir(), f"no folder {config['from']}")
-    tokenizers.named(config["tokenizer"], [], checkpoint.load)  # or a UserError, before a download
+    tokenizers.named(config["tokenizer"], [], checkpoint.load)  # or a UserError before a download
     names = ("train.txt" if config["augmented"] else "train.jsonl", "valid.txt")
     train, valid = (find(name, config["from"], config["out"]) for name in names)
     held_out = {question.strip() for _, question, *_ in problems(valid)}

@@ -3,11 +3,11 @@
     python -m data.pairs.prepare --input=mine.jsonl --tokenizer=gpt2
     python train.py --data=data/pairs --init_from=CKPT
 
-A completion goes on from its prompt as it is, so it brings the space or the newline that stands
-between the two. The prompt is tokenized first and the completion after it: `sample.py --prompt=`
-then asks with the very same tokens. Which pairs are held out depends on their prompts alone; of a
-few pairs those with the lowest hashes are. A pair longer than the width is dropped and counted; a
-prompt that fills the width by itself is an error.
+A completion follows its prompt as it is, so it must include the space or newline between the two.
+Prompt and completion are tokenized separately, so that `sample.py --prompt=` uses exactly the same
+tokens. Which pairs are held out depends on their prompts alone; of a few pairs, those with the
+lowest hashes are. A pair longer than the width is dropped and counted; a prompt that fills the
+width by itself is an error.
 """
 
 import sys
@@ -23,12 +23,12 @@ from lib import checkpoint, program
 DEFAULTS = {
     "input": "",  # files, separated by commas
     "out": "data/pairs",  # folder to prepare
-    "val_fraction": 0.05,  # of the pairs, held out; in [0, 1]
+    "val_fraction": 0.05,  # fraction of the pairs to hold out; in [0, 1]
 }
 
 
 def pairs(path):
-    """Yield (where, prompt, completion) of a file; UserError for a line that is no such pair."""
+    """Yield (where, prompt, completion) of a file; UserError for a line that is not such a pair."""
     for where, record in examples.records(path):
         prompt, completion = (
             examples.field(where, record, key) for key in ("prompt", "completion")
@@ -38,7 +38,7 @@ def pairs(path):
 
 
 def tokenized(items, tokenizer, val_fraction, width):
-    """Yield what examples.prepare takes, of an iterable of (where, prompt, completion)."""
+    """Yield examples for examples.prepare from an iterable of (where, prompt, completion)."""
     for where, prompt, completion in items:
         split = "val" if writer.is_held_out(prompt, val_fraction) else "train"
         ids = examples.encode(tokenizer, where, prompt)

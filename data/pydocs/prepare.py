@@ -2,9 +2,9 @@
 
     python -m data.pydocs.prepare
 
-Documents are the topics of Python's reference and, module by module, the docstrings of the standard
-library. They differ between Python versions: the hash printed at the end says which text a result
-is about.
+The documents are the topics of Python's reference and, module by module, the docstrings of the
+standard library. They differ between Python versions: the hash printed at the end identifies the
+text behind a result.
 """
 
 import sys
@@ -27,19 +27,19 @@ DEFAULTS = {
     "out": "data/pydocs",  # folder to prepare
 }
 
-HELD_OUT = 0.05  # of the documents, by a hash of their names
+HELD_OUT = 0.05  # fraction of the documents, by a hash of their names
 SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings"}
 
 
 def docstrings(path):
-    """The docstrings of one source file in their order; it is parsed, never run."""
+    """The docstrings of one source file in order; it is parsed, never run."""
     try:
         nodes = list(ast.walk(ast.parse(path.read_bytes())))
     except (SyntaxError, ValueError):
-        return []  # lib2to3 carries files in Python 2
+        return []  # lib2to3 contains Python 2 files
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in nodes if isinstance(node, documented) and ast.get_docstring(node)]
-    nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # a module has none: it comes first
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))  # a module has none and comes first
     return [ast.get_docstring(node) for node in nodes]
 
 
@@ -53,11 +53,11 @@ def sources():
 
 
 def documents():
-    """{name: text}, with each longer paragraph where it comes first only.
+    """{name: text}, with only the first occurrence of each longer paragraph.
 
-    Topics quote one another and modules share docstrings: a held-out paragraph must not be in the
-    training text too. Paragraphs with a character beyond ASCII that only one document has are left
-    out: nothing can be learnt about it.
+    Topics quote one another and modules share docstrings, but a held-out paragraph must not also be
+    in the training text. Paragraphs with a non-ASCII character that only one document has are left
+    out, since nothing can be learnt about it.
     """
     joined = {name: "\n\n".join(texts) for name, texts in sources().items()}
     split = {name: re.split(r"\n\s*\n", text) for name, text in joined.items()}

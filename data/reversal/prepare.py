@@ -2,12 +2,12 @@
 
     python -m data.reversal.prepare --tokenizer=gpt2 [--from=FOLDER]
 
-A model that has learnt "NAME is DESCRIPTION" is asked who DESCRIPTION is. As SMDM trains on it
-(arXiv 2410.18514): the 3,600 lines of all_prompts_train.jsonl, prompt and completion tokenized as
-one text behind the tokenizer's bos. Nothing is protected: the prompt of a training example is 0
-tokens long, and all of it may be masked. The four test sets of 300 items are splits with prompts:
-description to name (dtn) and name to description (ntd), each in the direction of training and in
-the other; val is the two of them in the direction of training.
+A model that has learnt "NAME is DESCRIPTION" is asked who DESCRIPTION is. The training data are as
+in SMDM (arXiv 2410.18514): the 3,600 lines of all_prompts_train.jsonl, prompt and completion
+tokenized as one text after the tokenizer's bos. The prompt of a training example is empty (0
+tokens), so all of the example may be masked. The four test sets of 300 items are splits with
+prompts: description to name (dtn) and name to description (ntd), each in the direction of training
+and in the other; val consists of the two in the direction of training.
 """
 
 import sys
@@ -22,7 +22,7 @@ from data.pairs.prepare import pairs
 from lib import checkpoint, program
 
 DEFAULTS = {
-    "from": "",  # a folder that holds the .jsonl files; without one they are downloaded
+    "from": "",  # a folder with the .jsonl files; without one they are downloaded
     "out": "data/reversal",  # folder to prepare
 }
 
@@ -37,7 +37,7 @@ SHA256 = {
     "d2p_reverse_prompts_test": "8c79da9791788ffbe77dc876ae2e34cc00f980e08c946bda188367ae1cd6ea61",
     "p2d_reverse_prompts_test": "963fa595ce19b330cdf07058313f3e8570b57545260256414bcb74a60c959553",
 }
-SPLITS = {  # the official names say what was trained on (d2p: description to person); ours, asked
+SPLITS = {  # official names give the training direction (d2p: description to person), ours the test
     "train": ["all_prompts_train"],
     "val": ["d2p_prompts_test", "p2d_prompts_test"],
     "dtn_same": ["d2p_prompts_test"],
@@ -48,7 +48,7 @@ SPLITS = {  # the official names say what was trained on (d2p: description to pe
 
 
 def files(folder, out):
-    """{name: path} of the five files, downloaded where there is no folder that holds them."""
+    """{name: path} of the five files, downloaded unless a folder that holds them is given."""
     if folder:
         return {name: Path(folder) / f"{name}.jsonl" for name in SHA256}
     raw = {name: Path(out, "raw", f"{name}.jsonl") for name in SHA256}
@@ -58,7 +58,7 @@ def files(folder, out):
 
 
 def tokenized(paths, tokenizer):
-    """Yield what examples.prepare takes."""
+    """Yield examples for examples.prepare."""
     for split, names in SPLITS.items():
         for where, prompt, completion in (pair for name in names for pair in pairs(paths[name])):
             if split == "train":
@@ -71,7 +71,7 @@ def tokenized(paths, tokenizer):
 
 def main(config):
     require(not config["from"] or Path(config["from"]).is_dir(), f"no folder {config['from']}")
-    tokenizers.named(config["tokenizer"], [], checkpoint.load)  # or a UserError, before a download
+    tokenizers.named(config["tokenizer"], [], checkpoint.load)  # or a UserError before a download
     paths = files(config["from"], config["out"])
     texts = (a + b for path in paths.values() for _, a, b in pairs(path))
     tokenizer = examples.vocabulary(config["tokenizer"], texts, checkpoint.load)

@@ -2,8 +2,8 @@
 
     python -m data.shakespeare.prepare [--input=FILE]
 
-The last 10% of the text are held out, as is the custom with this set, so that results compare with
-others'.
+The last 10% of the text is held out, as is customary for this set, so that results can be compared
+with others.
 """
 
 import sys
@@ -26,7 +26,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def main(config):
-    tokenizer.named(config["tokenizer"], [], checkpoint.load)  # or a UserError, before a download
+    tokenizer.named(config["tokenizer"], [], checkpoint.load)  # or a UserError before a download
     path = config["input"] or download.fetch(URL, Path(config["out"], "raw/input.txt"), SHA256)
     with opened(path) as file:
         text = file.read()

@@ -4,10 +4,10 @@
     python -m data.text.prepare --input=train.jsonl --val=val.jsonl     your own held-out part
 
 Every line of a .jsonl file is a document. A .txt file is cut into documents at the first blank line
-after 4,096 characters (at a line's end or a space where there is none for long). Which documents
-are held out depends on their text alone: equal documents are always on the same side. Where that
-makes none or too much of a few documents, the end of the text is held out instead; and of a text
-too short for that, nothing.
+after 4,096 characters (if there is none for long, at the end of a line or a space). Which documents
+are held out depends on their text alone, so equal documents are always on the same side. If that
+holds out none or too much of a few documents, the end of the text is held out instead, or nothing
+of a text that is too short.
 """
 
 import sys
@@ -25,20 +25,20 @@ from lib.files import opened
 DEFAULTS = {
     "input": "",  # files or folders, separated by commas
     "out": "data/text",  # folder to prepare
-    "val": "",  # files or folders that are held out, in place of a part of the input
-    "val_fraction": 0.05,  # of the documents, held out; 0: none, 1: all; in [0, 1]
-    "workers": 0,  # processes that tokenize; 0: one for each core
-    "block_size": 0,  # in [0, 65536], tokens of a block that holds one document at most; 0: several
+    "val": "",  # files or folders to hold out, instead of a part of the input
+    "val_fraction": 0.05,  # fraction of the documents to hold out; 0: none, 1: all; in [0, 1]
+    "workers": 0,  # processes that tokenize; 0: one per core
+    "block_size": 0,  # in [0, 65536], tokens of a block of at most one document; 0: of several
 }
 
-DOCUMENT = 4096  # characters at least of a document cut from a .txt file; at most twice that
-LEAST = 256  # characters held out: fewer say nothing about a model
-LONGEST = 2**28  # characters in a line of a .jsonl: a small .xz can unpack to more than the memory
+DOCUMENT = 4096  # minimum characters of a document cut from a .txt file; the maximum is twice that
+LEAST = 256  # minimum characters to hold out: fewer say nothing about a model
+LONGEST = 2**28  # maximum characters of a .jsonl line: a small .xz can unpack to fill the memory
 KINDS = tuple(kind + packed for kind in (".txt", ".jsonl") for packed in ("", ".gz", ".xz"))
 
 
 def find(item):
-    """The files of one item of --input, in a fixed order: itself, or all of a known kind in it."""
+    """The files of an item of --input, in a fixed order: itself, or those of known kinds in it."""
     path = Path(item)
     require(path.exists(), f"no file or folder {item}")
     if path.is_dir():
@@ -51,12 +51,12 @@ def find(item):
 
 
 def is_hidden(path):
-    """Whether a system or a program keeps it for itself: .git/x.txt, ._book.txt of macOS."""
+    """Whether a file is for internal use by a system or program: .git/x.txt, macOS's ._book.txt."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def cut(file):
-    """The documents of an open text file, which is never held whole."""
+    """The documents of an open text file, which is never read as a whole."""
     rest = ""
     while more := file.read(DOCUMENT):
         rest += more
@@ -68,13 +68,13 @@ def cut(file):
 
 
 def border(text, start, end):
-    """Where to cut a text between two positions: a blank line, a line's end or a space, or None."""
+    """Where to cut a text between two positions: a blank line, a line end or a space, or None."""
     marks = (text.find(mark, start, end) for mark in ("\n\n", "\n", " "))
     return next((place for place in marks if place >= 0), None)
 
 
 def lines(file, path):
-    """The documents of an open .jsonl file, `path`."""
+    """The documents of the open .jsonl file `path`."""
     for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), start=1):
         where = f"{path}, line {number}"
         require(len(line) < LONGEST, f"{where}: longer than {LONGEST} characters")
@@ -102,7 +102,7 @@ def documents(items):
 
 
 def split(texts, val_fraction):
-    """Yield (split, text) of all texts(), a part of them or the end of the last ones being val."""
+    """(split, text) of all texts(): some of them, or the end of the last ones, are val."""
     few = itertools.islice(texts(), writer.FEW + 1)
     sizes = [(len(text), writer.is_held_out(text, val_fraction)) for text in few]
     total, held = sum(n for n, _ in sizes), sum(n for n, is_val in sizes if is_val)
@@ -116,7 +116,7 @@ def split(texts, val_fraction):
 
 
 def end_held_out(texts, start, total):
-    """Yield (split, text): of `total` characters about those from `start` on are val."""
+    """Yield (split, text); of `total` characters, those from about `start` on are val."""
     seen = 0
     for text in texts:
         here = start - seen  # where val begins in this text

@@ -3,15 +3,15 @@
     python -m data.zeroshot.prepare --set=all [--from=FOLDER]
     python evaluate.py --ckpt=CKPT --data=data/zeroshot/ptb --split=test
 
-A set is a list of rows: passages (LAMBADA), lines with blank ones among them (WikiText), sentences
-(PTB, 1BW). Every row is detokenised, tokenized by itself and given the tokenizer's mark of a
-document's border; all are one stream, which evaluation cuts into blocks. Perplexities are
-comparable only where all of this is the same, so each prepared folder says what was done in
-meta.json, under "protocol", and in what it differs from RADD.
+A set is a list of rows: passages (LAMBADA), lines including blank ones (WikiText), sentences (PTB,
+1BW). Every row is detokenised, tokenized separately and given the tokenizer's mark for the border
+of a document; together they are one stream, which evaluation cuts into blocks. Perplexities are
+comparable only if all of this is the same, so the "protocol" in each folder's meta.json says what
+was done and how it differs from RADD.
 
-RADD drops what is left of a block after every 1,000 rows of each of 8 workers; --protocol=radd
-drops the same tokens, for evaluation at the same block_size. Bits per byte count the bytes of the
-detokenised text.
+RADD drops the incomplete block at the end of every 1,000 rows of each of 8 workers;
+--protocol=radd drops the same tokens, for evaluation at the same block_size. Bits per byte count
+the bytes of the detokenised text.
 """
 
 import sys
@@ -39,16 +39,16 @@ from lib.files import opened, whole_file
 DEFAULTS = {
     "set": "all",  # lambada | wikitext2 | ptb | wikitext103 | lm1b | all
     "from": "",  # a folder with the files, or the file of one set; without it they are downloaded
-    "out": "data/zeroshot",  # gets a prepared folder for each set
-    "tokenizer": "gpt2",  # RADD's; byte, llama, or whose it is: a prepared folder, a checkpoint
-    "detokenise": True,  # undo, as RADD does, what the set's tokenizer did to spaces and marks
-    "eos": True,  # a border mark with every row (GPT-2: 50256 behind it); False: a newline ends it
+    "out": "data/zeroshot",  # where each set gets a prepared folder
+    "tokenizer": "gpt2",  # RADD's; byte, llama, or the tokenizer of a prepared folder or checkpoint
+    "detokenise": True,  # like RADD, undo what the set's tokenizer did to spaces and punctuation
+    "eos": True,  # a border mark with every row (GPT-2: 50256 after it); False: a newline ends it
     "protocol": "whole",  # whole (keep every token) | radd (drop the remainders that RADD drops)
-    "num_proc": 8,  # of protocol=radd: how many workers share the rows; 1 or more
-    "block_size": 1024,  # of protocol=radd: tokens in a block; 1 or more
+    "num_proc": 8,  # for protocol=radd: how many workers share the rows; 1 or more
+    "block_size": 1024,  # for protocol=radd: tokens per block; 1 or more
 }
 
-MAP_BATCH = 1000  # rows that RADD joins and cuts at once
+MAP_BATCH = 1000  # rows that RADD concatenates and cuts at a time
 
 
 # ---- 1. Detokenisers: the rules of SEDD (arXiv 2310.16834) and RADD, in their order --------------
@@ -74,10 +74,10 @@ def wikitext(text):
 
 
 def ptb(text):
-    """Penn Treebank as Mikolov left it: lower case, numbers N, rare words <unk>."""
+    """Penn Treebank as processed by Mikolov: lower case, numbers N, rare words <unk>."""
     text = text.replace(" 's", "'s").replace("s ' ", "s' ").replace(" n't", "n't")
     text = text.replace(" \n ", "\n").replace(r"\/", "/")
-    for _ in range(10):  # one pass leaves every second of " N N N "
+    for _ in range(10):  # one pass leaves every second N of " N N N "
         text = text.replace(" N ", " 1 ")
     return text.replace("$ 1", "$1").replace("# 1", "#1").replace("<unk>", "?")
 
@@ -98,7 +98,7 @@ def lm1b(text):
 
 
 def join_marks(text, marks):
-    """No space before these marks where one follows."""
+    """Remove the space before these marks if one follows them."""
     for mark in marks:
         text = text.replace(f" {mark} ", f"{mark} ")
     return text
@@ -109,7 +109,7 @@ def join_marks(text, marks):
 
 class Set(NamedTuple):
     detokenise: callable
-    files: dict  # name or pattern of what is read (the first there) -> how it differs from RADD's
+    files: dict  # name or pattern (the first that exists is read) -> how it differs from RADD's
     url: str  # of the first of the files, or of an archive that holds it
     size: int
     sha256: str
@@ -155,7 +155,7 @@ SETS = {
 
 
 def find(name, place):
-    """(paths, in what they are not RADD's text) of a set in `place`, a folder or one file."""
+    """(paths, how they differ from RADD's text) of a set in `place`, a folder or one file."""
     place, files = Path(place), SETS[name].files
     require(place.exists(), f"no file or folder {place}")
     if place.is_file():
@@ -167,7 +167,7 @@ def find(name, place):
 
 
 def fetch(name, folder):
-    """Download what RADD reads of a set into `folder`, perhaps out of an archive -> its paths."""
+    """Download the files that RADD reads of a set, perhaps from an archive; return their paths."""
     source = SETS[name]
     pattern = next(iter(source.files))
     path = download.fetch(source.url, folder / Path(source.url).name, source.sha256, source.size)
@@ -179,7 +179,7 @@ def fetch(name, folder):
 
 
 def members(path):
-    """Yield (name, open file) of what a .zip or .tar.gz holds; of another file nothing."""
+    """Yield (name, open file) of each member of a .zip or .tar.gz; nothing for another file."""
     try:
         if path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
@@ -196,7 +196,7 @@ def members(path):
 
 
 def read(path):
-    """The rows of a file: the text of each line of a .jsonl, else each line, "" for a blank one."""
+    """The rows of a file: the text of each .jsonl line, else each line, "" for a blank one."""
     if ".jsonl" in path.name.lower():
         for where, record in examples.records(path):
             yield examples.field(where, record, "text")
@@ -206,7 +206,7 @@ def read(path):
 
 
 def texts(name, paths, config, border):
-    """The rows of a set as they are tokenized, `border` behind each if rows have marks at all."""
+    """The rows of a set ready to be tokenized, with `border` after each if rows have marks."""
     keeps_its_ends = name.startswith("wikitext")  # the spaces and the newline
     for row in (row for path in paths for row in read(path)):
         row = row if keeps_its_ends else row.strip()
@@ -215,10 +215,10 @@ def texts(name, paths, config, border):
 
 
 def whole_blocks(ids, workers, block):
-    """What RADD keeps of the ids of rows: the whole blocks of every 1,000 rows of a worker."""
+    """The part of the rows' ids that RADD keeps: whole blocks of every 1,000 rows of a worker."""
     workers = min(workers, len(ids))
     fewest, rest = divmod(len(ids), workers)
-    parts = [fewest + 1 if i < rest else fewest for i in range(workers)]  # rows of each
+    parts = [fewest + 1 if i < rest else fewest for i in range(workers)]  # rows per worker
     for first, size in zip(np.cumsum([0, *parts[:-1]]), parts, strict=True):
         for start in range(first, first + size, MAP_BATCH):
             stream = np.concatenate(ids[start : min(start + MAP_BATCH, first + size)])  # (n,)
@@ -237,7 +237,7 @@ def prepare(name, config):
     """Prepare one set, print what was done and return the folder's meta."""
     place, folder = config["from"], Path(config["out"], name)
     raw = folder.parent / "raw"
-    # A new one fits no model. Before the download, so that a wrong one leaves nothing behind.
+    # Not a new one, which fits no model; before the download, so that an error leaves nothing.
     tokenizer = tokenizers.named(config["tokenizer"], [], checkpoint.load)
     paths, difference = find(name, place) if place else (fetch(name, raw), "")
     lines = list(texts(name, paths, config, tokenizer.separator))
@@ -250,7 +250,7 @@ def prepare(name, config):
     require(len(stream), f"{name}: no 1,000 rows of a worker fill a block of {block} tokens")
 
     n_bytes = sum(len(row.encode("utf8")) for row in lines)
-    n_bytes = n_bytes * len(stream) // total  # in proportion where tokens are dropped
+    n_bytes = n_bytes * len(stream) // total  # in proportion if tokens are dropped
     counts = {"tokens": len(stream), "documents": len(lines), "bytes": n_bytes}
     files = describe(paths), len(lines), difference
     description = protocol(config, files, tokenizer, total - len(stream))
@@ -267,9 +267,9 @@ def describe(paths):
 
 
 def protocol(config, files, tokenizer, dropped):
-    """What was done, and in what that differs from RADD, in words.
+    """What was done and how it differs from RADD, in words.
 
-    files: (names, rows, in what they are not RADD's text).
+    files: (names, number of rows, how they differ from RADD's text).
     """
     names, n, difference = files
     workers, block = config["num_proc"], config["block_size"]
@@ -292,7 +292,7 @@ def protocol(config, files, tokenizer, dropped):
 
 
 def marks(config, tokenizer):
-    """What stands between rows, in words."""
+    """What separates the rows, in words."""
     if not config["eos"]:
         return "a newline behind each"
     if tokenizer.kind == "gpt2":
