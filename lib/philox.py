@@ -7,9 +7,9 @@ import torch
 def uniforms(seed, step, counters, n):
     """(B, n) numbers in [0, 1), float64: row b is a pure function of (seed, step, counters[b]).
 
-    A counter-based generator (Philox, arXiv 1004.3374) can jump to any row, so every process draws
-    its own part of the global batch, and a resumed run draws the same numbers as one that was never
-    stopped. One generator is moved from row to row, because creating a new one takes longer.
+    A counter-based generator (Philox, Salmon et al., SC 2011) can jump to any row, so every process
+    draws its own part of the global batch, and a resumed run draws the same numbers as one that was
+    never stopped. One generator is moved from row to row, because creating a new one takes longer.
     """
     source, out = np.random.Philox(key=[seed, 0]), np.empty((len(counters), n))  # (B, n)
     numbers, state = np.random.Generator(source), source.state
