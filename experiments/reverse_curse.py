@@ -127,6 +127,7 @@ def ask(net, items, cfg_scale=0.0, least=2):
     x = torch.full(shape, model.mask_id, device=device)  # (N, L)
     for row, ids in zip(x, prompts, strict=True):
         row[: len(ids)] = torch.tensor(ids)
+    least = min(least, model.block_size - max(map(len, prompts)))  # as many as there is room for
     suppress = sample.suppress_eos(x, map(len, prompts), least, tokenizer.eot)  # (N, L)
     options = {"sampler": "smdm_greedy", "steps": ctx.config["steps"], "cfg_scale": cfg_scale}
     options |= {"temperature": 0.0, "batch_size": 100}
