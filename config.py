@@ -110,6 +110,18 @@ def first_line(error):
     return lines[0][:200] if lines else type(error).__name__
 
 
+class Part:
+    """A module with only some of its keys, for a program that shares these."""
+
+    def __init__(self, module, *keys):
+        self.module = module
+        in_order = sorted(keys, key=list(module.DEFAULTS).index)
+        self.DEFAULTS = {key: module.DEFAULTS[key] for key in in_order}
+
+    def __getattr__(self, name):
+        return getattr(self.module, name)
+
+
 def plural(n, noun):
     """A number with its noun: 1 block, 2 blocks."""
     return f"{n:,} {noun}{'' if n == 1 else 's'}"
@@ -164,6 +176,9 @@ def at_home(key, value):
 @functools.cache
 def key_block(module):
     """The source of a module's DEFAULTS: the line that defines a key also documents it."""
+    if isinstance(module, Part):
+        lines = [rf'^ *"{key}": .*\n' for key in module.DEFAULTS]
+        return "".join(re.findall("|".join(lines), key_block(module.module), re.M))
     return re.search(r"^DEFAULTS = \{\n(.*?)^\}", inspect.getsource(module), re.S | re.M)[1]
 
 
@@ -336,5 +351,5 @@ def help_text(*modules):
         for table in set(re.findall(r"# one of (\w+)", block)):
             names = " | ".join(getattr(module, table))
             block = re.sub(rf"# one of {table}\b", f"# one of {table}: {names}", block)
-        blocks.append(f"keys of {Path(inspect.getfile(module)).name}:\n{block}")
+        blocks.append(f"keys of {Path(module.__file__).name}:\n{block}")
     return "\n".join(blocks)

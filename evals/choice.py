@@ -42,7 +42,7 @@ import config as settings
 import diffusion
 import evaluate
 import sample
-from config import plural, require
+from config import Part, plural, require
 from data import choice as sets
 from data import examples
 from lib import subject as subjects
@@ -53,16 +53,14 @@ DEFAULTS = {
     "set": "hellaswag",  # one of READERS
     "from": "",  # the set's file (.jsonl, .jsonl.gz, .jsonl.xz), or a folder with one SET*.jsonl*
     "limit": 0,  # only the first `limit` questions, as in lm-evaluation-harness; 0: all
-    "estimator": "any_order",  # one of ESTIMATORS; SMDM's are lambda_dce and left_to_right
     "draws": 128,  # per option, stratified; 1 or more
-    "cfg_scale": 0.0,  # guidance by the context: w in [-1, 1000] of u + (1 + w)(c - u); 0: off
     "pad_to": 0,  # pad rows with masks to this length, for a model that saw only one; 0: off
-    "batch_size": 32,  # rows in one network call; 1 or more
     "out": "",  # also write each question's nats and answers to this .jsonl file
 }
-MODULES = (settings, subjects, diffusion, sys.modules[__name__])  # modules whose keys it takes
+SHARED = Part(evaluate, "estimator", "batch_size"), Part(sample, "cfg_scale")
+MODULES = (settings, subjects, diffusion, *SHARED, sys.modules[__name__])  # whose keys it takes
 
-ESTIMATORS, READERS = evaluate.ESTIMATORS, sets.READERS
+READERS = sets.READERS
 
 
 # ---- Text to requests ----------------------------------------------------------------------------

@@ -6,10 +6,11 @@
 
 The harness makes three kinds of requests to a masked diffusion model or a causal one:
 
-  loglikelihood          log p(continuation | context), estimated as in choice.py: the options of
-                         one document share their random numbers. Greedy decoding takes one call per
-                         token, so it is compared only with a continuation that has no alternatives
-                         (LAMBADA's last word); only there do metrics need it.
+  loglikelihood          log p(continuation | context), estimated as in choice.py by one stratified
+                         set of draws, which the options of one document share. Greedy
+                         decoding takes one call per token, so it is compared only with a
+                         continuation that has no alternatives (LAMBADA's last word); only there do
+                         metrics need it.
   loglikelihood_rolling  log p(text), as in evaluate.py: consecutive blocks, each on its own
   generate_until         masks after the context, filled by a sampler; cut at the first stop string
                          or end-of-text token
@@ -37,7 +38,8 @@ import config as settings
 import diffusion
 import evaluate
 import sample
-from config import UserError, nearest, plural, require
+import samplers
+from config import Part, UserError, nearest, plural, require
 from data import examples
 from evals import choice
 from lib import subject as subjects
@@ -47,18 +49,14 @@ DEFAULTS = {
     "tasks": "",  # tasks of lm-evaluation-harness, separated by commas
     "include_path": "",  # a folder with more task files (.yaml)
     "limit": 0,  # only the first `limit` documents of each task; 0: all
-    "estimator": "any_order",  # one of ESTIMATORS
-    "draws": 16,  # per continuation, stratified, or per block of a text; 1 or more
-    "strata": 4,  # draws of a block that are stratified together; 1 or more
-    "cfg_scale": 0.0,  # guidance by the context: w in [-1, 1000] of u + (1 + w)(c - u); 0: off
     "sampler": "confidence",  # one of SAMPLERS; for tasks that generate
-    "steps": 128,  # of the sampler, in [1, 1e6]
     "max_new_tokens": 256,  # generated if a task does not say how many; 1 or more
-    "batch_size": 32,  # rows in one network call; 1 or more
 }
-MODULES = (settings, subjects, diffusion, sys.modules[__name__])  # modules whose keys it takes
+SHARED = Part(evaluate, "estimator", "draws", "strata", "batch_size"), Part(sample, "cfg_scale")
+SHARED += (Part(samplers, "steps"),)
+MODULES = (settings, subjects, diffusion, *SHARED, sys.modules[__name__])  # whose keys it takes
 
-ESTIMATORS, SAMPLERS = evaluate.ESTIMATORS, sample.SAMPLERS
+SAMPLERS = samplers.SAMPLERS
 
 
 @contextlib.contextmanager

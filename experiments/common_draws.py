@@ -18,6 +18,7 @@ import numpy as np
 import config as settings
 import diffusion
 import evaluate
+from config import Part
 from data import choice as sets
 from evals import choice
 from experiments import results
@@ -26,15 +27,11 @@ from lib.subject import load_evaluable
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # whatever checkpoint.load takes
-    "set": "hellaswag",  # one of READERS
-    "from": "",  # as in evals/choice.py
     "limit": 50,  # questions
     "draws": 16,  # for each option
     "seeds": 8,  # estimates of each option
-    "batch_size": 32,  # rows in one network call
 }
-
-READERS = sets.READERS
+SHARED = Part(choice, "set", "from"), Part(evaluate, "batch_size")
 ESTIMATORS = ["any_order", "lambda_dce"]
 
 
@@ -86,4 +83,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    program.run(main, settings, diffusion, results, sys.modules[__name__])
+    program.run(main, settings, diffusion, results, *SHARED, sys.modules[__name__])

@@ -15,6 +15,7 @@ from conftest import ROOT
 
 import config as settings
 import diffusion
+import evaluate
 import lib.program
 from config import RENAMED, UserError, choose, defaults_of, help_text, options, parse, read_preset
 from lib.device import machine
@@ -248,6 +249,20 @@ def test_help_names_what_is_in_a_table_that_a_comment_names(tmp_path):
     assert '"lr_decay": "cosine",  # cosine | linear | constant\n' in text
 
 
+def test_a_part_is_its_module_with_some_of_its_keys():
+    part = settings.Part(evaluate, "batch_size", "estimator")
+    text, whole = (help_text(module).splitlines() for module in (part, evaluate))
+    assert text[0] == "keys of evaluate.py:" and set(text) < set(whole)
+    assert [re.match(' *"(.*?)":', line)[1] for line in text[1:]] == ["estimator", "batch_size"]
+    assert parse([], part) == {"estimator": "any_order", "batch_size": 32, "user_keys": {}}
+    assert parse(["--batch_size=2"], MODULE, part)["batch_size"] == 2
+    assert "did you mean 'chain'?" in refusal(parse, ["--estimator=chains"], part)
+    assert refusal(parse, ["--batch_size=0"], part) == "batch_size must be 1 or more, not 0"
+    assert "unknown key --draws" in refusal(parse, ["--draws=2"], part)
+    with pytest.raises(ValueError, match="bach_size"):
+        settings.Part(evaluate, "bach_size")
+
+
 # ---- Unknown names -------------------------------------------------------------------------------
 
 
@@ -296,7 +311,7 @@ def test_an_old_name_of_a_key_is_answered_with_the_new_one():
                 message = f"unknown key --{old}; did you mean '{new}'?"
                 assert refusal(parse, [f"--{old}=1"], *modules) == message
                 answered.add(old)
-    taken_by_none = {"row_width", "row_end"}  # from the data
+    taken_by_none = {"row_width", "row_end", "unused_rows"}  # from the data, of published weights
     assert answered >= RENAMED.keys() - taken_by_none
 
 
