@@ -151,7 +151,7 @@ ORDERS = Table(  # noise, place (B, L), coin (B, 1) in [0, 1) and order_p -> (B,
 )
 
 
-def draw_order(name, noise, coin, p=0.5, prompt=None):
+def draw_order(name, noise, coin, p=None, prompt=None):
     """order (B, L) from noise (B, L), coin (B, 1) in [0, 1), order_p; prompts (B,) come first."""
     L = noise.shape[1]
     place = (torch.arange(L) / L).expand(noise.shape)  # (B, L)

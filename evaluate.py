@@ -131,9 +131,9 @@ def importance_sampled(objective, drawn, m):
     return mask, (weight * p_some)[:, None] * mask  # (b, W) each
 
 
-def along(name):
+def along(name, p=None):
     """A function RowNoise -> order (b, W): `name` of diffusion.ORDERS, with prompts first."""
-    return lambda r: diffusion.draw_order(name, r.noise, r.u[:, None], prompt=r.prompt)
+    return lambda r: diffusion.draw_order(name, r.noise, r.u[:, None], p, r.prompt)
 
 
 def one_term(drawn, order):

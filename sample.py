@@ -85,7 +85,7 @@ LOGITS = 2**24  # how many to draw from at once; with float64 copies at most 1 G
 
 
 # ---- 1. The draw ---------------------------------------------------------------------------------
-def categorical(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+def categorical(logits, u, temperature, top_k, top_p):
     """Draw by inverting the CDF: logits (N, V), uniform u (N,) -> tokens (N,), their p (N,).
 
     p is the token's probability after temperature, top_k and top_p, which `confidence` and

@@ -149,8 +149,8 @@ def test_the_coin_of_a_mixture_of_orders_is_the_stratified_number_of_a_row(arbit
     none = torch.zeros(2, dtype=torch.long)
     rows = RowNoise(torch.tensor([0.3, 0.7]), noise, none, none, None)
     mixed = torch.stack([torch.arange(L), noise[1].argsort()])  # half of them left to right
-    assert torch.equal(along("mixture")(rows), mixed)
-    monkeypatch.setitem(ESTIMATORS, "mixture", Estimator(order=along("mixture")))
+    assert torch.equal(along("mixture", 0.5)(rows), mixed)
+    monkeypatch.setitem(ESTIMATORS, "mixture", Estimator(order=along("mixture", 0.5)))
     nats = answer_nats(arbitrary, requests_of(X0, 0), estimator="mixture", draws=4)
     assert nats.isfinite().all()
 

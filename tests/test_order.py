@@ -191,7 +191,7 @@ def uncached(model, x, policy):
             ids = [int(x[n, i]) for i in places]
             logits = arrivals_logits(model, ids, places, due.tolist()).float()
             u = policy.noise(live, done)[0, due]  # (n,)
-            token, p = decoding.categorical(logits, u)
+            token, p = decoding.categorical(logits, u, 1.0, 0, 1.0)
             table = torch.full((1, L), -1.0, dtype=torch.float64).index_fill(1, due, 0)
             table[0, due] = p
             keep = policy.accept(live, done, table, table)[0, due]  # (n,)
@@ -269,7 +269,8 @@ def test_orders_are_what_their_names_say_and_prompts_come_first():
     assert torch.equal(diffusion.draw_order("right_to_left", noise, coin), left.flip(1))
     assert torch.equal(diffusion.draw_order("uniform", noise, coin), noise.argsort(1))
     mixed = (diffusion.draw_order("mixture", noise, coin, 0.3) == left).all(1)  # (1000,)
-    assert torch.equal(mixed, (coin < 0.3).squeeze(1))
+    by_chance = (noise.argsort(1) == left).all(1)  # (1000,)
+    assert torch.equal(mixed, (coin < 0.3).squeeze(1) | by_chance)
     local = diffusion.draw_order("local", noise, coin, 0.2)
     assert (local - left).abs().max() <= 1 and not torch.equal(local, left)
     prompt = torch.arange(1000) % 4  # (1000,)

@@ -563,7 +563,7 @@ def test_smdm_greedy_sampling_of_a_batch_ranks_all_its_rows_together(smdm):
     for i, (x, after) in enumerate(itertools.pairwise(states)):
         masked_idx = (x == MASK).flatten().nonzero().flatten()  # (n,)
         logits = predict(model, x, masked_idx, x != MASK, case["cfg"])  # (n, V)
-        token, p = sample.categorical(logits, None, temperature=0)  # (n,) each
+        token, p = sample.categorical(logits, None, 0, 0, 1.0)  # (n,) each
         confidence = p.new_full((1, x.numel()), -1.0)  # (1, 2L)
         confidence[0, masked_idx] = p
         keep = policy.accept([0], [i], confidence, confidence)[0, masked_idx]  # (n,)

@@ -20,7 +20,7 @@ import sample as decoding
 import samplers
 from lib import philox
 from lib.stats import NotFinite, Probabilities
-from sample import SAMPLERS, categorical
+from sample import SAMPLERS
 from samplers import step_to_call
 
 TIMED = ["ancestral", "euler"]
@@ -34,6 +34,12 @@ TAIL = math.nextafter(1, 0)  # the largest uniform number
 def unchecked(monkeypatch):
     """test_tables.py checks the entries; here their random numbers are replaced."""
     monkeypatch.setattr(SAMPLERS, "lacking", None)
+
+
+def categorical(logits, u, **keys):
+    """decoding.categorical with the defaults of the command."""
+    usual = {key: decoding.DEFAULTS[key] for key in ("temperature", "top_k", "top_p")}
+    return decoding.categorical(logits, u, **usual | keys)
 
 
 def sample(model, x, sampler="ancestral", steps=128, schedule="loglinear", **options):
@@ -106,7 +112,8 @@ def test_equally_spaced_uniforms_draw_each_token_as_often_as_its_probability(
     n, generator = 10_000, torch.Generator().manual_seed(4)
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n  # (n,)
     for logits in torch.randn(5, 6, generator=generator) * 2:
-        token, p = categorical(logits.expand(n, -1), u, temperature, top_k, top_p)  # (n,) each
+        keys = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        token, p = categorical(logits.expand(n, -1), u, **keys)  # (n,) each
         law = plain_law(logits, temperature, top_k, top_p)
         law = torch.tensor(law, dtype=torch.float64)  # (V,)
         assert ((token.bincount(minlength=6) / n - law).abs() <= 1 / n).all()
