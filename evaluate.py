@@ -54,7 +54,7 @@ from lib import fused
 from lib import subject as subjects
 from lib.bar import progress_bar
 from lib.entries import check_estimator, uses_time
-from lib.rows import Requests, random_numbers
+from lib.rows import Requests, random_numbers, set_sizes
 from lib.stats import certainty, finite, mean_over_sets, method, report, t95
 from lib.text import by_token, check_text
 
@@ -77,6 +77,8 @@ MODULES = (settings, subjects, diffusion, sys.modules[__name__])  # whose keys i
 OF_TOKENS = ("estimator", "draws", "seed", "batch_size")
 OF_ANSWERS = (*OF_TOKENS, "schedule")
 OF_ESTIMATE = (*OF_ANSWERS, "strata", "precision")
+# Those that apply to data only, not to --text.
+OF_DATA = [key for key in (*DEFAULTS, "schedule") if key not in ("text", "prompt", *OF_TOKENS)]
 SURE = 100  # degrees of freedom needed to trust an error: with few it may be small by chance
 
 
@@ -285,8 +287,7 @@ def estimate(model, requests, lengths=None, progress=False, **options):
     estimator = estimator_of(model, o["estimator"])
     requests = Requests([r if isinstance(r, tuple) else ((), r) for r in requests]).checked(model)
     n_tokens = sum(len(answer) for _, answer in requests.pairs) if lengths is None else sum(lengths)
-    draws = 1 if estimator.exact else o["draws"]
-    sizes = [min(o["strata"], draws - first) for first in range(0, draws, o["strata"])]
+    sizes = set_sizes(estimator, o)
     sets, info = [], {"rows": 0, "calls": 0}
     for number, size in enumerate(sizes):
         nats, cost = set_nats(model, requests, o, number, size, progress)  # (S, size)
@@ -344,10 +345,8 @@ def term_of_each_row(model, estimator, x0, drawn):
 # ---- 4. One text ---------------------------------------------------------------------------------
 def check(config):
     """Raise UserError for settings that no evaluation can have."""
-    draws, K, estimator = (config[key] for key in ("draws", "strata", "estimator"))
-    message = f"{estimator} takes whole sets: draws {draws} must be a multiple of strata {K}"
-    require(draws % K == 0 or not ESTIMATORS[estimator].mean_of_p, message)
-    check_text(config)
+    set_sizes(ESTIMATORS[config["estimator"]], config)
+    check_text(config, OF_DATA)
 
 
 def evaluate(config, subject, folder, split):

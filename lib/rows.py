@@ -10,6 +10,17 @@ from config import require
 from lib.philox import distinct_uniforms
 
 
+def set_sizes(estimator, o):
+    """The sizes of the sets that the draws are taken in, for options o.
+
+    UserError if the last set would be smaller and the estimator depends on the size (`orders`).
+    """
+    draws, K = 1 if estimator.exact else o["draws"], o["strata"]
+    message = f"{o['estimator']} takes whole sets: draws {draws} must be a multiple of strata {K}"
+    require(draws % K == 0 or not estimator.mean_of_p, message)
+    return [min(K, draws - first) for first in range(0, draws, K)]
+
+
 class Requests(NamedTuple):
     """N pairs (prompt ids, answer ids), and how the network evaluates them."""
 

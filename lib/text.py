@@ -10,10 +10,6 @@ from config import plural, refuse_typed, require
 from lib.files import opened, to_json, whole_file
 from lib.stats import mean_half, plus_minus
 
-# Keys of evaluate.py that apply to data only, not to --text.
-OF_DATA = ("data", "split", "sequences", "block_size", "protocol", "precision", "strata")
-OF_DATA += ("schedule",)
-
 
 def text_or_file(text):
     """A text of the command line: the text itself or, for FILE:PATH, what the file holds.
@@ -107,12 +103,12 @@ def by_token(tokenizer, ids, nats, n):
     return result, "\n".join(lines)
 
 
-def check_text(config):
-    """Raise UserError if --text is missing, or for keys of evaluate.py that do not apply to it."""
+def check_text(config, of_data):
+    """Raise UserError if --text is missing, or for keys that are of data and not of --text."""
     is_asked = "text" in config.get("user_keys", ()) or config["prompt"]
     require(config["text"] or not is_asked, "the text to score is empty: give --text=")
     if config["text"]:
-        refuse_typed(config, OF_DATA, "is of data, not of --text")
+        refuse_typed(config, of_data, "is of data, not of --text")
 
 
 def is_asked(config, answers):
