@@ -48,9 +48,10 @@ DEFAULTS = {
     "conv": 0,  # width (odd) of a convolution over the embeddings, for full attention; 0: none
     "zero_init": "all",  # one of ZERO_INITS; which output matrices start at zero (RADD: head)
     "dropout": 0.0,  # after attention and after the MLP; in [0, 1]
-    # for published weights; a new network keeps these defaults
+}
+PUBLISHED = {  # no keys of commands: published weights and train.py's `size` set them
     "rotary_bf16": False,  # round the rotary tables to bfloat16, as SMDM's weights expect
-    "start_id": -1,  # -1 or more, the token a causal network reads before the first; -1: the mask
+    "start_id": -1,  # the token a causal network reads before the first; -1: the mask
     "head_padding": 0,  # unused outputs past V that a weight format stores (RADD: 1)
 }
 
@@ -200,6 +201,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        config = PUBLISHED | config
         check_shape(config)
         attention = choose("attention", config["attention"], ATTENTIONS)
         message = f"a {type(self).__name__} has no attention={attention}; use make_network(config)"

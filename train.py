@@ -237,7 +237,7 @@ def build(config, team, state=None):
         if team.world > 1 and config["parallel"] == "fsdp":
             parallel.shard(net, team)
         net.to_empty(device=team.device)
-        cos, sin = network.rotary_tables(config)  # (block_size, d/2) each; not parameters
+        cos, sin = network.rotary_tables(net.config)  # (block_size, d/2) each; not parameters
         net.cos, net.sin = cos.to(team.device), sin.to(team.device)
         torch.manual_seed(config["seed"])
         parallel.fill(net, weights.items() if weights else net.initial_weights(), "the checkpoint")

@@ -261,7 +261,7 @@ class HeldOut(NamedTuple):
 def open_data(config):
     """(training Blocks or Examples, HeldOut or None) of config["data"]."""
     folder, L, causal = config["data"], config["block_size"], config["attention"] == "causal"
-    network = causal, config["start_id"]
+    network = causal, config.get("start_id", -1)
     if config["example_width"]:
         dataset = Examples(folder, "train", config["seed"], brought_by_network(folder, *network))
     else:

@@ -109,7 +109,7 @@ def loss_and_gradients(config, team, engine=None):
             model = network.make_network(config)
         parallel.shard(model, team)
         model.to_empty(device=team.device)
-        model.cos, model.sin = (z.to(team.device) for z in network.rotary_tables(config))
+        model.cos, model.sin = (z.to(team.device) for z in network.rotary_tables(model.config))
         parallel.fill(model, weights.items(), "")
     loss_of = diffusion.Loss(model, config["objective"])
     loss_of = parallel.prepare_for_training(

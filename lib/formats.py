@@ -15,7 +15,7 @@ from config import RENAMED, Table, UserError, allowed, choose, require, shown, t
 
 # Earlier defaults, for old files that lack these keys.
 OLD = {"norm": "layer", "bias": True, "qk_norm": False, "zero_init": "none"}
-MODEL = network.DEFAULTS | OLD
+MODEL = network.DEFAULTS | network.PUBLISHED | OLD
 
 # ---- 1. Tensors: a table of names for each format, and one function each way ---------------------
 

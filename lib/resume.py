@@ -122,7 +122,7 @@ def begin(config, team):
     state, source = starting_point(config, path)
     if state and not is_resumed(state):
         add_character_rows(state, source, meta, team)
-    config = with_size(config)
+    config = network.PUBLISHED | with_size(config)
     config = with_saved(config, state, source) if state else config
     steps = parallel.gather(state["step"] if state else 0, team)
     message = f"the processes do not see the same {path}"
@@ -203,7 +203,7 @@ def with_size(config):
 def with_saved(config, state, source):
     """The config with the model keys of the state and, for a resumed run, those in RESUMED."""
     saved, resumed = OLDER | state["config"], is_resumed(state)
-    keys, user_keys = {*network.DEFAULTS, "depth"}, config.get("user_keys", {})
+    keys, user_keys = {*network.DEFAULTS, *network.PUBLISHED, "depth"}, config.get("user_keys", {})
     if resumed:
         keys |= {key for key, free in RESUMED.items() if not (free and key in user_keys)}
     else:

@@ -235,7 +235,6 @@ BAD = {
     "negative rate": ([*TRAIN, "--learning_rate=-1"], "learning_rate must be 0 or more, not -1"),
     "beta": ([*TRAIN, "--beta2=1"], "beta2"),
     "mlp width": ([*TRAIN, "--mlp_width=-5"], "mlp_width"),
-    "head padding": ([*TRAIN, "--head_padding=-3"], "head_padding"),
     "draws of a causal network": ([*TRAIN, "--objective=ar", "--eval_draws=8"], "eval_draws is"),
     "a constant rate": (
         [*TRAIN, "--lr_decay=constant"],  # with the decay_start of the plain recipe
@@ -245,7 +244,7 @@ BAD = {
         [*TRAIN, "--weight_decay=0", "--decay_all"],
         "decay_all is for a weight_decay above 0; leave it out",
     ),
-    "start id": ([*TRAIN, "--objective=ar", "--start_id=99"], "start_id"),
+    "a key of published weights": ([*TRAIN, "--start_id=1"], "unknown key --start_id"),
     "attention": (
         [*TRAIN, "--attention=causal"],
         "objective 'any_order' trains a network with attention=full or order, not causal",

@@ -104,8 +104,10 @@ def test_the_published_models_can_be_begun_with(shared, data, tmp_path):
         keys |= {"init_from": str(folder / f"{name}.safetensors"), "objective": objective}
         keys |= {"max_iters": 1, "data": str(own), "out_dir": str(tmp_path / name)}
         config = settings.parse([], *train.MODULES) | keys
-        train.main(config)
-        assert checkpoint.read(tmp_path / name)["config"]["block_size"] == 2048
+        for keys in ({}, {"max_iters": 2}):  # begun with, then resumed
+            train.main(config | keys)
+            kept = {"block_size": 2048, "rotary_bf16": True, "start_id": -1 if name == "mdm" else 1}
+            assert checkpoint.read(tmp_path / name)["config"].items() >= kept.items()
         with pytest.raises(UserError, match="has a vocabulary of 64"):
             train.main(config | {"data": str(data), "resume": False})
 

@@ -164,7 +164,7 @@ with torch.device("meta"):
     net = network.make_network(config)
 parallel.shard(net, team)
 net.to_empty(device=team.device)
-net.cos, net.sin = network.rotary_tables(config)
+net.cos, net.sin = network.rotary_tables(net.config)
 parallel.fill(net, net.initial_weights(), "")
 loss_of = parallel.prepare_for_training(diffusion.Loss(net, "any_order"), config, team)
 counts["fsdp"] = [step(loss_of, 1), step(loss_of, 2)]
