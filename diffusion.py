@@ -80,7 +80,7 @@ class Objective(NamedTuple):
 def any_order(u, noise, n, schedule):
     """Mask exactly k of n, k uniform on 1..n, weight n/k. RADD eq. 2.16, G.3 (any-order AR)."""
     k = (1 + (u * n).floor()).clamp(max=n)  # (B,)
-    return noise <= fused.kth_smallest(noise, k.long()), n / k  # ties have probability 0
+    return noise <= fused.kth_smallest(noise, k.long()), n / k  # the k of least noise
 
 
 def lambda_dce(u, noise, n, schedule):

@@ -65,7 +65,7 @@ DEFAULTS = {
     "split": "val",  # the split of the folder to evaluate
     "estimator": "any_order",  # one of ESTIMATORS (SMDM: lambda_dce); a causal network needs none
     "draws": 16,  # per sequence, 1 or more; if precision is given, the maximum
-    "strata": 4,  # draws stratified together, 1 or more (1: independent); for orders: K
+    "strata": 4,  # draws stratified together, 1 or more (1: independent); K of estimator=orders
     "precision": 0.0,  # stop at a 95% interval of +- this many nats per token; 0: take all draws
     "sequences": 0,  # blocks to evaluate, evenly spaced over the split; 0: all
     "block_size": 0,  # tokens per block; 0: the model's block_size
@@ -200,7 +200,7 @@ def set_nats(model, requests, o, number=0, size=1, progress=False):
     """
     estimator, groups = estimator_of(model, o["estimator"]), requests.group_of_each()  # (N,)
     rows_a_draw = requests.rows_a_draw(model, estimator)  # (N,)
-    passes = 2 if requests.in_one_pass(model, estimator) or requests.cfg_scale else 1  # per row
+    passes = 2 if requests.in_one_pass(model, estimator) or requests.cfg_scale else 1  # of a row
     nats = torch.zeros(len(groups), size, dtype=torch.float64)
     cost = {"rows": 0, "calls": 0}
     pending = []  # ((request, draw), nats) per call, (b,) each: read at the end, so no call waits

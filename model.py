@@ -142,7 +142,7 @@ class Block(nn.Module):
         z = self.norm1(h)  # (B, L, D)
         if masked_idx is None:
             return self.after_attention(h, self.attention(z, cos, sin, cache))  # (B, L, D)
-        h = h.flatten(0, 1).index_select(0, masked_idx)  # (N, D) with a faster gradient than []
+        h = h.flatten(0, 1).index_select(0, masked_idx)  # (N, D) with a faster backward than []
         return self.after_attention(h, self.attention_at(masked_idx, z, cos, sin))  # (N, D)
 
     def after_attention(self, h, y):
@@ -228,7 +228,7 @@ class Transformer(nn.Module):
         return self.config["attention"] == "causal"
 
     def initial_weights(self):
-        """Yield (name, value): N(0, 2/(5 D)), output projections N(0, 1/(D n_layer^2)).
+        """Yield (name, value): N(0, 2/(5 D)), output projections N(0, 1/(D n_layer^2)), or 0.
 
         This is SMDM's initialisation (arXiv 2410.18514). Tensors are drawn one at a time, each as a
         whole, so that a network sharded over processes starts with the same weights.
@@ -312,8 +312,8 @@ class OrderBlock(Block):
     def attention_in_order(self, z, cos, sin, streams):
         """z (B, n + Q, D), n clean tokens, then Q queries -> the same; last block: (B, Q, D).
 
-        A clean token is read by itself and everything that comes later, a query only by itself. The
-        last block needs only the queries.
+        All later tokens attend to a clean token; nothing but itself attends to a query. The last
+        block needs only the queries.
         """
         (B, T, _), (n, read, last) = z.shape, streams
         qkv = self.qkv(z).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, T, d)

@@ -46,7 +46,7 @@ from lib.cache import Cache, OrderCache
 from lib.device import calls_on_device, can_compile, compile_hidden, wait
 from lib.entries import check_ids, keys_read
 from lib.stats import Probabilities, entropy_of
-from lib.text import is_asked, request, say, suppress_eos, suppress_tokens, text_of, text_or_file
+from lib.text import gapped_ids, is_asked, say, suppress_eos, suppress_tokens, text_of, text_or_file
 from lib.watch import watch
 from samplers import SAMPLERS
 
@@ -71,7 +71,7 @@ MODULES = (settings, subjects, diffusion, samplers, sys.modules[__name__])  # wh
 OPTIONS = (*samplers.DEFAULTS, *diffusion.DEFAULTS, "seed", "batch_size")
 OPTIONS += ("temperature", "top_k", "top_p", "cfg_scale")
 # Defaults for models of examples (prompts and answers): the most probable tokens, one per call if
-# the steps suffice. 98% of new sums were right, 88% with ancestral (experiments/arithmetic.py).
+# the steps allow. 98% of new sums were right, 88% with ancestral (experiments/arithmetic.py).
 ANSWERS = {"sampler": "confidence", "temperature": 0.0, "num_samples": 1}
 # For config.refuse_unused: when a key of the command line has an effect.
 MASKED = "networks that are not causal", lambda o: not o["causal"]
@@ -345,7 +345,7 @@ def rows_to_fill(config, subject):
     model, tokenizer, trained, *_ = subject
     texts = {key: text_or_file(config[key]) for key in ("prompt", "suffix", "template")}
     length = 0 if texts["template"] else trained.get("example_width", 0)  # that of examples
-    ids = request(tokenizer, model, **texts, length=config["length"] or length)
+    ids = gapped_ids(tokenizer, model, **texts, length=config["length"] or length)
     x = torch.tensor([ids] * config["num_samples"])  # (N, L)
     end = max((i + 1 for i, token in enumerate(ids) if token != model.mask_id), default=0)
     least, eos_id = config["min_new_tokens"], trained.get("eos_id", -1)

@@ -29,9 +29,9 @@ from lib.entries import check_sampler
 
 DEFAULTS = {
     "sampler": "ancestral",  # one of SAMPLERS; models of examples default to confidence
-    "steps": 128,  # unmasking steps in [1, 1e6]; not of any_order, *_to_*, threshold, entropy_bound
+    "steps": 128,  # unmasking steps in [1, 1e6]; no use where a call has one token or a bound
     "threshold": 0.9,  # in [0, 1]; for threshold: unmask tokens that are at least this probable
-    "max_entropy": 0.1,  # for entropy_bound: max nats of entropy per call, without its last token
+    "max_entropy": 0.1,  # for entropy_bound: most nats of a call's tokens, all but the last
     "eta": 0.05,  # in [0, 1]; for remask: highest probability of being masked again in a step
 }
 # Random streams of a sequence; "call" and "remask" are the first of many, one per call or step.
@@ -43,7 +43,8 @@ def ancestral_prob(schedule, t, s):
     """Probability that a token masked at time t is unmasked in the step to s < t: (...), float64.
 
     It is exact: 1 - m(s)/m(t) = (m(t) - m(s)) / m(t), RADD eq. D.8, D.14, D.27. RADD calls it
-    Tweedie tau-leaping: several positions leap at once, by p(x0 | x_t) instead of the score at t.
+    Tweedie tau-leaping: all positions take a step of length t - s (tau) at once, by the denoiser
+    p(x0 | x_t) (Tweedie) instead of the score at t.
     """
     return 1 - schedule(s)[0] / schedule(t)[0]
 
@@ -92,10 +93,11 @@ class Policy:
     `unfinished` and `accept`.
     """
 
-    planned = True  # all calls are known before the first, and all that is due is unmasked
+    planned = True  # all calls are known before the first, and every token drawn is kept
     remasks = False  # a token can be masked again
     by_entropy = False  # `accept` needs entropies; elsewhere they are 0
     expected_nfe = None  # mean calls per sequence; None: unknown before sampling
+    step = None  # (N, L) the time step of each position, if it was drawn from a schedule
 
     def unfinished(self, done):
         """Which sequences (N,) need another call after done (N,) calls each."""
@@ -117,7 +119,6 @@ class FixedOrder(Policy):
     """Each position is drawn once, at its unmask_step (N, L), which is -1 for conditions."""
 
     def __init__(self, unmask_step, seed, expected_nfe=None):
-        self.step = unmask_step  # (N, L)
         self.call = step_to_call(unmask_step)  # (N, L)
         self.nfe = self.call.max(1).values + 1  # (N,)
         mean = float(self.nfe.double().mean())  # exact if only the order is random
@@ -249,9 +250,12 @@ def by_time(masked, o, unmask_prob):
     N, L = masked.shape
     r = unmask_schedule(diffusion.SCHEDULES[o["schedule"]], o["steps"], unmask_prob)  # (steps,)
     u = philox.uniforms(o["seed"], STREAMS["order"], range(N), L)  # (N, L)
+    # The step whose part of [0, 1), of length r, holds u.
     step = torch.searchsorted(r.cumsum(0), u, right=True).clamp(max=o["steps"] - 1)  # (N, L)
     expected = sum(expected_nfe(r, int(n)) for n in masked.sum(1)) / N
-    return FixedOrder(torch.where(masked, step, -1), o["seed"], expected)
+    policy = FixedOrder(torch.where(masked, step, -1), o["seed"], expected)
+    policy.step = step
+    return policy
 
 
 def any_order(masked, o):

@@ -63,7 +63,7 @@ DEFAULTS = {
     "loss_weight": "sqrt",  # one of LOSS_WEIGHTS; weighs masked tokens in training (attention=full)
     "mask_rate": "bell",  # one of MASK_RATES; how masking rates are drawn (attention=full)
     "order": "uniform",  # one of ORDERS; how unmasking orders are drawn (attention=order)
-    "order_p": 0.5,  # mixture: probability of left to right; local: how far a token may stray
+    "order_p": 0.5,  # mixture: probability of left to right; local: how far a token moves, over L
     "prompt_drop": 0.0,  # in [0, 1], probability of masking a prompt, for guidance (SMDM: 0.1)
     # batch
     "batch_size": 0,  # sequences per step, over all processes; 0: by the width (lib/budget.py)
@@ -78,7 +78,7 @@ DEFAULTS = {
     "decay_all": False,  # also decay norm weights and biases, as SMDM does
     "grad_clip": 1.0,  # maximum gradient norm; 0: no clipping
     "skip_nonfinite": False,  # skip a step whose gradient is not finite; False: end the run
-    "ema": 0.0,  # decay in [0, 1] of a moving average of the weights, used in their place; 0: none
+    "ema": 0.0,  # decay in [0, 1] of the EMA (moving average) of the weights, used in their place
     # learning-rate schedule
     "warmup_iters": 20,  # steps in which the learning rate rises to its peak
     "lr_decay": "linear",  # one of LR_DECAYS
@@ -95,12 +95,12 @@ DEFAULTS = {
     "show_sample": True,  # print one unconditional sample at each evaluation
     "save_interval": 0,  # steps between checkpoints; 0: as eval_interval
     "keep": 1,  # last checkpoints to keep, 1 or more (above 1: ckpt_STEP.pt); best.pt always stays
-    "log_interval": 10,  # steps between log entries, 1 or more; several processes may stop as often
+    "log_interval": 10,  # steps between log entries, 1 or more; several processes stop only then
 }
 MODULES = (settings, diffusion, network, lib.log, sys.modules[__name__])  # whose keys it takes
 # Tables named in DEFAULTS; config.py looks them up here.
 ORDERS, OPTIMIZERS, LR_DECAYS = diffusion.ORDERS, optim.OPTIMIZERS, optim.LR_DECAYS
-# Counters of other random numbers, beyond the counters that the rows of a batch use.
+# Where the counters of other random numbers begin; the rows of a batch use those below.
 STREAMS = {"length": 2**62, "dropout": 2**62 + 1, "prompt_drop": 2**61, "order": 2**60}
 
 FIXED, VARYING = 16, 128  # masked_idx is padded to a multiple of this, if N is fixed or varies
@@ -116,7 +116,7 @@ class Batch(NamedTuple):
     masked_idx: torch.Tensor | None = None  # (N,) flat indices of the positions that count
     order: torch.Tensor | None = None  # (b, L) for an `order` network, instead of a mask
     bound_weight: torch.Tensor | None = None  # like weight, for the NELBO, if it differs
-    n_tokens: int = 0  # in the global batch: divides the sum of all losses
+    n_tokens: int = 0  # that count in the global batch; divides its loss, a sum
     n_real: int = 0  # the same, answers only up to their first eos: divides the NELBO
 
     def inputs(self):

@@ -66,7 +66,7 @@ READERS = sets.READERS
 # ---- Text to requests ----------------------------------------------------------------------------
 
 
-def request(tokenizer, start_id, where, context, option):
+def prompt_and_answer(tokenizer, start_id, where, context, option):
     """(prompt ids, answer ids): both tokenized as one text, split where the context's tokens end.
 
     A causal network reads its start_id before the first token; if that is the tokenizer's bos, it
@@ -95,7 +95,7 @@ def requests_of(questions, tokenizer, start_id, block_size):
     pairs, groups = [], []
     for number, question in enumerate(questions):
         for context, option in zip(question.contexts, question.options, strict=True):
-            pairs.append(request(tokenizer, start_id, question.where, context, option))
+            pairs.append(prompt_and_answer(tokenizer, start_id, question.where, context, option))
             groups.append(number)
     long = sum(len(prompt) + len(answer) > block_size for prompt, answer in pairs)
     longer = sum(len(answer) > block_size for _, answer in pairs)

@@ -101,16 +101,18 @@ def log_p_of_continuations(subject, config, cuts, requests):
     """
     model, tokenizer, L = subject.model, subject.tokenizer, subject.model.block_size
     texts = [request.args for request in requests]
-    whole = [choice.request(tokenizer, model.start_id, "a request", *text) for text in texts]
+    both_of = partial(choice.prompt_and_answer, tokenizer, model.start_id, "a request")
+    whole = [both_of(*text) for text in texts]
     pairs = [choice.fit(*pair, L) for pair in whole]
     cuts["continuations"] += len(pairs)
     cuts["continuations cut short"] += sum(len(answer) > L for _, answer in whole)
     both = zip(whole, pairs, strict=True)
     cuts["contexts without their beginning"] += sum(len(a) > len(b) for (a, _), (b, _) in both)
     keys = options(config, "estimator", "draws", "schedule", "cfg_scale")
-    groups = [request.doc_id for request in requests]
-    nats = evaluate.answer_nats(model, pairs, groups, **keys)  # (N,)
     documents = [(request.task_name, request.doc_id) for request in requests]
+    number_of = {document: i for i, document in enumerate(dict.fromkeys(documents))}
+    groups = [number_of[document] for document in documents]
+    nats = evaluate.answer_nats(model, pairs, groups, **keys)  # (N,)
     rivals = collections.Counter(documents)
     alone = [i for i, document in enumerate(documents) if rivals[document] == 1]
     greedy = np.zeros(len(pairs), bool)  # (N,)
@@ -125,7 +127,7 @@ def log_p_of_texts(subject, config, requests):
     keys = options(config, "estimator", "draws", "strata", "schedule")
     for request in requests:
         text = "", *request.args
-        bos, ids = choice.request(subject.tokenizer, model.start_id, "a request", *text)
+        bos, ids = choice.prompt_and_answer(subject.tokenizer, model.start_id, "a request", *text)
         first = L - len(bos)
         blocks = [([], ids[i : i + L]) for i in range(first, len(ids), L)]
         blocks.insert(0, (bos, ids[:first]))
@@ -208,8 +210,8 @@ def main(config):
     likelihoods = method(estimator, plural(config["draws"], "draw"))
     steps = f"by {config['sampler']}, {plural(config['steps'], 'step')}"
     text = "left to right" if subject.causal else steps
-    how = f"likelihoods {likelihoods}; text {text}; cfg_scale {config['cfg_scale']}"
-    print(f"lm-evaluation-harness {lm_eval.__version__}: {how}; {subject.words}")
+    settings_used = f"likelihoods {likelihoods}; text {text}; cfg_scale {config['cfg_scale']}"
+    print(f"lm-evaluation-harness {lm_eval.__version__}: {settings_used}; {subject.words}")
     print(lm_eval.utils.make_table(output))
     if cuts:
         counts = ", ".join(f"{n} {what}" for what, n in cuts.items())

@@ -26,8 +26,8 @@ def read(folder="data/pydocs"):
         from data import loader, tokenizer
 
         parts = [loader.Tokens(folder, split) for split in ("train", "val")]
-        text = tokenizer.from_meta(parts[0].meta["tokenizer"])
-        train, val = (text.decode(part[: len(part)].tolist()) for part in parts)
+        known = tokenizer.from_meta(parts[0].meta["tokenizer"])
+        train, val = (known.decode(part[: len(part)].tolist()) for part in parts)
     else:  # -> data/: whole documents held out, tokenizers, token files of any size
         from pydoc_data.topics import topics
 
@@ -124,7 +124,7 @@ def sample(model, n, steps):
     for k in range(steps):
         t, s = 1 - k / steps, 1 - (k + 1) / steps  # a step goes from t to s
         p = model(x).softmax(-1)  # (n, L, V)
-        token = torch.multinomial(p.flatten(0, 1), 1).view(n, L)
+        token = torch.multinomial(p.flatten(0, 1), 1).view(n, L)  # -> sample.categorical: float64
         unmask = (x == model.mask_id) & (torch.rand(n, L) < (t - s) / t)  # (m(t) - m(s)) / m(t)
         x = torch.where(unmask, token, x)
         # -> sample.py: steps are drawn ahead, idle ones skipped; the head runs only where due

@@ -39,13 +39,13 @@ class Log:
         self.parameters = model.n_parameters()
         self.flops = float(flops_of_step(config, model, dataset))
         self.peak = matmul_flops(team.device, team.autocast) * team.world  # per second, in total
-        self.tokens = config["batch_size"] * mean_length(config, dataset)  # per step
-        self.text = dataset.n * dataset.block_size  # tokens per epoch
+        self.tokens_per_step = config["batch_size"] * mean_length(config, dataset)  # a mean
+        self.tokens_per_epoch = dataset.n * dataset.block_size
         self.path = Path(config["out_dir"]) / "log.jsonl"
         self.clock, self.start, self.skipped, self.sinks = clock, clock.start, 0, []
         if self.start and not clock.tokens:  # missing in older checkpoints
             steps = sequences_before(config, self.start) / config["batch_size"]  # at today's size
-            clock.tokens, clock.flops = steps * self.tokens, steps * self.flops
+            clock.tokens, clock.flops = steps * self.tokens_per_step, steps * self.flops
         self.best = math.inf, 0  # nats per token and step of best.pt
         self.began, self.fifth, self.evaluations = time.perf_counter(), None, []
         self.resources = contextlib.ExitStack()  # to be closed at the end
@@ -125,7 +125,7 @@ class Log:
     def step(self, loss):
         """Count a finished step. After the tenth, print how long the run will take."""
         self.bar.update()
-        self.clock.tokens += self.tokens
+        self.clock.tokens += self.tokens_per_step
         self.clock.flops += self.flops
         made = self.clock.step - self.start
         if self.is_main and made in (5, 10):  # by the fifth, everything is compiled
@@ -145,14 +145,13 @@ class Log:
     def say_plan(self, pace):
         """Print the plan after ten steps. pace: seconds per step from now on."""
         steps, seconds = self.clock.left(pace)
-        tokens = self.clock.tokens + steps * self.tokens
-        size = f"{self.parameters:,} parameters, {self.tokens:,.0f} tokens a step"
+        tokens = self.clock.tokens + steps * self.tokens_per_step
+        size = f"{self.parameters:,} parameters, {self.tokens_per_step:,.0f} tokens a step"
         left = f"{seconds / 60:.1f} minutes" if seconds > 60 else f"{seconds:.0f} s"
         end = f"{plural(round(steps), 'step')} and {left} to the end"
-        readings = f"{tokens / self.text:,.1f} times the text"
-        advice = (
-            "; so often that a shorter run may end better" if tokens > OFTEN * self.text else ""
-        )
+        readings = f"{tokens / self.tokens_per_epoch:,.1f} times the text"
+        is_often = tokens > OFTEN * self.tokens_per_epoch
+        advice = "; so often that a shorter run may end better" if is_often else ""
         total = f"{tokens / 1e6:,.1f}M tokens in all, {readings}{advice}"
         self.say(f"{size}; about {end}, then {total}")
         if self.config["compile"] and not self.start and self.clock.spent() > 1 / 3:
@@ -207,7 +206,7 @@ class Log:
         per_second = (step - self.last_step) / (now - self.last_time)  # steps
         steps, left = self.clock.left(self.pace())
         self.bar.total = round(step + steps)
-        tokens, mfu = per_second * self.tokens, per_second * self.flops / self.peak
+        tokens, mfu = per_second * self.tokens_per_step, per_second * self.flops / self.peak
         speed = f"{tokens:.0f} tokens/s, {mfu:.0%} of peak"
         speed += f", {memory:.0f} MiB" if math.isfinite(memory) else ""  # unknown on Windows
         bound = "" if f"{loss:.3f}" == f"{nelbo:.3f}" else f", nelbo {nelbo:.3f}"

@@ -371,7 +371,7 @@ def keep_best(config, tokenizer, log, model, ema, result, team):
     it, and a large run, which reads nothing twice, saves the disk space.
     """
     nats = result["nats_per_token"]
-    is_best = log.clock.tokens > log.text and nats < log.best[0]
+    is_best = log.clock.tokens > log.tokens_per_epoch and nats < log.best[0]
     if parallel.gather(is_best, team)[0]:  # the first process knows what best.pt holds
         log.best = nats, log.clock.step
         state = weights_of(config, tokenizer, log.clock, model, ema)

@@ -46,7 +46,7 @@ def before_gap(tokenizer, model, text, start):
     return encode(tokenizer, model, without_space(tokenizer, model, text), start)
 
 
-def request(tokenizer, model, prompt="", suffix="", template="", length=0):
+def gapped_ids(tokenizer, model, prompt="", suffix="", template="", length=0):
     """A request as a list of ids, with mask_id where a token is wanted; UserError if impossible."""
     if template:
         require(not prompt and not suffix, "give --template or --prompt and --suffix, not both")

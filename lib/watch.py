@@ -14,12 +14,6 @@ def token_text(tokenizer, token):
     return tokenizer.table[token].decode("utf8", "replace").replace("\0", "∎")
 
 
-def unmask_steps(policy, o):
-    """The step of each position (N, L) under a policy of samplers.py; None if each call is one."""
-    by_time = o["sampler"] in ("ancestral", "euler")  # drawn before the calls
-    return policy.step if by_time else None
-
-
 def watch(tokenizer, x, mask_id, policy, o, out=None, pause=0.04):
     """An `on_call` for sample.sample that prints x (N, L) after each network call.
 
@@ -28,7 +22,7 @@ def watch(tokenizer, x, mask_id, policy, o, out=None, pause=0.04):
     sequence is printed, one frame after another.
     """
     out, x, height = out or sys.stdout, x.cpu().clone(), 0
-    steps, coding, terminal = unmask_steps(policy, o), out.encoding, out.isatty()
+    steps, coding, terminal = policy.step, out.encoding, out.isatty()
     mark = "░" if "utf" in (coding or "").lower() else "_"
     counters = ["not begun"] * len(x)
 

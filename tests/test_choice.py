@@ -314,9 +314,9 @@ def gpt2(shared, tmp_path, monkeypatch):
 
 def test_context_and_option_are_tokenized_as_one_text_and_a_space_is_the_options(gpt2):
     expected = gpt2.encode("The cat"), gpt2.encode(" sat down")
-    assert choice.request(gpt2, -1, "", "The cat", " sat down") == expected
-    assert choice.request(gpt2, -1, "", "The cat ", "sat down") == expected
-    assert choice.request(gpt2, -1, "", "", "sat down") == ([], gpt2.encode("sat down"))
+    assert choice.prompt_and_answer(gpt2, -1, "", "The cat", " sat down") == expected
+    assert choice.prompt_and_answer(gpt2, -1, "", "The cat ", "sat down") == expected
+    assert choice.prompt_and_answer(gpt2, -1, "", "", "sat down") == ([], gpt2.encode("sat down"))
 
 
 def test_where_a_token_spans_the_border_the_cut_is_at_the_contexts_own_length(gpt2):
@@ -324,11 +324,11 @@ def test_where_a_token_spans_the_border_the_cut_is_at_the_contexts_own_length(gp
         gpt2.encode("unbelie") != gpt2.encode("unbelievable")[:2]
         and len(gpt2.encode("unbelie")) == 3
     )
-    prompt, answer = choice.request(gpt2, -1, "", "unbelie", "vable so")
+    prompt, answer = choice.prompt_and_answer(gpt2, -1, "", "unbelie", "vable so")
     assert prompt + answer == gpt2.encode("unbelievable so") and len(prompt) == min(
         3, len(prompt + answer) - 1
     )
-    prompt, answer = choice.request(gpt2, -1, "", "h", "e")
+    prompt, answer = choice.prompt_and_answer(gpt2, -1, "", "h", "e")
     assert (prompt, answer) == ([], gpt2.encode("he"))  # an option has a token at least
 
 
@@ -336,16 +336,16 @@ def test_llamas_bos_is_given_once(shared, monkeypatch):
     pytest.importorskip("sentencepiece")
     monkeypatch.setenv("NANOMDM_SHARED", str(shared("data/llama_tokenizer").parent.parent))
     llama = tokenizers.build("llama", [])
-    prompt, answer = choice.request(llama, -1, "", "The cat", " sat")
+    prompt, answer = choice.prompt_and_answer(llama, -1, "", "The cat", " sat")
     assert prompt == [1, *llama.encode("The cat")] and prompt + answer == [
         1,
         *llama.encode("The cat sat"),
     ]
-    assert choice.request(llama, 1, "", "The cat", " sat") == (
+    assert choice.prompt_and_answer(llama, 1, "", "The cat", " sat") == (
         prompt[1:],
         answer,
     )  # a causal network reads it as start_id
-    assert choice.request(llama, -1, "", "", "sat") == ([1], llama.encode("sat"))
+    assert choice.prompt_and_answer(llama, -1, "", "", "sat") == ([1], llama.encode("sat"))
 
 
 def test_a_block_keeps_the_end_of_the_context_and_the_beginning_of_the_option():

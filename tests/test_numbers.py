@@ -352,9 +352,9 @@ def test_a_bos_is_given_and_no_part_of_a_text():
         bos = 0
 
     text = WithBos("abc ")
-    assert choice.request(text, -1, "here", "", "ab") == ([0], text.encode("ab"))
-    assert choice.request(text, -1, "here", "", "") == ([0], [])
-    assert choice.request(text, 0, "here", "", "") == ([], [])
+    assert choice.prompt_and_answer(text, -1, "here", "", "ab") == ([0], text.encode("ab"))
+    assert choice.prompt_and_answer(text, -1, "here", "", "") == ([0], [])
+    assert choice.prompt_and_answer(text, 0, "here", "", "") == ([], [])
 
 
 def test_one_question_and_one_sample_show_no_error(world, data, capsys):

@@ -21,7 +21,7 @@ from data.tokenizer import Char, build
 from lib import checkpoint
 from lib.text import text_or_file
 from lib.watch import token_text
-from sample import SAMPLERS, request
+from sample import SAMPLERS, gapped_ids
 from view import page
 
 # ---- Requests ------------------------------------------------------------------------------------
@@ -39,7 +39,7 @@ def network_for(mask_id, block_size, start_id=None, **config):
 
 def asked(**keys):
     """A request as text, with a # for each token that is wanted."""
-    ids = request(TEXT, network_for(MASK, BLOCK), **keys)
+    ids = gapped_ids(TEXT, network_for(MASK, BLOCK), **keys)
     return "".join("#" if i == MASK else TEXT.decode([i]) for i in ids)
 
 
@@ -174,7 +174,7 @@ def test_a_text_at_the_beginning_follows_bos_unless_the_network_reads_that_by_it
     text = Marked(" abABMN")
 
     def asked(start_id=None, **keys):
-        ids = request(text, network_for(text.vocab_size, 9, start_id), **keys)
+        ids = gapped_ids(text, network_for(text.vocab_size, 9, start_id), **keys)
         return "".join(text.decode([i]) for i in ids)
 
     assert asked(prompt="ab", length=5) == " ab██"
@@ -196,7 +196,7 @@ def test_a_space_before_a_gap_is_left_to_the_word_that_fills_it(
     lone, V = text.encode(" ", start=False), text.vocab_size
 
     def pieces(width=0, **keys):
-        ids = request(text, network_for(V, 30, V, example_width=width), **keys)
+        ids = gapped_ids(text, network_for(V, 30, V, example_width=width), **keys)
         return [list(group) for masked, group in itertools.groupby(ids, V.__eq__) if not masked]
 
     start = [text.bos] * (text.bos is not None)

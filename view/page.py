@@ -27,7 +27,7 @@ from config import plural, require
 from lib.files import to_json, whole_file
 from lib.subject import load_subject
 from lib.text import text_or_file
-from lib.watch import token_text, unmask_steps
+from lib.watch import token_text
 
 DEFAULTS = {
     "page": "",  # the file to write; "": page.html beside the checkpoint
@@ -70,7 +70,7 @@ def with_weights(subject, o):
     asks = o["template"] or not trained.get("example_width")
     require(asks, "this model answers prompts: begin with one and a gap, --template='Why?___20'")
     template = text_or_file(o["template"]) or f"___{model.block_size}"
-    sample.request(tokenizer, model, template=template)  # or its UserError
+    sample.gapped_ids(tokenizer, model, template=template)  # or its UserError
     about = f"This file holds a masked diffusion language model of {n:,} parameters, which writes "
     about += "here, in your browser; nothing is fetched. Its matrices are rounded to 8‑bit whole "
     about += "numbers times one 16‑bit number a row, its vectors to 16 bits (bfloat16)."
@@ -89,7 +89,7 @@ class Recorder:
     def __init__(self, tokenizer, x, mask_id, options):
         self.tokenizer, self.start, self.mask_id, self.o = tokenizer, x.cpu(), mask_id, options
         policy = samplers.SAMPLERS[options["sampler"]](self.start == mask_id, options)
-        self.steps = unmask_steps(policy, options)  # (N, L) or None
+        self.steps = policy.step  # (N, L) or None
         self.draws = [[] for _ in x]
 
     def __call__(self, rows, positions, calls, tokens, p, logits):
