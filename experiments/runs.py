@@ -95,8 +95,9 @@ def spelled(values, form=".3f"):
     if not values:
         return "left out"
     mean, half = mean_half(values)
-    interval = f" ± {half:{form.lstrip('+')}}" if len(values) > 1 else " (one seed)"
-    return f"{mean:{form}}{interval}"
+    few = {1: " (one seed)", 2: " (two seeds)"}  # which have no interval
+    interval = f" ± {half:{form.lstrip('+')}}"
+    return f"{mean:{form}}{few.get(len(values), interval)}"
 
 
 def minus(values, others):

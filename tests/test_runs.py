@@ -111,6 +111,7 @@ def test_a_measurement_is_made_once_for_all_that_it_depends_on(tmp_path):
 
 def test_means_are_spelled_with_their_interval_and_pairs_are_subtracted():
     assert runs.spelled([1.0, 2.0, 3.0], ".2f") == f"2.00 ± {t95(2) / 3**0.5:.2f}"
+    assert runs.spelled([1.0, 2.0], ".1f") == "1.5 (two seeds)"
     assert runs.spelled([1.0, None]) == "1.000 (one seed)" and runs.spelled([None]) == "left out"
     assert runs.minus([3.0, None, 5.0], [1.0, 2.0, None]) == [2.0, None, None]
 
