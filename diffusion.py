@@ -209,7 +209,7 @@ def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, bound_weigh
     masked_idx (N,): flat indices of the positions that count, padded with some of weight 0 (by
     fused.masked_indices on the CPU: no GPU waits for N). bound_weight: for nats, if it differs.
     """
-    check_ids(model, "x0", x0, mask)
+    check_ids(model, "x0", x0, mask, causal=False)
     masked_idx = fused.masked_indices(mask) if masked_idx is None else masked_idx  # (N,)
     x = torch.where(mask, model.mask_id, x0)  # (B, L)
     h = model.hidden(x, masked_idx)  # (N, D)

@@ -45,7 +45,7 @@ from lib.bar import progress_bar
 from lib.cache import Cache, OrderCache
 from lib.device import calls_on_device, can_compile, compile_hidden, wait
 from lib.entries import check_ids, keys_read
-from lib.stats import Probabilities, entropy_of
+from lib.stats import Probabilities, entropy_of, finite
 from lib.text import gapped_ids, is_asked, say, suppress_eos, suppress_tokens, text_of, text_or_file
 from lib.watch import watch
 from samplers import SAMPLERS
@@ -85,7 +85,7 @@ LOGITS = 2**24  # how many to draw from at once; with float64 copies at most 1 G
 
 
 # ---- 1. The draw ---------------------------------------------------------------------------------
-def categorical(logits, u, temperature, top_k, top_p):
+def categorical(logits, u, temperature=1.0, top_k=0, top_p=1.0):
     """Draw by inverting the CDF: logits (N, V), uniform u (N,) -> tokens (N,), their p (N,).
 
     p is the token's probability after temperature, top_k and top_p, which `confidence` and
@@ -94,7 +94,7 @@ def categorical(logits, u, temperature, top_k, top_p):
     All is in float64. Gumbel noise in float32 cuts off the tails, which silently lowers the
     temperature (arXiv 2409.02908). A float32 CDF over 50,257 tokens would have steps of 1e-7, and
     rare tokens are less probable than that. The caller passes one uniform number per draw, so
-    sampling is a function of its noise. Logits of nan or infinity give p of nan.
+    sampling is a function of its noise. Logits of nan give p of nan, on a CPU NotFinite.
     """
     logits = fused.in_float64(logits)  # (N, V)
     if temperature < 1e-300:  # 0, or too small to divide by
@@ -105,6 +105,8 @@ def categorical(logits, u, temperature, top_k, top_p):
         target = u.to(cdf)[:, None] * cdf[:, -1:]  # (N, 1)
         token = torch.searchsorted(cdf, target, right=True).clamp(max=p.shape[-1] - 1)  # (N, 1)
         p = p.gather(-1, token) / cdf[:, -1:]  # (N, 1)
+    if p.device.type == "cpu":  # elsewhere Probabilities does so, and no call waits
+        finite(p, Probabilities.what)
     return token.squeeze(-1), p.squeeze(-1)
 
 

@@ -103,7 +103,7 @@ def prepare(folder, examples, tokenizer, width=0):
     """
     require(0 <= width <= WIDEST, f"width must be from 0 to {WIDEST}, not {width}")
     splits = collect(examples, tokenizer, width)
-    require(splits, f"there is nothing to prepare in {folder}")
+    require(splits, "the input holds no examples")
     for split, part in splits.items():
         dropped = f"of {plural(part.dropped, f'{split} example')} none fits a width of {width}"
         require(part.lengths, dropped)

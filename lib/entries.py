@@ -48,13 +48,15 @@ from config import require
 from lib.philox import uniforms
 
 
-def check_ids(model, name, x, mask=None, values=False):
+def check_ids(model, name, x, mask=None, values=False, causal=True):
     """Raise UserError unless x holds ids (B, L) and the mask, if given, is bool (B, L).
 
+    causal: whether a causal network will do.
     values: also require that the network can read x: ids in [0, mask_id], a check that waits for a
     GPU, and L at most block_size.
     """
     form = f"{name} must be ids (B, L) of int64"
+    require(causal or not model.causal, "a causal network predicts no masks; its loss is ar_nll")
     is_tensor = torch.is_tensor(x)
     kind = f"{x.dtype} {tuple(x.shape)}" if is_tensor else f"a {type(x).__name__}"
     is_ids = is_tensor and x.dim() == 2 and x.dtype in (torch.int64, torch.int32)

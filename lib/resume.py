@@ -93,6 +93,7 @@ def locked_out_dir(config, team):
     folder. A KeyboardInterrupt that ends the block says what was saved and how to resume.
     """
     refused = ""
+    require(config["out_dir"], "say where the run is kept: --out_dir=FOLDER")
     with contextlib.ExitStack() as held:
         try:
             folder = Path(config["out_dir"])

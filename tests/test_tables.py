@@ -94,6 +94,9 @@ NO_IDS = {  # calls of the library with what the network cannot read
         lambda: diffusion.ar_nll(CAUSAL, X[0]),
         lambda: diffusion.order_nll(MODEL, X[0], X[0]),
     ),
+    "a causal network predicts no masks; its loss is ar_nll": (
+        lambda: diffusion.nelbo(CAUSAL, 0 * X, MASK, ONE),
+    ),
     "the mask must be bool in the shape of x0, (1, 4)": (
         lambda: diffusion.nelbo(MODEL, 0 * X, MASK[:, 1:], ONE),
         lambda: diffusion.nelbo(MODEL, 0 * X, X, ONE),
