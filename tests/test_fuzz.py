@@ -269,7 +269,7 @@ requests = {"vocabulary": st.sampled_from(VOCABULARIES), "template": templates, 
 def test_any_request_fits_the_block_or_is_refused(vocabulary, template, suffix, length):
     V = vocabulary.vocab_size
     for wish in ({"template": template}, {"prompt": template, "suffix": suffix, "length": length}):
-        ids = attempt(sample.request, vocabulary, network_of(V, 10), **wish)
+        ids = attempt(sample.gapped_ids, vocabulary, network_of(V, 10), **wish)
         assert ids is None or (V in ids and len(ids) <= 10 and max(ids) <= V)
 
 
@@ -569,7 +569,7 @@ def test_a_file_that_claims_10_terabytes_is_refused(place, exports, claim):
 def test_a_template_of_many_vast_gaps_is_refused_before_it_is_built():
     tracemalloc.start()
     template = "___9999999" * 12_000  # as long as a word of a command line can be
-    vast = attempt(sample.request, VOCABULARIES[0], network_of(256, 1024), template=template)
+    vast = attempt(sample.gapped_ids, VOCABULARIES[0], network_of(256, 1024), template=template)
     assert vast is None
     assert tracemalloc.get_traced_memory()[1] < 2**25
     tracemalloc.stop()
