@@ -71,7 +71,7 @@ DEFAULTS = {
     "random_length": 0.0,  # in [0, 1], probability that a step has a random length (SMDM: 0.01)
     # optimizer
     "optimizer": "muon",  # one of OPTIMIZERS; muon is for the blocks' matrices, AdamW for the rest
-    "learning_rate": 0.0,  # for AdamW and Muon (updates of one size), in [0, 1e6]; 0: by the width
+    "learning_rate": 0.0,  # for AdamW and Muon (updates of one size), in [0, 1e30]; 0: by the width
     "beta1": 0.9,  # in [0, 1)
     "beta2": 0.95,  # in [0, 1)
     "weight_decay": 0.0,  # for matrices; with decay_all, for all parameters
@@ -83,7 +83,7 @@ DEFAULTS = {
     "warmup_iters": 20,  # steps in which the learning rate rises to its peak
     "lr_decay": "linear",  # one of LR_DECAYS
     "decay_start": 0.3,  # in [0, 1], the fraction of the run after which the decay begins
-    "min_lr": 0.0,  # in [0, 1e6], the learning rate at the end of the decay
+    "min_lr": 0.0,  # in [0, 1e30], the learning rate at the end of the decay
     # system
     "compile": True,  # on a CPU it needs a C++ compiler; off by default if max_minutes is below 2
     "recompute": False,  # recompute each block in the backward pass: slower, but less memory

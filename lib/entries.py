@@ -56,7 +56,8 @@ def check_ids(model, name, x, mask=None, values=False, causal=True):
     GPU, and L at most block_size.
     """
     form = f"{name} must be ids (B, L) of int64"
-    require(causal or not model.causal, "a causal network predicts no masks; its loss is ar_nll")
+    masks = causal or not getattr(model, "causal", False)
+    require(masks, "a causal network predicts no masks; its loss is ar_nll")
     is_tensor = torch.is_tensor(x)
     kind = f"{x.dtype} {tuple(x.shape)}" if is_tensor else f"a {type(x).__name__}"
     is_ids = is_tensor and x.dim() == 2 and x.dtype in (torch.int64, torch.int32)

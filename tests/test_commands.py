@@ -232,7 +232,7 @@ BAD = {
         "batch_size 8 must be a multiple of",
     ),
     "dropout": ([*TRAIN, "--dropout=1.5"], "dropout must be in [0, 1], not 1.5"),
-    "negative rate": ([*TRAIN, "--learning_rate=-1"], "learning_rate must be 0 or more, not -1"),
+    "negative rate": ([*TRAIN, "--learning_rate=-1"], "learning_rate must be in [0, 1e30], not -1"),
     "beta": ([*TRAIN, "--beta2=1"], "beta2"),
     "mlp width": ([*TRAIN, "--mlp_width=-5"], "mlp_width"),
     "draws of a causal network": ([*TRAIN, "--objective=ar", "--eval_draws=8"], "eval_draws is"),

@@ -420,7 +420,7 @@ def test_wandb_and_tensorboard_get_the_numbers_of_the_log(data, tmp_path, monkey
         ({"keep": 0}, "keep must be 1 or more, not 0"),
         ({"save_interval": -1}, "save_interval must be 0 or more, not -1"),
         ({"profile": -2}, "profile must be 0 or more, not -2"),
-        ({"min_lr": -1.0}, "min_lr must be 0 or more, not -1.0"),
+        ({"min_lr": -1.0}, "min_lr must be in [0, 1e30], not -1.0"),
     ],
 )
 def test_a_key_that_makes_no_sense_is_one_line(keys, message, data, tmp_path):
