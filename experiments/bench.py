@@ -9,8 +9,7 @@ measured against is this machine's own matrix product at the shapes of the model
 (baselines.py) runs in processes of its own, which the C library gives and takes memory as it likes;
 all else, the products too, in this one, which keeps freed memory (lib.device.keep_memory).
 Utilisation is lib.device.step_flops / seconds / limit: forward and backward products of a step with
-half of the positions predicted. Attention of the last layer counts for all positions,
-though half of them ask for nothing.
+half of the positions predicted. Attention of the last layer counts for all positions.
 """
 
 import contextlib
