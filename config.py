@@ -183,7 +183,7 @@ def key_block(module):
 
 
 def allowed(module):
-    """The values that each key accepts, {key: list}, as listed in the comments of DEFAULTS.
+    """The values that each key accepts, {key: list or dict}, as listed in the comments of DEFAULTS.
 
     A comment is `# a | b (remark) | c; remark` or `# one of TABLE`, a dict or list of the module.
     Readers and --help rely on these comments, so the check does too: a second list could differ.
@@ -192,7 +192,7 @@ def allowed(module):
     for key, comment in re.findall(r'^ *"(\w+)": ".*?",  # (.*)', key_block(module), re.M):
         first_part = re.sub(r" \(.*?\)", "", comment).split(";")[0]  # without remarks
         if table := re.fullmatch(r"one of (\w+)", first_part):
-            values[key] = list(getattr(module, table[1]))
+            values[key] = getattr(module, table[1])
         elif re.fullmatch(r"\w+( \| \w+)+", first_part):
             values[key] = first_part.split(" | ")
     return values
@@ -245,6 +245,8 @@ def merge(items, *modules):
         if key in choices:
             message = f"{file}{colon}unknown {key} '{config[key]}'"
             require(config[key] in choices[key], message + nearest(config[key], choices[key]))
+            if isinstance(choices[key], Table):
+                choices[key][config[key]]  # noqa: B018  a faulty entry raises UserError
         if key in limits:
             message = f"{file}{colon}{key} must be {limits[key]}, not {config[key]}"
             require(in_range(config[key], limits[key]), message)

@@ -25,8 +25,7 @@ is the total noise up to t; the factor is then exp(-sigma_bar) / (1 - exp(-sigma
 rate m'/(1 - m) above, this is the rate of the reverse process: a masked token is unmasked at the
 rate m'/m, whatever the network says, and becomes v with probability p(x0_i = v | visible). Hence
 the network needs no time input. It fills any gap, because it is trained on any visible set. And the
-conditionals are learnt by cross-entropy (CE), weighted so that it is a bound (part 2). By default,
-training draws and weights masks differently from the bound: lib/weighting.py.
+conditionals are learnt by cross-entropy (CE): a bound by the weights of part 2, not by train.py's.
 """
 
 import math
@@ -34,7 +33,7 @@ from typing import NamedTuple
 
 import torch
 
-from config import Table
+from config import Table, require
 from lib import fused, philox
 from lib.entries import check_ids, check_objective, check_order, check_schedule
 
@@ -129,14 +128,15 @@ def draw_mask(objective, u, noise, schedule=loglinear, prompt=None):
     """(mask (B, L) bool, weight (B,)) from uniform u (B,) in (0, 1] and noise (B, L) in [0, 1).
 
     E[sum over masked i of weight * CE_i] >= -log p(x0), in nats. The first `prompt` (B,) tokens,
-    fewer than L, are never masked; the bound is then on -log p(rest | prompt). On the CPU.
+    fewer than L, are never masked: then -log p(rest | prompt). On the CPU. UserError for `ar`.
     """
     B, L = noise.shape
     prompt = torch.zeros(B, dtype=torch.long) if prompt is None else prompt  # (B,)
-    in_prompt = torch.arange(L) < prompt[:, None]  # (B, L)
-    noise = noise.masked_fill(in_prompt, torch.inf)  # (B, L)
-    mask, weight = OBJECTIVES[objective].draw(u, noise, L - prompt, schedule)  # (B, L), (B,)
-    return mask & ~in_prompt, weight
+    noise = noise.masked_fill(torch.arange(L) < prompt[:, None], torch.inf)  # (B, L)
+    kind, m = OBJECTIVES[objective], schedule if callable(schedule) else SCHEDULES[schedule]
+    require(kind.draw, f"objective '{objective}' masks nothing: its loss is ar_nll")
+    mask, weight = kind.draw(u, noise, L - prompt, m)  # (B, L), (B,)
+    return mask & noise.isfinite(), weight
 
 
 # Only for attention=order (model.py, part 3), which is trained on orders instead of masks.

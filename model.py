@@ -47,7 +47,7 @@ DEFAULTS = {
     "qk_norm": True,  # RMS-normalise queries and keys
     "conv": 0,  # width (odd) of a convolution over the embeddings, for full attention; 0: none
     "zero_init": "all",  # one of ZERO_INITS; which output matrices start at zero (RADD: head)
-    "dropout": 0.0,  # after attention and after the MLP; in [0, 1]
+    "dropout": 0.0,  # after attention and after the MLP; in [0, 1)
 }
 PUBLISHED = {  # no keys of commands: published weights and train.py's `size` set them
     "rotary_bf16": False,  # round the rotary tables to bfloat16, as SMDM's weights expect

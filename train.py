@@ -78,7 +78,7 @@ DEFAULTS = {
     "decay_all": False,  # also decay norm weights and biases, as SMDM does
     "grad_clip": 1.0,  # maximum gradient norm; 0: no clipping
     "skip_nonfinite": False,  # skip a step whose gradient is not finite; False: end the run
-    "ema": 0.0,  # decay in [0, 1] of the EMA (moving average) of the weights, used in their place
+    "ema": 0.0,  # decay in [0, 1) of the EMA (moving average) of the weights, used in their place
     # learning-rate schedule
     "warmup_iters": 20,  # steps in which the learning rate rises to its peak
     "lr_decay": "linear",  # one of LR_DECAYS
@@ -353,7 +353,7 @@ def train(config, team):
     dataset, val = examples.open_data(config)
 
     # Fill in settings that were not given, to fit the time, the machine and the text.
-    config = resume.with_place_in_data(with_dial(config, dataset, team), state, team.world)
+    config = resume.with_place_in_data(with_dial(config, dataset, team), state, team)
     clock = Clock(config, state, team)
 
     # The model, its EMA, the optimizers; the loss, compiled and distributed over processes.

@@ -130,8 +130,6 @@ def begin(config, team):
     require(len(set(steps)) == 1, f"{message}; out_dir must be a folder that all of them share")
     check(config)
     config = with_attention(with_data(config, state, source), state, source)
-    if state and team.rank == 0:
-        say_changes(config, state)
     return config, state
 
 
@@ -303,21 +301,24 @@ def with_attention(config, state, source):
 def check(config):
     """Raise UserError for impossible sizes (perhaps of a checkpoint) and probabilities."""
     completed(config, network)
-    for key in ("n_layer", "n_embd", "block_size", "mlp_width"):
+    for key in ("n_layer", "n_embd", "block_size", "mlp_width", "batch_size"):
         require(config[key] <= 2**20, f"{key} must be at most {2**20}, not {config[key]}")
     is_chance = config["order"] != "mixture" or config["order_p"] <= 1
     require(is_chance, f"order_p must be in [0, 1] for a mixture, not {config['order_p']}")
 
 
-def with_place_in_data(config, state, world):
+def with_place_in_data(config, state, team):
     """The config with `ahead`, the sequences that a resumed run has seen beyond step * batch_size.
 
-    This is not 0 once batch_size has changed. Raises UserError for a batch that cannot be divided
-    among the processes.
+    This is not 0 once batch_size has changed. The first process reports what has changed. Raises
+    UserError for a batch that cannot be divided among the processes.
     """
-    B, micro = config["batch_size"], config["micro_batch_size"] or config["batch_size"] // world
-    parts = f"{world} processes x micro_batch_size {micro}"
-    require(micro and B % (world * micro) == 0, f"batch_size {B} must be a multiple of {parts}")
+    B, world = config["batch_size"], team.world
+    micro = config["micro_batch_size"] or max(1, B // world)
+    parts = f"micro_batch_size {micro}" + (f" times {world} processes" if world > 1 else "")
+    require(B % (world * micro) == 0, f"batch_size {B} must be a multiple of {parts}")
+    if state and team.rank == 0:
+        say_changes(config, state)
     if not is_resumed(state):
         return config | {"ahead": 0}
     step = state["step"]

@@ -229,9 +229,9 @@ BAD = {
     "heads": ([*TRAIN, "--n_embd=18"], "n_embd 18 must be a multiple of 2 * n_head = 8"),
     "micro batch": (
         [*TRAIN, "--batch_size=8", "--micro_batch_size=3"],
-        "batch_size 8 must be a multiple of",
+        "batch_size 8 must be a multiple of micro_batch_size 3",
     ),
-    "dropout": ([*TRAIN, "--dropout=1.5"], "dropout must be in [0, 1], not 1.5"),
+    "dropout": ([*TRAIN, "--dropout=1.5"], "dropout must be in [0, 1), not 1.5"),
     "negative rate": ([*TRAIN, "--learning_rate=-1"], "learning_rate must be in [0, 1e30], not -1"),
     "beta": ([*TRAIN, "--beta2=1"], "beta2"),
     "mlp width": ([*TRAIN, "--mlp_width=-5"], "mlp_width"),

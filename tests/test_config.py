@@ -196,7 +196,7 @@ def test_the_values_that_a_key_can_have_are_those_that_its_comment_lists(tmp_pat
     assert settings.allowed(module) == {
         "lr_decay": ["cosine", "linear", "constant"],
         "kind": ["auto", "plain", "full"],
-        "colour": ["red", "green"],
+        "colour": {"red": 1, "green": 2},
     }
     sound = {"lr_decay": "linear", "kind": "full", "colour": "green", "free": "?", "data": "/"}
     assert parse([f"--{key}={value}" for key, value in sound.items()], module).items() > (

@@ -243,7 +243,7 @@ def test_every_depth_is_a_network_that_can_be_built_and_each_is_larger_than_the_
     sizes = []
     for depth in range(1, 65):
         mine = budget.filled(config | {"depth": depth})
-        resume.with_place_in_data(mine, None, world=8)
+        resume.with_place_in_data(mine, None, Team(8))
         D, H = mine["n_embd"], mine["n_head"]
         assert D // H <= 64 and D % (2 * H) == 0
         sizes.append(mine["n_layer"] * mine["n_embd"] ** 2)

@@ -23,7 +23,7 @@ from config import UserError
 from data import writer
 from data.tokenizer import Char
 from experiments import results, scaling_up
-from lib import checkpoint, formats, fused, resume
+from lib import checkpoint, formats, fused, parallel, resume
 from lib.device import NOMINAL, flops_per_token
 
 CONFIG = settings.parse([], results, scaling_up)
@@ -340,7 +340,7 @@ def test_a_preset_can_be_trained_on_one_card_and_on_eight(stated):
     config = resume.with_size(settings.parse([path], *train.MODULES))
     resume.check(config)
     for world in (1, 8 if config["batch_size"] % (8 * config["micro_batch_size"]) == 0 else 4):
-        resume.with_place_in_data(config, None, world)
+        resume.with_place_in_data(config, None, parallel.Team(world))
 
 
 # ---- The command and the example -----------------------------------------------------------------

@@ -35,6 +35,7 @@ def keys_of(module, **given):
 
 CALLS = {  # of the library, in Python, with a name that is nearly right
     "draw_mask": lambda: diffusion.draw_mask("any_ordr", U, NOISE),
+    "draw_mask, schedule": lambda: diffusion.draw_mask("t_dce", U, NOISE, "cosin"),
     "draw_order": lambda: diffusion.draw_order("unifrom", NOISE, U[:, None]),
     "schedule": lambda: diffusion.SCHEDULES["cosin"],
     "no text": lambda: diffusion.SCHEDULES[None],
@@ -71,6 +72,13 @@ CALLS = {  # of the library, in Python, with a name that is nearly right
 def test_an_unknown_name_is_a_user_error_also_from_python(call):
     with pytest.raises(UserError, match=r"unknown \w+ '.*'; (did you mean|there is)|many"):
         call()
+
+
+def test_a_schedule_can_be_given_by_its_name_and_a_causal_objective_has_no_masks():
+    by_name = diffusion.draw_mask("t_dce", U, NOISE, "cosine")
+    assert all(map(torch.equal, by_name, diffusion.draw_mask("t_dce", U, NOISE, diffusion.cosine)))
+    with pytest.raises(UserError, match="objective 'ar' masks nothing"):
+        diffusion.draw_mask("ar", U, NOISE)
 
 
 MASK, ONE = X == V, torch.ones(1)
@@ -257,6 +265,15 @@ def test_an_entry_that_is_replaced_is_looked_at_again(monkeypatch):
     monkeypatch.setitem(diffusion.SCHEDULES, "mine", lambda t: t)
     with pytest.raises(UserError, match="the slope m' is missing"):
         diffusion.SCHEDULES["mine"]
+
+
+def test_a_command_refuses_a_faulty_entry_before_anything_else(tmp_path, monkeypatch):
+    monkeypatch.setitem(diffusion.SCHEDULES, "mine", lambda t: t)
+    with pytest.raises(UserError, match="the schedule 'mine' gives no pair"):
+        settings.parse(["--schedule=mine"], *train.MODULES)
+    with pytest.raises(UserError, match="the schedule 'mine' gives no pair"):
+        train.main({"schedule": "mine", "out_dir": str(tmp_path / "out")})
+    assert not list(tmp_path.iterdir())
 
 
 README = (ROOT / "README.md").read_text(encoding="utf8")
