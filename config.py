@@ -246,7 +246,7 @@ def merge(items, *modules):
             message = f"{file}{colon}unknown {key} '{config[key]}'"
             require(config[key] in choices[key], message + nearest(config[key], choices[key]))
             if isinstance(choices[key], Table):
-                choices[key][config[key]]  # noqa: B018  a faulty entry raises UserError
+                choices[key][config[key]]  # a faulty entry raises UserError
         if key in limits:
             message = f"{file}{colon}{key} must be {limits[key]}, not {config[key]}"
             require(in_range(config[key], limits[key]), message)
