@@ -186,6 +186,8 @@ USED_BY["schedule"] = "estimators that draw a time", lambda e: uses_time(e, RowN
 def estimator_of(model, name):
     """The Estimator for this network: the one of that name, or AR if the network is causal."""
     estimator = ESTIMATORS[name]._replace(name=name)
+    fits = not model.causal or name in (DEFAULTS["estimator"], "left_to_right")
+    require(fits, f"a causal network is exact: it needs no estimator, and has no '{name}'")
     return AR if model.causal else estimator
 
 
@@ -360,10 +362,9 @@ def evaluate(config, subject, folder, split):
     result |= info | {"estimator": estimator.name, "block_size": L, "data": str(folder)}
     draws = f"{plural(result['draws'], 'draw')} a sequence in sets of {config['strata']}"
     coverage = subjects.coverage(result, split, meta, config["protocol"])
-    lines = [f"{coverage}; {method(estimator, draws)}; {subject.words}"]
-    lines.append(subjects.with_remarks(meta, text))
-    lines.append(certainty(result, config["precision"], config["draws"], config["strata"]))
-    return result, "\n".join(lines)
+    head = f"{coverage}; {method(estimator, draws)}; {subject.words}"
+    end = certainty(result, config["precision"], config["draws"], config["strata"])
+    return result, "\n".join([head, subjects.with_remarks(meta, text), end])
 
 
 def score(config, subject):

@@ -105,6 +105,10 @@ NO_IDS = {  # calls of the library with what the network cannot read
     "a causal network predicts no masks; its loss is ar_nll": (
         lambda: diffusion.nelbo(CAUSAL, 0 * X, MASK, ONE),
     ),
+    "a causal network is exact: it needs no estimator, and has no 'chain'": (
+        lambda: evaluate.estimate(CAUSAL, 0 * X, estimator="chain"),
+        lambda: evaluate.token_nats(CAUSAL, [0], estimator="chain"),
+    ),
     "the mask must be bool in the shape of x0, (1, 4)": (
         lambda: diffusion.nelbo(MODEL, 0 * X, MASK[:, 1:], ONE),
         lambda: diffusion.nelbo(MODEL, 0 * X, X, ONE),
