@@ -37,6 +37,7 @@ ENDS = {"ckpt": (".pt", ".pth", ".safetensors"), "data": "meta.json", "out_dir":
 RENAMED = {  # names from earlier versions (in old commands and checkpoints) or from other code
     "causal": "attention",
     "cfg": "cfg_scale",
+    "gpu": "cuda",
     "lr": "learning_rate",
     "min_tokens": "min_new_tokens",
     "mlp_hidden": "mlp_width",
@@ -317,6 +318,14 @@ def read_preset(path):
     return preset
 
 
+def meant(word, keys):
+    """The end of a message about a word that is no preset and no --key=value, perhaps a path."""
+    if "=" in word and word.partition("=")[0] in keys:
+        return f"; did you mean --{word}?"
+    preset = Path("configs", f"{Path(word).name}.py")
+    return f"; did you mean {preset}?" if os.path.isfile(ROOT / preset) else taker(word, keys)
+
+
 def taker(path, keys):
     """The end of a message about a path without a key: the one of `keys` that takes such a path."""
     names = os.listdir(path) if os.path.isdir(path) else [path] if os.path.isfile(path) else []
@@ -340,7 +349,7 @@ def parse(argv, *modules):
             items.append((f"--{key}", key, True if alone else value))
         else:
             message = f"'{arg}' is neither a preset (configs/NAME.py) nor --key=value"
-            require(arg.endswith(".py"), message + taker(arg, defaults))
+            require(arg.endswith(".py"), message + meant(arg, defaults))
             items += [(f"{arg}: {key}", key, value) for key, value in read_preset(arg).items()]
     return merge(items, *modules) | {"user_keys": {key: where for where, key, _ in items}}
 

@@ -228,7 +228,7 @@ def at_masked(weight, mask, masked_idx):
 
 def ar_nll(model, x0, mask=None, weight=None, masked_idx=None):
     """Exact -log p(x0) of a causal network, the baseline. Like nelbo; no mask: all tokens count."""
-    check_ids(model, "x0", x0, mask)
+    check_ids(model, "x0", x0, mask, causal=True)
     x = torch.nn.functional.pad(x0[:, :-1], (1, 0), value=model.start_id)  # (B, L) shifted
     if mask is None:
         loss, terms = of_all(model, model.hidden(x).flatten(0, 1), x0)

@@ -21,7 +21,7 @@
                      to the likelihood of the mixture of all orders (as in arXiv 1509.00519)
     left_to_right, right_to_left   the exact -log p of sampling in that order (SMDM): no draws
 
-  An `order` network gives all terms of a chain rule in one pass: one row per draw.
+  An `order` network gives all terms in one pass: one row per draw. An order it learnt is its own.
 
 - Two 95% intervals are printed: the mean +- Student's t times a standard error. Sequence s of S has
   l_s tokens and n_s nats, the mean over R sets of draws; r = sum n / sum l.
@@ -73,11 +73,10 @@ DEFAULTS = {
     "batch_size": 32,  # rows in one network call; 1 or more
 }
 MODULES = (settings, subjects, diffusion, sys.modules[__name__])  # whose keys it takes
-# The keys that token_nats, answer_nats and estimate take as options.
+# The keys that token_nats, answer_nats and estimate take as options; those that --text lacks.
 OF_TOKENS = ("estimator", "draws", "seed", "batch_size")
 OF_ANSWERS = (*OF_TOKENS, "schedule")
 OF_ESTIMATE = (*OF_ANSWERS, "strata", "precision")
-# Those that apply to data only, not to --text.
 OF_DATA = [key for key in (*DEFAULTS, "schedule") if key not in ("text", "prompt", *OF_TOKENS)]
 SURE = 100  # degrees of freedom needed to trust an error: with few it may be small by chance
 
@@ -384,6 +383,7 @@ def main(config):
     """Evaluate config["ckpt"] on config["text"] or config["data"]; return the result, a dict."""
     check(config)
     subject = subjects.load_evaluable(config, reads_text=bool(config["text"]))
+    config = subjects.in_its_order(config, subject, "estimator", ESTIMATORS)
     settings.refuse_unused(config, USED_BY, estimator_of(subject.model, config["estimator"]))
     if config["text"]:
         return score(config, subject)

@@ -3,10 +3,9 @@
     python sample.py --ckpt=out/pydocs                                    asks for prompts
     python sample.py --ckpt=out/pydocs --num_samples=4                    samples without a prompt
     python sample.py --ckpt=out/pydocs --prompt="The list "               continue a prompt
-    python sample.py --ckpt=out/pydocs --prompt=FILE:prompt.txt           a prompt of several lines
+    python sample.py --ckpt=out/pydocs --prompt=FILE:prompt.txt           FILE:/dev/stdin: a pipe
     python sample.py --ckpt=out/pydocs --template="The ___12 of a list."  fill a gap of 12 tokens
     python sample.py --ckpt=out/pairs --prompt="Who?" --cfg_scale=0.8     guided by the prompt
-    echo "The list" | python sample.py --prompt=FILE:/dev/stdin           from standard input
 
 - Whatever is not masked is a condition and never changes: a prompt, the text around a gap.
 - A network call gives p(x0_i | visible) at the positions that are due; a token is drawn at each.
@@ -44,7 +43,7 @@ from lib import subject as subjects
 from lib.bar import progress_bar
 from lib.cache import Cache, OrderCache
 from lib.device import calls_on_device, can_compile, compile_hidden, wait
-from lib.entries import check_ids, keys_read
+from lib.entries import check_ids, check_left_to_right, keys_read
 from lib.stats import Probabilities, entropy_of, finite
 from lib.text import gapped_ids, is_asked, say, suppress_eos, suppress_tokens, text_of, text_or_file
 from lib.watch import watch
@@ -271,11 +270,11 @@ def sample_ar(model, x, o, suppress=None, progress=False):
     Like `sample`, without guidance. Prompts may differ in length: the first call reads what all
     sequences of the batch are given, and each later call adds one position, drawn or given.
     """
-    require(o["cfg_scale"] == 0, "cfg_scale needs a masked diffusion model, not a causal one")
     began = time.time()
     (N, L), B = x.shape, o["batch_size"]
     x = x.clone()  # (N, L)
     masked = (x == model.mask_id).cpu()  # (N, L)
+    check_left_to_right(masked, o)
     noise = philox.uniforms(o["seed"], samplers.STREAMS["token"], range(N), L)  # (N, L)
     noise, to_fill = fused.moved(x.device, noise, masked)
     suppress = torch.full_like(x, -1) if suppress is None else suppress.to(x.device)  # (N, L)
@@ -356,14 +355,18 @@ def rows_to_fill(config, subject):
     return x.to(model.device), suppress, end, eos_id
 
 
+def suits(trained):
+    """Keys for a model trained with a config: ANSWERS after examples, the order that it learnt."""
+    keys = ANSWERS if trained.get("example_width") else {}
+    if trained["attention"] == "causal":  # left to right, whatever the sampler
+        keys = {key: keys[key] for key in keys if key != "sampler"}
+    return keys | subjects.order_of("sampler", trained, SAMPLERS)
+
+
 def suited(config, subject):
-    """The config with ANSWERS for a model of examples, except for keys that the user has set."""
-    if "user_keys" not in config or not subject.answers:
-        return config
-    answers = {key: ANSWERS[key] for key in ANSWERS if key not in config["user_keys"]}
-    if subject.causal:  # left to right, whatever the sampler
-        answers.pop("sampler", None)
-    return config | answers
+    """The config with what suits the model, except for keys that the user has set."""
+    keys = suits(subject.trained)
+    return config | {key: keys[key] for key in keys if key not in config.get("user_keys", keys)}
 
 
 def converse(config, subject):

@@ -46,6 +46,7 @@ from lib.budget import Clock, with_dial
 from lib.files import Stop
 from lib.optim import clip_gradient, learning_rate, make_optimizers, set_learning_rate, update_ema
 from lib.stats import NotFinite, report
+from lib.subject import order_of
 from lib.weighting import LOSS_WEIGHTS, MASK_RATES
 
 DEFAULTS = {
@@ -102,7 +103,6 @@ MODULES = (settings, diffusion, network, lib.log, sys.modules[__name__])  # whos
 ORDERS, OPTIMIZERS, LR_DECAYS = diffusion.ORDERS, optim.OPTIMIZERS, optim.LR_DECAYS
 # Where the counters of other random numbers begin; the rows of a batch use those below.
 STREAMS = {"length": 2**62, "dropout": 2**62 + 1, "prompt_drop": 2**61, "order": 2**60}
-
 FIXED, VARYING = 16, 128  # masked_idx is padded to a multiple of this, if N is fixed or varies
 
 
@@ -290,6 +290,7 @@ def evaluate_held_out(config, step, model, val, team):
     """Evaluate the held-out requests, each process its share -> (dict, line) of `report`."""
     mine = parallel.my_share([len(prompt) + len(answer) for prompt, answer in val.requests], team)
     options = {"draws": config["eval_draws"], "seed": config["seed"], "groups": mine}
+    options |= order_of("estimator", config, evaluate.ESTIMATORS)
     nats_of = None  # stays None if one is not finite: all processes must know
     with contextlib.suppress(NotFinite), team.autocast():
         nats = evaluate.answer_nats(model, [val.requests[i] for i in mine], **options).tolist()
@@ -325,8 +326,8 @@ def one_sample(config, model, tokenizer, val, team):
     L = config["example_width"] or config["block_size"]
     x = torch.full((1, L), model.mask_id, device=team.device)  # (1, L)
     x[0, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
-    keys = ("sampler", "temperature") if config["example_width"] else ()  # as in sample.py
-    options = {"seed": config["seed"]} | {key: sample.ANSWERS[key] for key in keys}
+    keys = {"seed": config["seed"]} | sample.suits(config)
+    options = {key: keys[key] for key in keys if key in sample.OPTIONS}
     with team.autocast():
         ids = sample.sample(model, x, **options)[0][0].tolist()
     parallel.reshard(model)
@@ -365,7 +366,7 @@ def train(config, team):
         batches = loader.prefetch(batches)
 
     log = lib.log.Log(config, model, dataset, clock, team)
-    log.say_start(model, dataset, val, "averaged" if ema else "raw")
+    log.say_start(model, dataset, val, ema, **order_of("order", config, evaluate.ESTIMATORS))
     result, stopped = None, 0
     with Stop() as stop, log, parallel.together(path, team), contextlib.closing(batches):
         for step in clock:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from config import ROOT, Table, UserError, require, shown
+from config import ROOT, Table, UserError, plural, require, shown
 from data import loader
 from lib.files import optional
 
@@ -187,8 +187,8 @@ def named(name, texts, load):
         return tokenizer
     new = "".join(sorted(characters(texts) - {*tokenizer.alphabet}))
     if new:
-        end = ", the first of which ends answers" if "\0" in new else ""
-        print(f"{name} has no {new!r}: added to its alphabet{end}, for --init_from= to learn")
+        end = " ('\\x00' ends an answer)" if "\0" in new else ""
+        print(f"{plural(len(new), 'new character')} beside those of {name}: {new!r}{end}")
     return Char(tokenizer.alphabet + new)
 
 

@@ -190,7 +190,7 @@ def say_unheld(folder, meta, fraction):
     if fraction and not held:
         print(f"{folder} is too short to hold anything out: it trains without evaluations")
     elif not about_right(held, total, fraction) and 0 < fraction < 1:
-        reason = f"not val_fraction {fraction}, for some documents are much longer than others"
+        reason = f"not val_fraction {fraction}: documents are whole, and equal ones stay together"
         print(f"{folder} holds {held / total:.0%} of its tokens out, {reason}")
 
 

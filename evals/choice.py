@@ -131,7 +131,8 @@ def decoded(model, requests, **options):
         prompt = torch.tensor([len(requests[i][0]) for i in members])  # (n,)
         x = torch.where(torch.arange(W) < prompt[:, None], x0, model.mask_id)  # (n, W)
         x = x.to(model.device)
-        greedy = {"sampler": "confidence", "steps": W, "temperature": 0}
+        sampler = "left_to_right" if model.causal else "confidence"
+        greedy = {"sampler": sampler, "steps": W, "temperature": 0}
         tokens, _ = sample.sample(model, x, **greedy, **options)  # (n, W)
         right[members] = (tokens.cpu() == x0).all(1).numpy()
     return right
@@ -157,6 +158,7 @@ def main(config):
     check(config)
     questions, path = sets.read(config["set"], config["from"], config["limit"])
     subject = subjects.load_evaluable(config, reads_text=True)
+    config = subjects.in_its_order(config, subject, "estimator", evaluate.ESTIMATORS)
     check_network(config, subject, "cfg_scale", "pad_to")
     began, model, L = time.time(), subject.model, subject.model.block_size
     require(config["pad_to"] <= L, f"pad_to must be at most the block's {L} tokens")

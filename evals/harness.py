@@ -156,6 +156,7 @@ def generated(subject, config, cuts, requests):
         )
         groups[len(prompt), n, temperature].append((i, prompt))
     keys = options(config, "sampler", "steps", "schedule", "cfg_scale")
+    keys |= {"sampler": "left_to_right"} if model.causal else {}
     for (_, n, temperature), members in groups.items():
         x = torch.tensor([[*prompt, *[model.mask_id] * n] for _, prompt in members])  # (N, P + n)
         x = x.to(model.device)
@@ -188,6 +189,8 @@ def main(config):
     """Run the tasks on config["ckpt"], print the harness's table, return its results as a dict."""
     check(config)
     subject = subjects.load_evaluable(config, reads_text=True)
+    config = subjects.in_its_order(config, subject, "estimator", evaluate.ESTIMATORS)
+    config = subjects.in_its_order(config, subject, "sampler", SAMPLERS)
     choice.check_network(config, subject, "cfg_scale")
     lm_eval, LM, TaskManager = packages()
     manager = TaskManager(include_path=config["include_path"] or None)

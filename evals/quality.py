@@ -49,7 +49,7 @@ from data.tokenizer import from_meta
 from lib.device import machine
 from lib.files import optional
 from lib.stats import FEWEST, finite, mean_and_error, perplexity, plus_minus
-from lib.subject import load_evaluable
+from lib.subject import in_its_order, load_evaluable
 
 DEFAULTS = {
     "judge": "",  # anything checkpoint.load takes, or hf:NAME, a causal model of transformers
@@ -255,7 +255,9 @@ def samples_of(config):
         return read_samples(config["samples"]), f"from {config['samples']}"
     for_sample = {key: value for key, value in config.items() if key not in DEFAULTS}
     with contextlib.redirect_stdout(None):  # the samples themselves are not wanted
-        records = sample.fill(for_sample, sample.open_model(for_sample))
+        subject = sample.open_model(for_sample)
+        config = in_its_order(config, subject, "sampler", sample.SAMPLERS)
+        records = sample.fill(for_sample | {"sampler": config["sampler"]}, subject)
     keys = ("sampler", "steps", "temperature", "top_k", "top_p", "cfg_scale", "seed")
     options = ", ".join(f"{key} {config[key]}" for key in keys)
     return records, f"from {config['ckpt']}: {options}; noise float64"

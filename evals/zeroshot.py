@@ -24,7 +24,7 @@ from config import UserError, choose, plural, require
 from data import loader
 from lib.files import to_json, whole_file
 from lib.stats import shown_perplexity
-from lib.subject import load_evaluable, open_text
+from lib.subject import in_its_order, load_evaluable, open_text
 
 DEFAULTS = {
     "sets": "all",  # all, or a list such as lambada,ptb
@@ -48,6 +48,7 @@ def main(config):
     # after the first set.
     keep(config["out"], finished(config["out"]))
     subject = load_evaluable(config)
+    config = in_its_order(config, subject, "estimator", evaluate.ESTIMATORS)
     for folder in folders.values():
         open_text(config, subject, folder, "test")
     weights, rows = digest(subject.model), []

@@ -82,6 +82,7 @@ class Solver:
         self.width, self.eos = trained["example_width"], trained["eos_id"]
         keys = ("sampler", "steps", "cfg_scale", "seed")
         self.options = {"temperature": 0.0, "batch_size": 32} | {key: config[key] for key in keys}
+        self.options |= {"sampler": "left_to_right"} if model.causal else {}
 
     def fill(self, prompts):
         """Complete examples: prompts, a list of ids -> the text behind each, up to an eos."""

@@ -1,6 +1,6 @@
 """Training curves of one run or several, in one picture.
 
-    python -m experiments.plot_log out/a out/b --out=curves.png
+    python -m experiments.plot_log out/a out/b [--out=curves.png]
 
 Against steps, tokens and floating-point operations. Solid lines are the NELBO of the training
 batches, smoothed and faintly as logged; dashed ones, where a run trains by other weights, the loss
@@ -21,7 +21,7 @@ from lib import program
 from lib.files import optional, whole_file
 
 DEFAULTS = {
-    "out": "curves.png",  # the picture
+    "out": "",  # the picture; empty: curves.png in the first folder
     "smooth": 0.03,  # a point is the mean over this part of its run, in [0, 1]; 0: as logged
 }
 
@@ -134,12 +134,12 @@ def limits(runs, part):
 
 
 def main(config):
-    """Draw config["folders"] into the file config["out"] -> {folder: last bound, or nan}."""
+    """Draw config["folders"] into one picture -> {folder: last bound, or nan}."""
     folders = config["folders"]
-    require(folders, "say which runs: python -m experiments.plot_log OUT_DIR ... --out=curves.png")
+    require(folders, "say which runs: python -m experiments.plot_log OUT_DIR ...")
     many = f"{len(folders)} runs are too many to be told apart in one picture: {MOST} at most"
     require(len(folders) <= MOST, many)
-    require(config["out"], "say where the picture goes: --out=curves.png")
+    out = config["out"] or Path(folders[0], "curves.png")
     runs = [(folder, read_log(folder)) for folder in folders]
     optional("matplotlib", "drawing").use("Agg")
     from matplotlib import pyplot
@@ -155,10 +155,10 @@ def main(config):
     title = "solid: NELBO of training batches; dashed: the loss by training's own weights; "
     title += "dots: held-out bound, 95% interval, the last one in figures"
     figure.legend(*names, loc="outside lower center", ncols=2, title=title, frameon=False)
-    with whole_file(config["out"]) as path:
+    with whole_file(out) as path:
         figure.savefig(path, format="png", dpi=110)
     pyplot.close(figure)
-    print(f"wrote {config['out']}")
+    print(f"wrote {out}")
     last = lambda held_out: held_out[-1, 0] if len(held_out) else math.nan  # noqa: E731
     return {folder: last(held_out) for folder, (_, held_out) in runs}
 

@@ -129,7 +129,8 @@ def ask(net, items, cfg_scale=0.0, least=2):
         row[: len(ids)] = torch.tensor(ids)
     least = min(least, model.block_size - max(map(len, prompts)))  # as many as there is room for
     suppress = sample.suppress_eos(x, map(len, prompts), least, tokenizer.eot)  # (N, L)
-    options = {"sampler": "smdm_greedy", "steps": ctx.config["steps"], "cfg_scale": cfg_scale}
+    sampler = "left_to_right" if model.causal else "smdm_greedy"
+    options = {"sampler": sampler, "steps": ctx.config["steps"], "cfg_scale": cfg_scale}
     options |= {"temperature": 0.0, "batch_size": 100}
     with ctx.autocast():
         out, _ = sample.sample(model, x, suppress, **options)  # (N, L)

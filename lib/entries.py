@@ -13,7 +13,8 @@ train.main or sample.main:
     # m(t), the probability that a token is masked at time t, and its slope m'(t)
     diffusion.SCHEDULES["square"] = lambda t: (t**2, 2 * t)
 
-    # numbers (B, L) to sort positions by, from noise and place (B, L), coin (B, 1) and order_p
+    # numbers (B, L) to sort positions by, from noise and place (B, L), coin (B, 1) and order_p;
+    # a sampler and an estimator of the same name are the default for a network that learnt it
     diffusion.ORDERS["ends_first"] = lambda noise, place, coin, p: 0.1 * noise - abs(place - 0.5)
 
 
@@ -48,16 +49,18 @@ from config import require
 from lib.philox import uniforms
 
 
-def check_ids(model, name, x, mask=None, values=False, causal=True):
+def check_ids(model, name, x, mask=None, values=False, causal=None):
     """Raise UserError unless x holds ids (B, L) and the mask, if given, is bool (B, L).
 
-    causal: whether a causal network will do.
+    causal: whether the network must be causal, or must not; None: both will do.
     values: also require that the network can read x: ids in [0, mask_id], a check that waits for a
     GPU, and L at most block_size.
     """
     form = f"{name} must be ids (B, L) of int64"
-    masks = causal or not getattr(model, "causal", False)
-    require(masks, "a causal network predicts no masks; its loss is ar_nll")
+    is_causal = getattr(model, "causal", causal)
+    fits = causal is None or causal == is_causal
+    require(fits or causal, "a causal network has no masks: its loss is ar_nll")
+    require(fits, "ar_nll is for causal networks; the loss of this one is nelbo")
     is_tensor = torch.is_tensor(x)
     kind = f"{x.dtype} {tuple(x.shape)}" if is_tensor else f"a {type(x).__name__}"
     is_ids = is_tensor and x.dim() == 2 and x.dtype in (torch.int64, torch.int32)
@@ -71,6 +74,15 @@ def check_ids(model, name, x, mask=None, values=False, causal=True):
         require(x.shape[1] <= model.block_size, f"{form}, {most}, not {x.shape[1]}")
         inside = low >= 0 and high <= model.mask_id
         require(inside, f"{form}, each from 0 to {model.mask_id} (the mask), not {low} to {high}")
+
+
+def check_left_to_right(masked, o):
+    """Raise UserError for what a causal network cannot do with masked (N, L) bool and options o."""
+    require(o["cfg_scale"] == 0, "cfg_scale needs a masked diffusion model, not a causal one")
+    name, known = o["sampler"], ("left_to_right", "ancestral")  # the latter is sample's default
+    require(name in known, f"a causal network samples left to right: it has no sampler '{name}'")
+    given_later = masked.cummax(1).values & ~masked  # (N, L)
+    require(not given_later.any(), "a causal network cannot see what is given after a gap")
 
 
 def check_schedule(schedule):

@@ -87,15 +87,20 @@ class Log:
             self.say_end()
         return self.resources.__exit__(*error)
 
-    def say_start(self, model, dataset, val, weights):
+    def say_start(self, model, dataset, val, ema, order=""):
+        """Print what is trained and how it is evaluated; order: the one that it is evaluated in."""
         unit, by = "example" if self.config["example_width"] else "block", "exact"
-        if not self.causal:
+        if order:
+            by = f"along the order {order}"
+        elif not self.causal:
             by = f"upper bound by {plural(self.config['eval_draws'], 'draw')} each"
+            is_other = self.config["attention"] == "order" and self.config["order"] != "uniform"
+            by += f" of uniform orders, not of its own, {self.config['order']}" if is_other else ""
         size = f"{plural(len(dataset.tokens), 'training token')} in {plural(dataset.n, unit)}"
         self.say(f"{self.parameters:,} parameters; {size}")
         if val:
             held = f"{plural(len(val.requests), unit)} of {self.config['data']} val"
-            self.say(f"evaluations: {held}, {by}, {weights} weights")
+            self.say(f"evaluations: {held}, {by}, {'averaged' if ema else 'raw'} weights")
         else:
             self.say(f"no evaluations: {self.config['data']} holds nothing out")
         card, nominal = nominal_flops(model.device)

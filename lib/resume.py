@@ -94,6 +94,8 @@ def locked_out_dir(config, team):
     """
     refused = ""
     require(config["out_dir"], "say where the run is kept: --out_dir=FOLDER")
+    is_data = Path(config["out_dir"], "meta.json").is_file()
+    require(not is_data, f"out_dir {config['out_dir']} holds prepared data; choose another folder")
     with contextlib.ExitStack() as held:
         try:
             folder = Path(config["out_dir"])
@@ -242,7 +244,10 @@ def with_data(config, state, source):
     check_data(config, state, source, meta, width)
     same_data = resumed and state["config"].get("data") == data
     train_hash = (state["config"] if same_data else meta).get("train_hash")
-    config = config | {"vocab_size": meta["vocab_size"], "train_hash": train_hash}
+    V = meta["vocab_size"]
+    known = config["vocab_size"] in (V, network.DEFAULTS["vocab_size"])
+    require(known, f"vocab_size comes from the data: {data} has {V}; leave it out")
+    config = config | {"vocab_size": V, "train_hash": train_hash}
     return config | {"example_width": width, "eos_id": eos_id}
 
 

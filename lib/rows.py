@@ -35,7 +35,9 @@ class Requests(NamedTuple):
         for i, pair in enumerate(self.pairs):
             fits = len(pair) == 2 and all(are_ids(part, V) for part in pair)
             kind = f"must be ids (L,) from 0 to {V - 1}, at most {most} with those of its prompt"
-            require(fits and sum(map(len, pair)) <= most, f"request {i} {kind}")
+            given = np.asarray(pair[-1])
+            message = f"request {i} {kind}, not {given.dtype} {given.shape}"
+            require(fits and sum(map(len, pair)) <= most, message)
         return self
 
     def in_one_pass(self, model, estimator):

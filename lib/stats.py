@@ -7,6 +7,7 @@ import torch
 
 from config import UserError, plural
 
+MOST = 10**6  # draws a sequence that one would wait for
 FEWEST = 3  # values needed to estimate an error: two are too often close by chance
 
 
@@ -169,5 +170,6 @@ def certainty(result, precision, most, strata):
     if precision:
         need = math.ceil(draws * (half / precision) ** 2 / strata) * strata
         text += f"; not within +- {precision}"
-        return f"{text}: about {need} draws a sequence would be (--draws={need})"
+        more = f"it takes about {need} draws a sequence (--draws={need})"
+        return f"{text}; {more if need <= MOST else 'no number of draws is enough for that'}"
     return text

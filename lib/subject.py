@@ -51,9 +51,27 @@ def load_subject(config, reads_text=False, cast=True):
         tokenizer = tokenizer or from_meta(trained["tokenizer"])  # or a UserError
     if cast:
         cast_products(model, autocast)
+    if config.get("cfg_scale") and trained.get("example_width") and not trained.get("prompt_drop"):
+        print(f"{ckpt} never saw an answer without its prompt, as guidance does: --prompt_drop=0.1")
     weights = "averaged weights" if ema and trained.get("ema") else "raw weights"
     words = f"{dtype_name(autocast, device)}, {weights}, seed {config['seed']}"
     return Subject(model, tokenizer, trained, autocast, words)
+
+
+def order_of(key, trained, table):
+    """{key: name} of the order that an `order` network learnt, if `table` has that name; else {}.
+
+    key: sampler or estimator. A network that learnt a single order is asked in that order; uniform
+    orders, which it has never seen, would say nothing of it.
+    """
+    order = trained.get("order") if trained.get("attention") == "order" else None
+    return {key: order} if order in table else {}
+
+
+def in_its_order(config, subject, key, table):
+    """The config of a command with order_of, unless the user has set the key."""
+    chosen = key in config.get("user_keys", (key,))
+    return config if chosen else config | order_of(key, subject.trained, table)
 
 
 def check_causal(config):
@@ -99,7 +117,8 @@ def ids_of_text(subject, config):
         ids += [subject.trained["eos_id"]] * (1 if model.causal else max(1, most - n + 1))
     unit = f"an example of {width}, with eos" if width else "block_size"
     after = f", after a prompt of {len(head)}" if head else ""
-    message = f"a text must have from 1 to {max(0, most)} tokens ({unit}{after}), not {n}"
+    require(most > 0, f"the prompt is {plural(len(head), 'token')}: no room for a text in {unit}")
+    message = f"a text must have from 1 to {most} tokens ({unit}{after}), not {n}"
     require(0 < n <= most, message)
     given = " | no prompt" if width else ""
     given = f" | {shown(before)}, {plural(len(head), 'token')}, not scored" if head else given

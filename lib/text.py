@@ -59,7 +59,7 @@ def gapped_ids(tokenizer, model, prompt="", suffix="", template="", length=0):
     tail = encode(tokenizer, model, suffix, start=False)
     n_new = length - len(head) - len(tail)
     given = plural(length - n_new, "token")
-    message = f"prompt and suffix are {given}, which leaves nothing of length {length} to fill"
+    message = f"prompt and suffix are {given} of {length}: none is left to fill"
     require(n_new > 0, message)
     return head + [model.mask_id] * n_new + tail
 
@@ -104,11 +104,11 @@ def by_token(tokenizer, ids, nats, n):
 
 
 def check_text(config, of_data):
-    """Raise UserError if --text is missing, or for keys that are of data and not of --text."""
+    """Raise UserError if --text is missing, or for keys that do not go with it."""
     is_asked = "text" in config.get("user_keys", ()) or config["prompt"]
     require(config["text"] or not is_asked, "the text to score is empty: give --text=")
     if config["text"]:
-        refuse_typed(config, of_data, "is of data, not of --text")
+        refuse_typed(config, of_data, "does not go with --text")
 
 
 def is_asked(config, answers):

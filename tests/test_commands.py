@@ -195,6 +195,8 @@ BAD = {
         "code.py must hold one Python dict literal",
     ),
     "no equals sign": ([*TRAIN, "--batch_size"], "write --batch_size=VALUE"),
+    "a preset without its folder": (["train", "pydocs"], "did you mean configs/pydocs.py?"),
+    "no dashes": (["train", "max_iters=3"], "did you mean --max_iters=3?"),
     "two lines": ([*SAMPLE, "--template=the\ncat"], "the template has no gap"),
     # What training cannot do
     "objective": (
@@ -212,6 +214,10 @@ BAD = {
     "mlp": ([*TRAIN, "--mlp=relu"], "unknown mlp 'relu'; did you mean 'relu2'?"),
     "zero init": ([*TRAIN, "--zero_init=yes"], "unknown zero_init 'yes'"),
     "size": ([*TRAIN, "--size=18M"], "unknown size '18M'"),
+    "vocabulary": ([*TRAIN, "--vocab_size=9"], "vocab_size comes from the data: data has "),
+    "a run among data": ([*TRAIN, "--out_dir=data"], "out_dir data holds prepared data"),
+    "a huge batch": ([*TRAIN, "--batch_size=1e9"], "batch_size must be at most 1048576"),
+    "ema": ([*TRAIN, "--ema=1"], "ema must be in [0, 1), not 1"),
     "no layers": ([*TRAIN, "--n_layer=-1"], "n_layer must be 0 or more, not -1"),
     "no block": ([*TRAIN, "--block_size=0"], "block_size must be 1 or more, not 0"),
     "no batch": ([*TRAIN, "--batch_size=-1"], "batch_size must be 0 or more, not -1"),
@@ -251,7 +257,7 @@ BAD = {
     ),
     "an old key": ([*TRAIN, "--causal=True"], "unknown key --causal; did you mean 'attention'?"),
     "seed": ([*TRAIN, "--seed=-1"], "seed must be 0 or more, not -1"),
-    "device": ([*TRAIN, "--device=gpu"], "unknown device 'gpu'"),
+    "device": ([*TRAIN, "--device=gpu"], "unknown device 'gpu'; did you mean 'cuda'?"),
     "device number": ([*TRAIN, "--device=cpu:x"], "cpu:x"),
     "dtype": ([*TRAIN, "--dtype=half"], "unknown dtype 'half'"),
     # Data

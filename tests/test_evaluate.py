@@ -143,7 +143,7 @@ def test_where_the_draws_do_not_suffice_the_program_says_how_many_would(program,
     out = capsys.readouterr().out
     need = int(out.split("(--draws=")[1].split(")")[0])
     assert few["draws"] == 32 and few["draw_half"] > 0.01 and need % 4 == 0
-    assert f"not within +- 0.01: about {need} draws a sequence would be" in out
+    assert f"not within +- 0.01; it takes about {need} draws a sequence" in out
     enough, _ = program(precision=0.01, draws=2 * need)
     assert need / 2 < enough["draws"] < 2 * need
 

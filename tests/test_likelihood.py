@@ -690,6 +690,15 @@ def test_draws_that_agree_are_draws_all_the_same():
     assert certainty(result | {"draws": 0}, 0.0, 8, 4).startswith("no draws: ")
 
 
+def test_the_draws_for_a_smaller_interval_are_told_if_anybody_could_wait_for_them():
+    result = {"draw_error": 0.1, "draw_half": 0.2, "rows": 8, "calls": 1, "seconds": 1.0}
+    result |= {"sequences": 4, "draws": 8}
+    assert certainty(result, 0.02, 8, 4).endswith(
+        "it takes about 800 draws a sequence (--draws=800)"
+    )
+    assert certainty(result, 1e-9, 8, 4).endswith("no number of draws is enough for that")
+
+
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_report_of_two_sequences_calls_them_too_few_for_an_interval(n):
     result, text = report([20.0, 30.0][:n], [10, 10][:n], bytes_per_token=4.0)

@@ -310,6 +310,26 @@ def test_an_order_network_learns_answers_and_resumes_as_if_never_stopped(folder,
     assert both[0]["nats_per_token"] == both[1]["nats_per_token"]
 
 
+def test_a_network_that_learnt_one_order_is_asked_in_that_order(folder, tmp_path, capsys):
+    out = tmp_path / "right"
+    trained = train.main(config_of(folder, out, "--order=right_to_left"))
+    assert "along the order right_to_left" in capsys.readouterr().out
+    ask = [f"--ckpt={out}", "--device=cpu", "--dtype=float32", "--sequences=8"]
+    results = {
+        words: evaluate.main(settings.parse([*ask, *words], *evaluate.MODULES))
+        for words in ((), ("--estimator=right_to_left",), ("--estimator=any_order",))
+    }
+    own, named, other = (result["nats_per_token"] for result in results.values())
+    assert own == named == pytest.approx(trained["nats_per_token"]) and other > own + 0.1
+    config = settings.parse(ask[:3], *decoding.MODULES)
+    subject = decoding.open_model(config)
+    assert decoding.suited(config, subject)["sampler"] == "right_to_left"
+    config = settings.parse([*ask[:3], "--sampler=euler"], *decoding.MODULES)
+    assert decoding.suited(config, subject)["sampler"] == "euler"
+    train.main(config_of(folder, tmp_path / "near", "--order=local", "--max_iters=1"))
+    assert "of uniform orders, not of its own, local" in capsys.readouterr().out
+
+
 def test_a_batch_of_examples_has_prompts_first_and_counts_what_follows(folder):
     config = config_of(folder, "unused") | {"example_width": 6, "start_id": -1}
     dataset = examples.Examples(folder, "train")

@@ -162,7 +162,7 @@ def test_every_program_and_key_that_a_page_names_is_there(capsys):
             keys_of[program] |= {word[2:].partition("=")[0] for word in words if word[:2] == "--"}
     assert {"train.py", "sample.py", "-m lib.checkpoint", "-m evals.choice"} <= keys_of.keys()
     for program, keys in keys_of.items():
-        if program in ("-m pip", "-m pytest", "-m venv") or "NAME" in program:
+        if program in ("-m pip", "-m pytest", "-m venv", "mine.py") or "NAME" in program:
             continue
         name = program.removeprefix("-m ")
         path = name if program.endswith(".py") else name.replace(".", "/") + ".py"

@@ -72,7 +72,7 @@ def test_a_template_has_gaps_anywhere():
         ({"length": 31}, "length must be at most block_size 30, not 31"),
         (
             {"prompt": "a" * 30},
-            "prompt and suffix are 30 tokens, which leaves nothing of length 30 to fill",
+            "prompt and suffix are 30 tokens of 30: none is left to fill",
         ),
         ({"prompt": "a" * 99}, "prompt and suffix are 99 tokens"),
         ({"prompt": "abc", "suffix": "de", "length": 5}, "prompt and suffix are 5 tokens"),

@@ -344,6 +344,15 @@ def command(ckpt):
     return config | {"temperature": 3.0}
 
 
+def test_guidance_of_answers_that_always_had_their_prompts_is_told(data, tmp_path, capsys):
+    for drop, said in ((0.0, True), (0.1, False)):
+        out = tmp_path / str(drop)
+        run(data, out, max_iters=1, prompt_drop=drop)
+        capsys.readouterr()
+        fill(command(out) | {"cfg_scale": 0.8})
+        assert ("--prompt_drop=0.1" in capsys.readouterr().out) == said
+
+
 def fill(config):
     return sample.fill(config, sample.open_model(config))
 
@@ -400,13 +409,14 @@ def test_an_answer_costs_given_its_prompt_what_it_does_as_it_was_trained(
 ):
     words = [f"--ckpt={small(data, tmp_path, objective=objective)}", "--prompt=b1: ", "--text=bb"]
     words += ["--device=cpu", "--dtype=float32"]
-    words += [] if objective == "ar" else ["--estimator=chain", "--draws=4"]
+    keys = {} if objective == "ar" else {"estimator": "chain", "draws": 4}
+    words += [f"--{key}={value}" for key, value in keys.items()]
     capsys.readouterr()
     result = evaluate.main(settings.parse(words, *evaluate.MODULES))
     said = capsys.readouterr().out
     padding = [0] * (7 if objective == "any_order" else 0)
     requests, model = [([*b"b1: "], [*b"bb", 0, *padding])], checkpoint.load(str(tmp_path))[0]
-    nats = evaluate.answer_nats(model, requests, estimator="chain", draws=4).item()
+    nats = evaluate.answer_nats(model, requests, **keys).item()
     assert result["total"] == pytest.approx(nats, rel=1e-5) and result["prompt"] == [*b"b1: "]
     assert f", {result['total'] / 3:.4f} per token\n" in said  # the answer and its eos
     assert ("  7 more of the last, to the width of the examples\n" in said) == bool(padding)

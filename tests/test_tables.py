@@ -102,13 +102,23 @@ NO_IDS = {  # calls of the library with what the network cannot read
         lambda: diffusion.ar_nll(CAUSAL, X[0]),
         lambda: diffusion.order_nll(MODEL, X[0], X[0]),
     ),
-    "a causal network predicts no masks; its loss is ar_nll": (
+    "a causal network has no masks: its loss is ar_nll": (
         lambda: diffusion.nelbo(CAUSAL, 0 * X, MASK, ONE),
     ),
     "a causal network is exact: it needs no estimator, and has no 'chain'": (
         lambda: evaluate.estimate(CAUSAL, 0 * X, estimator="chain"),
         lambda: evaluate.token_nats(CAUSAL, [0], estimator="chain"),
     ),
+    "ar_nll is for causal networks; the loss of this one is nelbo": (
+        lambda: diffusion.ar_nll(MODEL, 0 * X),
+    ),
+    "a causal network cannot see what is given after a gap": (
+        lambda: sample.sample(CAUSAL, torch.tensor([[0, V, 0, V]])),
+    ),
+    "a causal network samples left to right: it has no sampler 'confidence'": (
+        lambda: sample.sample(CAUSAL, X, sampler="confidence"),
+    ),
+    "cfg_scale needs a masked diffusion model": (lambda: sample.sample(CAUSAL, X, cfg_scale=1),),
     "the mask must be bool in the shape of x0, (1, 4)": (
         lambda: diffusion.nelbo(MODEL, 0 * X, MASK[:, 1:], ONE),
         lambda: diffusion.nelbo(MODEL, 0 * X, X, ONE),
