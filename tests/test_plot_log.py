@@ -97,8 +97,8 @@ def test_one_to_eight_runs_make_one_picture(tmp_path, runs):
         log(tmp_path / f"run_{i}", line(1, 5.0), line(2, 4.0 - i / 10), evaluation(2, 4.0))
         for i in range(runs)
     ]
-    last = plot_log.main(CONFIG | {"folders": folders, "out": str(tmp_path / "out.png")})
-    picture = (tmp_path / "out.png").read_bytes()
+    last = plot_log.main(CONFIG | {"folders": folders})
+    picture = (tmp_path / "run_0" / "curves.png").read_bytes()
     assert picture[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", picture[16:24])[0] == 1650
     assert last == dict.fromkeys(folders, 4.0)
 
@@ -136,7 +136,6 @@ def test_what_cannot_be_drawn_is_named(tmp_path):
     assert "9 runs are too many" in refusal(folders=[whole] * 9)
     with pytest.raises(UserError, match=r"smooth must be in \[0, 1\], not 2.0"):
         options({"smooth": 2.0}, plot_log)
-    assert "say where the picture goes" in refusal(folders=[whole], out="")
     assert "cannot write" in refusal(folders=[whole], out=str(tmp_path))
     assert not (tmp_path / out).exists()
 
