@@ -37,7 +37,6 @@ ENDS = {"ckpt": (".pt", ".pth", ".safetensors"), "data": "meta.json", "out_dir":
 RENAMED = {  # names from earlier versions (in old commands and checkpoints) or from other code
     "causal": "attention",
     "cfg": "cfg_scale",
-    "gpu": "cuda",
     "lr": "learning_rate",
     "min_tokens": "min_new_tokens",
     "mlp_hidden": "mlp_width",

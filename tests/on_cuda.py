@@ -259,8 +259,10 @@ def test_the_causal_baseline_waits_for_no_token(cuda):
     assert torch.equal(there_tokens.cpu(), sample.sample(model, x, batch_size=2)[0])
 
 
-@pytest.mark.parametrize("attention", ["full", "causal", "order"])
-@pytest.mark.parametrize("estimator", evaluate.ESTIMATORS)
+ASKED = [*itertools.product(evaluate.ESTIMATORS, ("full", "order")), ("left_to_right", "causal")]
+
+
+@pytest.mark.parametrize(("estimator", "attention"), ASKED)
 def test_an_estimate_is_that_of_the_cpu_and_waits_only_when_all_is_asked(
     estimator, attention, cuda
 ):

@@ -257,7 +257,7 @@ BAD = {
     ),
     "an old key": ([*TRAIN, "--causal=True"], "unknown key --causal; did you mean 'attention'?"),
     "seed": ([*TRAIN, "--seed=-1"], "seed must be 0 or more, not -1"),
-    "device": ([*TRAIN, "--device=gpu"], "unknown device 'gpu'; did you mean 'cuda'?"),
+    "device": ([*TRAIN, "--device=gpu"], "unknown device 'gpu'"),
     "device number": ([*TRAIN, "--device=cpu:x"], "cpu:x"),
     "dtype": ([*TRAIN, "--dtype=half"], "unknown dtype 'half'"),
     # Data

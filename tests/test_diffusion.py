@@ -684,6 +684,8 @@ def test_the_autoregressive_loss_and_its_gradients_are_those_of_the_plain_loss(k
 class LeftToRight(Table):
     """The table as a causal network: position i of the shifted input knows x0 before i alone."""
 
+    causal = True
+
     def hidden(self, x):
         known = torch.ones(L, L).tril(-1).bool()  # row i: what position i knows
         x0 = x.roll(-1, 1)[:, None]  # (B, 1, L)

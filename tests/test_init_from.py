@@ -145,7 +145,7 @@ def test_of_data_with_more_characters_it_is_said_which_and_how_to_go_on(tmp_path
     (tmp_path / "more.txt").write_text(("abcdé" * 40 + "\n\n" + "abc\n" * 50) * 20)
     words = [f"--input={tmp_path / 'more.txt'}", f"--out={text}", f"--tokenizer={out}"]
     prepare.main(settings.parse(words, prepare, tokenizer))
-    assert f"{out} has no '\\né': added to its alphabet" in capsys.readouterr().out
+    assert f"2 new characters beside those of {out}: '\\né'\n" in capsys.readouterr().out
     with pytest.raises(
         UserError, match=r"the data also have '\\né'; begin .*--init_from=.*--out_dir="
     ):

@@ -303,8 +303,10 @@ def test_finite_weights_whose_numbers_are_not_are_noticed_where_these_are_used(
     assert "\n" not in str(error.value) and not (world / "out.jsonl").exists()
 
 
-@pytest.mark.parametrize("attention", ["full", "order", "causal"])
-@pytest.mark.parametrize("sampler", sample.SAMPLERS)
+SAMPLED = [*itertools.product(sample.SAMPLERS, ("full", "order")), ("left_to_right", "causal")]
+
+
+@pytest.mark.parametrize(("sampler", "attention"), SAMPLED)
 def test_a_sampler_on_another_device_notices_when_the_numbers_arrive(
     sampler, attention, monkeypatch
 ):
