@@ -8,9 +8,8 @@
 - A masked diffusion model gives a bound (NELBO: negative evidence lower bound), estimated from
   draws of the corruption; a causal model gives an exact number. A conditional likelihood, -log
   p(answer | prompt), never masks the prompt. A text is an answer to an empty prompt.
-- A draw is one random corruption of a sequence, a row is one input of the network, and a set is the
-  draws that are stratified together. An estimator is either a function (what does a row mask and
-  count?) or an order, along which the chain rule is applied.
+- A draw is a random corruption of a sequence, a row an input of the network, a set the draws that
+  are stratified together. An estimator is a function (what a row masks and counts) or an order.
 
     any_order        one row per draw: k tokens are masked, and each counts L/k times
     lambda_dce, t_dce, t_dse   the same, drawn so that no mask is empty (importance_sampled)
@@ -21,7 +20,8 @@
                      to the likelihood of the mixture of all orders (as in arXiv 1509.00519)
     left_to_right, right_to_left   the exact -log p of sampling in that order (SMDM): no draws
 
-  An `order` network gives all terms in one pass: one row per draw. An order it learnt is its own.
+  An `order` network gives all terms in one pass: a row per draw. If it learnt left_to_right or
+  right_to_left alone, that is the default.
 
 - Two 95% intervals are printed: the mean +- Student's t times a standard error. Sequence s of S has
   l_s tokens and n_s nats, the mean over R sets of draws; r = sum n / sum l.
