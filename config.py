@@ -322,7 +322,8 @@ def meant(word, keys):
     if "=" in word and word.partition("=")[0] in keys:
         return f"; did you mean --{word}?"
     preset = Path("configs", f"{Path(word).name}.py")
-    return f"; did you mean {preset}?" if os.path.isfile(ROOT / preset) else taker(word, keys)
+    there = os.path.isfile(ROOT / preset)
+    return taker(word, keys) or (f"; did you mean {preset}?" if there else "")
 
 
 def taker(path, keys):

@@ -246,7 +246,7 @@ def order_nll(model, x0, order, weight=None):
     order[b, k] (B, L) is the position unmasked k-th, terms[b, k] its CE times weight (B, L) or 1,
     no gradient. Their sum, averaged over uniform orders, is the any_order bound: no k is drawn.
     """
-    check_ids(model, "x0", x0)
+    check_ids(model, "x0", x0, order=order)
     target = x0.gather(1, order)  # (B, L) in the order in which they are unmasked
     clean = torch.nn.functional.pad(target[:, :-1], (1, 0), value=model.mask_id)  # (B, L)
     positions = torch.cat([order.new_zeros(len(order), 1), order[:, :-1], order], dim=1)  # (B, 2L)

@@ -64,8 +64,8 @@ DEFAULTS = {
     "prompt": "",  # what precedes the text (or FILE:PATH): a condition, which is not scored
     "split": "val",  # the split of the folder to evaluate
     "estimator": "any_order",  # one of ESTIMATORS (SMDM: lambda_dce); a causal network needs none
-    "draws": 16,  # per sequence, 1 or more; if precision is given, the maximum
-    "strata": 4,  # draws stratified together, 1 or more (1: independent); K of estimator=orders
+    "draws": 16,  # per sequence, in [1, 1e6]; if precision is given, the maximum
+    "strata": 4,  # draws stratified together, in [1, 1e6] (1: independent); K of estimator=orders
     "precision": 0.0,  # stop at a 95% interval of +- this many nats per token; 0: take all draws
     "sequences": 0,  # blocks to evaluate, evenly spaced over the split; 0: all
     "block_size": 0,  # tokens per block; 0: the model's block_size

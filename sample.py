@@ -387,7 +387,7 @@ def converse(config, subject):
 def main(config):
     """Fill the request of the command; without one, in a terminal, ask for prompts."""
     subject = open_model(config)
-    config = suited(config, subject)
+    config = subjects.in_its_order(suited(config, subject), subject, "sampler", SAMPLERS)
     sampler = "left_to_right" if subject.causal else config["sampler"]
     read = keys_read(SAMPLERS[sampler], samplers.calls, config)
     settings.refuse_unused(config, USED_BY, config | {"causal": subject.causal, "read": read})

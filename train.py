@@ -92,7 +92,7 @@ DEFAULTS = {
     # evaluation, checkpoints and the log
     "eval_interval": 0,  # steps between evaluations; 0: ten per run, in a tenth of its minutes
     "eval_sequences": 64,  # held-out blocks per evaluation, 1 or more
-    "eval_draws": 4,  # draws of the corruption for each block, 1 or more
+    "eval_draws": 4,  # draws of the corruption for each block, in [1, 1e6]
     "show_sample": True,  # print one unconditional sample at each evaluation
     "save_interval": 0,  # steps between checkpoints; 0: as eval_interval
     "keep": 1,  # last checkpoints to keep, 1 or more (above 1: ckpt_STEP.pt); best.pt always stays

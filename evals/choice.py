@@ -53,7 +53,7 @@ DEFAULTS = {
     "set": "hellaswag",  # one of READERS
     "from": "",  # the set's file (.jsonl, .jsonl.gz, .jsonl.xz), or a folder with one SET*.jsonl*
     "limit": 0,  # only the first `limit` questions, as in lm-evaluation-harness; 0: all
-    "draws": 128,  # per option, stratified; 1 or more
+    "draws": 128,  # per option, stratified; in [1, 1e6]
     "pad_to": 0,  # pad rows with masks to this length, for a model that saw only one; 0: off
     "out": "",  # also write each question's nats and answers to this .jsonl file
 }

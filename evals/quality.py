@@ -55,7 +55,7 @@ DEFAULTS = {
     "judge": "",  # anything checkpoint.load takes, or hf:NAME, a causal model of transformers
     "samples": "",  # judge this .jsonl file of sample.py --out= instead of samples of ckpt
     "reference": "",  # a prepared folder: measure as much of its val text in the same way
-    "judge_draws": 16,  # per sample, if the judge is a masked model; 1 or more
+    "judge_draws": 16,  # per sample, if the judge is a masked model; in [1, 1e6]
 }
 
 

@@ -49,10 +49,11 @@ from config import require
 from lib.philox import uniforms
 
 
-def check_ids(model, name, x, mask=None, values=False, causal=None):
+def check_ids(model, name, x, mask=None, values=False, causal=None, order=None):
     """Raise UserError unless x holds ids (B, L) and the mask, if given, is bool (B, L).
 
-    causal: whether the network must be causal, or must not; None: both will do.
+    causal: whether the network must be causal, or must not; None: both will do. order: that of an
+    `order` network, ids in the shape of x.
     values: also require that the network can read x: ids in [0, mask_id], a check that waits for a
     GPU, and L at most block_size.
     """
@@ -68,6 +69,10 @@ def check_ids(model, name, x, mask=None, values=False, causal=None):
     if mask is not None:
         is_mask = torch.is_tensor(mask) and mask.dtype == torch.bool and mask.shape == x.shape
         require(is_mask, f"the mask must be bool in the shape of {name}, {tuple(x.shape)}")
+    if order is not None:
+        require(hasattr(model, "hidden_in_order"), "order_nll is for networks of attention=order")
+        shapes = tuple(order.shape), tuple(x.shape)
+        require(shapes[0] == shapes[1], f"the order must be (B, L) {shapes[1]}, not {shapes[0]}")
     if values:
         low, high = torch.stack(x.aminmax()).tolist()
         most = f"L at most block_size {model.block_size}"

@@ -30,7 +30,9 @@ class Requests(NamedTuple):
     pad_to: int = 0  # rows are padded with masks to this width
 
     def checked(self, model):
-        """Return self; UserError for the first request that the network cannot read."""
+        """Return self; UserError for the first request that the network cannot read, or groups."""
+        n, n_groups = len(self.pairs), len(self.group_of_each())
+        require(n == n_groups, f"groups must have one number per request: {n}, not {n_groups}")
         V, most = model.vocab_size, model.block_size
         for i, pair in enumerate(self.pairs):
             fits = len(pair) == 2 and all(are_ids(part, V) for part in pair)

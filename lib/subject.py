@@ -69,9 +69,14 @@ def order_of(key, trained, table):
 
 
 def in_its_order(config, subject, key, table):
-    """The config of a command with order_of, unless the user has set the key."""
-    chosen = key in config.get("user_keys", (key,))
-    return config if chosen else config | order_of(key, subject.trained, table)
+    """The config of a command with order_of, unless the user has set the key.
+
+    Says so if the network learnt an order that the table does not have.
+    """
+    own, order = order_of(key, subject.trained, table), subject.trained.get("order", "uniform")
+    if subject.trained.get("attention") == "order" and order != "uniform" and not own:
+        print(f"it is asked in uniform orders, but learnt '{order}', which has no {key} of its own")
+    return config if key in config.get("user_keys", (key,)) else config | own
 
 
 def check_causal(config):

@@ -584,7 +584,7 @@ def test_lambada_gives_the_last_words_accuracy_and_perplexity(program, capsys):
         ({"from": ""}, "say where the questions are: --from=FILE or --from=FOLDER"),
         ({"from": "nowhere"}, "no file or folder nowhere"),
         ({"estimator": "ar"}, "unknown estimator 'ar'"),
-        ({"draws": 0}, "draws must be 1 or more, not 0"),
+        ({"draws": 0}, "draws must be in [1, 1e6], not 0"),
         ({"limit": -1}, "limit must be 0 or more, not -1"),
         ({"pad_to": 65}, "pad_to must be at most the block's 64 tokens"),
         ({"attention": "causal", "cfg_scale": 1.0}, "cfg_scale needs a masked diffusion model"),

@@ -333,7 +333,7 @@ BAD = {
         [*EVALUATE, "--split=test"],
         "data has no split 'test'; choose --split=train or --split=val",
     ),
-    "draws": ([*EVALUATE, "--draws=0"], "draws must be 1 or more, not 0"),
+    "draws": ([*EVALUATE, "--draws=0"], "draws must be in [1, 1e6], not 0"),
     "draws of what is exact": (
         [*EVALUATE, "--estimator=left_to_right", "--draws=8"],
         "draws is for estimators that draw; leave it out",

@@ -328,6 +328,9 @@ def test_a_network_that_learnt_one_order_is_asked_in_that_order(folder, tmp_path
     assert decoding.suited(config, subject)["sampler"] == "euler"
     train.main(config_of(folder, tmp_path / "near", "--order=local", "--max_iters=1"))
     assert "of uniform orders, not of its own, local" in capsys.readouterr().out
+    ask[0] = f"--ckpt={tmp_path / 'near'}"
+    evaluate.main(settings.parse(ask, *evaluate.MODULES))
+    assert "but learnt 'local', which has no estimator of its own" in capsys.readouterr().out
 
 
 def test_a_batch_of_examples_has_prompts_first_and_counts_what_follows(folder):

@@ -260,7 +260,7 @@ BAD = {
     ),
     "no draws": (
         ["--judge=bound", "--samples=cats.jsonl", "--judge_draws=0"],
-        "judge_draws must be 1 or more, not 0",
+        "judge_draws must be in [1, 1e6], not 0",
     ),
     "no steps": (["--judge=fair", "--ckpt=run", "--steps=0"], "steps must be in [1, 1e6], not 0"),
     "unknown key": (["--jugde=fair"], "unknown key --jugde; did you mean 'judge'?"),

@@ -24,6 +24,7 @@ SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": L, "vocab_size": 
 KEYS = settings.defaults_of(train.MODULES) | SHAPE
 MODEL = Table(random_logits())
 CAUSAL = network.make_network(KEYS | {"attention": "causal"})
+IN_ORDER = network.make_network(KEYS | {"attention": "order"})
 X = torch.full((1, L), V)  # (1, L)
 U, NOISE = torch.rand(2, dtype=torch.float64), torch.rand(2, L, dtype=torch.float64)
 REQUESTS = [([0], [1, 2])]
@@ -129,6 +130,18 @@ NO_IDS = {  # calls of the library with what the network cannot read
         lambda: evaluate.estimate(MODEL, X),
         lambda: evaluate.answer_nats(MODEL, [([0, 1], [0, 1, 2])]),
         lambda: evaluate.token_nats(MODEL, [0.5], estimator="chain"),
+    ),
+    "order_nll is for networks of attention=order": (
+        lambda: diffusion.order_nll(network.make_network(KEYS | {"attention": "full"}), X, X),
+    ),
+    "the order must be (B, L) (2, 4), not (1, 4)": (
+        lambda: diffusion.order_nll(IN_ORDER, 0 * X.repeat(2, 1), X),
+    ),
+    "groups must have one number per request: 1, not 2": (
+        lambda: evaluate.answer_nats(MODEL, REQUESTS, groups=[0, 1]),
+    ),
+    "draws must be in [1, 1e6], not 1000000000": (
+        lambda: evaluate.estimate(MODEL, 0 * X, draws=10**9),
     ),
     "request 1 must be ids (L,)": (lambda: evaluate.answer_nats(MODEL, [*REQUESTS, ([0],)]),),
 }

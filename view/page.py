@@ -62,10 +62,11 @@ def with_weights(subject, o):
     """The data of a page that holds the network; UserError if it cannot hold it."""
     model, tokenizer, trained, *_ = subject
     config, n, kind = model.config, model.n_parameters(), tokenizer.kind
-    simple = n <= MOST and not model.causal and kind in ("char", "byte")
+    simple = n <= MOST and kind in ("char", "byte")
     simple = simple and not any(config[key] for key in ("rotary_bf16", "head_padding", "conv"))
     in_network_js = {"norm": ("layer", "rms"), "mlp": ("gelu", "swiglu", "relu2")}  # supported
     simple = simple and all(config[key] in in_network_js[key] for key in in_network_js)
+    require(not model.causal, "a page shows masks that fill; this network is causal")
     require(simple, "a page cannot hold this model; record a sample of it with --trace")
     asks = o["template"] or not trained.get("example_width")
     require(asks, "this model answers prompts: begin with one and a gap, --template='Why?___20'")
