@@ -357,7 +357,7 @@ BAD = {  # what is wrong: arguments, and what is said
         "draws 5 must be a multiple of strata 4",
     ),
     "no draws": ("--draws=0", "draws must be in [1, 1e6], not 0"),
-    "no strata": ("--strata=0", "strata must be 1 or more, not 0"),
+    "no strata": ("--strata=0", "strata must be in [1, 1e6], not 0"),
     "a negative precision": ("--precision=-0.1", "precision must be 0 or more, not -0.1"),
     "long blocks": (
         "--data=short --split=test --block_size=17",
