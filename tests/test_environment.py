@@ -232,13 +232,13 @@ def test_ctrl_c_that_ends_a_run_at_once_says_what_is_saved(data, tmp_path, monke
 
 
 def test_a_run_whose_terminal_is_closed_saves_and_one_under_nohup_goes_on(monkeypatch):
-    before = signal.getsignal(signal.SIGHUP)
-    with Stop() as stop:
-        signal.raise_signal(signal.SIGHUP)
-        assert stop.signal == signal.SIGHUP
-    assert signal.getsignal(signal.SIGHUP) == before
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup, too
     try:
+        with Stop() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.signal == signal.SIGHUP
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with Stop() as stop:
             signal.raise_signal(signal.SIGHUP)
             assert not stop.signal

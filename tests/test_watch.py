@@ -91,9 +91,10 @@ def test_a_page_is_written_beside_its_checkpoint(recording, tmp_path, monkeypatc
     for wrong in ({"template": "Zoë ___3"}, {"template": "no gap"}):
         with pytest.raises(page.settings.UserError):
             page.main(config | wrong)
-    model.config["attention"] = "causal"
-    with pytest.raises(page.settings.UserError, match="--trace"):
-        page.main(config)
+    for key, value, said in (("conv", 3, "--trace"), ("attention", "causal", "is causal")):
+        model.config[key] = value
+        with pytest.raises(page.settings.UserError, match=said):
+            page.main(config)
 
 
 # ---- A terminal and a picture --------------------------------------------------------------------
