@@ -169,7 +169,7 @@ ESTIMATORS = Table(
     any_order=Estimator(any_order, along("uniform")),  # the order is for `order` networks
     lambda_dce=Estimator(lambda_dce),
     t_dce=Estimator(t_dce),
-    t_dse=Estimator(t_dce, normalised=False),
+    t_dse=Estimator(t_dce, normalised=False),  # of networks trained with t_dse: others lack a scale
     chain=Estimator(order=along("uniform")),
     orders=Estimator(order=along("uniform"), mean_of_p=True),
     left_to_right=Estimator(order=along("left_to_right"), exact=True),
