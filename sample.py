@@ -388,7 +388,7 @@ def main(config):
     """Fill the request of the command; without one, in a terminal, ask for prompts."""
     subject = open_model(config)
     config = subjects.in_its_order(suited(config, subject), subject, "sampler", SAMPLERS)
-    sampler = "left_to_right" if subject.causal else config["sampler"]
+    sampler = subjects.sampler_of(subject.model, config["sampler"])
     read = keys_read(SAMPLERS[sampler], samplers.calls, config)
     settings.refuse_unused(config, USED_BY, config | {"causal": subject.causal, "read": read})
     if is_asked(config, subject.answers):

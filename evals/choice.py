@@ -131,8 +131,8 @@ def decoded(model, requests, **options):
         prompt = torch.tensor([len(requests[i][0]) for i in members])  # (n,)
         x = torch.where(torch.arange(W) < prompt[:, None], x0, model.mask_id)  # (n, W)
         x = x.to(model.device)
-        sampler = "left_to_right" if model.causal else "confidence"
-        greedy = {"sampler": sampler, "steps": W, "temperature": 0}
+        greedy = {"sampler": subjects.sampler_of(model, "confidence")}
+        greedy |= {"steps": W, "temperature": 0}
         tokens, _ = sample.sample(model, x, **greedy, **options)  # (n, W)
         right[members] = (tokens.cpu() == x0).all(1).numpy()
     return right

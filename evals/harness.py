@@ -155,8 +155,8 @@ def generated(subject, config, cuts, requests):
             float(keywords.get("temperature", 1.0)) if keywords.get("do_sample", False) else 0.0
         )
         groups[len(prompt), n, temperature].append((i, prompt))
-    keys = options(config, "sampler", "steps", "schedule", "cfg_scale")
-    keys |= {"sampler": "left_to_right"} if model.causal else {}
+    keys = options(config, "steps", "schedule", "cfg_scale")
+    keys |= {"sampler": subjects.sampler_of(model, config["sampler"])}
     for (_, n, temperature), members in groups.items():
         x = torch.tensor([[*prompt, *[model.mask_id] * n] for _, prompt in members])  # (N, P + n)
         x = x.to(model.device)

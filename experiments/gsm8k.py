@@ -27,6 +27,7 @@ from data.gsm8k import prepare
 from experiments import results
 from lib import checkpoint, program
 from lib.device import machine
+from lib.subject import sampler_of
 
 DEFAULTS = {
     "from": "",  # a folder with GSM8K's train.jsonl, test.jsonl, valid.txt; empty: downloaded
@@ -80,9 +81,9 @@ class Solver:
     def __init__(self, model, tokenizer, trained, config, autocast):
         self.model, self.tokenizer, self.autocast = model.eval(), tokenizer, autocast
         self.width, self.eos = trained["example_width"], trained["eos_id"]
-        keys = ("sampler", "steps", "cfg_scale", "seed")
-        self.options = {"temperature": 0.0, "batch_size": 32} | {key: config[key] for key in keys}
-        self.options |= {"sampler": "left_to_right"} if model.causal else {}
+        self.options = {"temperature": 0.0, "batch_size": 32}
+        self.options |= {key: config[key] for key in ("steps", "cfg_scale", "seed")}
+        self.options |= {"sampler": sampler_of(model, config["sampler"])}
 
     def fill(self, prompts):
         """Complete examples: prompts, a list of ids -> the text behind each, up to an eos."""

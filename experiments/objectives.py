@@ -180,8 +180,8 @@ def main(config):
     for data in names:
         rows, measured = one_text(ctx, data, folders[data])
         figures |= measured
-        title = f"{data}, {config['flops']:.0e} training FLOPs a run, held-out text, mean ± 95% of "
-        title += f"{ctx.all_seeds}; noise of a batch's gradient after each third of a run"
+        title = f"{data}, {config['flops']:.0e} training FLOPs a run, held-out text, mean ± 95% "
+        title += f"of {ctx.all_seeds}; noise of a batch's gradient after each third of a run"
         texts.append(results.table(title, rows))
     note = "RADD's columns: mean over its five sets of log perplexity above any_order's, nats per "
     texts.append(f"{note}GPT-2 token (tables 1 and 2, 400,000 steps).\n")

@@ -50,6 +50,7 @@ from experiments import reverse_tables as tables
 from experiments.berglund import Words, compose, names_of, read, validating
 from experiments.reverse_tables import NAMES, SHOWN
 from lib import checkpoint, program
+from lib.subject import sampler_of
 
 DEFAULTS = {
     "from": "",  # a folder with Berglund's .jsonl files; empty: downloaded to data/reversal/raw
@@ -129,7 +130,7 @@ def ask(net, items, cfg_scale=0.0, least=2):
         row[: len(ids)] = torch.tensor(ids)
     least = min(least, model.block_size - max(map(len, prompts)))  # as many as there is room for
     suppress = sample.suppress_eos(x, map(len, prompts), least, tokenizer.eot)  # (N, L)
-    sampler = "left_to_right" if model.causal else "smdm_greedy"
+    sampler = sampler_of(model, "smdm_greedy")
     options = {"sampler": sampler, "steps": ctx.config["steps"], "cfg_scale": cfg_scale}
     options |= {"temperature": 0.0, "batch_size": 100}
     with ctx.autocast():

@@ -79,6 +79,11 @@ def in_its_order(config, subject, key, table):
     return config if key in config.get("user_keys", (key,)) else config | own
 
 
+def sampler_of(model, name):
+    """The sampler of that name, or left_to_right for a causal network, which has no other."""
+    return "left_to_right" if model.causal else name
+
+
 def check_causal(config):
     """Raise UserError for keys of sample.py that do not apply to a causal network."""
     message = f"this network is causal: it has the sampler left_to_right, not '{config['sampler']}'"

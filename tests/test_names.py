@@ -36,7 +36,8 @@ def data(tmp_path_factory):
 
 # ---- Names ---------------------------------------------------------------------------------------
 
-NAMES = ["~tilde", "a, b", "CAPITALS.D", "caf\udce9", "日本 “語”", "-dash", "[x]*?", "a=b", "%s {}"]
+NAMES = ["~tilde", "a, b", "CAPITALS.D", "caf\udce9", "日本 “語”", "-dash"]
+NAMES += ["[x]*?", "a=b", "%s {}"]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
@@ -210,7 +211,10 @@ def test_a_variable_alone_is_not_heeded_and_a_line_says_so(lacks, capsys):
         assert err.count("\n") == 1 and "this is one process" in err and lacks in err
 
 
-@pytest.mark.parametrize("odd", [{"RANK": "4"}, {"WORLD_SIZE": "x"}, {"RANK": "-1"}, {"RANK": "²"}])
+ODD = [{"RANK": "4"}, {"WORLD_SIZE": "x"}, {"RANK": "-1"}, {"RANK": "²"}]
+
+
+@pytest.mark.parametrize("odd", ODD)
 def test_variables_that_make_no_sense_are_one_line(odd):
     with pytest.raises(UserError, match="WORLD_SIZE, RANK and LOCAL_RANK must be whole numbers"):
         parallel.launched(HEEDED | odd)
