@@ -12,6 +12,7 @@ import torch
 
 from config import Table
 from lib import parallel
+from lib.device import multiplies_bfloat16
 from lib.entries import check_lr_decay
 
 OPTIMIZERS = Table(  # {name: (learning rate up to a width of 96, whether Muon moves matrices)}
@@ -32,10 +33,14 @@ STACK = 2**24
 
 
 def orthogonal(g):
-    """Approximately U V' for each U S V' of g (n, rows, columns), by Newton-Schulz in bfloat16."""
+    """Approximately U V' for each U S V' of g (n, rows, columns), by Newton-Schulz.
+
+    In bfloat16 where the hardware multiplies it; elsewhere it would take 30 times as long.
+    """
     a, b, c = POLYNOMIAL
     tall = g.shape[1] > g.shape[2]
-    x = (g.mT if tall else g).bfloat16()  # (n, short, long)
+    dtype = torch.bfloat16 if multiplies_bfloat16(g.device.type) else torch.float32
+    x = (g.mT if tall else g).to(dtype)  # (n, short, long)
     size = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)  # (n, 1, 1)
     x = x / size.clamp(min=1e-7)  # so that no singular value exceeds 1
     for _ in range(5):

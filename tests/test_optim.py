@@ -9,7 +9,9 @@ SHAPES = [(24, 8), (8, 24), (16, 16), (8, 24), (24, 8), (8, 24)]
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (3, 8, 32), (3, 32, 8), (1, 4, 4)])
-def test_directions_keep_singular_vectors_and_lose_singular_values(shape):
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_directions_keep_singular_vectors_and_lose_singular_values(shape, bfloat16, monkeypatch):
+    monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device_type: bfloat16)
     g = torch.randn(shape, generator=torch.Generator().manual_seed(0))  # (n, rows, columns)
     u, s, vh = torch.linalg.svd(g, full_matrices=False)
     # Diagonal where the singular vectors are the same:
@@ -19,9 +21,11 @@ def test_directions_keep_singular_vectors_and_lose_singular_values(shape):
     assert (turned - torch.diag_embed(size)).abs().max() < 0.05
 
 
+@pytest.mark.parametrize("bfloat16", [True, False])
 @pytest.mark.parametrize("stack", [1, 2 * 8 * 24, optim.STACK])
-def test_the_steps_are_those_of_torch(stack, monkeypatch):
+def test_the_steps_are_those_of_torch(stack, bfloat16, monkeypatch):
     monkeypatch.setattr(optim, "STACK", stack)
+    monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device_type: bfloat16)
     generator = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=generator) for shape in SHAPES]
     pairs = [[torch.nn.Parameter(w.clone()) for w in start] for _ in range(2)]
@@ -34,8 +38,9 @@ def test_the_steps_are_those_of_torch(stack, monkeypatch):
             b.grad = a.grad.clone()
         theirs.step()
         ours.step()
-    for a, b, w in zip(*pairs, start, strict=True):  # bfloat16, in sums of another order
-        assert (b - a).norm() < 2e-3 * (a - w).norm()
+    off = 2e-3 if bfloat16 else 2e-2  # torch's are in bfloat16, in sums of another order
+    for a, b, w in zip(*pairs, start, strict=True):
+        assert (b - a).norm() < off * (a - w).norm()
     for a, b in zip(*pairs, strict=True):
         assert torch.allclose(theirs.state[a]["momentum_buffer"], ours.state[b]["momentum_buffer"])
 
