@@ -28,7 +28,7 @@ from data import writer
 from data.tokenizer import Char
 from evals import choice, quality
 from experiments import device_speed, gpu, results
-from lib import fused, parallel
+from lib import fused, optim, parallel
 from lib.device import PRODUCTS, can_compile, nominal_flops
 from lib.parallel import Team
 
@@ -177,8 +177,9 @@ def steps_of(device, bf16=False, **keys):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_training_step_gives_the_weights_of_the_cpu_and_waits_for_nothing(
-    objective, optimizer, cuda
+    objective, optimizer, cuda, monkeypatch
 ):
+    monkeypatch.setattr(optim, "multiplies_bfloat16", lambda device_type: True)  # round alike
     keys = OBJECTIVES[objective] | {"optimizer": optimizer, "ema": 0.9, "dropout": 0.0}
     losses, weights, counted = steps_of(cuda, **keys)
     plain_losses, plain, _ = steps_of(torch.device("cpu"), **keys)
