@@ -24,7 +24,7 @@ from pathlib import Path
 DEFAULTS = {
     "device": "auto",  # cpu, mps, cuda or one card (cuda:1); auto: the first of cuda, mps, cpu
     "dtype": "auto",  # auto (bfloat16 if the hardware multiplies it fast) | float32 | bfloat16
-    "seed": 1337,  # every random draw is a function of the seed
+    "seed": 1337,  # in [0, 9e18]; every random draw is a function of the seed
 }
 
 # Keys whose value is a path, or several separated by commas; ~ is expanded to the home folder.
@@ -269,9 +269,13 @@ def options(keywords, *modules, only=None):
 def completed(config, *modules):
     """A config made in Python, merged over the DEFAULTS and checked like that of a command.
 
-    Keys that no module defines are kept as they are.
+    Keys that no module defines are kept as they are, unless one looks like a misspelled one.
     """
-    keys = config.keys() & defaults_of(modules)
+    defaults = defaults_of(modules)
+    for key in config.keys() - defaults:
+        misspelled = key in RENAMED or difflib.get_close_matches(key, defaults, cutoff=0.85)
+        require(not misspelled, f"unknown key {key}{nearest(key, defaults)}")
+    keys = config.keys() & defaults
     return config | options({key: config[key] for key in keys}, *modules)
 
 

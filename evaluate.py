@@ -287,8 +287,7 @@ def estimate(model, requests, lengths=None, progress=False, **options):
     o = settings.options(options, *MODULES, only=OF_ESTIMATE)
     estimator = estimator_of(model, o["estimator"])
     requests = Requests([r if isinstance(r, tuple) else ((), r) for r in requests]).checked(model)
-    n_tokens = sum(len(answer) for _, answer in requests.pairs) if lengths is None else sum(lengths)
-    sizes = set_sizes(estimator, o)
+    n_tokens, sizes = requests.tokens(lengths), set_sizes(estimator, o)
     sets, info = [], {"rows": 0, "calls": 0}
     for number, size in enumerate(sizes):
         nats, cost = set_nats(model, requests, o, number, size, progress)  # (S, size)

@@ -69,8 +69,7 @@ MODULES = (settings, subjects, diffusion, samplers, sys.modules[__name__])  # wh
 # The keys that `sample` takes as options; the others belong to the command.
 OPTIONS = (*samplers.DEFAULTS, *diffusion.DEFAULTS, "seed", "batch_size")
 OPTIONS += ("temperature", "top_k", "top_p", "cfg_scale")
-# Defaults for models of examples (prompts and answers): the most probable tokens, one per call if
-# the steps allow. 98% of new sums were right, 88% with ancestral (experiments/arithmetic.py).
+# For models of prompts and answers. 98% of new sums were right, 88% with ancestral (LOG.md).
 ANSWERS = {"sampler": "confidence", "temperature": 0.0, "num_samples": 1}
 # For config.refuse_unused: when a key of the command line has an effect.
 MASKED = "networks that are not causal", lambda o: not o["causal"]
@@ -350,8 +349,9 @@ def rows_to_fill(config, subject):
     x = torch.tensor([ids] * config["num_samples"])  # (N, L)
     end = max((i + 1 for i, token in enumerate(ids) if token != model.mask_id), default=0)
     least, eos_id = config["min_new_tokens"], trained.get("eos_id", -1)
-    knows_eos = least or eos_id >= 0
-    suppress = suppress_eos(x, [end] * len(x), least, eos_id) if knows_eos else None  # (N, L)
+    suppress = suppress_eos(x, [end] * len(x), least, eos_id)  # (N, L) or None
+    if end == 0 and config["cfg_scale"]:
+        settings.refuse_typed(config, ["cfg_scale"], "needs a prompt, a suffix or a template")
     return x.to(model.device), suppress, end, eos_id
 
 

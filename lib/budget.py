@@ -76,7 +76,8 @@ def with_dial(config, dataset, team):
 def if_busy():
     """A remark if more programs are running than there are processors, else "" (as on Windows)."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return ", shared with other programs" if load > os.cpu_count() + 0.5 else ""
+    busy = ", shared with other programs: with OMP_NUM_THREADS=1 before it, it may be faster"
+    return busy if load > os.cpu_count() + 0.5 else ""
 
 
 def fitting_depth(config, dataset, operations):

@@ -25,7 +25,6 @@ def machine(config):
     unknown or missing.
     """
     config = settings.completed(config, settings)
-    require(config["seed"] < 2**63, f"seed must be less than 2^63, not {config['seed']}")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     available["cpu"] = True
     name = config["device"]

@@ -30,6 +30,9 @@ train.main or sample.main:
     # the weight of a masked token in training, from its weight in the bound (b,)
     train.LOSS_WEIGHTS["fourth_root"] = lambda weight: weight**0.25
 
+    # uniform u (b,) -> masking rates, which grow from 0 to 1, and their density du/d rate
+    train.MASK_RATES["low"] = lambda u: ((u + u**2) / 2, 1 / (0.5 + u))
+
 
     def even_first(masked, o):
         \"""Every second position in one call, then the others, which see both sides.\"""
@@ -121,11 +124,20 @@ def check_loss_weight(weigh):
 
 
 def check_mask_rate(mask_rate):
-    """A mask rate maps u (b,) to (rate (b,), density (b,)): rates in 0..1, density du/d rate."""
+    """A mask rate maps u (b,) to (rate (b,), density du/d rate (b,)), rates that grow from 0 to 1.
+
+    Nearly: bell, whose u is clamped to 1e-9 and more, reaches from 0.015 to 0.985.
+    """
     u, h = torch.linspace(0.02, 0.98, 49, dtype=torch.float64), 1e-6  # (49,)
-    rate, density = mask_rate(u)  # (49,) each
+    pair = mask_rate(u)
+    if not (isinstance(pair, tuple) and len(pair) == 2):
+        return "gives no pair (rate, density): the density du/d rate is missing"
+    rate, density = pair  # (49,) each
     if not ((rate > 0) & (rate <= 1)).all():
         return "must give rates from 0 to 1"
+    low, high = mask_rate(torch.tensor([0.0, 1.0], dtype=torch.float64))[0].tolist()
+    if not (low < 0.02 and high > 0.98 and (rate.diff() > 0).all()):
+        return f"must grow from 0 to 1 as u does, not from {low:.3g} to {high:.3g}"
     slope = (mask_rate(u + h)[0] - mask_rate(u - h)[0]) / (2 * h)  # (49,)
     off = (~torch.isclose(density * slope, torch.ones_like(u), rtol=1e-3)).nonzero().tolist()
     if off:
@@ -194,7 +206,10 @@ def check_objective(objective):
     v, noises = numbers_of_three()
     for noise, _ in noises:
         n = torch.full((len(v),), 3)  # (N,)
-        mask, weight = objective.draw(v**3, noise, n, lambda t: (t**2, 2 * t))
+        pair = objective.draw(v**3, noise, n, lambda t: (t**2, 2 * t))
+        if not (isinstance(pair, tuple) and len(pair) == 2):
+            return "gives no pair (mask, weight): the weight is missing"
+        mask, weight = pair  # (N, W), (N,)
         if mask.shape != noise.shape or mask.dtype != torch.bool or weight.shape != v.shape:
             return "must draw (mask (B, L) bool, weight (B,))"
         if problem := counted_once(v, mask, weight[:, None] * mask):

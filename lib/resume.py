@@ -275,7 +275,7 @@ def tokenizer_advice(state, source, data, meta):
         return prepare
     if state["config"].get("data") != data:
         return f"it has learnt from {state['config'].get('data')}; {ANEW}"
-    known = state["tokenizer"]
+    known = state["tokenizer"] or {"kind": "unknown"}
     grown = known["kind"] == "char" and lacks(known, meta["tokenizer"])
     if grown and meta["tokenizer"]["alphabet"].startswith(known["alphabet"]):
         return f"the data also have {grown!r}; {begin}"

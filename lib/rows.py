@@ -30,10 +30,13 @@ class Requests(NamedTuple):
     pad_to: int = 0  # rows are padded with masks to this width
 
     def checked(self, model):
-        """Return self; UserError for the first request that the network cannot read, or groups."""
+        """Return self; UserError for the first request that the network cannot read, or a field."""
         n, n_groups = len(self.pairs), len(self.group_of_each())
-        require(n == n_groups, f"groups must have one number per request: {n}, not {n_groups}")
         V, most = model.vocab_size, model.block_size
+        require(n == n_groups, f"groups must have one number per request: {n}, not {n_groups}")
+        scale_fits = -1 <= self.cfg_scale <= 1000
+        require(scale_fits, f"cfg_scale must be in [-1, 1000], not {self.cfg_scale}")
+        require(0 <= self.pad_to <= most, f"pad_to must be in [0, {most}], not {self.pad_to}")
         for i, pair in enumerate(self.pairs):
             fits = len(pair) == 2 and all(are_ids(part, V) for part in pair)
             kind = f"must be ids (L,) from 0 to {V - 1}, at most {most} with those of its prompt"
@@ -41,6 +44,14 @@ class Requests(NamedTuple):
             message = f"request {i} {kind}, not {given.dtype} {given.shape}"
             require(fits and sum(map(len, pair)) <= most, message)
         return self
+
+    def tokens(self, lengths):
+        """The number of answer tokens, or the sum of `lengths`, of which each request has one."""
+        if lengths is None:
+            return sum(len(answer) for _, answer in self.pairs)
+        n = len(self.pairs), len(lengths)
+        require(n[0] == n[1], f"lengths must have one number per request: {n[0]}, not {n[1]}")
+        return sum(lengths)
 
     def in_one_pass(self, model, estimator):
         """Whether one row gives all terms of a chain rule: `order` networks, unguided, unpadded."""

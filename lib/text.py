@@ -134,8 +134,11 @@ def is_asked(config, answers):
 def suppress_eos(x, begins, least, eos_id):
     """`suppress` for sample: no eos_id in row i of x (N, L) before position begins[i] + least.
 
-    Raises UserError if the model knows no eos, or has no room for so many tokens.
+    None without either. Raises UserError if the model knows no eos, or has no room for so many
+    tokens.
     """
+    if eos_id < 0 and not least:
+        return None
     message = "min_new_tokens is for answers by models of examples, which know an eos"
     require(eos_id >= 0, message)
     suppress = torch.full(x.shape, -1)  # (N, L)

@@ -256,7 +256,7 @@ BAD = {
         "objective 'any_order' trains a network with attention=full or order, not causal",
     ),
     "an old key": ([*TRAIN, "--causal=True"], "unknown key --causal; did you mean 'attention'?"),
-    "seed": ([*TRAIN, "--seed=-1"], "seed must be 0 or more, not -1"),
+    "seed": ([*TRAIN, "--seed=-1"], "seed must be in [0, 9e18], not -1"),
     "device": ([*TRAIN, "--device=gpu"], "unknown device 'gpu'"),
     "device number": ([*TRAIN, "--device=cpu:x"], "cpu:x"),
     "dtype": ([*TRAIN, "--dtype=half"], "unknown dtype 'half'"),
@@ -321,6 +321,10 @@ BAD = {
     "top k of the likeliest": (
         [*SAMPLE, "--temperature=0", "--top_k=8"],
         "top_k is for temperatures above 0; leave it out",
+    ),
+    "guidance by nothing": (
+        [*SAMPLE, "--cfg_scale=0.5"],
+        "cfg_scale needs a prompt, a suffix or a template; leave it out",
     ),
     "a compiled cache": (
         [*SAMPLE, "--ckpt=causal", "--compile"],

@@ -140,6 +140,20 @@ NO_IDS = {  # calls of the library with what the network cannot read
     "groups must have one number per request: 1, not 2": (
         lambda: evaluate.answer_nats(MODEL, REQUESTS, groups=[0, 1]),
     ),
+    "lengths must have one number per request: 2, not 1": (
+        lambda: evaluate.estimate(MODEL, 0 * X.repeat(2, 1), lengths=[4]),
+    ),
+    "cfg_scale must be in [-1, 1000], not -5": (
+        lambda: evaluate.answer_nats(MODEL, REQUESTS, cfg_scale=-5),
+    ),
+    "pad_to must be in [0, 4], not 5": (lambda: evaluate.answer_nats(MODEL, REQUESTS, pad_to=5),),
+    "seed must be in [0, 9e18], not 18446744073709551616": (
+        lambda: sample.sample(MODEL, X, seed=2**64),
+    ),
+    "unknown key learning_rte; did you mean 'learning_rate'?": (
+        lambda: train.main({"learning_rte": 0.5}),
+    ),
+    "unknown key lr; did you mean 'learning_rate'?": (lambda: train.main({"lr": 0.5}),),
     "draws must be in [1, 1e6], not 1000000000": (
         lambda: evaluate.estimate(MODEL, 0 * X, draws=10**9),
     ),
@@ -221,7 +235,11 @@ LACKING = [
     ("OBJECTIVES", O(without_slope), "gives no bound: of 3 tokens"),
     ("OBJECTIVES", O(first_ones), "gives no bound: of 3 tokens"),
     ("OBJECTIVES", O(of_the_masked), "gives no bound: of 3 tokens"),
-    ("OBJECTIVES", O(lambda u, noise, n, schedule: noise < u[:, None]), "fails with "),
+    (
+        "OBJECTIVES",
+        O(lambda u, noise, n, schedule: noise < u[:, None]),
+        "gives no pair (mask, weight",
+    ),
     ("OBJECTIVES", O(None), "has no draw, which a network that is not causal needs"),
     ("OBJECTIVES", O(diffusion.lambda_dce, attention="full"), "must have an attention that is a"),
     ("OBJECTIVES", diffusion.lambda_dce, "is a function: wrap it in diffusion.Objective(...)"),
@@ -235,6 +253,17 @@ LACKING = [
         "has a density of 1 at u = 0.02",
     ),
     ("MASK_RATES", lambda u: (2 * u, u / u / 2), "must give rates from 0 to 1"),
+    (
+        "MASK_RATES",
+        lambda u: ((1 + u) / 2, 2 + 0 * u),
+        "must grow from 0 to 1 as u does, not from 0.5",
+    ),
+    (
+        "MASK_RATES",
+        lambda u: (1 - u, -1 + 0 * u),
+        "must grow from 0 to 1 as u does, not from 1 to 0",
+    ),
+    ("MASK_RATES", lambda u: u**2, "gives no pair (rate, density): the density"),
     ("LR_DECAYS", lambda done: 2 - done, "must give parts from 0 to 1, not [2.0, 1.5, 1.0]"),
     ("LR_DECAYS", lambda: 1.0, "fails with TypeError"),
     ("ESTIMATORS", E(lambda draw: row_of(draw, 2.0)), "gives no bound: of 3 tokens 1, 2, 3 masked"),
@@ -318,6 +347,8 @@ def test_the_entries_that_are_shown_are_all_that_a_run_by_them_takes(lines, tmp_
     before = {name: set(getattr(diffusion, name)) for name in ("SCHEDULES", "ORDERS", "OBJECTIVES")}
     monkeypatch.setattr(samplers, "SAMPLERS", sample.SAMPLERS | {})
     monkeypatch.setattr(train, "LOSS_WEIGHTS", train.LOSS_WEIGHTS | {})
+    rates = settings.Table("mask_rate", entries.check_mask_rate, **train.MASK_RATES)
+    monkeypatch.setattr(train, "MASK_RATES", rates)
     exec(lines, {})
     (schedule,), (order,), (objective,) = (set(getattr(diffusion, n)) - before[n] for n in before)
     text = "the list is sorted.\n"
@@ -337,6 +368,8 @@ def test_the_entries_that_are_shown_are_all_that_a_run_by_them_takes(lines, tmp_
         words = [f"--{key}={value}" for key, value in given.items()]
         result = train.main(settings.parse(words, *train.MODULES))
         assert 0 < result["nats_per_token"] < 99
+    for name in rates:  # those that are shown, too
+        assert rates[name](torch.rand(5, dtype=torch.float64))[0].shape == (5,)
     model = checkpoint.load(tmp_path / "0")[0]
     x0, info = sample.sample(model, torch.full((2, 20), model.mask_id), steps=4, schedule=schedule)
     assert (x0 < model.mask_id).all() and (info["nfe"] <= 4).all()

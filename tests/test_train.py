@@ -516,6 +516,14 @@ def test_a_finished_run_stays_as_it_is(data, tmp_path, capsys):
     assert "at step 12 of 12" in capsys.readouterr().out
 
 
+def test_a_run_whose_checkpoint_holds_no_tokenizer_is_resumed(data, tmp_path):
+    run(data, tmp_path / "a", max_iters=4)
+    path = tmp_path / "a" / "ckpt.pt"
+    checkpoint.save(path, checkpoint.read(path) | {"tokenizer": None})
+    run(data, tmp_path / "a", max_iters=8)
+    assert checkpoint.read(path)["step"] == 8
+
+
 def test_resume_false_starts_again(data, tmp_path):
     run(data, tmp_path, seed=1)
     run(data, tmp_path, resume=False, n_layer=2, max_iters=6)
