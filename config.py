@@ -269,14 +269,19 @@ def options(keywords, *modules, only=None):
 def completed(config, *modules):
     """A config made in Python, merged over the DEFAULTS and checked like that of a command.
 
-    Keys that no module defines are kept as they are, unless one looks like a misspelled one.
+    Keys that no module defines are kept as they are.
     """
+    keys = config.keys() & defaults_of(modules)
+    return config | options({key: config[key] for key in keys}, *modules)
+
+
+def well_spelled(config, *modules):
+    """The config; UserError for a key that no module defines, but that looks like one of theirs."""
     defaults = defaults_of(modules)
     for key in config.keys() - defaults:
         misspelled = key in RENAMED or difflib.get_close_matches(key, defaults, cutoff=0.85)
         require(not misspelled, f"unknown key {key}{nearest(key, defaults)}")
-    keys = config.keys() & defaults
-    return config | options({key: config[key] for key in keys}, *modules)
+    return config
 
 
 def refuse_typed(config, keys, reason):
