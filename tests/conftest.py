@@ -25,6 +25,12 @@ V, L = 3, 4
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One worker more than cores, because many tests wait for processes of their own."""
+    return 1 + (os.cpu_count() or 1)
+
+
 class Table(torch.nn.Module):
     """The network's interface over a table of logits ((V+1)^L, L, V), in float64: a row for each x.
 

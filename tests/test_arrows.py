@@ -58,6 +58,4 @@ def test_data_are_prepared_and_read_without_the_method_or_the_network():
     for name in (name for name in FILES if name.startswith("data/")):
         others = {file for file in ARROWS[name] if not file.startswith("data/")}
         known = {"config.py", "lib/files.py", "lib/program.py"}
-        if name.endswith("/prepare.py"):  # a program, whose --tokenizer= can be a checkpoint
-            known.add("lib/checkpoint.py")
         assert others <= known, name

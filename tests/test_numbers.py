@@ -178,9 +178,9 @@ def test_a_new_run_from_the_weights_of_another_begins_its_data_anew(data, tmp_pa
 
 def test_sequences_that_are_cut_count_for_the_tokens_that_they_have(data, tmp_path):
     blocks, keys = SimpleNamespace(block_size=16), {"random_length": 0.4}
-    lengths = [batch_of(data, step, range(2), **keys).x0.shape[1] for step in range(800)]
+    lengths = [batch_of(data, step, range(2), **keys).x0.shape[1] for step in range(200)]
     expected = mean_length(config_of(data, tmp_path, **keys), blocks)
-    assert np.mean(lengths) == pytest.approx(expected, abs=4 * np.std(lengths) / 800**0.5)
+    assert np.mean(lengths) == pytest.approx(expected, abs=4 * np.std(lengths) / 200**0.5)
     assert mean_length(config_of(data, tmp_path), blocks) == 16
 
 

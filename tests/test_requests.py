@@ -147,7 +147,7 @@ def test_a_causal_network_continues_a_prompt(program):
     [
         {"suffix": "."},
         {"template": "___3"},
-        {"cfg_scale": 1.0},
+        {"cfg_scale": 1.0, "prompt": "the "},
         {"sampler": "ancestral"},
         {"sampler": "confidence"},
     ],

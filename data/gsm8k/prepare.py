@@ -22,7 +22,7 @@ import re
 from config import require
 from data import download, examples
 from data import tokenizer as tokenizers
-from lib import checkpoint, program
+from lib import program
 
 DEFAULTS = {
     "from": "",  # a folder with the files; without one they are downloaded
@@ -94,14 +94,16 @@ def tokenized(items, split, tokenizer, width):
 
 def main(config):
     require(not config["from"] or Path(config["from"]).is_dir(), f"no folder {config['from']}")
-    tokenizers.named(config["tokenizer"], [], checkpoint.load)  # or a UserError before a download
+    tokenizers.named(
+        config["tokenizer"], [], program.load_checkpoint
+    )  # or a UserError before a download
     names = ("train.txt" if config["augmented"] else "train.jsonl", "valid.txt")
     train, valid = (find(name, config["from"], config["out"]) for name in names)
     held_out = {question.strip() for _, question, *_ in problems(valid)}
     learnt = (problem for problem in problems(train) if problem[1].strip() not in held_out)
     texts = ("".join(pieces) for path in (train, valid) for _, *pieces in problems(path))
     texts = itertools.chain(HEADS, texts)
-    tokenizer = examples.vocabulary(config["tokenizer"], texts, checkpoint.load)
+    tokenizer = examples.vocabulary(config["tokenizer"], texts, program.load_checkpoint)
     items = itertools.chain(
         tokenized(learnt, "train", tokenizer, config["width"]),
         tokenized(problems(valid), "val", tokenizer, config["width"]),

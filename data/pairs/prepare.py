@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, t
 from config import require
 from data import examples, writer
 from data import tokenizer as tokenizers
-from lib import checkpoint, program
+from lib import program
 
 DEFAULTS = {
     "input": "",  # files, separated by commas
@@ -52,7 +52,7 @@ def main(config):
     paths = writer.listed(config["input"])
     require(paths, "say what to prepare: --input=FILE.jsonl")
     texts = (prompt + completion for path in paths for _, prompt, completion in pairs(path))
-    tokenizer = examples.vocabulary(config["tokenizer"], texts, checkpoint.load)
+    tokenizer = examples.vocabulary(config["tokenizer"], texts, program.load_checkpoint)
     prompts = (prompt for path in paths for _, prompt, _ in pairs(path))
     held = writer.adjusted(prompts, config["val_fraction"])
     items = (pair for path in paths for pair in pairs(path))

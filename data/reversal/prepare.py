@@ -19,7 +19,7 @@ from config import require
 from data import download, examples
 from data import tokenizer as tokenizers
 from data.pairs.prepare import pairs
-from lib import checkpoint, program
+from lib import program
 
 DEFAULTS = {
     "from": "",  # a folder with the .jsonl files; without one they are downloaded
@@ -71,10 +71,12 @@ def tokenized(paths, tokenizer):
 
 def main(config):
     require(not config["from"] or Path(config["from"]).is_dir(), f"no folder {config['from']}")
-    tokenizers.named(config["tokenizer"], [], checkpoint.load)  # or a UserError before a download
+    tokenizers.named(
+        config["tokenizer"], [], program.load_checkpoint
+    )  # or a UserError before a download
     paths = files(config["from"], config["out"])
     texts = (a + b for path in paths.values() for _, a, b in pairs(path))
-    tokenizer = examples.vocabulary(config["tokenizer"], texts, checkpoint.load)
+    tokenizer = examples.vocabulary(config["tokenizer"], texts, program.load_checkpoint)
     items = tokenized(paths, tokenizer)
     meta = examples.prepare(config["out"], items, tokenizer, config["width"])
     print(examples.summary(config["out"], meta))

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, t
 
 from config import require
 from data import download, tokenizer, writer
-from lib import checkpoint, program
+from lib import program
 from lib.files import opened
 
 DEFAULTS = {
@@ -26,13 +26,15 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def main(config):
-    tokenizer.named(config["tokenizer"], [], checkpoint.load)  # or a UserError before a download
+    tokenizer.named(
+        config["tokenizer"], [], program.load_checkpoint
+    )  # or a UserError before a download
     path = config["input"] or download.fetch(URL, Path(config["out"], "raw/input.txt"), SHA256)
     with opened(path) as file:
         text = file.read()
     cut = int(0.9 * len(text))
     require(cut, f"{path} holds no text")
-    vocabulary = tokenizer.named(config["tokenizer"], [text], checkpoint.load)
+    vocabulary = tokenizer.named(config["tokenizer"], [text], program.load_checkpoint)
     meta = writer.prepare(config["out"], [("train", text[:cut]), ("val", text[cut:])], vocabulary)
     print(writer.summary(config["out"], meta))
 

@@ -19,7 +19,7 @@ import itertools
 
 from config import require
 from data import tokenizer, writer
-from lib import checkpoint, program
+from lib import program
 from lib.files import opened
 
 DEFAULTS = {
@@ -138,7 +138,9 @@ def main(config):
     both = next((file for item in val for file in find(item) if file.resolve() in learnt), None)
     require(not both, f"{both} of --val is in --input, too: what is learnt is not held out")
     L, workers = config["block_size"], config["workers"] or writer.cores()
-    vocabulary = tokenizer.named(config["tokenizer"], documents([*items, *val]), checkpoint.load)
+    vocabulary = tokenizer.named(
+        config["tokenizer"], documents([*items, *val]), program.load_checkpoint
+    )
     pairs = split(lambda: documents(items), 0 if val else config["val_fraction"])
     pairs = itertools.chain(pairs, (("val", text) for text in documents(val)))
     meta = writer.prepare(config["out"], pairs, vocabulary, workers, block_size=L)

@@ -33,7 +33,6 @@ from tqdm import tqdm
 from config import UserError, choose, plural, require
 from data import download, examples, loader, writer
 from data import tokenizer as tokenizers
-from lib import checkpoint
 from lib.files import opened, whole_file
 
 DEFAULTS = {
@@ -238,7 +237,7 @@ def prepare(name, config):
     place, folder = config["from"], Path(config["out"], name)
     raw = folder.parent / "raw"
     # Not a new one, which fits no model; before the download, so that an error leaves nothing.
-    tokenizer = tokenizers.named(config["tokenizer"], [], checkpoint.load)
+    tokenizer = tokenizers.named(config["tokenizer"], [], program.load_checkpoint)
     paths, difference = find(name, place) if place else (fetch(name, raw), "")
     lines = list(texts(name, paths, config, tokenizer.separator))
     require(any(map(str.strip, lines)), f"{paths[0]} holds no text")
