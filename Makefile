@@ -27,7 +27,7 @@ demo: $(READY) data/pydocs/meta.json
 	$(RUN) sample.py --ckpt=$(OUT) --num_samples=1 --template="The list is sorted by ___48 and the result is returned."
 
 test: $(READY)-dev
-	$(RUN) -m pytest -n auto --maxprocesses=8 --dist loadfile
+	$(RUN) -m pytest -n auto --maxprocesses=8 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)-dev
 	$(RUN) -m ruff check .

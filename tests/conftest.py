@@ -12,6 +12,7 @@ from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several beside each other: a thread each
     os.environ["OMP_NUM_THREADS"] = "1"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of 170 processes compiles our files anew
 
 import pages
 import pytest
@@ -29,6 +30,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_xdist_auto_num_workers():
     """One worker more than cores, because many tests wait for processes of their own."""
     return 1 + (os.cpu_count() or 1)
+
+
+# Files of a minute or more on slow cores begin first, or a worker would end alone with one of them.
+LONG = ("cuda", "data", "smdm_claims", "train", "fuzz", "survive", "reverse_curse", "gpu", "bench")
+LONG += ("parallel", "radd_claims", "environment", "plot_log", "quality_speed", "recipe")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 
 class Table(torch.nn.Module):
