@@ -93,11 +93,15 @@ def check_left_to_right(masked, o):
     require(not given_later.any(), "a causal network cannot see what is given after a gap")
 
 
+def is_pair(result):
+    return isinstance(result, tuple) and len(result) == 2
+
+
 def check_schedule(schedule):
     """A schedule maps t (T,) to (m (T,), m' (T,)); m grows from 0 to 1, and m' is its slope."""
     t, h = torch.linspace(0.01, 0.99, 50, dtype=torch.float64), 1e-5  # (50,)
     pair = schedule(t)
-    if not (isinstance(pair, tuple) and len(pair) == 2):
+    if not is_pair(pair):
         return "gives no pair (m(t), m'(t)): the slope m' is missing"
     if not all(torch.is_tensor(z) and z.shape == t.shape for z in pair):
         return f"must give m and m' in the shape of t {tuple(t.shape)}"
@@ -130,7 +134,7 @@ def check_mask_rate(mask_rate):
     """
     u, h = torch.linspace(0.02, 0.98, 49, dtype=torch.float64), 1e-6  # (49,)
     pair = mask_rate(u)
-    if not (isinstance(pair, tuple) and len(pair) == 2):
+    if not is_pair(pair):
         return "gives no pair (rate, density): the density du/d rate is missing"
     rate, density = pair  # (49,) each
     if not ((rate > 0) & (rate <= 1)).all():
@@ -207,7 +211,7 @@ def check_objective(objective):
     for noise, _ in noises:
         n = torch.full((len(v),), 3)  # (N,)
         pair = objective.draw(v**3, noise, n, lambda t: (t**2, 2 * t))
-        if not (isinstance(pair, tuple) and len(pair) == 2):
+        if not is_pair(pair):
             return "gives no pair (mask, weight): the weight is missing"
         mask, weight = pair  # (N, W), (N,)
         if mask.shape != noise.shape or mask.dtype != torch.bool or weight.shape != v.shape:

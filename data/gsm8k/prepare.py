@@ -94,9 +94,8 @@ def tokenized(items, split, tokenizer, width):
 
 def main(config):
     require(not config["from"] or Path(config["from"]).is_dir(), f"no folder {config['from']}")
-    tokenizers.named(
-        config["tokenizer"], [], program.load_checkpoint
-    )  # or a UserError before a download
+    # A UserError comes before a download.
+    tokenizers.named(config["tokenizer"], [], program.load_checkpoint)
     names = ("train.txt" if config["augmented"] else "train.jsonl", "valid.txt")
     train, valid = (find(name, config["from"], config["out"]) for name in names)
     held_out = {question.strip() for _, question, *_ in problems(valid)}

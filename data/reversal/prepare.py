@@ -71,9 +71,8 @@ def tokenized(paths, tokenizer):
 
 def main(config):
     require(not config["from"] or Path(config["from"]).is_dir(), f"no folder {config['from']}")
-    tokenizers.named(
-        config["tokenizer"], [], program.load_checkpoint
-    )  # or a UserError before a download
+    # A UserError comes before a download.
+    tokenizers.named(config["tokenizer"], [], program.load_checkpoint)
     paths = files(config["from"], config["out"])
     texts = (a + b for path in paths.values() for _, a, b in pairs(path))
     tokenizer = examples.vocabulary(config["tokenizer"], texts, program.load_checkpoint)

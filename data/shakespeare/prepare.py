@@ -26,9 +26,8 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def main(config):
-    tokenizer.named(
-        config["tokenizer"], [], program.load_checkpoint
-    )  # or a UserError before a download
+    # A UserError comes before a download.
+    tokenizer.named(config["tokenizer"], [], program.load_checkpoint)
     path = config["input"] or download.fetch(URL, Path(config["out"], "raw/input.txt"), SHA256)
     with opened(path) as file:
         text = file.read()
