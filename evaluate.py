@@ -51,12 +51,12 @@ import diffusion
 from config import Table, plural, require
 from data import ngram
 from lib import fused
-from lib import subject as subjects
 from lib.bar import progress_bar
 from lib.entries import check_estimator, uses_time
-from lib.rows import Requests, random_numbers, set_sizes
 from lib.stats import certainty, finite, mean_over_sets, method, report, t95
 from lib.text import by_token, check_text
+from run import subject as subjects
+from run.rows import Requests, random_numbers, set_sizes
 
 DEFAULTS = {
     "data": "",  # a prepared folder; empty: the one that the checkpoint was trained on

@@ -39,7 +39,6 @@ import diffusion
 import samplers
 from config import require
 from lib import fused, philox
-from lib import subject as subjects
 from lib.bar import progress_bar
 from lib.cache import Cache, OrderCache
 from lib.device import calls_on_device, can_compile, compile_hidden, wait
@@ -47,6 +46,7 @@ from lib.entries import check_ids, check_left_to_right, keys_read
 from lib.stats import Probabilities, entropy_of, finite
 from lib.text import gapped_ids, is_asked, say, suppress_eos, suppress_tokens, text_of, text_or_file
 from lib.watch import watch
+from run import subject as subjects
 from samplers import SAMPLERS
 
 DEFAULTS = {

@@ -35,19 +35,20 @@ import torch
 import config as settings
 import diffusion
 import evaluate
-import lib.log
 import model as network
+import run.log
 import sample
 from data import examples, loader
 from data.tokenizer import from_meta
 from diffusion import OBJECTIVES
-from lib import fused, optim, parallel, philox, resume
-from lib.budget import Clock, with_dial
+from lib import fused, optim, parallel, philox
 from lib.files import Stop
 from lib.optim import clip_gradient, learning_rate, make_optimizers, set_learning_rate, update_ema
 from lib.stats import NotFinite, report
-from lib.subject import order_of
 from lib.weighting import LOSS_WEIGHTS, MASK_RATES
+from run import resume
+from run.budget import Clock, with_dial
+from run.subject import order_of
 
 DEFAULTS = {
     # the run
@@ -57,8 +58,8 @@ DEFAULTS = {
     "resume": True,  # continue from out_dir/ckpt.pt; False: start over, keep the old run in old_1
     "max_minutes": 0.0,  # total training time; 0: no limit, or 10 minutes if max_iters is 0 too
     "max_iters": 0,  # total optimizer steps; 0: no limit
-    "depth": 0,  # in [0, 256], sets shape, batch and learning rate (lib/budget.py); 0: by budget
-    "size": "",  # a size in SMDM's table (lib/formats.SIZES), as 170M: sets shape and architecture
+    "depth": 0,  # in [0, 256], sets shape, batch and learning rate (run/budget.py); 0: by budget
+    "size": "",  # a size in SMDM's table (run/formats.SIZES), as 170M: sets shape and architecture
     # objective
     "objective": "any_order",  # one of OBJECTIVES; ar is the causal baseline
     "loss_weight": "sqrt",  # one of LOSS_WEIGHTS; weighs masked tokens in training (attention=full)
@@ -67,7 +68,7 @@ DEFAULTS = {
     "order_p": 0.5,  # mixture: probability of left to right; local: how far a token moves, over L
     "prompt_drop": 0.0,  # in [0, 1], probability of masking a prompt, for guidance (SMDM: 0.1)
     # batch
-    "batch_size": 0,  # sequences per step, over all processes; 0: by the width (lib/budget.py)
+    "batch_size": 0,  # sequences per step, over all processes; 0: by the width (run/budget.py)
     "micro_batch_size": 0,  # sequences that a process takes at once; 0: its whole share
     "random_length": 0.0,  # in [0, 1], probability that a step has a random length (SMDM: 0.01)
     # optimizer
@@ -98,7 +99,7 @@ DEFAULTS = {
     "keep": 1,  # last checkpoints to keep, 1 or more (above 1: ckpt_STEP.pt); best.pt always stays
     "log_interval": 10,  # steps between log entries, 1 or more; several processes stop only then
 }
-MODULES = (settings, diffusion, network, lib.log, sys.modules[__name__])  # whose keys it takes
+MODULES = (settings, diffusion, network, run.log, sys.modules[__name__])  # whose keys it takes
 # Tables named in DEFAULTS; config.py looks them up here.
 ORDERS, OPTIMIZERS, LR_DECAYS = diffusion.ORDERS, optim.OPTIMIZERS, optim.LR_DECAYS
 # Where the counters of other random numbers begin; the rows of a batch use those below.
@@ -365,7 +366,7 @@ def train(config, team):
     if team.device.type != "cpu":  # on a CPU the thread would compete with the step
         batches = loader.prefetch(batches)
 
-    log = lib.log.Log(config, model, dataset, clock, team)
+    log = run.log.Log(config, model, dataset, clock, team)
     log.say_start(model, dataset, val, ema, **order_of("order", config, evaluate.ESTIMATORS))
     result, stopped = None, 0
     with Stop() as stop, log, parallel.together(path, team), contextlib.closing(batches):

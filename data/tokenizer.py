@@ -171,9 +171,9 @@ KINDS = Table("tokenizer", char=Char, byte=Byte, gpt2=GPT2, llama=Llama)
 def named(name, texts, load):
     """The tokenizer that --tokenizer=name means: a new one of a kind, or an existing one.
 
-    The latter comes from a prepared folder or anything that `load` (lib.checkpoint.load) takes.
+    The latter comes from a prepared folder or anything that `load` (run.checkpoint.load) takes.
     Raises UserError if there is none. New characters in `texts` are appended to an alphabet, so
-    that a network which knows the old ones can learn them (lib/resume.py).
+    that a network which knows the old ones can learn them (run/resume.py).
     """
     if name in KINDS or not (os.path.exists(name) or "/" in name):
         return build(name, texts)

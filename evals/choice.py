@@ -45,9 +45,9 @@ import sample
 from config import Part, plural, require
 from data import choice as sets
 from data import examples
-from lib import subject as subjects
 from lib.files import to_json, whole_file
 from lib.stats import mean_and_error, method, plus_minus, shown_perplexity
+from run import subject as subjects
 
 DEFAULTS = {
     "set": "hellaswag",  # one of READERS

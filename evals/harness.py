@@ -42,8 +42,8 @@ import samplers
 from config import Part, UserError, nearest, plural, require
 from data import examples
 from evals import choice
-from lib import subject as subjects
 from lib.stats import method
+from run import subject as subjects
 
 DEFAULTS = {
     "tasks": "",  # tasks of lm-evaluation-harness, separated by commas

@@ -49,7 +49,7 @@ from data.tokenizer import from_meta
 from lib.device import machine
 from lib.files import optional
 from lib.stats import FEWEST, finite, mean_and_error, perplexity, plus_minus
-from lib.subject import in_its_order, load_evaluable
+from run.subject import in_its_order, load_evaluable
 
 DEFAULTS = {
     "judge": "",  # anything checkpoint.load takes, or hf:NAME, a causal model of transformers

@@ -24,7 +24,7 @@ from config import UserError, choose, plural, require
 from data import loader
 from lib.files import to_json, whole_file
 from lib.stats import shown_perplexity
-from lib.subject import in_its_order, load_evaluable, open_text
+from run.subject import in_its_order, load_evaluable, open_text
 
 DEFAULTS = {
     "sets": "all",  # all, or a list such as lambada,ptb

@@ -49,7 +49,7 @@ from evals import quality
 from experiments import results
 from lib import program
 from lib.stats import finite, plus_minus
-from lib.subject import load_evaluable
+from run.subject import load_evaluable
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # a masked model that writes; empty: the exact part alone

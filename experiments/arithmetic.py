@@ -24,8 +24,9 @@ import train
 from data import examples
 from experiments import results
 from experiments.gsm8k import final, same
-from lib import checkpoint, program
+from lib import program
 from lib.device import machine
+from run import checkpoint
 
 DEFAULTS = {
     "digits": 4,  # of a number, at most, in training; asked are up to two more; 1 or more

@@ -23,7 +23,7 @@ from data import choice as sets
 from evals import choice
 from experiments import results
 from lib import program
-from lib.subject import load_evaluable
+from run.subject import load_evaluable
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # whatever checkpoint.load takes

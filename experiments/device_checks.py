@@ -24,8 +24,9 @@ import sample
 import samplers
 import train
 from experiments import survive
-from lib import checkpoint, parallel
+from lib import parallel
 from lib.device import dtype_name, machine
+from run import checkpoint
 
 # Errors that rounding explains: the CPU's own bfloat16 is off by 2e-2, in the weights of norms.
 BOUNDS = {"float32": 1e-4, "bfloat16": 5e-2}

@@ -3,7 +3,7 @@
     python -m experiments.dial --data=FOLDER            what has no result yet, then the table
 
 FOLDER is prepared data whose held-out part may be looked at. For each budget of floating-point
-operations the depth that lib/budget.py picks is trained, and one less and one more, each with the
+operations the depth that run/budget.py picks is trained, and one less and one more, each with the
 recipe and the steps that its depth and the budget give. All are evaluated on the same blocks with
 the same masks. What has run is kept, so a screening that was stopped goes on.
 """
@@ -19,7 +19,8 @@ import config as settings
 import train
 from data import examples, loader
 from experiments import recipe, results
-from lib import budget, program
+from lib import program
+from run import budget
 
 DEFAULTS = {
     "data": "",  # a prepared folder

@@ -31,8 +31,8 @@ from data.tokenizer import from_meta
 from evals import quality
 from experiments.results import DARK
 from experiments.runs import PAIR
-from lib import checkpoint
 from lib.stats import mean_and_error
+from run import checkpoint
 
 DEFAULTS = {
     "judge": "",  # a checkpoint or hf:NAME; empty: an ARM of another seed and twice the FLOPs

@@ -43,8 +43,9 @@ from data import loader
 from experiments import device_checks, device_speed, loading, results, scaling_up
 from experiments.timing import seconds_of
 from lib import device as devices
-from lib import parallel, program, resume
+from lib import parallel, program
 from lib.optim import update_ema
+from run import resume
 
 DEFAULTS = {
     "minutes": 8.0,  # in all; the limits of the parts are in proportion

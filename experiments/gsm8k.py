@@ -25,9 +25,10 @@ from data import examples
 from data import tokenizer as tokenizers
 from data.gsm8k import prepare
 from experiments import results
-from lib import checkpoint, program
+from lib import program
 from lib.device import machine
-from lib.subject import sampler_of
+from run import checkpoint
+from run.subject import sampler_of
 
 DEFAULTS = {
     "from": "",  # a folder with GSM8K's train.jsonl, test.jsonl, valid.txt; empty: downloaded

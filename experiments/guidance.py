@@ -27,10 +27,11 @@ import train
 from config import require
 from data import examples, loader
 from experiments import results
-from lib import checkpoint, program
-from lib import subject as subjects
+from lib import program
 from lib.device import machine
 from lib.stats import mean_and_error, plus_minus
+from run import checkpoint
+from run import subject as subjects
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # a masked diffusion model of text, trained on `data`

@@ -28,7 +28,8 @@ import config as settings
 import diffusion
 import sample
 from experiments import orders, results, runs
-from lib import checkpoint, fused, philox, program
+from lib import fused, philox, program
+from run import checkpoint
 
 DEFAULTS = {
     "data": "data/corpus",  # a prepared folder of bytes

@@ -72,10 +72,11 @@ from config import require
 from data import loader
 from data.loader import spread
 from experiments import results
-from lib import checkpoint, philox, program
+from lib import philox, program
 from lib.device import machine
 from lib.fused import masked_indices
 from lib.stats import FEWEST, finite, t95
+from run import checkpoint
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # a masked model that is audited beside the joint; empty: the joint alone

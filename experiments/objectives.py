@@ -31,7 +31,8 @@ import diffusion
 import train
 from data import loader
 from experiments import papers, results, runs
-from lib import checkpoint, fused, philox, program
+from lib import fused, philox, program
+from run import checkpoint
 
 DEFAULTS = {
     "data": "data/pydocs,data/corpus",  # prepared folders, one table each

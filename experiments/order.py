@@ -34,9 +34,10 @@ from config import choose
 from data import loader
 from experiments import results
 from experiments.runs import step_flops
-from lib import checkpoint, philox, program
+from lib import philox, program
 from lib.device import cast_products, machine
 from lib.stats import mean_half, plus_minus
+from run import checkpoint
 
 DEFAULTS = {
     "preset": "configs/pydocs_2400.py",  # the recipe of all

@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 import config as settings
 from experiments import frontier, papers, results, runs
-from lib import checkpoint, program
+from lib import program
+from run import checkpoint
 
 DEFAULTS = {
     "data": "data/corpus",  # a prepared folder

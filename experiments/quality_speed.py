@@ -42,8 +42,9 @@ from tqdm import tqdm
 import config as settings
 from experiments import bench, frontier, papers, results, runs, timing
 from experiments import equal_quality as equal
-from lib import checkpoint, program
+from lib import program
 from lib.device import cast_products, machine
+from run import checkpoint
 
 DEFAULTS = {
     "data": "data/corpus",  # a prepared folder of bytes

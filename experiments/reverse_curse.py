@@ -49,8 +49,9 @@ from experiments import guidance, results, runs
 from experiments import reverse_tables as tables
 from experiments.berglund import Words, compose, names_of, read, validating
 from experiments.reverse_tables import NAMES, SHOWN
-from lib import checkpoint, program
-from lib.subject import sampler_of
+from lib import program
+from run import checkpoint
+from run.subject import sampler_of
 
 DEFAULTS = {
     "from": "",  # a folder with Berglund's .jsonl files; empty: downloaded to data/reversal/raw

@@ -40,10 +40,11 @@ import model as network
 import train
 from data import loader, tokenizer, writer
 from experiments import results
-from lib import checkpoint, device, parallel, philox
+from lib import device, parallel, philox
 from lib.device import matmul_flops
 from lib.files import to_json
 from lib.stats import mean_half
+from run import checkpoint
 
 DEFAULTS = {
     "preset": "configs/pydocs_2400.py",  # the recipe that runs change

@@ -13,7 +13,7 @@ Design. At each budget C both families train at least five sizes N (parameters w
 head), with one text and one recipe; sizes are added while the lowest one is at an end. How N*(C),
 L*(C), the lines through them and the intervals come out of the points is told in isoflop.py. C
 counts matrix products, attention and head included, as tests compare with PyTorch's own counter.
-The batch is the same for all sizes. The learning rate follows from the width, as lib/budget.py has
+The batch is the same for all sizes. The learning rate follows from the width, as run/budget.py has
 it, in both families: 1e-2 up to a width of 96, beyond it falling with its square root. --only=rate
 tries half and twice of that.
 
@@ -39,7 +39,8 @@ import model as network
 import train
 from experiments import isoflop, papers, results, runs
 from experiments.scaling_up import numbers
-from lib import budget, formats, program
+from lib import program
+from run import budget, formats
 
 DEFAULTS = {
     "data": "data/corpus",  # a prepared folder

@@ -19,11 +19,12 @@ import model as network
 from config import require
 from data.loader import id_type
 from experiments import results
-from lib import formats, fused, program
+from lib import fused, program
 from lib.device import step_flops
+from run import formats
 
 DEFAULTS = {
-    "sizes": "170M,1028M",  # of SMDM's table (lib/formats.SIZES); 1028M is their "1.1B" (1.14B)
+    "sizes": "170M,1028M",  # of SMDM's table (run/formats.SIZES); 1028M is their "1.1B" (1.14B)
     "budgets": "1e20,3.3e21",  # operations of each, counted as the paper counts (tokens_of)
     "batches": "256,1024",  # sequences a step of each: SMDM's; with more GPUs one for each GPU
     "gpus": "8,64,1024",  # how many there are

@@ -25,7 +25,7 @@ from data.tokenizer import Tokenizer
 from evals import quality
 from lib.device import cast_products, dtype_name, machine
 from lib.files import optional
-from lib.subject import Subject
+from run.subject import Subject
 
 BLOCK = 1024  # tokens that it reads at once, of 8,192
 # GPT-2's pieces, but each digit is one, and all the space before a digit another.

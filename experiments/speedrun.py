@@ -32,8 +32,9 @@ import train
 from config import choose
 from data import loader
 from experiments import results, runs
-from lib import budget, checkpoint, program
+from lib import program
 from lib.stats import mean_half
+from run import budget, checkpoint
 
 DEFAULTS = {
     "preset": "configs/shakespeare.py",  # the recipe whose claim is checked

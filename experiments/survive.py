@@ -25,7 +25,8 @@ import train
 from data import writer
 from data.tokenizer import Char
 from experiments import results
-from lib import checkpoint, log, program
+from lib import program
+from run import checkpoint, log
 
 DEFAULTS = {
     "kills": 100,  # how many processes are killed; 1 or more

@@ -35,8 +35,9 @@ import config as settings
 import evaluate
 from data import examples, writer
 from experiments import papers, results, runs
-from lib import checkpoint, program
+from lib import program
 from lib.stats import plus_minus, t95
+from run import checkpoint
 
 DEFAULTS = {
     "input": "",  # files of books, separated by commas

@@ -28,7 +28,8 @@ import diffusion
 import evaluate
 import model as network
 from experiments import papers, results, runs
-from lib import checkpoint, program
+from lib import program
+from run import checkpoint
 
 DEFAULTS = {
     "data": "data/corpus",  # a prepared folder

@@ -28,7 +28,8 @@ import torch
 
 import config as settings
 from experiments import results, survive
-from lib import checkpoint, program
+from lib import program
+from run import checkpoint
 
 DEFAULTS = {
     "steps": 400,  # of the run; 40 or more

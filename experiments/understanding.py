@@ -50,8 +50,9 @@ from data import loader
 from data.tokenizer import from_meta
 from evals import choice
 from experiments import guidance, orders, papers, results, runs
-from lib import checkpoint, program
+from lib import program
 from lib.stats import t95
+from run import checkpoint
 
 DEFAULTS = {
     "data": "data/corpus",  # a prepared folder of bytes

@@ -27,9 +27,9 @@ from config import plural, require
 from data import loader
 from experiments import results
 from lib import program
-from lib.rows import distinct_uniforms, random_numbers
 from lib.stats import finite
-from lib.subject import load_evaluable
+from run.rows import distinct_uniforms, random_numbers
+from run.subject import load_evaluable
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # a trained masked model

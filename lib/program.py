@@ -5,7 +5,6 @@ Every program imports this first, so that Ctrl-C prints one line even while torc
 
 import contextlib
 import errno
-import importlib
 import importlib.util
 import os
 import re
@@ -96,11 +95,6 @@ def run(main, *modules):
     if message:
         print(f"{script}: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-def load_checkpoint(name):
-    """lib.checkpoint.load, imported when called: torch takes seconds, and few prepares need it."""
-    return importlib.import_module("lib.checkpoint").load(name)
 
 
 is_main = threading.current_thread() is threading.main_thread()

@@ -153,7 +153,7 @@ def arbitrary():
 @pytest.fixture
 def one_thread(monkeypatch):
     """One thread, so that sums have one order; and no time spent on measuring the machine."""
-    monkeypatch.setattr("lib.log.matmul_flops", lambda *_: 1e9)
+    monkeypatch.setattr("run.log.matmul_flops", lambda *_: 1e9)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

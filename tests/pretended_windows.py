@@ -118,8 +118,8 @@ def program(module, *words):
 
     modules = {
         "data.text.prepare": ("data.text.prepare", "data.tokenizer"),
-        "lib.checkpoint": ("lib.checkpoint",),
-        "view.page": ("config", "lib.subject", "diffusion", "samplers", "sample", "view.page"),
+        "run.checkpoint": ("run.checkpoint",),
+        "view.page": ("config", "run.subject", "diffusion", "samplers", "sample", "view.page"),
     }
     command = importlib.import_module(module)
     parts = [importlib.import_module(name) for name in modules.get(module, ())]
@@ -177,7 +177,7 @@ STEPS = {
     "sample": lambda: program("sample", "--ckpt=out", "--steps=4", "--out=samples.jsonl"),
     "evaluate": lambda: program("evaluate", "--ckpt=out", "--data=data", "--draws=2"),
     "page": lambda: program("view.page", "--ckpt=out"),
-    "export": lambda: program("lib.checkpoint", "--ckpt=out", "--to=exported"),
+    "export": lambda: program("run.checkpoint", "--ckpt=out", "--to=exported"),
     "download": download,
 }
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 ROOTS = ("config", "diffusion", "model", "train", "samplers", "sample", "evaluate")
-FOLDERS = ("lib", "data", "evals", "view")
+FOLDERS = ("lib", "data", "run", "evals", "view")
 FILES = [f"{name}.py" for name in ROOTS]
 FILES += [str(path.relative_to(ROOT)) for name in FOLDERS for path in (ROOT / name).rglob("*.py")]
 
@@ -42,16 +42,29 @@ def test_a_script_of_the_root_imports_none_that_evaluates_or_shows_it(name):
     assert first and not first & {"evals", "experiments", "view"}
 
 
-def test_five_files_of_lib_import_the_method_or_the_network_and_none_another_script():
-    scripts = {f"{name}.py" for name in ROOTS} - {"config.py"}
-    arrows = {name: ARROWS[name] & scripts for name in FILES if name.startswith("lib/")}
-    assert {name: files for name, files in arrows.items() if files} == {
-        "lib/budget.py": {"model.py"},
-        "lib/checkpoint.py": {"model.py"},
-        "lib/formats.py": {"model.py"},
-        "lib/resume.py": {"diffusion.py", "model.py"},
-        "lib/rows.py": {"diffusion.py"},
-    }
+SCRIPTS = ("samplers.py", "sample.py", "evaluate.py", "train.py")
+LAYERS = (  # what each may import stands in a line before it, or in the same place
+    ("config.py",),
+    ("lib/*.py",),
+    ("data/*.py", "model.py", "diffusion.py"),
+    ("run/*.py",),
+    SCRIPTS,
+    ("data/*/prepare.py", "evals/*.py", "view/*.py"),
+)
+PLACES = {  # {file: (layer, the place in it)}
+    str(path.relative_to(ROOT)): (layer, place)
+    for layer, places in enumerate(LAYERS)
+    for place in places
+    for path in ROOT.glob(place)
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_imports_from_lower_layers_and_its_own_place_alone(name):
+    layer, place = PLACES[name]
+    beside = SCRIPTS if name in SCRIPTS else (place,)
+    for other in ARROWS[name]:
+        assert PLACES[other][0] < layer or PLACES[other][1] in beside, f"{name} imports {other}"
 
 
 def test_data_are_prepared_and_read_without_the_method_or_the_network():

@@ -15,9 +15,9 @@ from config import RENAMED, UserError, parse
 from data import examples, tokenizer
 from data.pairs import prepare as pairs
 from data.tokenizer import Char
-from lib import checkpoint
-from lib.checkpoint import load
 from model import make_network
+from run import checkpoint
+from run.checkpoint import load
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12, "vocab_size": 5}
 CAUSAL = {"attention": "causal", "start_id": 1}  # as SMDM's ARM, whose start token is Llama's 1
@@ -106,7 +106,7 @@ def test_a_new_checkpoint_replaces_the_old_one_even_while_that_is_in_use(tmp_pat
 FULL = """
 import resource, signal, sys, torch
 from config import UserError
-from lib import checkpoint
+from run import checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))  # no file may grow past this
 for write in (

@@ -23,9 +23,9 @@ from data import tokenizer as tokenizers
 from data.tokenizer import Byte, Char
 from evals import choice
 from experiments import common_draws
-from lib import checkpoint
 from lib.stats import mean_and_error
 from model import make_network
+from run import checkpoint
 
 ROOT = Path(__file__).parent.parent
 

@@ -20,8 +20,8 @@ import sample
 import train
 from data import writer
 from data.tokenizer import Char
-from lib import checkpoint
 from model import make_network
+from run import checkpoint
 
 TEXT = "the cat sat on the mat; a dog ran to the log. " * 20
 TRAIN = ["train", "--data=data", "--out_dir=out", "--n_layer=1", "--n_embd=16"]

@@ -33,7 +33,14 @@ MODULE = sys.modules[__name__]
 def programs():
     """{name: the words of its `run(main, ...)` line}, of every file that is run as a program."""
     values = {}
-    for pattern in ("*.py", "lib/*.py", "evals/*.py", "data/*/prepare.py", "experiments/*.py"):
+    for pattern in (
+        "*.py",
+        "lib/*.py",
+        "run/*.py",
+        "evals/*.py",
+        "data/*/prepare.py",
+        "experiments/*.py",
+    ):
         for path in sorted(ROOT.glob(pattern)):
             end = path.read_text().partition('if __name__ == "__main__":')[2]
             if call := re.search(r"\brun\((.*)\)", end, re.S):
@@ -379,7 +386,7 @@ def test_a_number_too_large_for_any_key_is_refused(tmp_path):
 
 
 def test_the_programs_are_those_that_are_known():
-    assert {"train", "sample", "evaluate", "lib.checkpoint"} <= PROGRAMS.keys()
+    assert {"train", "sample", "evaluate", "run.checkpoint"} <= PROGRAMS.keys()
     folders = {name.split(".")[0] for name in PROGRAMS}
     assert {"evals", "data", "experiments"} <= folders and len(PROGRAMS) > 20
 
@@ -403,7 +410,7 @@ def test_every_default_is_a_value_that_the_command_line_can_give(program):
     assert config == defaults | {"user_keys": {key: f"--{key}" for key in defaults}}
 
 
-@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "lib.checkpoint"])
+@pytest.mark.parametrize("program", ["train", "sample", "evaluate", "run.checkpoint"])
 def test_help_prints_every_key_with_its_default_and_its_comment(program):
     for module in modules_of(program):
         text, path = help_text(module), ROOT / f"{module.__name__.replace('.', '/')}.py"

@@ -16,8 +16,8 @@ import config as settings
 import train
 from config import UserError
 from data.tokenizer import Char
-from lib import checkpoint, resume
-from lib.checkpoint import load
+from run import checkpoint, resume
+from run.checkpoint import load
 
 # ---- Bytes ---------------------------------------------------------------------------------------
 

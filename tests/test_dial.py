@@ -13,10 +13,10 @@ import model as network
 import train
 from config import UserError
 from data import examples
-from lib import budget, checkpoint, resume
 from lib.device import flops_of_step
 from lib.optim import learning_rate
 from lib.parallel import Team
+from run import budget, checkpoint, resume
 
 __all__ = ["data"]  # a fixture of test_train
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -178,7 +178,7 @@ def test_without_limits_in_minutes_or_steps_a_run_has_ten_minutes(data, tmp_path
 
 def test_after_ten_steps_a_line_says_how_long_the_run_will_be(data, tmp_path, monkeypatch, capsys):
     ticks = iter(range(10**6))
-    monkeypatch.setattr("lib.log.time", type("Time", (), {"perf_counter": lambda: next(ticks)}))
+    monkeypatch.setattr("run.log.time", type("Time", (), {"perf_counter": lambda: next(ticks)}))
     run(data, tmp_path, max_iters=40, log_interval=100, eval_interval=100)
     said = [line for line in capsys.readouterr().out.splitlines() if "to the end" in line]
     (line,) = said

@@ -28,8 +28,9 @@ import train
 from config import parse
 from data import loader, tokenizer, writer
 from data.text import prepare
-from lib import checkpoint, device
+from lib import device
 from lib.files import Stop
+from run import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LINE = "The cat sat on the mat; “a dog” ran to the log, and cat {} ran after it.\n\n"
@@ -40,7 +41,7 @@ SAMPLE = (sample.main, *sample.MODULES)
 SCRIPTS = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("*.py"))]
 SOURCES = SCRIPTS + [
     path.relative_to(ROOT).as_posix()
-    for folder in ("data", "evals", "experiments", "lib", "view")
+    for folder in ("data", "evals", "experiments", "lib", "run", "view")
     for path in sorted(ROOT.glob(f"{folder}/**/*.py"))
 ]
 TEXT_OF = {name: (ROOT / name).read_text("utf8") for name in SOURCES}

@@ -21,8 +21,8 @@ from data.tokenizer import Char
 from evals import zeroshot
 from evaluate import ESTIMATORS, estimate
 from experiments import results, variance
-from lib import checkpoint
 from model import make_network
+from run import checkpoint
 
 MODULES = evaluate.MODULES
 TEXT = "the cät sat on the mat; a dog ran to the log. " * 20

@@ -18,9 +18,9 @@ import sample
 from data import writer
 from data.tokenizer import Char
 from experiments import annealing, loss_audit, results
-from lib import checkpoint
 from lib.device import machine
 from model import make_network
+from run import checkpoint
 
 TEXT = "the cat sat on the mat; a dog ran to the log. " * 20
 X0 = states(V, L)  # (V^L, L)

@@ -20,14 +20,14 @@ from config import UserError, parse
 from data import tokenizer
 from data.text import prepare as prepare_text
 from data.tokenizer import Char
-from lib import checkpoint
-from lib.checkpoint import load
-from lib.formats import FIXED
+from run import checkpoint
+from run.checkpoint import load
+from run.formats import FIXED
 
 
 def command(*args):
-    """Run `python -m lib.checkpoint export`: (exit code, lines on stderr)."""
-    words = [sys.executable, "-m", "lib.checkpoint", "export", *map(str, args)]
+    """Run `python -m run.checkpoint export`: (exit code, lines on stderr)."""
+    words = [sys.executable, "-m", "run.checkpoint", "export", *map(str, args)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=env)
     return done.returncode, done.stderr.splitlines()

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import SMALL, X, refusal, run
 
 from config import UserError
-from lib import formats
-from lib.checkpoint import load
-from lib.formats import FIXED, SIZES, published, size_config
 from model import make_network
+from run import formats
+from run.checkpoint import load
+from run.formats import FIXED, SIZES, published, size_config
 
 # ---- Published files -----------------------------------------------------------------------------
 

@@ -44,8 +44,8 @@ from data.pairs import prepare as pairs
 from data.text import prepare as text
 from evals import harness, quality, zeroshot
 from experiments import plot_log
-from lib import checkpoint, formats
 from lib.files import whole_file
+from run import checkpoint, formats
 
 RAN, PLANNED = Counter(), {}  # cases by the name of their test
 SMALL = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 6, "vocab_size": 5}
@@ -460,7 +460,7 @@ def test_any_run_is_resumed_or_refused_in_one_line(place, prepared, data, log):
     (folder / "log.jsonl").write_bytes(log)
     given = [f"--{key}={value}" for key, value in (SMALL | RUN).items()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lib.log.matmul_flops", lambda *_: 1.0)
+        patch.setattr("run.log.matmul_flops", lambda *_: 1.0)
         command("train", [*given, f"--data={prepared}", f"--out_dir={folder}"])
 
 
@@ -515,7 +515,7 @@ PEAK = """
 import resource, sys
 sys.path.insert(0, sys.argv[1])
 from config import UserError
-from lib import checkpoint
+from run import checkpoint
 unit = 1024 if sys.platform == "darwin" else 1
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for function in (checkpoint.read, checkpoint.load):

@@ -24,8 +24,8 @@ import sample
 from config import UserError
 from data import tokenizer
 from evals import choice, harness
-from lib import checkpoint
-from lib.subject import load_evaluable
+from run import checkpoint
+from run.subject import load_evaluable
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 ALPHABET = "abcdefghij .?QA:uestionr\n"

@@ -13,7 +13,7 @@ from config import parse
 from data import examples, loader, tokenizer, writer
 from data.pairs import prepare as pairs
 from data.text import prepare as text
-from lib import checkpoint
+from run import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WORDS = "The {0} cat sat on {1} mats, and {2} dogs ran after it.\n{3}"

@@ -19,9 +19,9 @@ from data import examples, loader, tokenizer, writer
 from data.pairs import prepare as pairs
 from data.text import prepare
 from diffusion import OBJECTIVES, ORDERS
-from lib import checkpoint, resume
 from lib.entries import uses_p, uses_schedule
 from lib.parallel import ANEW
+from run import checkpoint, resume
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

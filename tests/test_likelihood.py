@@ -27,9 +27,9 @@ from evaluate import (
     random_numbers,
     set_nats,
 )
-from lib import checkpoint
 from lib.stats import certainty, mean_and_error, mean_over_sets, report, t95
 from model import make_network
+from run import checkpoint
 
 X0 = states(V, L)  # (V^L, L)
 TURNS = torch.tensor(list(itertools.permutations(range(L))))  # (24, L) orders: turn of each place

@@ -20,9 +20,10 @@ import sample
 import train
 from config import UserError
 from data import tokenizer, writer
-from lib import checkpoint, files
+from lib import files
 from lib.files import only_one, whole_file
 from lib.parallel import ANEW
+from run import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TRAIN = (train.main, *train.MODULES)

@@ -21,8 +21,9 @@ from config import UserError, parse
 from data import download, loader, writer
 from data.text import prepare
 from data.tokenizer import GPT2
-from lib import checkpoint, parallel
+from lib import parallel
 from lib.files import optional
+from run import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -242,7 +243,7 @@ def test_a_folder_called_like_an_optional_package_is_none(name, tmp_path, monkey
 
 def test_ours_win_over_packages_of_their_names_from_any_folder(data, tmp_path):
     """A program of the root, and one of a folder run as a file: other packages, other folder."""
-    for name in ("config", "data", "diffusion", "evals", "lib", "model", "view"):
+    for name in ("config", "data", "diffusion", "evals", "lib", "model", "run", "view"):
         (tmp_path / "other" / name).mkdir(parents=True)
         (tmp_path / "other" / name / "__init__.py").write_text("raise SystemExit(9)")
     keys = {"cwd": tmp_path, "PYTHONPATH": str(tmp_path / "other"), "PYTHONIOENCODING": "ascii"}

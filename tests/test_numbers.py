@@ -23,12 +23,12 @@ from data import examples, loader, writer
 from data.tokenizer import Byte, Char
 from evals import choice, harness, quality
 from experiments import results
-from lib import checkpoint
 from lib.device import mean_length
 from lib.files import to_json
 from lib.parallel import Team
 from lib.stats import NotFinite
-from lib.subject import load_evaluable
+from run import checkpoint
+from run.subject import load_evaluable
 from view import page
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -21,8 +21,9 @@ import samplers
 import train
 from data import examples
 from data.tokenizer import Char
-from lib import checkpoint, formats, optim, philox, resume
+from lib import optim, philox
 from model import make_network
+from run import checkpoint, formats, resume
 
 
 def close(measured, expected, atol=0.0, rtol=0.0):

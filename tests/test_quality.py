@@ -20,9 +20,9 @@ from config import UserError
 from data import writer
 from data.tokenizer import Char
 from evals import quality
-from lib import checkpoint
 from lib.stats import mean_and_error
 from model import make_network
+from run import checkpoint
 
 TEXT = "the cat sat on the mat; a dog ran to the log. " * 20
 ALPHABET = "".join(sorted(set(TEXT)))

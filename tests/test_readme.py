@@ -21,7 +21,7 @@ import model as network
 import samplers
 from data import writer
 from data.tokenizer import Char
-from lib import checkpoint
+from run import checkpoint
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("*/*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf8") for path in PAGES}
@@ -37,7 +37,7 @@ SHORT = {
     "train.py": TRAIN + " ".join(f"--{key}={value}" for key, value in SHAPE.items()),
     "sample.py": "--steps=2 --num_samples=1 --device=cpu",
     "evaluate.py": "--sequences=2 --draws=2 --strata=2 --device=cpu",
-    "-m lib.checkpoint": "",
+    "-m run.checkpoint": "",
     "-m view.page": "",
     "-m data.text.prepare": "--workers=1",
     "-m data.pairs.prepare": "",
@@ -160,7 +160,7 @@ def test_every_program_and_key_that_a_page_names_is_there(capsys):
     for page in ("README.md", "docs/FAQ.md"):  # also what torchrun starts
         for program, words in commands(page):
             keys_of[program] |= {word[2:].partition("=")[0] for word in words if word[:2] == "--"}
-    assert {"train.py", "sample.py", "-m lib.checkpoint", "-m evals.choice"} <= keys_of.keys()
+    assert {"train.py", "sample.py", "-m run.checkpoint", "-m evals.choice"} <= keys_of.keys()
     for program, keys in keys_of.items():
         if program in ("-m pip", "-m pytest", "-m venv", "mine.py") or "NAME" in program:
             continue

@@ -10,7 +10,7 @@ import config as settings
 import diffusion
 from data import tokenizer, writer
 from experiments import dial, recipe, results
-from lib import budget
+from run import budget
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ import model as network
 import sample as decoding
 from config import UserError
 from data.tokenizer import Char, build
-from lib import checkpoint
 from lib.text import text_or_file
 from lib.watch import token_text
+from run import checkpoint
 from sample import SAMPLERS, gapped_ids
 from view import page
 

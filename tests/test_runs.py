@@ -11,8 +11,8 @@ import config as settings
 import train
 from data import tokenizer, writer
 from experiments import frontier, papers, results, runs
-from lib import checkpoint
 from lib.stats import t95
+from run import checkpoint
 
 PRESET = {"n_layer": 1, "n_head": 1, "n_embd": 16, "block_size": 16, "batch_size": 4}
 

@@ -23,8 +23,9 @@ from config import UserError
 from data import writer
 from data.tokenizer import Char
 from experiments import results, scaling_up
-from lib import checkpoint, formats, fused, parallel, resume
+from lib import fused, parallel
 from lib.device import NOMINAL, flops_per_token
+from run import checkpoint, formats, resume
 
 CONFIG = settings.parse([], results, scaling_up)
 SMALL = {"n_layer": 3, "n_head": 4, "n_embd": 64, "mlp_width": 160}
@@ -108,7 +109,7 @@ def test_the_logits_that_are_avoided_are_what_a_plain_loss_keeps():
 
 @pytest.mark.parametrize("ema", [0.0, 0.99])
 def test_a_checkpoint_has_as_many_bytes_as_the_formula_says(ema, tmp_path, monkeypatch):
-    monkeypatch.setattr("lib.log.matmul_flops", lambda *_: 1.0)
+    monkeypatch.setattr("run.log.matmul_flops", lambda *_: 1.0)
     parts = [("train", "abcde" * 80), ("val", "abcde" * 20)]
     writer.prepare(tmp_path / "data", parts, Char("abcde"))
     keys = {"n_layer": 4, "n_embd": 128, "n_head": 2, "block_size": 16, "batch_size": 2}

@@ -22,8 +22,9 @@ import sample
 import train
 from config import UserError
 from data import examples, tokenizer
-from lib import checkpoint, fused
+from lib import fused
 from lib.parallel import Team
+from run import checkpoint
 
 TINY = {"n_layer": 1, "n_head": 2, "n_embd": 16, "batch_size": 8, "max_iters": 6}
 TINY |= {"warmup_iters": 2, "log_interval": 1, "eval_interval": 3, "eval_sequences": 6}

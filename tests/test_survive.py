@@ -38,10 +38,10 @@ from config import UserError
 from data import loader, writer
 from data.tokenizer import Char
 from experiments import results, survive, two_hosts
-from lib import checkpoint, resume
-from lib.budget import Clock
-from lib.log import Log
 from lib.parallel import Team
+from run import checkpoint, resume
+from run.budget import Clock
+from run.log import Log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -68,7 +68,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_left_alone(tmp_path):
 KILLED_WHILE_IT_WRITES = """
 import os, signal, sys, torch
 from pathlib import Path
-from lib import checkpoint
+from run import checkpoint
 
 def half(state, path):
     Path(path).write_bytes(Path(sys.argv[1]).read_bytes()[:-2000])
@@ -249,11 +249,11 @@ def test_weights_that_are_not_finite_are_never_saved(data, tmp_path):
 # ---- Several processes ---------------------------------------------------------------------------
 
 PROGRAM = """
-import os, pathlib, signal, sys, time, train, lib.log
+import os, pathlib, signal, sys, time, train, run.log
 from lib import program
 here, step_of = pathlib.Path(sys.argv.pop(1)), train.train_step
 mine = here / f"ended_{os.environ['RANK']}"
-lib.log.matmul_flops = lambda *_: 1e9
+run.log.matmul_flops = lambda *_: 1e9
 
 def train_step(config, step, *rest):
     if step == 8 and os.environ["RANK"] == "1" and not mine.exists():

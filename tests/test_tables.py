@@ -18,7 +18,8 @@ from config import UserError
 from data import choice, tokenizer, writer
 from data.fineweb import prepare as fineweb
 from data.zeroshot import prepare as zeroshot
-from lib import checkpoint, device, entries, formats, optim, weighting
+from lib import device, entries, optim, weighting
+from run import checkpoint, formats
 
 SHAPE = {"n_layer": 1, "n_head": 1, "n_embd": 4, "block_size": L, "vocab_size": V}
 KEYS = settings.defaults_of(train.MODULES) | SHAPE

@@ -15,7 +15,7 @@ from config import UserError
 from data import writer
 from data.tokenizer import Char
 from evaluate import answer_nats, estimate, token_nats
-from lib import checkpoint
+from run import checkpoint
 
 IDS = [2, 0, 1, 1]
 SHAPE = {"n_layer": 2, "n_head": 1, "n_embd": 8, "block_size": 9, "vocab_size": V}

@@ -26,9 +26,9 @@ import train
 from config import UserError
 from data import loader, ngram, writer
 from data.tokenizer import Char
-from lib import checkpoint, resume
 from lib.parallel import ANEW, Team
 from lib.weighting import MASK_RATES
+from run import checkpoint, resume
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXT = "the cat sat on the mat; a dog ran to the log, and the cat ran after it. " * 40

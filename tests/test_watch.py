@@ -83,7 +83,7 @@ def test_the_page_plays_a_trace_without_weights(chromium, recording, tmp_path):
 def test_a_page_is_written_beside_its_checkpoint(recording, tmp_path, monkeypatch, capsys):
     model, tokenizer = network()
     trained = model.config | {"tokenizer": tokenizer.meta()}
-    monkeypatch.setattr("lib.checkpoint.load", lambda *_, ema: (model, tokenizer, trained))
+    monkeypatch.setattr("run.checkpoint.load", lambda *_, ema: (model, tokenizer, trained))
     modules = [*sample.MODULES, page]
     config = page.settings.parse([f"--ckpt={tmp_path}", "--device=cpu"], *modules)
     page.main(config)

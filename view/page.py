@@ -25,9 +25,9 @@ import sample
 import samplers
 from config import plural, require
 from lib.files import to_json, whole_file
-from lib.subject import load_subject
 from lib.text import text_or_file
 from lib.watch import token_text
+from run.subject import load_subject
 
 DEFAULTS = {
     "page": "",  # the file to write; "": page.html beside the checkpoint

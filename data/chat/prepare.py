@@ -19,6 +19,7 @@ from config import plural, require
 from data import examples, writer
 from data import tokenizer as tokenizers
 from lib import program
+from run import load_checkpoint
 
 DEFAULTS = {
     "input": "",  # files, separated by commas
@@ -66,7 +67,7 @@ def main(config):
     passed = f"passed over: {len(firsts) - len(turns):,} of {plural(len(firsts), 'conversation')}"
     print(f"{passed}, without a question and an answer at the beginning")
     texts = (f"{TEMPLATE.format(question)} {answer}" for _, question, answer in turns)
-    tokenizer = examples.vocabulary(config["tokenizer"], texts, program.load_checkpoint)
+    tokenizer = examples.vocabulary(config["tokenizer"], texts, load_checkpoint)
     held = writer.adjusted((question for _, question, _ in turns), config["val_fraction"])
     items = tokenized(turns, tokenizer, held)
     meta = examples.prepare(config["out"], items, tokenizer, config["width"])

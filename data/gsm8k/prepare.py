@@ -23,6 +23,7 @@ from config import require
 from data import download, examples
 from data import tokenizer as tokenizers
 from lib import program
+from run import load_checkpoint
 
 DEFAULTS = {
     "from": "",  # a folder with the files; without one they are downloaded
@@ -95,14 +96,14 @@ def tokenized(items, split, tokenizer, width):
 def main(config):
     require(not config["from"] or Path(config["from"]).is_dir(), f"no folder {config['from']}")
     # A UserError comes before a download.
-    tokenizers.named(config["tokenizer"], [], program.load_checkpoint)
+    tokenizers.named(config["tokenizer"], [], load_checkpoint)
     names = ("train.txt" if config["augmented"] else "train.jsonl", "valid.txt")
     train, valid = (find(name, config["from"], config["out"]) for name in names)
     held_out = {question.strip() for _, question, *_ in problems(valid)}
     learnt = (problem for problem in problems(train) if problem[1].strip() not in held_out)
     texts = ("".join(pieces) for path in (train, valid) for _, *pieces in problems(path))
     texts = itertools.chain(HEADS, texts)
-    tokenizer = examples.vocabulary(config["tokenizer"], texts, program.load_checkpoint)
+    tokenizer = examples.vocabulary(config["tokenizer"], texts, load_checkpoint)
     items = itertools.chain(
         tokenized(learnt, "train", tokenizer, config["width"]),
         tokenized(problems(valid), "val", tokenizer, config["width"]),

@@ -19,6 +19,7 @@ from config import require
 from data import examples, writer
 from data import tokenizer as tokenizers
 from lib import program
+from run import load_checkpoint
 
 DEFAULTS = {
     "input": "",  # files, separated by commas
@@ -52,7 +53,7 @@ def main(config):
     paths = writer.listed(config["input"])
     require(paths, "say what to prepare: --input=FILE.jsonl")
     texts = (prompt + completion for path in paths for _, prompt, completion in pairs(path))
-    tokenizer = examples.vocabulary(config["tokenizer"], texts, program.load_checkpoint)
+    tokenizer = examples.vocabulary(config["tokenizer"], texts, load_checkpoint)
     prompts = (prompt for path in paths for _, prompt, _ in pairs(path))
     held = writer.adjusted(prompts, config["val_fraction"])
     items = (pair for path in paths for pair in pairs(path))

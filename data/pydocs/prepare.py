@@ -22,6 +22,7 @@ from pydoc_data.topics import topics
 
 from data import tokenizer, writer
 from lib import program
+from run import load_checkpoint
 
 DEFAULTS = {
     "out": "data/pydocs",  # folder to prepare
@@ -80,7 +81,7 @@ def main(config):
     texts = documents()
     split_of = {name: "val" if writer.is_held_out(name, HELD_OUT) else "train" for name in texts}
     pairs = [(split_of[name], text) for name, text in texts.items()]
-    vocabulary = tokenizer.named(config["tokenizer"], texts.values(), program.load_checkpoint)
+    vocabulary = tokenizer.named(config["tokenizer"], texts.values(), load_checkpoint)
     meta = writer.prepare(config["out"], pairs, vocabulary)
     digest = hashlib.sha256("\n\n".join(texts.values()).encode("utf8")).hexdigest()
     characters = len(set().union(*texts.values()))

@@ -20,6 +20,7 @@ from data import download, examples
 from data import tokenizer as tokenizers
 from data.pairs.prepare import pairs
 from lib import program
+from run import load_checkpoint
 
 DEFAULTS = {
     "from": "",  # a folder with the .jsonl files; without one they are downloaded
@@ -72,10 +73,10 @@ def tokenized(paths, tokenizer):
 def main(config):
     require(not config["from"] or Path(config["from"]).is_dir(), f"no folder {config['from']}")
     # A UserError comes before a download.
-    tokenizers.named(config["tokenizer"], [], program.load_checkpoint)
+    tokenizers.named(config["tokenizer"], [], load_checkpoint)
     paths = files(config["from"], config["out"])
     texts = (a + b for path in paths.values() for _, a, b in pairs(path))
-    tokenizer = examples.vocabulary(config["tokenizer"], texts, program.load_checkpoint)
+    tokenizer = examples.vocabulary(config["tokenizer"], texts, load_checkpoint)
     items = tokenized(paths, tokenizer)
     meta = examples.prepare(config["out"], items, tokenizer, config["width"])
     print(examples.summary(config["out"], meta))

@@ -21,6 +21,7 @@ from config import require
 from data import tokenizer, writer
 from lib import program
 from lib.files import opened
+from run import load_checkpoint
 
 DEFAULTS = {
     "input": "",  # files or folders, separated by commas
@@ -138,9 +139,7 @@ def main(config):
     both = next((file for item in val for file in find(item) if file.resolve() in learnt), None)
     require(not both, f"{both} of --val is in --input, too: what is learnt is not held out")
     L, workers = config["block_size"], config["workers"] or writer.cores()
-    vocabulary = tokenizer.named(
-        config["tokenizer"], documents([*items, *val]), program.load_checkpoint
-    )
+    vocabulary = tokenizer.named(config["tokenizer"], documents([*items, *val]), load_checkpoint)
     pairs = split(lambda: documents(items), 0 if val else config["val_fraction"])
     pairs = itertools.chain(pairs, (("val", text) for text in documents(val)))
     meta = writer.prepare(config["out"], pairs, vocabulary, workers, block_size=L)

@@ -34,6 +34,7 @@ from config import UserError, choose, plural, require
 from data import download, examples, loader, writer
 from data import tokenizer as tokenizers
 from lib.files import opened, whole_file
+from run import load_checkpoint
 
 DEFAULTS = {
     "set": "all",  # lambada | wikitext2 | ptb | wikitext103 | lm1b | all
@@ -237,7 +238,7 @@ def prepare(name, config):
     place, folder = config["from"], Path(config["out"], name)
     raw = folder.parent / "raw"
     # Not a new one, which fits no model; before the download, so that an error leaves nothing.
-    tokenizer = tokenizers.named(config["tokenizer"], [], program.load_checkpoint)
+    tokenizer = tokenizers.named(config["tokenizer"], [], load_checkpoint)
     paths, difference = find(name, place) if place else (fetch(name, raw), "")
     lines = list(texts(name, paths, config, tokenizer.separator))
     require(any(map(str.strip, lines)), f"{paths[0]} holds no text")

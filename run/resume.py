@@ -3,7 +3,7 @@
 What determines the value of a key:
 
   model.DEFAULTS, the shape   the checkpoint, if there is one: the user may set no other value;
-                              for a new network the command, then the dial (lib/budget.py)
+                              for a new network the command, then the dial (run/budget.py)
   RESUMED                     for a resumed run the checkpoint; the user may change the marked ones
   attention                   for a new network the objective
   block_size                  like the shape, but the user may change it with init_from, because
@@ -27,11 +27,12 @@ import model as network
 from config import UserError, completed, plural, refuse_unused, require
 from data import examples, loader
 from data.tokenizer import lacks
-from lib import checkpoint, files, formats, parallel
+from lib import files, parallel
 from lib.entries import uses_p, uses_schedule
 from lib.optim import LR_DECAYS
 from lib.parallel import ANEW
 from lib.stats import not_finite
+from run import checkpoint, formats
 
 # (what a key is for, a test of a config), and {key: (both, the value that has no effect)}
 FULL = "networks with attention=full", lambda config: config["attention"] == "full"

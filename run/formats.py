@@ -1,6 +1,6 @@
 """Weight formats: the names of tensors and settings in our files, RADD's and SMDM's.
 
-lib/checkpoint.py reads and writes the files.
+run/checkpoint.py reads and writes the files.
 """
 
 import contextlib

@@ -8,9 +8,9 @@ import torch
 from config import choose, plural, refuse_typed, require, shown
 from data import examples, loader
 from data.tokenizer import from_meta, lacks
-from lib import checkpoint
 from lib.device import cast_products, dtype_name, machine
 from lib.text import encode, text_or_file, without_space
+from run import checkpoint
 
 DEFAULTS = {
     "ckpt": "out/pydocs",  # anything checkpoint.load takes: a run's folder, published weights

@@ -1,6 +1,6 @@
 """Load and save weights: our checkpoints and exports, and RADD's and SMDM's published weights.
 
-    python -m lib.checkpoint export --ckpt=out/pydocs --to=DIR --format=nanomdm
+    python -m run.checkpoint export --ckpt=out/pydocs --to=DIR --format=nanomdm
 
 `load` takes anything that --ckpt can name: an out_dir of train.py, a folder with config.json and
 model.safetensors (ours, RADD's or SMDM's), a folder of RADD's trainer, a single .safetensors, .pth
@@ -28,10 +28,10 @@ from safetensors.torch import save_file
 from config import UserError, choose, require
 from data import download
 from data.tokenizer import Unavailable, from_meta
-from lib import formats
 from lib.files import is_utf8, set_aside, to_json, whole_file
 from lib.stats import not_finite
 from model import make_network, rotary_tables
+from run import formats
 
 DEFAULTS = {
     "ckpt": "",  # what to export: a folder, a file or a Hub name
@@ -389,7 +389,7 @@ def refuse_misfit(config, format, ckpt):
 def main(config):
     """The command `export`."""
     ckpt, to, format = (config[key] for key in DEFAULTS)
-    usage = "usage: python -m lib.checkpoint export --ckpt=... --to=DIR --format"
+    usage = "usage: python -m run.checkpoint export --ckpt=... --to=DIR --format"
     require(ckpt and to, f"{usage}={'|'.join(FORMATS)}")
     export(ckpt, to, format)
     print(f"wrote {to}/config.json and {to}/model.safetensors ({format})")

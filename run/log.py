@@ -17,10 +17,10 @@ from tqdm import tqdm
 from config import plural
 from data.loader import sequences_before
 from lib.bar import bar_is_off
-from lib.checkpoint import set_run_aside
 from lib.device import flops_of_step, matmul_flops, mean_length, nominal_flops
 from lib.files import optional, to_json, whole_file, writing
-from lib.resume import best_of
+from run.checkpoint import set_run_aside
+from run.resume import best_of
 
 DEFAULTS = {
     "wandb": "",  # the wandb project to log training to as well
