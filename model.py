@@ -210,7 +210,7 @@ class Transformer(nn.Module):
         self.config = config
         self.block_size, self.vocab_size, self.mask_id = config["block_size"], V, V
         self.start_id = V if config["start_id"] < 0 else config["start_id"]
-        self.row_loss = None  # lib/parallel.py may set a compiled one, of lib/fused.py
+        self.row_loss = None  # lib/parallel.py may set a compiled one
         self.embed = nn.Embedding.from_pretrained(torch.empty(V + 1, D), freeze=False)
         self.conv = nn.Parameter(torch.empty(conv, D)) if conv else None
         self.blocks = nn.ModuleList(self.block_class(config) for _ in range(config["n_layer"]))

@@ -38,10 +38,10 @@ import config as settings
 import diffusion
 import samplers
 from config import require
-from lib import fused, philox
+from lib import compiled, fused, philox
 from lib.bar import progress_bar
 from lib.cache import Cache, OrderCache
-from lib.device import calls_on_device, can_compile, compile_hidden, wait
+from lib.device import calls_on_device, wait
 from lib.entries import check_ids, check_left_to_right, keys_read
 from lib.stats import Probabilities, entropy_of, finite
 from lib.text import gapped_ids, is_asked, say, suppress_eos, suppress_tokens, text_of, text_or_file
@@ -314,8 +314,8 @@ def open_model(config):
     subject = subjects.load_subject(config, reads_text=True)
     if subject.causal:
         subjects.check_causal(config)
-    elif config["compile"] and can_compile(subject.model.device):
-        compile_hidden(subject.model, subject.model.device)
+    elif config["compile"]:
+        compiled.compile_hidden(subject.model, subject.model.device)
     return subject
 
 

@@ -36,7 +36,6 @@ import config as settings
 import diffusion
 import evaluate
 import model as network
-import run.log
 import sample
 from data import examples, loader
 from data.tokenizer import from_meta
@@ -46,6 +45,7 @@ from lib.files import Stop
 from lib.optim import clip_gradient, learning_rate, make_optimizers, set_learning_rate, update_ema
 from lib.stats import NotFinite, report
 from lib.weighting import LOSS_WEIGHTS, MASK_RATES
+from run import log as run_log
 from run import resume
 from run.budget import Clock, with_dial
 from run.subject import order_of
@@ -99,7 +99,7 @@ DEFAULTS = {
     "keep": 1,  # last checkpoints to keep, 1 or more (above 1: ckpt_STEP.pt); best.pt always stays
     "log_interval": 10,  # steps between log entries, 1 or more; several processes stop only then
 }
-MODULES = (settings, diffusion, network, run.log, sys.modules[__name__])  # whose keys it takes
+MODULES = (settings, diffusion, network, run_log, sys.modules[__name__])  # whose keys it takes
 # Tables named in DEFAULTS; config.py looks them up here.
 ORDERS, OPTIMIZERS, LR_DECAYS = diffusion.ORDERS, optim.OPTIMIZERS, optim.LR_DECAYS
 # Where the counters of other random numbers begin; the rows of a batch use those below.
@@ -122,8 +122,7 @@ class Batch(NamedTuple):
 
     def inputs(self):
         """The arguments of diffusion.Loss by name, without the counts."""
-        counts = ("n_tokens", "n_real")
-        return {name: value for name, value in self._asdict().items() if name not in counts}
+        return {name: x for name, x in self._asdict().items() if not name.startswith("n_")}
 
     def each(self, move):
         """Apply `move` to every tensor."""
@@ -366,7 +365,7 @@ def train(config, team):
     if team.device.type != "cpu":  # on a CPU the thread would compete with the step
         batches = loader.prefetch(batches)
 
-    log = run.log.Log(config, model, dataset, clock, team)
+    log = run_log.Log(config, model, dataset, clock, team)
     log.say_start(model, dataset, val, ema, **order_of("order", config, evaluate.ESTIMATORS))
     result, stopped = None, 0
     with Stop() as stop, log, parallel.together(path, team), contextlib.closing(batches):

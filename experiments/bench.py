@@ -33,7 +33,8 @@ from data import loader
 from experiments import baselines, results
 from experiments.timing import Elsewhere, added_memory, alternate, middle, product_limit, spread
 from lib import fused, parallel, program
-from lib.device import can_compile, machine, step_flops
+from lib.compiled import can_compile
+from lib.device import machine, step_flops
 from lib.files import to_json
 
 DEFAULTS = {

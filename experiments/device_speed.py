@@ -25,6 +25,7 @@ from data import loader
 from experiments import loading, results
 from lib import device as devices
 from lib import fused
+from lib.compiled import can_compile, compile_hidden
 from lib.device import flops_of_step
 from lib.optim import update_ema
 
@@ -52,7 +53,7 @@ def about(part):
         facts |= {"free_GB": free / 1e9, "of_GB": total / 1e9, "cuda": str(torch.version.cuda)}
         facts |= {"processors": card.multi_processor_count, "sm": f"{card.major}{card.minor}"}
     facts |= {"dtype": devices.dtype_name(part.autocast, part.device), "cores": os.cpu_count()}
-    return facts | {"compiles": str(devices.can_compile(part.device))}
+    return facts | {"compiles": str(can_compile(part.device))}
 
 
 def product(part, n, dtype):
@@ -88,7 +89,7 @@ def training(part, name, micros):
 
 def trained(part, config, blocks):
     """Steps of one micro-batch each; compiled ones also on one batch that is there already."""
-    if config["compile"] and not devices.can_compile(part.device):
+    if config["compile"] and not can_compile(part.device):
         raise RuntimeError("torch.compile lacks something here: a compiler, triton, or the card")
     batches = train.make_batches(config, blocks, part.team)
     batches = batches if part.device.type == "cpu" else loader.prefetch(batches)
@@ -330,7 +331,7 @@ def masked(part, model, B, steps, how="eager"):
     x = torch.zeros(B, L, dtype=torch.long, device=part.device)  # (B, L)
     x[:, : round(share * L)] = model.mask_id
     if how != "eager":
-        devices.compile_hidden(model, part.device, graphs=how == PROGRAMS[2])
+        compile_hidden(model, part.device, graphs=how == PROGRAMS[2])
     try:
         seconds, info = sampled(part, model, x, steps=max(1, round(share * steps)))
     finally:

@@ -1,20 +1,17 @@
-"""The machine: the device and dtype of computations, its speed, its memory and its compiler."""
+"""The machine: the device and dtype of computations, its speed and its memory."""
 
 import contextlib
 import ctypes
-import functools
-import importlib.util
 import math
 import os
 import re
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 import config as settings
-from config import choose, first_line, require
+from config import choose, require
 from lib.fused import moved, product_dtype
 
 
@@ -97,48 +94,6 @@ def check_cache():
             message = f"{folder} cannot be made ({error.strerror})"
             print(f"{message}, so TORCHINDUCTOR_CACHE_DIR is ignored", file=sys.stderr)
             del os.environ["TORCHINDUCTOR_CACHE_DIR"]
-
-
-@functools.cache
-def can_compile(device):
-    """Whether torch.compile works here, tried once; if it does not, a line says why.
-
-    A compiler, Python's headers, triton or a cache folder may be missing. Without torch.compile
-    everything works, but more slowly.
-    """
-    try:
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError(f"it is too new on {device.type}")
-        if device.type == "cuda" and not importlib.util.find_spec("triton"):
-            raise ImportError("triton is missing")
-        sweep_cache()
-        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
-        return True
-    except Exception as error:  # any type may be raised
-        cause = re.search(r".*\berror: .*", str(error))  # the C++ compiler's message
-        reason = cause[0].strip()[:200] if cause else first_line(error)
-        if os.environ.get("RANK", "0") == "0":  # one process reports for all
-            message = "torch.compile does not work here, so nothing is compiled"
-            print(f"{message}: {reason}", file=sys.stderr)
-        return False
-
-
-def sweep_cache():
-    """Delete kernels that a killed compiler left empty: torch would take them for complete ones."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    for kernel in Path(cache_dir()).glob("*/*.so"):
-        with contextlib.suppress(OSError):  # another process may be sweeping too
-            about = kernel.stat()
-            if about.st_size == 0 and time.time() - about.st_mtime > 5:  # no longer being written
-                kernel.unlink()
-
-
-def compile_hidden(model, device, graphs=True):
-    """Compile model.hidden for sampling. graphs: calls of a recurring size become CUDA graphs."""
-    options = {"triton.cudagraphs": True, "triton.cudagraph_skip_dynamic_graphs": True}
-    options = options if graphs and device.type == "cuda" else {}
-    model.hidden = torch.compile(model.hidden, options=options)
 
 
 def calls_on_device(plan, policy, model):

@@ -114,18 +114,6 @@ def cross_entropy_and_grad(logits, target, weight, normalised=True):
     return terms, ce, table.to(logits.dtype)
 
 
-def compiled_row_loss():
-    """cross_entropy_and_grad compiled as one program for any number of rows."""
-    program = torch.compile(cross_entropy_and_grad)
-
-    def row_loss(logits, target, weight, normalised):
-        for tensor in filter(torch.is_tensor, (logits, target, weight)):
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return program(logits, target, weight, normalised)
-
-    return row_loss
-
-
 def product_dtype(h):
     """The dtype in which autocast multiplies h; it leaves float64 alone."""
     device_type = h.device.type

@@ -28,7 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 from config import UserError, require
 from lib import fused
-from lib.device import can_compile, keep_memory, machine, peak_memory
+from lib.compiled import can_compile, compile_block, compiled_row_loss
+from lib.device import keep_memory, machine, peak_memory
 
 # The advice if a run cannot be resumed.
 ANEW = "begin anew in another --out_dir=, or here with --resume=False, which keeps the old run"
@@ -205,27 +206,18 @@ def prepare_for_training(loss_fn, config, team):
     if compiled and team.rank == 0:
         print("compiling the network: the first steps wait for it, on a CPU up to two minutes")
     sharded = is_sharded(model.embed.weight)
+    check = team.device.type == "cpu" and not (sharded or config["dropout"])
     for block in model.blocks:
+        forward = block.forward
         if config["recompute"]:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        if compiled:
-            block.forward = in_training(block, torch.compile(block.forward))
+            forward = functools.partial(checkpoint, forward, use_reentrant=False)
+        block.forward = compile_block(block, forward, check) if compiled else forward
     if compiled and model.vocab_size >= 1024:  # a small head is not worth the wait
-        model.row_loss = fused.compiled_row_loss()
+        model.row_loss = compiled_row_loss(team.device)
     if sharded or team.world == 1:
         return loss_fn
     options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}  # rotary tables
     return DistributedDataParallel(loss_fn, **options)
-
-
-def in_training(block, fast):
-    """A forward for the block: `fast` in training, where shapes do not vary, else its own."""
-    eager = block.forward
-
-    def forward(*arguments, **keys):
-        return (fast if block.training else eager)(*arguments, **keys)
-
-    return forward
 
 
 def accumulate(loss_fn, last):

@@ -29,7 +29,8 @@ from data.tokenizer import Char
 from evals import choice, quality
 from experiments import device_speed, gpu, results
 from lib import fused, optim, parallel
-from lib.device import PRODUCTS, can_compile, nominal_flops
+from lib.compiled import can_compile
+from lib.device import PRODUCTS, nominal_flops
 from lib.parallel import Team
 
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 50}

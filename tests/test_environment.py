@@ -28,7 +28,7 @@ import train
 from config import parse
 from data import loader, tokenizer, writer
 from data.text import prepare
-from lib import device
+from lib import compiled, device
 from lib.files import Stop
 from run import checkpoint
 
@@ -289,14 +289,14 @@ def test_whatever_compiling_lacks_it_is_tried_once_and_said_by_one(error, monkey
         raise error
 
     monkeypatch.setattr(torch, "compile", fails)
-    device.can_compile.cache_clear()
+    compiled.can_compile.cache_clear()
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        assert not device.can_compile(torch.device("cpu"))
+        assert not compiled.can_compile(torch.device("cpu"))
     assert len(tried) == 1 and capsys.readouterr().err.count("\n") == 1
-    device.can_compile.cache_clear()
-    assert not device.can_compile(torch.device("cpu")) and capsys.readouterr().err == ""
-    device.can_compile.cache_clear()
+    compiled.can_compile.cache_clear()
+    assert not compiled.can_compile(torch.device("cpu")) and capsys.readouterr().err == ""
+    compiled.can_compile.cache_clear()
 
 
 def test_a_cache_of_the_compiler_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, capsys):
@@ -317,7 +317,7 @@ def test_kernels_that_a_killed_compiler_left_empty_are_deleted(tmp_path, monkeyp
         kernel = tmp_path / "ab" / f"{name}.so"
         kernel.write_text(text)
         os.utime(kernel, (time.time() - age,) * 2)
-    device.sweep_cache()
+    compiled.sweep_cache()
     assert {path.stem for path in tmp_path.glob("ab/*")} == {"begun", "whole"}
 
 

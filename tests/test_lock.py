@@ -182,7 +182,7 @@ def test_a_new_run_that_cannot_begin_leaves_the_old_one_where_it_was(data, tmp_p
 
 def test_advice_to_begin_anew_names_another_folder_first():
     assert ANEW.index("--out_dir=") < ANEW.index("--resume=False")
-    for path in ROOT.glob("lib/*.py"):
+    for path in [*ROOT.glob("lib/*.py"), *ROOT.glob("run/*.py")]:
         others = path.read_text("utf8").replace(ANEW, "")
         assert "--resume=False" not in others, path
 

@@ -12,7 +12,6 @@ import torch
 from test_train import MODULES, TEXT, config_of, log, losses, run, same, state_of, words
 
 import config as settings
-import run.log
 import train
 from config import UserError
 from data import writer
@@ -20,6 +19,7 @@ from data.tokenizer import Char
 from lib import parallel
 from lib.parallel import Team
 from run import budget, checkpoint
+from run import log as run_log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DEEP = {"n_layer": 2, "ema": 0.9, "eval_sequences": 7, "log_interval": 1}
@@ -118,7 +118,7 @@ def work(rank, world, port, folder, jobs):
     """One of `world` processes: does the jobs one after the other, (name, command line) each."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    run.log.matmul_flops = lambda *_: 1e9
+    run_log.matmul_flops = lambda *_: 1e9
     torch.set_num_threads(1)
     with (
         open(folder / f"out_{rank}_of_{world}", "w") as out,
