@@ -321,6 +321,27 @@ def test_kernels_that_a_killed_compiler_left_empty_are_deleted(tmp_path, monkeyp
     assert {path.stem for path in tmp_path.glob("ab/*")} == {"begun", "whole"}
 
 
+# ---- Processors ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("has_it", "speed"), [(True, 4.0), (True, 0.5), (False, 4.0)])
+def test_bfloat16_is_chosen_where_the_processor_has_it_and_is_faster_with_it(
+    has_it, speed, monkeypatch
+):
+    def flops(_, autocast, seconds):
+        with autocast():
+            return speed if torch.is_autocast_enabled("cpu") else 1.0
+
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(device, "matmul_flops", flops)
+    device.bfloat16_is_faster.cache_clear()
+    _, autocast = device.machine(settings.DEFAULTS | {"device": "cpu"})
+    device.bfloat16_is_faster.cache_clear()
+    name = "bfloat16" if has_it and speed > 1 else "float32"
+    assert device.dtype_name(autocast, torch.device("cpu")) == name
+
+
 # ---- File systems without hard links -------------------------------------------------------------
 
 
