@@ -370,4 +370,4 @@ class OrderTransformer(Transformer):
         reading = cache.plan_call(slots, visible, masked_idx, x.device)
         clean = F.pad(x, (1, 0), value=self.mask_id).gather(1, reading.columns)  # (B, n)
         h = self.hidden_in_order(clean, reading.positions, reading.attend)  # (B, Q, D)
-        return h[reading.answers]
+        return h[reading.requested]
