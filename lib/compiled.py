@@ -44,12 +44,17 @@ def can_compile(device):
         return False
 
 
-@functools.cache
 def say_eager(reason):
     """Say that nothing is compiled, and why; one process reports for all."""
     if os.environ.get("RANK", "0") == "0":
         message = "torch.compile does not work here, so nothing is compiled"
         print(f"{message}: {reason}", file=sys.stderr)
+
+
+@functools.cache
+def say_wrong():
+    """Say once that programs are wrong here."""
+    say_eager("its programs compute something else; a newer C++ compiler may help")
 
 
 def use_short_vectors():
@@ -132,7 +137,7 @@ def trusted(fast, plain, same=None):
             is_right = same(fast, plain, *arguments, **keys)
             chosen.append(fast if is_right else plain)
             if not is_right:
-                say_eager("its programs compute something else; a newer C++ compiler may help")
+                say_wrong()
         return chosen[0](*arguments, **keys)
 
     return function

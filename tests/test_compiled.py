@@ -34,9 +34,9 @@ def block():
 
 @pytest.fixture(autouse=True)
 def said_anew():
-    compiled.say_eager.cache_clear()
+    compiled.say_wrong.cache_clear()
     yield
-    compiled.say_eager.cache_clear()
+    compiled.say_wrong.cache_clear()
 
 
 class Wrong(torch.autograd.Function):
