@@ -25,7 +25,7 @@ is the total noise up to t; the factor is then exp(-sigma_bar) / (1 - exp(-sigma
 rate m'/(1 - m) above, this is the rate of the reverse process: a masked token is unmasked at the
 rate m'/m, whatever the network says, and becomes v with probability p(x0_i = v | visible). Hence
 the network needs no time input. It fills any gap, because it is trained on any visible set. And the
-conditionals are learnt by cross-entropy (CE): a bound by the weights of part 2, not by train.py's.
+conditionals are learnt by cross-entropy (CE), with the weights of part 2 a bound on -log p(x0).
 """
 
 import math
@@ -207,7 +207,7 @@ def nelbo(model, x0, mask, weight, masked_idx=None, normalised=True, bound_weigh
     NELBO: negative evidence lower bound. x0 (B, L), mask (B, L) bool, weight (B,) or (B, L) ->
     (loss, nats): a scalar summed over the batch, and the same per sequence (B,), without gradient.
     masked_idx (N,): flat indices of the positions that count, padded with some of weight 0 (by
-    fused.masked_indices on the CPU: no GPU waits for N). bound_weight: for nats, if it differs.
+    fused.masked_indices on the CPU: no GPU waits for N). bound_weight: nats are bound_weight * CE.
     """
     check_ids(model, "x0", x0, mask, causal=False)
     masked_idx = fused.masked_indices(mask) if masked_idx is None else masked_idx  # (N,)

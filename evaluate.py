@@ -201,7 +201,8 @@ def set_nats(model, requests, o, number=0, size=1, progress=False):
     """
     estimator, groups = estimator_of(model, o["estimator"]), requests.group_of_each()  # (N,)
     rows_a_draw = requests.rows_a_draw(model, estimator)  # (N,)
-    passes = 2 if requests.in_one_pass(model, estimator) or requests.cfg_scale else 1  # of a row
+    # A row counts twice if it is read in two streams (`order`), or with and without the prompt.
+    passes = 2 if requests.in_one_pass(model, estimator) or requests.cfg_scale else 1
     nats = torch.zeros(len(groups), size, dtype=torch.float64)
     cost = {"rows": 0, "calls": 0}
     pending = []  # ((request, draw), nats) per call, (b,) each: read at the end, so no call waits
@@ -238,9 +239,7 @@ def nats_of_rows(model, x0, mask, weight, estimator, cond=None, cfg_scale=0.0):
     idx = weight.flatten().nonzero().flatten()  # (n,) what counts: only this is computed
     x0, mask, weight, idx = fused.moved(model.device, x0, mask, weight.float(), idx)
     if model.causal:
-        require(cond is None, "cfg_scale needs a masked diffusion model, not a causal one")
         return diffusion.ar_nll(model, x0, mask, weight, idx)[1]
-    require(cond is None or estimator.normalised, "t_dse has no guidance; cfg_scale must be 0")
     if cond is None:
         return diffusion.nelbo(model, x0, mask, weight, idx, estimator.normalised)[1]
     (cond,) = fused.moved(model.device, cond)  # (b, W)
@@ -268,8 +267,8 @@ def answer_nats(model, requests, groups=None, cfg_scale=0.0, pad_to=0, progress=
     of a question form a group, they are compared with little noise. options: keys of OF_ANSWERS.
     """
     o = settings.options(options, *MODULES, only=OF_ANSWERS)
-    requests = Requests(requests, groups, cfg_scale, pad_to).checked(model)
     estimator = estimator_of(model, o["estimator"])
+    requests = Requests(requests, groups, cfg_scale, pad_to).checked(model, estimator)
     size = 1 if estimator.exact else o["draws"]
     nats, _ = set_nats(model, requests, o, size=size, progress=progress)  # (N, size)
     return of_set(estimator, nats)
@@ -286,7 +285,8 @@ def estimate(model, requests, lengths=None, progress=False, **options):
     began = time.time()
     o = settings.options(options, *MODULES, only=OF_ESTIMATE)
     estimator = estimator_of(model, o["estimator"])
-    requests = Requests([r if isinstance(r, tuple) else ((), r) for r in requests]).checked(model)
+    pairs = [request if isinstance(request, tuple) else ((), request) for request in requests]
+    requests = Requests(pairs).checked(model, estimator)
     n_tokens, sizes = requests.tokens(lengths), set_sizes(estimator, o)
     sets, info = [], {"rows": 0, "calls": 0}
     for number, size in enumerate(sizes):
@@ -314,7 +314,7 @@ def token_nats(model, ids, prompt=(), **options):
     estimator = estimator_of(model, o["estimator"])
     message = f"{estimator.name} has no tokens' nats; try chain"
     require(estimator.order and not estimator.mean_of_p, message)
-    one_pass = Requests([(prompt, ids)]).checked(model).in_one_pass(model, estimator)
+    one_pass = Requests([(prompt, ids)]).checked(model, estimator).in_one_pass(model, estimator)
     x0, P, L = torch.tensor([[*prompt, *ids]]), len(prompt), len(ids)  # (1, P + L)
     terms_of, turns = (all_terms, 1) if one_pass else (term_of_each_row, L)  # rows per draw
     K = 1 if estimator.exact else o["draws"]

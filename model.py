@@ -216,12 +216,15 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(self.block_class(config) for _ in range(config["n_layer"]))
         self.norm = NORMS[config["norm"]](config)
         self.unembed = nn.Linear(D, V + config["head_padding"], bias=config["bias"])
-        for name, table in zip(("cos", "sin"), rotary_tables(config), strict=True):
-            self.register_buffer(name, table.to(self.embed.weight.device), persistent=False)
+        self.set_rotary_tables(self.embed.weight.device)
         if not self.embed.weight.is_meta:  # which has no memory; drawing would take a second
             with torch.no_grad():
                 for name, value in self.initial_weights():
                     self.get_parameter(name).copy_(value)
+
+    def set_rotary_tables(self, device):
+        for name, table in zip(("cos", "sin"), rotary_tables(self.config), strict=True):
+            self.register_buffer(name, table.to(device), persistent=False)  # (block_size, d/2)
 
     @property
     def causal(self):
@@ -295,7 +298,7 @@ class Transformer(nn.Module):
 
 
 # ---- 3. A network with attention=order -----------------------------------------------------------
-class Streams(NamedTuple):
+class TwoStreams(NamedTuple):
     """What an OrderBlock needs besides h, cos and sin."""
 
     n: int  # number of clean tokens; the others are queries
@@ -358,7 +361,7 @@ class OrderTransformer(Transformer):
         h = self.embed(torch.cat([clean, queries], dim=1))  # (B, n + Q, D)
         for i, block in enumerate(self.blocks):
             read = functools.partial(attend, i) if attend else fused.attention_in_order
-            h = block(h, cos, sin, streams=Streams(n, read, i == len(self.blocks) - 1))
+            h = block(h, cos, sin, streams=TwoStreams(n, read, i == len(self.blocks) - 1))
         return self.norm(h)
 
     def hidden_from_cache(self, x, visible, masked_idx, cache, slots):

@@ -44,7 +44,7 @@ from lib.cache import Cache, OrderCache
 from lib.device import calls_on_device, wait
 from lib.entries import check_ids, check_left_to_right, keys_read
 from lib.stats import Probabilities, entropy_of, finite
-from lib.text import gapped_ids, is_asked, say, suppress_eos, suppress_tokens, text_of, text_or_file
+from lib.text import gapped_ids, is_given, say, suppress_eos, suppress_tokens, text_of, text_or_file
 from lib.watch import watch
 from run import subject as subjects
 from samplers import SAMPLERS
@@ -355,26 +355,26 @@ def rows_to_fill(config, subject):
     return x.to(model.device), suppress, end, eos_id
 
 
-def suits(trained):
-    """Keys for a model trained with a config: ANSWERS after examples, the order that it learnt."""
+def defaults_for(trained):
+    """Other defaults, for a model trained with a config: ANSWERS, if it learnt examples."""
     keys = ANSWERS if trained.get("example_width") else {}
     if trained["attention"] == "causal":  # left to right, whatever the sampler
         keys = {key: keys[key] for key in keys if key != "sampler"}
-    return keys | subjects.order_of("sampler", trained, SAMPLERS)
+    return keys
 
 
-def suited(config, subject):
-    """The config with what suits the model, except for keys that the user has set."""
-    keys = suits(subject.trained)
-    return config | {key: keys[key] for key in keys if key not in config.get("user_keys", keys)}
+def with_defaults(config, subject):
+    """The config with the model's own defaults and order, except for keys that the user has set."""
+    keys = defaults_for(subject.trained)
+    keys = {key: keys[key] for key in keys if key not in config.get("user_keys", keys)}
+    return subjects.in_its_order(config | keys, subject, "sampler", SAMPLERS)
 
 
 def converse(config, subject):
     """Ask for prompts and continue each of them, until the input ends."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  so that lines can be edited
-    free = "" if subject.answers else " (none: a free sample)"
-    print(f"Write a prompt{free}; Ctrl-D ends.")
+    print(f"Write a prompt{'' if subject.of_examples else ' (none: a free sample)'}; Ctrl-D ends.")
     with contextlib.suppress(EOFError):
         for turn in itertools.count():
             request_keys = {"prompt": input("> "), "num_samples": 1, "seed": config["seed"] + turn}
@@ -387,11 +387,11 @@ def converse(config, subject):
 def main(config):
     """Fill the request of the command; without one, in a terminal, ask for prompts."""
     subject = open_model(config)
-    config = subjects.in_its_order(suited(config, subject), subject, "sampler", SAMPLERS)
+    config = with_defaults(config, subject)
     sampler = subjects.sampler_of(subject.model, config["sampler"])
     read = keys_read(SAMPLERS[sampler], samplers.calls, config)
     settings.refuse_unused(config, USED_BY, config | {"causal": subject.causal, "read": read})
-    if is_asked(config, subject.answers):
+    if is_given(config, subject.of_examples):
         return fill(config, subject)
     return converse(config, subject)
 

@@ -38,7 +38,6 @@ import evaluate
 import model as network
 import sample
 from data import examples, loader
-from data.tokenizer import from_meta
 from diffusion import OBJECTIVES
 from lib import fused, optim, parallel, philox
 from lib.files import Stop
@@ -146,7 +145,7 @@ def make_batch(config, dataset, step, rows):
     if config["attention"] == "order":
         return Batch(x0, order=draw_training_order(config, step, rows, L), **counts)
     mask, weight, bound_weight = draw_training_mask(config, step, rows, L)  # (b, L), (b,) each
-    # Each antithetic pair of any_order masks L + 1 positions, so N is the same in every step.
+    # With symmetric mask rates, an antithetic pair of any_order masks L + 1 positions: N is fixed.
     is_fixed = config["objective"] == "any_order" and len(rows) % 2 == 0
     masked_idx = fused.masked_indices(mask, multiple=FIXED if is_fixed else VARYING)  # (N,)
     return Batch(x0, mask, weight.float(), masked_idx, bound_weight=bound_weight.float(), **counts)
@@ -206,7 +205,7 @@ def make_example_batch(config, dataset, step, rows):
 
 
 def make_batches(config, dataset, team, start=0):
-    """Yield this process's micro-batches from step `start` on: consecutive rows, in whole pairs."""
+    """Yield this process's micro-batches from step `start` on, of consecutive rows."""
     share, micro = shares(config, team)
     for step in itertools.count(start):
         for first in range(team.rank * share, (team.rank + 1) * share, micro):
@@ -230,17 +229,10 @@ def build(config, team, state=None):
     with torch.device("meta"):  # no memory yet
         model = network.make_network(config)
     ema = copy.deepcopy(model) if config["ema"] else None
-    saved = [state["model"], state.get("ema") or state["model"]] if state else [None, None]
-    for net, weights in zip((model, ema), saved, strict=True):
-        if net is None:
-            continue
-        if team.world > 1 and config["parallel"] == "fsdp":
-            parallel.shard(net, team)
-        net.to_empty(device=team.device)
-        cos, sin = network.rotary_tables(net.config)  # (block_size, d/2) each; not parameters
-        net.cos, net.sin = cos.to(team.device), sin.to(team.device)
-        torch.manual_seed(config["seed"])
-        parallel.fill(net, weights.items() if weights else net.initial_weights(), "the checkpoint")
+    weights = state["model"] if state else None
+    parallel.materialise(model, weights, config, team)
+    if ema:
+        parallel.materialise(ema, state.get("ema") or weights if state else None, config, team)
     optimizers = make_optimizers(config, model)
     if resume.is_resumed(state):
         resume.load_optimizers(optimizers, state["optimizer"])
@@ -326,7 +318,8 @@ def one_sample(config, model, tokenizer, val, team):
     L = config["example_width"] or config["block_size"]
     x = torch.full((1, L), model.mask_id, device=team.device)  # (1, L)
     x[0, : len(prompt)] = torch.as_tensor(prompt, dtype=torch.long)
-    keys = {"seed": config["seed"]} | sample.suits(config)
+    keys = {"seed": config["seed"]} | sample.defaults_for(config)
+    keys |= order_of("sampler", config, sample.SAMPLERS)
     options = {key: keys[key] for key in keys if key in sample.OPTIONS}
     with team.autocast():
         ids = sample.sample(model, x, **options)[0][0].tolist()
@@ -350,8 +343,7 @@ def train(config, team):
     path = resume.checkpoint_path(config)
 
     # Data: blocks of text or examples to train on, and held-out ones to evaluate on.
-    tokenizer = from_meta(loader.read_meta(config["data"])["tokenizer"])
-    dataset, val = examples.open_data(config)
+    tokenizer, dataset, val = examples.open_data(config)
 
     # Fill in settings that were not given, to fit the time, the machine and the text.
     config = resume.with_place_in_data(with_dial(config, dataset, team), state, team)

@@ -259,16 +259,17 @@ class HeldOut(NamedTuple):
 
 
 def open_data(config):
-    """(training Blocks or Examples, HeldOut or None) of config["data"]."""
+    """(tokenizer, training Blocks or Examples, HeldOut or None) of config["data"]."""
     folder, L, causal = config["data"], config["block_size"], config["attention"] == "causal"
     network = causal, config.get("start_id", -1)
     if config["example_width"]:
         dataset = Examples(folder, "train", config["seed"], brought_by_network(folder, *network))
     else:
         dataset = loader.Blocks(loader.Tokens(folder, "train"), L, config["seed"])
-    if "val" not in dataset.tokens.meta["splits"]:
-        return dataset, None
-    return dataset, held_out(folder, "val", L, config["eval_sequences"], network)
+    meta, val = dataset.tokens.meta, None
+    if "val" in meta["splits"]:
+        val = held_out(folder, "val", L, config["eval_sequences"], network)
+    return tokenizers.from_meta(meta["tokenizer"]), dataset, val
 
 
 def held_out(folder, split, block_size, n, network, end=None):

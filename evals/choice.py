@@ -110,7 +110,7 @@ def by_question(nats, questions):
     return np.split(np.asarray(nats), np.cumsum([len(q.options) for q in questions])[:-1])
 
 
-def answers(nats, questions):
+def likeliest(nats, questions):
     """The likeliest option of each question, by nats and by nats per byte: (N,) -> (n,) twice."""
     by_nats, per_byte = [], []
     for part, question in zip(by_question(nats, questions), questions, strict=True):
@@ -167,7 +167,7 @@ def main(config):
     options = {key: config[key] for key in keys}
     with subject.autocast():
         nats = evaluate.answer_nats(model, requests, groups, progress=True, **options).numpy()
-        picks = answers(nats, questions)  # (n,) twice
+        picks = likeliest(nats, questions)  # (n,) twice
         if config["set"] == "lambada":
             greedy = {key: config[key] for key in ("cfg_scale", "batch_size")}
             right = decoded(model, requests, **greedy)  # (n,)

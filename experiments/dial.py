@@ -41,7 +41,7 @@ def settings_of(config, operations, depth=0, seed=1337):
     V = loader.read_meta(config["data"])["vocab_size"]
     run |= {"vocab_size": V, "attention": "full", "example_width": 0}
     if not depth:
-        dataset, _ = examples.open_data(run)
+        _, dataset, _ = examples.open_data(run)
         run["depth"] = budget.fitting_depth(run, dataset, operations)
     steps = round(operations / recipe.step_flops(budget.filled(run)))
     return run | {"max_iters": steps, "eval_interval": steps}

@@ -129,7 +129,8 @@ def right(ctx, folder, name, questions):
             if name == "lambada":
                 are_right = choice.decoded(model, parts[0])  # (n,)
             else:
-                are_right = choice.answers(nats, questions)[0] == [each.gold for each in questions]
+                picks, _ = choice.likeliest(nats, questions)  # (n,)
+                are_right = picks == [each.gold for each in questions]
         return {"right": list(map(int, are_right)), "nats": float(nats.mean())}
 
     return ctx.once([folder.name, name, len(questions), ctx.config["draws"]], measure)
@@ -142,7 +143,7 @@ def find_choice(net, questions, w):
     with autocast():
         options = {"estimator": "left_to_right", "cfg_scale": w, "pad_to": padded(model)}
         nats = evaluate.answer_nats(model, parts[0], parts[1], **options).numpy()  # (N,)
-    picks, _ = choice.answers(nats, questions)  # (n,)
+    picks, _ = choice.likeliest(nats, questions)  # (n,)
     return [bool(pick == each.gold) for pick, each in zip(picks, questions, strict=True)]
 
 

@@ -37,7 +37,7 @@ class Reading(NamedTuple):
     columns: torch.Tensor  # (b, n) the clean tokens, as columns of [start token; x]
     positions: torch.Tensor  # (b, n + Q) the positions of the clean tokens, then of the queries
     requested: tuple  # (row (N,), query (N,)) in (b, Q) of the requested positions
-    attend: object  # (layer, q, kv) -> attention output of q: model.Streams.read with a layer
+    attend: object  # (layer, q, kv) -> attention output of q: model.TwoStreams.read with a layer
 
 
 class OrderCache:

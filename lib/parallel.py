@@ -7,7 +7,7 @@
 - fsdp (arXiv 2304.11277) shards weights, their EMA, gradients and optimizer state across the
   processes. A block's weights are gathered when it runs and dropped afterwards. A sharded tensor is
   a DTensor.
-- A checkpoint holds whole tensors, whatever the engine and the number of processes.
+- A checkpoint holds whole tensors, whatever --parallel says and the number of processes.
 """
 
 import atexit
@@ -193,6 +193,19 @@ def shard(model, team):
     for method in ("hidden", "hidden_in_order"):
         if hasattr(model, method):
             fsdp.register_fsdp_forward_method(model, method)
+
+
+def materialise(model, weights, config, team):
+    """Give a network on the meta device memory, sharded if config says so, and its weights.
+
+    weights: a state dict; None: initial ones, the same for any number of processes.
+    """
+    if team.world > 1 and config["parallel"] == "fsdp":
+        shard(model, team)
+    model.to_empty(device=team.device)
+    model.set_rotary_tables(team.device)
+    torch.manual_seed(config["seed"])
+    fill(model, weights.items() if weights else model.initial_weights(), "the checkpoint")
 
 
 def prepare_for_training(loss_fn, config, team):

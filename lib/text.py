@@ -105,13 +105,13 @@ def by_token(tokenizer, ids, nats, n):
 
 def check_text(config, of_data):
     """Raise UserError if --text is missing, or for keys that do not go with it."""
-    is_asked = "text" in config.get("user_keys", ()) or config["prompt"]
-    require(config["text"] or not is_asked, "the text to score is empty: give --text=")
+    text_given = "text" in config.get("user_keys", ()) or config["prompt"]
+    require(config["text"] or not text_given, "the text to score is empty: give --text=")
     if config["text"]:
         refuse_typed(config, of_data, "does not go with --text")
 
 
-def is_asked(config, answers):
+def is_given(config, answers):
     """Whether a command says what to fill, or there is no terminal to ask for prompts.
 
     Raises UserError if the model answers prompts and got none; to draw free samples, give it an

@@ -29,13 +29,18 @@ class Requests(NamedTuple):
     cfg_scale: float = 0.0  # guidance by the prompt
     pad_to: int = 0  # rows are padded with masks to this width
 
-    def checked(self, model):
+    def checked(self, model, estimator):
         """Return self; UserError for the first request that the network cannot read, or a field."""
         n, n_groups = len(self.pairs), len(self.group_of_each())
         V, most = model.vocab_size, model.block_size
         require(n == n_groups, f"groups must have one number per request: {n}, not {n_groups}")
         scale_fits = -1 <= self.cfg_scale <= 1000
         require(scale_fits, f"cfg_scale must be in [-1, 1000], not {self.cfg_scale}")
+        guides = self.cfg_scale != 0
+        message = "cfg_scale needs a masked diffusion model, not a causal one"
+        require(not (guides and model.causal), message)
+        message = "t_dse has no guidance; cfg_scale must be 0"
+        require(estimator.normalised or not guides, message)
         require(0 <= self.pad_to <= most, f"pad_to must be in [0, {most}], not {self.pad_to}")
         for i, pair in enumerate(self.pairs):
             fits = len(pair) == 2 and all(are_ids(part, V) for part in pair)

@@ -32,7 +32,7 @@ class Subject(NamedTuple):
         return self.model.causal
 
     @property
-    def answers(self):  # prompts rather than continuing text
+    def of_examples(self):  # it answers prompts rather than continuing text
         return bool(self.trained.get("example_width"))
 
 

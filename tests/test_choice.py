@@ -387,7 +387,7 @@ def test_with_true_conditionals_the_answers_are_those_of_the_enumerated_joint(
     exact = -(table / table.sum(1, keepdim=True)).log().flatten().numpy()  # (81,)
     assert nats == pytest.approx(exact, abs=0.25 if estimator == "any_order" else 1e-9)
     best = table.argmax(1).numpy()  # (9,)
-    plain, per_byte = choice.answers(nats, questions)
+    plain, per_byte = choice.likeliest(nats, questions)
     assert plain.tolist() == per_byte.tolist() == best.tolist()  # all options have one length
     gold = [question.gold for question in questions]
     assert mean_and_error(plain == gold)[0] == np.mean(best == gold)
@@ -397,9 +397,9 @@ def test_a_longer_option_wins_by_its_nats_per_byte(tmp_path):
     (question,) = read(
         tmp_path, "plain", {"context": "", "options": [" no", " yes, né"], "gold": 1}
     )
-    plain, per_byte = choice.answers(np.array([2.0, 7.9]), [question])  # 1 nat a byte, and 7.9/8
+    plain, per_byte = choice.likeliest(np.array([2.0, 7.9]), [question])  # 1 nat a byte, and 7.9/8
     assert (plain.item(), per_byte.item()) == (0, 1)
-    assert choice.answers(np.array([2.0, 8.1]), [question])[1].item() == 0
+    assert choice.likeliest(np.array([2.0, 8.1]), [question])[1].item() == 0
 
 
 def test_the_error_of_an_accuracy_is_that_of_a_mean():

@@ -27,7 +27,7 @@ def block():
         read = network.fused.attention_in_order
         positions = torch.arange(2 * L) % L
         tables = model.cos[positions], model.sin[positions]
-        return model.blocks[0], (h, *tables, network.Streams(L, read, False))
+        return model.blocks[0], (h, *tables, network.TwoStreams(L, read, False))
 
     return make
 

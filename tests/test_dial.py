@@ -207,7 +207,7 @@ def config_of(data, out, *words):
 
 
 def test_more_operations_more_text_or_more_steps_never_make_the_network_smaller(data, tmp_path):
-    config, text = config_of(data, tmp_path), examples.open_data(config_of(data, tmp_path))[0]
+    config, text = config_of(data, tmp_path), examples.open_data(config_of(data, tmp_path))[1]
     text.tokens = range(10**12)  # so that it is the operations that decide
     budgets = [10 ** (9 + i / 2) for i in range(20)]
     depths = [budget.fitting_depth(config, text, operations) for operations in budgets]
@@ -223,7 +223,7 @@ def test_more_operations_more_text_or_more_steps_never_make_the_network_smaller(
 
 
 def test_the_network_gets_twenty_tokens_a_parameter_and_a_larger_one_would_not(data, tmp_path):
-    config, text = config_of(data, tmp_path), examples.open_data(config_of(data, tmp_path))[0]
+    config, text = config_of(data, tmp_path), examples.open_data(config_of(data, tmp_path))[1]
     text.tokens = range(10**12)
     for operations in (1e12, 1e13, 1e15, 1e17):
         depth = budget.fitting_depth(config, text, operations)
@@ -317,7 +317,7 @@ def test_a_resumed_run_keeps_its_dial_on_any_machine(data, tmp_path, monkeypatch
 
 
 def test_a_text_that_is_soon_known_by_heart_gets_a_smaller_network(data, tmp_path):
-    config, text = config_of(data, tmp_path), examples.open_data(config_of(data, tmp_path))[0]
+    config, text = config_of(data, tmp_path), examples.open_data(config_of(data, tmp_path))[1]
     assert len(text.tokens) < 3000 and budget.fitting_depth(config, text, 1e18) == 2
 
 

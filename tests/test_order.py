@@ -323,9 +323,9 @@ def test_a_network_that_learnt_one_order_is_asked_in_that_order(folder, tmp_path
     assert own == named == pytest.approx(trained["nats_per_token"]) and other > own + 0.1
     config = settings.parse(ask[:3], *decoding.MODULES)
     subject = decoding.open_model(config)
-    assert decoding.suited(config, subject)["sampler"] == "right_to_left"
+    assert decoding.with_defaults(config, subject)["sampler"] == "right_to_left"
     config = settings.parse([*ask[:3], "--sampler=euler"], *decoding.MODULES)
-    assert decoding.suited(config, subject)["sampler"] == "euler"
+    assert decoding.with_defaults(config, subject)["sampler"] == "euler"
     train.main(config_of(folder, tmp_path / "near", "--order=local", "--max_iters=1"))
     assert "of uniform orders, not of its own, local" in capsys.readouterr().out
     ask[0] = f"--ckpt={tmp_path / 'near'}"

@@ -136,7 +136,7 @@ def made(config, make):
     """make(subject, the keys of sample.py) for the checkpoint config["ckpt"]."""
     subject = load_subject(config, reads_text=True, cast=False)  # weights as saved
     keys = settings.defaults_of(sample.MODULES)
-    config = sample.suited(config, subject)
+    config = sample.with_defaults(config, subject)
     with subject.autocast():
         return make(subject, {key: config[key] for key in keys})
 
