@@ -275,6 +275,14 @@ def completed(config, *modules):
     return config | options({key: config[key] for key in keys}, *modules)
 
 
+def whole(config, *modules):
+    """A config made in Python like that of a command, of which it need not have all keys."""
+    defaults = defaults_of(modules)
+    changed = {key: key for key, value in config.items() if value != defaults.get(key)}
+    config = {"user_keys": changed} | config
+    return completed(well_spelled(config, *modules), *modules)
+
+
 def well_spelled(config, *modules):
     """The config; UserError for a key that no module defines, but that looks like one of theirs."""
     defaults = defaults_of(modules)

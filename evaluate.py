@@ -358,7 +358,8 @@ def evaluate(config, subject, folder, split):
         nats, info = estimate(subject.model, part.requests, part.counts, **options)
     result, text = report(nats, part.counts, part.bytes_per_token)
     result |= info | {"estimator": estimator.name, "block_size": L, "data": str(folder)}
-    draws = f"{plural(result['draws'], 'draw')} a sequence in sets of {config['strata']}"
+    size = min(config["strata"], result["draws"])
+    draws = f"{plural(result['draws'], 'draw')} a sequence in sets of {size}"
     coverage = subjects.coverage(result, split, meta, config["protocol"])
     head = f"{coverage}; {method(estimator, draws)}; {subject.words}"
     end = certainty(result, config["precision"], config["draws"], config["strata"])
@@ -380,7 +381,7 @@ def score(config, subject):
 
 def main(config):
     """Evaluate config["ckpt"] on config["text"] or config["data"]; return the result, a dict."""
-    check(config)
+    check(config := settings.whole(config, *MODULES))
     subject = subjects.load_evaluable(config, reads_text=bool(config["text"]))
     config = subjects.in_its_order(config, subject, "estimator", ESTIMATORS)
     settings.refuse_unused(config, USED_BY, estimator_of(subject.model, config["estimator"]))

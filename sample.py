@@ -38,7 +38,7 @@ import config as settings
 import diffusion
 import samplers
 from config import require
-from lib import compiled, fused, philox
+from lib import compiled, files, fused, philox
 from lib.bar import progress_bar
 from lib.cache import Cache, OrderCache
 from lib.device import calls_on_device, wait
@@ -72,9 +72,9 @@ OPTIONS += ("temperature", "top_k", "top_p", "cfg_scale")
 # For models of prompts and answers. 98% of new sums were right, 88% with ancestral (LOG.md).
 ANSWERS = {"sampler": "confidence", "temperature": 0.0, "num_samples": 1}
 # For config.refuse_unused: when a key of the command line has an effect.
-MASKED = "networks that are not causal", lambda o: not o["causal"]
 DRAWN = "temperatures above 0", lambda o: o["temperature"] > 0
-USED_BY = {"compile": (*MASKED, False), "top_k": (*DRAWN, 0), "top_p": (*DRAWN, 1.0)}
+USED_BY = {"top_k": (*DRAWN, 0), "top_p": (*DRAWN, 1.0)}
+USED_BY["compile"] = "networks with attention=full", lambda o: o["attention"] == "full", False
 USED_BY |= {
     key: ("other samplers", lambda o, key=key: key in o["read"], None)
     for key in {*samplers.DEFAULTS, *diffusion.DEFAULTS} - {"sampler"}
@@ -321,22 +321,21 @@ def open_model(config):
 
 def fill(config, subject):
     """Fill num_samples copies of the config's request; save, print and return the records."""
-    model, tokenizer, *_ = subject
     x, suppress, end, eos_id = rows_to_fill(config, subject)  # (N, L) each
     options = {key: config[key] for key in OPTIONS}
     on_call = None
     if config["watch"]:
-        policy = SAMPLERS[options["sampler"]]((x == model.mask_id).cpu(), options)
-        on_call = watch(tokenizer, x, model.mask_id, policy, options)
+        policy = SAMPLERS[options["sampler"]]((x == subject.model.mask_id).cpu(), options)
+        on_call = watch(subject.tokenizer, x, subject.model.mask_id, policy, options)
     with subject.autocast():
-        tokens, info = sample(model, x, suppress, not on_call, on_call, **options)
+        tokens, info = sample(subject.model, x, suppress, not on_call, on_call, **options)
     records = [
-        {"text": text_of(tokenizer, row, end, eos_id), "tokens": row, "nfe": nfe}
+        {"text": text_of(subject.tokenizer, row, end, eos_id), "tokens": row, "nfe": nfe}
         for row, nfe in zip(tokens.tolist(), info["nfe"].tolist(), strict=True)
     ]
     apart = not (config["suffix"] or config["template"])
-    texts = [text_of(tokenizer, record["tokens"], end, eos_id, apart) for record in records]
-    say(records, texts, info, int((x[0] == model.mask_id).sum()), config["out"])
+    texts = [text_of(subject.tokenizer, record["tokens"], end, eos_id, apart) for record in records]
+    say(records, texts, info, int((x[0] == subject.model.mask_id).sum()), config["out"])
     return records
 
 
@@ -386,14 +385,15 @@ def converse(config, subject):
 
 def main(config):
     """Fill the request of the command; without one, in a terminal, ask for prompts."""
+    config = settings.whole(config, *MODULES)
+    files.check_ending("out", config["out"], ".jsonl")
     subject = open_model(config)
     config = with_defaults(config, subject)
     sampler = subjects.sampler_of(subject.model, config["sampler"])
     read = keys_read(SAMPLERS[sampler], samplers.calls, config)
-    settings.refuse_unused(config, USED_BY, config | {"causal": subject.causal, "read": read})
-    if is_given(config, subject.of_examples):
-        return fill(config, subject)
-    return converse(config, subject)
+    facts = {"attention": subject.model.config["attention"], "read": read}
+    settings.refuse_unused(config, USED_BY, config | facts)
+    return (fill if is_given(config, subject.of_examples) else converse)(config, subject)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ import sample
 from config import Part, plural, require
 from data import choice as sets
 from data import examples
-from lib.files import to_json, whole_file
+from lib.files import check_ending, to_json, whole_file
 from lib.stats import mean_and_error, method, plus_minus, shown_perplexity
 from run import subject as subjects
 
@@ -144,6 +144,7 @@ def decoded(model, requests, **options):
 def check(config):
     """Raise UserError for settings that are wrong for every set and network."""
     require(config["from"], "say where the questions are: --from=FILE or --from=FOLDER")
+    check_ending("out", config["out"], ".jsonl")
 
 
 def check_network(config, subject, *keys):

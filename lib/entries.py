@@ -103,8 +103,8 @@ def check_schedule(schedule):
     pair = schedule(t)
     if not is_pair(pair):
         return "gives no pair (m(t), m'(t)): the slope m' is missing"
-    if not all(torch.is_tensor(z) and z.shape == t.shape for z in pair):
-        return f"must give m and m' in the shape of t {tuple(t.shape)}"
+    if not all(torch.is_tensor(z) and (z.shape, z.dtype) == (t.shape, t.dtype) for z in pair):
+        return f"must give m and m' in the shape and dtype of t, {tuple(t.shape)} {t.dtype}"
     ends = schedule(torch.tensor([0.0, 1.0], dtype=t.dtype))[0].tolist()
     if not (0 <= ends[0] <= 0.01 and 0.99 <= ends[1] <= 1):
         return f"must grow from m(0) = 0 to m(1) = 1, not from {ends[0]:.3g} to {ends[1]:.3g}"
@@ -146,7 +146,10 @@ def check_mask_rate(mask_rate):
     off = (~torch.isclose(density * slope, torch.ones_like(u), rtol=1e-3)).nonzero().tolist()
     if off:
         i = off[0][0]
-        return f"has a density of {density[i]:.4g} at u = {u[i]:.2f}, which is {1 / slope[i]:.4g}"
+        right = 1 / slope[i]
+        return (
+            f"has a density of {density[i]:.4g} at u = {u[i]:.2f}, where du/d rate is {right:.4g}"
+        )
     return ""
 
 
@@ -189,17 +192,19 @@ def check_order(order):
     noise = torch.linspace(0, 0.9, 15, dtype=torch.float64).view(3, 5)  # (3, 5)
     place, coin = (torch.arange(5) / 5).expand(3, 5), noise[:, :1]  # (3, 5), (3, 1)
     key = order(noise, place, coin, 0.5)
-    if not (torch.is_tensor(key) and key.shape == noise.shape and key.is_floating_point()):
+    if not (torch.is_tensor(key) and key.shape == noise.shape):
         return "must give one number for each position, in the shape of the noise (B, L)"
+    if not key.is_floating_point():
+        return f"must give floating-point numbers to sort by, not {key.dtype}"
     return "" if key.isfinite().all() else "gives numbers that are not finite, which have no order"
 
 
 def check_objective(objective):
     """The weights of `draw` must give the bound: each h_k, the mean CE of k masked tokens, once.
 
-    For three tokens this means E[weight; i masked, k masked in all] = 1/3 for all i and k. It is
-    checked by quadrature, with a curved schedule, without a prompt and after one. u is v^3, since
-    weights grow as 1/u.
+    For n tokens this means E[weight; i masked, k masked in all] = 1/n for all i and k. It is
+    checked by quadrature for two and three, with a curved schedule, without a prompt and after one.
+    u is v^3, since weights grow as 1/u.
     """
     if not hasattr(objective, "attention"):
         return f"is a {type(objective).__name__}: wrap it in diffusion.Objective(...)"
@@ -207,39 +212,46 @@ def check_objective(objective):
         return "must have an attention that is a tuple of one or more of model.ATTENTIONS"
     if objective.draw is None:
         return "" if objective.causal else "has no draw, which a network that is not causal needs"
-    v, noises = numbers_of_three()
-    for noise, _ in noises:
-        n = torch.full((len(v),), 3)  # (N,)
+    for tokens, v, noise, _ in quasi_random():
+        n = torch.full((len(v),), tokens)  # (N,)
         pair = objective.draw(v**3, noise, n, lambda t: (t**2, 2 * t))
         if not is_pair(pair):
             return "gives no pair (mask, weight): the weight is missing"
         mask, weight = pair  # (N, W), (N,)
         if mask.shape != noise.shape or mask.dtype != torch.bool or weight.shape != v.shape:
             return "must draw (mask (B, L) bool, weight (B,))"
-        if problem := counted_once(v, mask, weight[:, None] * mask):
+        if problem := counted_once(tokens, v, mask, weight[:, None] * mask):
             return problem
     return ""
 
 
-def numbers_of_three():
-    """Quasi-random v (N,), [(noise (N, W), prompt (N,) or None)]: 3 tokens, then with a prompt."""
-    z = torch.quasirandom.SobolEngine(4).draw(2**16, dtype=torch.float64)[1:]  # (N, 4)
-    behind = torch.cat([torch.full_like(z[:, :1], torch.inf), z[:, 1:]], dim=1)  # (N, 4)
-    return 1 - z[:, 0], [(z[:, 1:], None), (behind, torch.ones(len(z), dtype=torch.long))]
+def quasi_random():
+    """Yield (n tokens, v (N,), noise (N, W), prompt lengths (N,)): n tokens, then with a prompt."""
+    for n in (3, 2):
+        z = torch.quasirandom.SobolEngine(1 + n).draw(2**16, dtype=torch.float64)[1:]  # (N, 1 + n)
+        none = torch.zeros(len(z), dtype=torch.long)  # (N,)
+        yield n, 1 - z[:, 0], z[:, 1:], none
+        behind = torch.cat([torch.full_like(z[:, :1], torch.inf), z[:, 1:]], dim=1)  # (N, 1 + n)
+        yield n, 1 - z[:, 0], behind, none + 1
 
 
-def counted_once(v, mask, weight):
-    """Why E[weight_i; k masked in all] is not 1/3 for the last three tokens i and all k, or "".
+def counted_once(n, v, mask, weight):
+    """Why E[weight_i; k masked in all] is not 1/n for the last n tokens i and all k, or "".
 
     v (N,) is the cube root of u; mask and weight are (N, W).
     """
-    mask, weight = mask[:, -3:], weight[:, -3:]  # (N, 3) each
-    counted = (3 * v**2)[:, None] * weight  # (N, 3)
-    share = [(counted * (mask.sum(1) == k)[:, None]).mean(0) for k in (1, 2, 3)]
-    share = torch.stack(share)  # (3, 3) of k and i
-    if abs(share.sum() / 3 - 1) > 0.01 or (3 * share - 1).abs().max() > 0.05:
+    if not weight.isfinite().all():
+        return "gives weights that are not finite"
+    if weight[~mask].any():
+        return "gives a weight to tokens that are not masked, which the network sees"
+    mask, weight = mask[:, -n:], weight[:, -n:]  # (N, n) each
+    counted = (3 * v**2)[:, None] * weight  # (N, n)
+    share = [(counted * (mask.sum(1) == k)[:, None]).mean(0) for k in range(1, n + 1)]
+    share = torch.stack(share)  # (n, n) of k and i
+    if abs(share.sum() / n - 1) > 0.01 or (n * share - 1).abs().max() > 0.05:
+        ks = ", ".join(map(str, range(1, n + 1)))
         sums = ", ".join(f"{x:.3f}" for x in share.sum(1).tolist())
-        return f"gives no bound: of 3 tokens 1, 2, 3 masked ones count {sums} times, not once"
+        return f"gives no bound: of {n} tokens {ks} masked ones count {sums} times, not once"
     return ""
 
 
@@ -252,24 +264,35 @@ def check_estimator(estimator, rows_of):
         return f"is a {type(estimator).__name__}: wrap it in evaluate.Estimator(...)"
     if not (estimator.row or estimator.order):
         return "has neither row nor order"
-    v, noises = numbers_of_three()
-    for noise, prompt in noises:
-        prompt = torch.zeros(len(v), dtype=torch.long) if prompt is None else prompt
+    for n, v, noise, prompt in quasi_random():
         drawn = rows_of(v**3, noise.clamp(max=1), 0 * prompt, prompt, lambda t: (t**2, 2 * t))
-        if estimator.row:
-            mask, weight = estimator.row(drawn)
-            if not (mask.shape == weight.shape == noise.shape) or mask.dtype != torch.bool:
-                return "must give (mask (b, W) bool, weight (b, W)) of a row"
-            if problem := counted_once(v, mask, weight):
-                return problem
-        if estimator.order:
-            order = estimator.order(drawn)
-            all_of_them = torch.arange(noise.shape[1]).expand_as(noise)  # (N, W)
-            if order.shape != noise.shape or not torch.equal(order.sort(1).values, all_of_them):
-                return "must give an order (b, W): each position once in a row"
-            if (order.argsort(1)[:, :-3] >= noise.shape[1] - 3).any():
-                return "must give an order in which the prompt comes first"
+        problem = row_problem(n, v, estimator.row(drawn), noise.shape) if estimator.row else ""
+        if not problem and estimator.order:
+            problem = order_problem(n, estimator.order(drawn), noise.shape, estimator.exact)
+        if problem:
+            return problem
     return ""
+
+
+def row_problem(n, v, pair, shape):
+    """What is wrong with the (mask, weight) of rows of `shape` that end in n tokens, or ""."""
+    if not is_pair(pair):
+        return "gives no pair (mask, weight): the weight is missing"
+    mask, weight = pair  # (N, W) each
+    if not (mask.shape == weight.shape == shape) or mask.dtype != torch.bool:
+        return "must give (mask (b, W) bool, weight (b, W)) of a row"
+    return counted_once(n, v, mask, weight)
+
+
+def order_problem(n, order, shape, exact):
+    """What is wrong with the orders of rows of `shape` that end in n tokens, or ""."""
+    every = torch.arange(shape[1]).expand(shape)  # (N, W)
+    if order.shape != shape or not torch.equal(order.sort(1).values, every):
+        return "must give an order (b, W): each position once in a row"
+    if (order.argsort(1)[:, :-n] >= shape[1] - n).any():
+        return "must give an order in which the prompt comes first"
+    drawn = exact and (order != order[:1]).any()
+    return "draws its orders, so it is not exact: exact must be False" if drawn else ""
 
 
 def keys_read(sampler, calls, options):
@@ -292,17 +315,23 @@ def check_sampler(sampler, calls, options):
     calls done (N,), batch_size) to the positions to predict, call by call.
     """
     masked = torch.tensor([[True, False, True, True], [False, True, True, True]])  # (2, 4)
+    left, done = masked.clone(), torch.zeros(2, dtype=torch.long)  # (2, 4), (2,)
     policy = sampler(masked.clone(), options | {"steps": 5})
     if not hasattr(policy, "unfinished"):
         return f"must return a Policy (as samplers.FixedOrder), not a {type(policy).__name__}"
-    for number, call in enumerate(calls(policy, torch.zeros(2, dtype=torch.long), 2)):
+    for number, call in enumerate(calls(policy, done, 2)):
         if number == 1000:
             return "never ends"
         due = policy.due(call.live, call.done)  # (b, 4)
         if (due & ~masked[call.live]).any():
             return "must leave what is not masked as it is"
+        keep = due
         p = torch.where(due, uniforms(0, number, range(len(call.live)), 4), -1.0)  # (b, 4)
         if not policy.planned:
-            policy.accept(call.live, call.done, p, torch.where(p < 0, torch.inf, p))
+            keep = policy.accept(call.live, call.done, p, torch.where(p < 0, torch.inf, p))
+        before = policy.masked_at(call.live, call.done) if policy.remasks else left[call.live]
+        left[call.live] = before & ~keep
+    if left.any():
+        return "must unmask all, but leaves positions masked"
     missing = [name for name in ("by_entropy", "expected_nfe") if not hasattr(policy, name)]
     return f"makes a policy without {' and '.join(missing)}" if missing else ""

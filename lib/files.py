@@ -21,6 +21,25 @@ from pathlib import Path
 
 from config import UserError, first_line, require
 
+KINDS = {"ckpt.pt": "a run", "meta.json": "prepared data", "model.safetensors": "exported weights"}
+
+
+def check_kind(key, folder, file):
+    """Raise UserError if a folder to write to holds another kind of thing than `file` marks."""
+    for name in KINDS.keys() - {file}:
+        there = Path(folder, name).is_file()
+        require(not there, f"{key} {folder} holds {KINDS[name]} ({name}); choose another folder")
+
+
+def check_ending(key, path, ending):
+    """Raise UserError unless the file to write, if any, has a name that ends so: no other is lost.
+
+    What is no regular file, as /dev/stdout, may have any name.
+    """
+    fits = not path or path.endswith(ending) or (os.path.exists(path) and not os.path.isfile(path))
+    require(fits, f"{key} must be a file whose name ends with {ending}, not {path}")
+
+
 # ---- 1. Whole files ------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import functools
 import gc
+import inspect
 import os
 import re
 import sys
@@ -229,7 +230,9 @@ def prepare_for_training(loss_fn, config, team):
         model.row_loss = compiled_row_loss(team.device)
     if sharded or team.world == 1:
         return loss_fn
-    options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}  # rotary tables
+    known = inspect.signature(DistributedDataParallel).parameters  # the old name gives a warning
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options = {"gradient_as_bucket_view": True, sync: False}  # rotary tables do not change
     return DistributedDataParallel(loss_fn, **options)
 
 

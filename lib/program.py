@@ -76,7 +76,7 @@ def run(main, *modules):
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
             print(sys.modules["__main__"].__doc__ or "")
-            print(f"usage: {script} [PRESET.py] [--key=value ...]\n\n{help_text(*modules)}")
+            print(f"usage: {script} [PRESET.py ...] [--key=value ...]\n\n{help_text(*modules)}")
         else:
             main(parse(sys.argv[1:], *modules))
         return sys.stdout.flush()

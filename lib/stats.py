@@ -171,5 +171,5 @@ def certainty(result, precision, most, strata):
         need = math.ceil(draws * (half / precision) ** 2 / strata) * strata
         text += f"; not within +- {precision}"
         more = f"it takes about {need} draws a sequence (--draws={need})"
-        return f"{text}; {more if need <= MOST else 'no number of draws is enough for that'}"
+        return f"{text}; {more if need <= MOST else f'{MOST:,} draws are not enough for that'}"
     return text

@@ -57,14 +57,13 @@ def with_dial(config, dataset, team):
             speed = sum(parallel.gather(speed, team))
             operations = 60 * config["max_minutes"] * UTILISATION * speed
             minutes = f"{config['max_minutes']:g} min"
-            ends.append(f"{minutes} at {speed / 1e9:.0f} GFLOP/s{if_busy()}")
+            ends.append(f"{minutes} at {speed / 1e9:.0f} GFLOP/s")
         config = config | {"depth": fitting_depth(config, dataset, operations)}
         of_text = fitting_depth(config | {"max_iters": 0}, dataset, 0)
         if of_text == config["depth"] < DEPTHS[-1]:
             ends = [f"the text, which it would learn by heart; {' or '.join(ends)} allow more"]
-        reason = (
-            f" (for {' or '.join(ends)}; on another machine --depth={config['depth']} repeats it)"
-        )
+        repeat = f"on another machine --depth={config['depth']} repeats it"
+        reason = f" (for {' or '.join(ends)}{if_busy()}; {repeat})"
     chosen = filled(config)
     if team.rank == 0 and any(config[key] == 0 for key in dial):
         shown = ", ".join(f"{key} {chosen[key]:.3g}" for key in dial)
@@ -76,7 +75,8 @@ def with_dial(config, dataset, team):
 def if_busy():
     """A remark if more programs are running than there are processors, else "" (as on Windows)."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    busy = ", shared with other programs: with OMP_NUM_THREADS=1 before it, it may be faster"
+    busy = "; other programs run beside it"
+    busy += ": OMP_NUM_THREADS=1 may make it faster" if torch.get_num_threads() > 1 else ""
     return busy if load > os.cpu_count() + 0.5 else ""
 
 

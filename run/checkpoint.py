@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from config import UserError, choose, require
 from data import download
 from data.tokenizer import Unavailable, from_meta
-from lib.files import is_utf8, set_aside, to_json, whole_file
+from lib.files import check_kind, is_utf8, set_aside, to_json, whole_file
 from lib.stats import not_finite
 from model import make_network, rotary_tables
 from run import formats
@@ -249,10 +249,11 @@ def runs_in(folder, most=4):
 def from_hub(name):
     """Download OWNER/REPO (config.json and weights) or OWNER/REPO/FILE; the weights' path."""
     owner, *rest = name.split("/")
-    like_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name) and owner != "out"
-    message = f"no checkpoint {name}: no such file or folder, and not a Hub name"
-    message += f" (OWNER/REPO or OWNER/REPO/FILE){runs_in(Path(name).parent)}"
-    require(like_hub and not os.path.exists(owner), message)
+    is_here = owner == "out" or os.path.exists(owner)
+    like_hub = not is_here and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)+", name)
+    why = "" if is_here else ", and not a Hub name (OWNER/REPO or OWNER/REPO/FILE)"
+    why = f"no such file or folder{why}{runs_in(Path(name).parent)}"
+    require(like_hub, f"no checkpoint {name}: {why}")
     repo, filename = f"{owner}/{rest[0]}", "/".join(rest[1:])
     try:
         if not filename:
@@ -361,6 +362,7 @@ def export(ckpt, to, format):
     Raises UserError if the format cannot express the model or the system cannot write.
     """
     choose("format", format, FORMATS)
+    check_kind("to", to, "model.safetensors")
     model, _, config = load(ckpt)
     refuse_misfit(config, format, ckpt)
     weights = formats.to_format(model.state_dict(), config, format)
@@ -389,8 +391,8 @@ def refuse_misfit(config, format, ckpt):
 def main(config):
     """The command `export`."""
     ckpt, to, format = (config[key] for key in DEFAULTS)
-    usage = "usage: python -m run.checkpoint export --ckpt=... --to=DIR --format"
-    require(ckpt and to, f"{usage}={'|'.join(FORMATS)}")
+    usage = "python -m run.checkpoint export --ckpt=... --to=DIR --format"
+    require(ckpt and to, f"usage: {usage}={'|'.join(FORMATS)}")
     export(ckpt, to, format)
     print(f"wrote {to}/config.json and {to}/model.safetensors ({format})")
 

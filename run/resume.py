@@ -95,8 +95,7 @@ def locked_out_dir(config, team):
     """
     refused = ""
     require(config["out_dir"], "say where the run is kept: --out_dir=FOLDER")
-    is_data = Path(config["out_dir"], "meta.json").is_file()
-    require(not is_data, f"out_dir {config['out_dir']} holds prepared data; choose another folder")
+    files.check_kind("out_dir", config["out_dir"], "ckpt.pt")
     with contextlib.ExitStack() as held:
         try:
             folder = Path(config["out_dir"])

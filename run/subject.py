@@ -153,6 +153,8 @@ def open_text(config, subject, folder, split):
     tokens = loader.Tokens(folder, split)
     most, V = subject.model.block_size, subject.model.vocab_size
     L, width = config["block_size"] or most, examples.layout(folder, tokens.meta)[0]
+    if width:
+        refuse_typed(config, ["block_size", "protocol"], "is for text; these are examples")
     require(most >= L, f"block_size must be at most the model's {most}, not {L}")
     known, meta = subject.trained["tokenizer"], tokens.meta["tokenizer"]
     new = lacks(known or meta, meta)
@@ -184,7 +186,7 @@ def coverage(result, split, meta, protocol):
     unit = plural(result["sequences"], "answer" if width else "block")
     block = result["block_size"]
     unit += f" in examples of {width}, given their prompts" if width else f" of {block}"
-    rest = ", the rest left out" if protocol == "radd" else ""
+    rest = ", the rest left out" if protocol == "radd" and not width else ""
     return f"{result['data']} {split}: {result['tokens']:,} of {tokens}, {documents}, {unit}{rest}"
 
 

@@ -78,11 +78,14 @@ def world(tmp_path_factory):
     (world / "lacking").mkdir()
     torch.save({"config": {}, "model": {}}, world / "lacking" / "ckpt.pt")
     (world / "hollow").mkdir()
+    (world / "weights").mkdir()
+    (world / "weights" / "model.safetensors").touch()
 
     (world / "small.py").write_text("{'n_layer': 2}")
     (world / "typo.py").write_text("{'n_layers': 2}")
     (world / "code.py").write_text("{'n_layer': print('ran')}")
     (world / "empty.txt").write_text(" \n")
+    (world / "own.txt").write_text(TEXT)
     return world
 
 
@@ -128,6 +131,14 @@ REAL = {
     "empty text": (
         ["-m", "data.text.prepare", "--out=prepared", "--input=empty.txt"],
         "empty.txt holds no text",
+    ),
+    "data in a run": (
+        ["-m", "data.text.prepare", "--out=run", "--input=own.txt"],
+        "out run holds a run (ckpt.pt); choose another folder",
+    ),
+    "an export in a run": (
+        ["-m", "run.checkpoint", "export", "--ckpt=run", "--to=run"],
+        "to run holds a run (ckpt.pt); choose another folder",
     ),
 }
 GOOD = {"sample": (["sample.py", "--ckpt=run", "--template=the ___5 on"], "---- sample 4: ")}
@@ -215,7 +226,14 @@ BAD = {
     "zero init": ([*TRAIN, "--zero_init=yes"], "unknown zero_init 'yes'"),
     "size": ([*TRAIN, "--size=18M"], "unknown size '18M'"),
     "vocabulary": ([*TRAIN, "--vocab_size=9"], "vocab_size comes from the data: data has "),
-    "a run among data": ([*TRAIN, "--out_dir=data"], "out_dir data holds prepared data"),
+    "a run among data": (
+        [*TRAIN, "--out_dir=data"],
+        "out_dir data holds prepared data (meta.json)",
+    ),
+    "a run among weights": (
+        [*TRAIN, "--out_dir=weights"],
+        "out_dir weights holds exported weights",
+    ),
     "a huge batch": ([*TRAIN, "--batch_size=1e9"], "batch_size must be at most 1048576"),
     "ema": ([*TRAIN, "--ema=1"], "ema must be in [0, 1), not 1"),
     "no layers": ([*TRAIN, "--n_layer=-1"], "n_layer must be 0 or more, not -1"),
@@ -328,7 +346,11 @@ BAD = {
     ),
     "a compiled cache": (
         [*SAMPLE, "--ckpt=causal", "--compile"],
-        "compile is for networks that are not causal",
+        "compile is for networks with attention=full",
+    ),
+    "samples over a checkpoint": (
+        [*SAMPLE, "--out=run/ckpt.pt"],
+        "out must be a file whose name ends with .jsonl, not run/ckpt.pt",
     ),
     "samples into a folder": ([*SAMPLE, "--out=data", "--steps=1"], "cannot write data"),
     # Evaluation

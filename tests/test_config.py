@@ -490,7 +490,7 @@ def test_help_says_what_can_be_set_and_runs_nothing(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["some/where/program.py", "--seed=1", "--help"])
     lib.program.run(None, settings)
     out, err = capsys.readouterr()
-    assert "usage: program.py [PRESET.py] [--key=value ...]" in out
+    assert "usage: program.py [PRESET.py ...] [--key=value ...]" in out
     assert help_text(settings) in out and err == ""
 
 

@@ -14,6 +14,7 @@ from conftest import ROOT
 from test_sample import network_of
 
 import config as settings
+import evaluate
 import model as network
 import sample as decoding
 from config import UserError
@@ -296,7 +297,7 @@ def test_without_a_terminal_stdin_is_read_only_if_it_is_named(checkpoints):
 
 def test_without_a_prompt_a_model_of_examples_says_what_it_wants(checkpoints, tmp_path):
     words = [f"--ckpt={checkpoints['examples']}", "--device=cpu"]
-    for wish in ([], ["--num_samples=4"], [f"--out={tmp_path}/x"]):  # they would be blank
+    for wish in ([], ["--num_samples=4"], [f"--out={tmp_path}/x.jsonl"]):  # they would be blank
         with pytest.raises(UserError, match="this model answers prompts: give --prompt="):
             decoding.main(settings.parse([*words, *wish], *decoding.MODULES))
     words += ["--num_samples=2", "--prompt="]  # who says so gets free samples
@@ -334,6 +335,16 @@ def test_a_model_of_examples_answers_as_measured_best_unless_it_is_told_otherwis
         options = options_seen.pop()
         assert tuple(options[key] for key in keys) == wanted and len(records) == n
         assert len(records[0]["tokens"]) == (BLOCK if kind == "text" else 9)
+
+
+def test_from_python_a_command_takes_the_keys_that_differ(checkpoints):
+    keys = {"ckpt": str(checkpoints["examples"]), "device": "cpu", "prompt": "ab"}
+    (record,) = decoding.main(keys)
+    assert record == command(checkpoints["examples"])[0]
+    with pytest.raises(UserError, match="unknown key promt; did you mean 'prompt'"):
+        decoding.main({"ckpt": keys["ckpt"], "promt": "ab"})
+    text = {"ckpt": str(checkpoints["text"]), "device": "cpu", "text": "ab", "draws": 2}
+    assert evaluate.main(text)["draws"] == 2
 
 
 def test_an_answer_ends_behind_the_text_that_is_given_and_never_in_a_gap_before_it(checkpoints):

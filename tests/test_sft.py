@@ -402,6 +402,9 @@ def test_evaluate_finds_the_bound_of_the_run_on_the_held_out_answers(
     for key in ("nats_per_token", "bits_per_byte", "tokens"):
         assert bound[key] == pytest.approx(result[key], rel=1e-12)
     assert "10 answers in examples of 14, given their prompts" in capsys.readouterr().out
+    for word in ("--block_size=10", "--protocol=radd"):  # they would change nothing
+        with pytest.raises(UserError, match="is for text; these are examples; leave it out"):
+            evaluate.main(settings.parse([*argv, word], *evaluate.MODULES))
 
 
 @pytest.mark.parametrize("objective", ["any_order", "ar"])

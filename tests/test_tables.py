@@ -209,6 +209,33 @@ def row_of(draw, factor=1.0):
     return mask, factor * weight
 
 
+def counts_all(draw):  # visible tokens, too
+    return evaluate.any_order(draw)[0], (draw.position >= 0).double()
+
+
+def of_three(draw):  # right for answers of three tokens alone
+    mask, weight = evaluate.any_order(draw)
+    return mask, weight * 3 / (draw.position >= 0).sum(1, keepdim=True)
+
+
+def too_little(u, noise, n, schedule):
+    mask, weight = diffusion.any_order(u, noise, n, schedule)
+    return mask, weight * 3 / n
+
+
+def never(u, noise, n, schedule):
+    return noise < u[:, None], float("nan") * u
+
+
+class Leaving(samplers.FixedOrder):
+    """A policy that ends one call too early."""
+
+    def __init__(self, masked, o):
+        step = torch.arange(masked.shape[1]).expand(masked.shape)  # (N, L)
+        super().__init__(torch.where(masked, step, -1), o["seed"])
+        self.nfe -= 1
+
+
 class Lazy(samplers.Adaptive):
     """A policy that never unmasks a token."""
 
@@ -223,14 +250,16 @@ O, E = diffusion.Objective, evaluate.Estimator
 LACKING = [
     ("SCHEDULES", lambda t: t**2, "gives no pair (m(t), m'(t)): the slope m' is missing"),
     ("SCHEDULES", lambda t: (t**2, t), "has m'(0.01) = 0.01, but m grows by 0.02 there"),
-    ("SCHEDULES", lambda t: (t, 1.0), "must give m and m' in the shape of t"),
+    ("SCHEDULES", lambda t: (t, 1.0), "must give m and m' in the shape and dtype of t"),
+    ("SCHEDULES", lambda t: (t.float(), torch.ones(len(t))), "must give m and m' in the shape and"),
     ("SCHEDULES", lambda t: (t / 2, torch.ones_like(t) / 2), "must grow from m(0) = 0 to m(1) = 1"),
     ("SCHEDULES", lambda t: (1 - t, -torch.ones_like(t)), "must grow from m(0) = 0 to m(1) = 1"),
     ("SCHEDULES", lambda: 0, "fails with TypeError"),
     ("SCHEDULES", None, "fails with TypeError"),
     ("ORDERS", lambda noise, place, coin, p: coin, "must give one number for each position"),
     ("ORDERS", lambda noise, place, coin, p: place.log(), "gives numbers that are not finite"),
-    ("ORDERS", lambda noise, place, coin, p: noise > 0.5, "must give one number for each position"),
+    ("ORDERS", lambda noise, place, coin, p: noise > 0.5, "must give floating-point numbers to"),
+    ("ORDERS", lambda noise, place, coin, p: (10 * noise).long(), "must give floating-point"),
     ("ORDERS", lambda noise: noise, "fails with TypeError"),
     ("OBJECTIVES", O(twice), "gives no bound: of 3 tokens 1, 2, 3 masked ones count 1.02"),
     ("OBJECTIVES", O(without_slope), "gives no bound: of 3 tokens"),
@@ -268,7 +297,18 @@ LACKING = [
     ("LR_DECAYS", lambda done: 2 - done, "must give parts from 0 to 1, not [2.0, 1.5, 1.0]"),
     ("LR_DECAYS", lambda: 1.0, "fails with TypeError"),
     ("ESTIMATORS", E(lambda draw: row_of(draw, 2.0)), "gives no bound: of 3 tokens 1, 2, 3 masked"),
-    ("ESTIMATORS", E(lambda draw: row_of(draw)[1]), "fails with "),
+    ("ESTIMATORS", E(lambda draw: row_of(draw)[1]), "gives no pair (mask, weight): the weight is"),
+    ("ESTIMATORS", E(lambda draw: row_of(draw, float("nan"))), "gives weights that are not finite"),
+    ("ESTIMATORS", E(counts_all), "gives a weight to tokens that are not masked"),
+    ("ESTIMATORS", E(of_three), "gives no bound: of 2 tokens 1, 2 masked ones count"),
+    (
+        "ESTIMATORS",
+        E(order=evaluate.along("uniform"), exact=True),
+        "draws its orders, so it is not exact",
+    ),
+    ("OBJECTIVES", diffusion.Objective(never), "gives weights that are not finite"),
+    ("OBJECTIVES", diffusion.Objective(too_little), "gives no bound: of 2 tokens 1, 2 masked ones"),
+    ("SAMPLERS", lambda masked, o: Leaving(masked, o), "must unmask all, but leaves positions"),
     (
         "ESTIMATORS",
         E(lambda draw: (row_of(draw)[0], draw.u)),

@@ -24,7 +24,7 @@ import model as network
 import sample
 import samplers
 from config import plural, require
-from lib.files import to_json, whole_file
+from lib.files import check_ending, to_json, whole_file
 from lib.text import text_or_file
 from lib.watch import token_text
 from run.subject import load_subject
@@ -152,6 +152,7 @@ def html(data, code):
 def main(config):
     """Write the page and print its path and size."""
     require(not config["out"], "the page goes to --page=FILE, not to --out")
+    check_ending("page", config["page"], ".html")
     data = made(config, recorded if config["trace"] else with_weights)
     ckpt = Path(config["ckpt"])
     path = Path(config["page"] or (ckpt if ckpt.is_dir() else Path()) / "page.html")

@@ -16,7 +16,7 @@ from html import escape
 import sample
 from config import plural
 from lib import program
-from lib.files import whole_file
+from lib.files import check_ending, whole_file
 from view import page
 
 DEFAULTS = {
@@ -120,6 +120,7 @@ def draw(trace, o):
 
 def main(config):
     """Draw a sample and write its picture."""
+    check_ending("svg", config["svg"], ".svg")
     trace = page.made(config | {"num_samples": 1}, page.recorded)
     with whole_file(config["svg"]) as path:
         Path(path).write_text(draw(trace, config), encoding="utf8")
