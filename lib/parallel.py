@@ -220,7 +220,7 @@ def prepare_for_training(loss_fn, config, team):
     if compiled and team.rank == 0:
         print("compiling the network: the first steps wait for it, on a CPU up to two minutes")
     sharded = is_sharded(model.embed.weight)
-    check = team.device.type == "cpu" and not (sharded or config["dropout"])
+    check = team.device.type == "cpu" and not (sharded or model.blocks[0].drop.p)
     for block in model.blocks:
         forward = block.forward
         if config["recompute"]:
