@@ -153,7 +153,10 @@ def say_changes(config, state):
 def starting_point(config, path):
     """(state, its name) of the checkpoint `path` or of init_from; (None, "") for a new network."""
     if config["resume"] and path.is_file():
-        return checkpoint.read(path), path
+        try:
+            return checkpoint.read(path), path
+        except UserError as error:
+            raise UserError(f"{error}; {ANEW}") from None
     older = checkpoint.kept_beside(path) if config["resume"] else {}
     if older:
         advice = f"copy {older[max(older)]} to {path} to resume, or {ANEW}"

@@ -111,7 +111,7 @@ REAL = {
         ["train.py", *TRAIN[1:], "--batch_size=many"],
         "--batch_size must be a whole number, not 'many'",
     ),
-    "damaged checkpoint": (["train.py", *TRAIN[1:], "--out_dir=cut"], "cut/ckpt.pt is damaged"),
+    "damaged checkpoint": (["train.py", *TRAIN[1:], "--out_dir=cut"], "with --resume=False, which"),
     "long prompt": (
         ["sample.py", "--ckpt=run", f"--prompt={TEXT}"],
         f"prompt and suffix are {len(TEXT)} tokens",
