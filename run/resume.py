@@ -156,7 +156,7 @@ def starting_point(config, path):
         try:
             return checkpoint.read(path), path
         except UserError as error:
-            raise UserError(f"{error}; {ANEW}") from None
+            raise UserError(f"{error}{', or' if '; ' in str(error) else ';'} {ANEW}") from None
     older = checkpoint.kept_beside(path) if config["resume"] else {}
     if older:
         advice = f"copy {older[max(older)]} to {path} to resume, or {ANEW}"

@@ -38,7 +38,7 @@ from config import UserError
 from data import loader, writer
 from data.tokenizer import Char
 from experiments import results, survive, two_hosts
-from lib.parallel import Team
+from lib.parallel import ANEW, Team
 from run import checkpoint, resume
 from run.budget import Clock
 from run.log import Log
@@ -192,7 +192,7 @@ def test_a_damaged_checkpoint_is_one_line_that_names_the_one_to_resume(damage, d
     run(data, parts, **keys)
     path, before = parts / "ckpt.pt", parts / "ckpt_9.pt"
     path.write_bytes(DAMAGES[damage](path.read_bytes()))  # and with it ckpt_12.pt, the same file
-    advice = f"copy {before} over it to resume from there"
+    advice = f"copy {before} over it to resume from there, or {ANEW}"
     assert refusal(data, parts, **keys) == f"{path} is damaged, or not a checkpoint; {advice}"
     shutil.copy(before, path)
     run(data, parts, **keys)
