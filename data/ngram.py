@@ -38,7 +38,7 @@ def words(nats, of_model):
     shown = ", ".join(f"{name} {value:.4f}" for name, value in nats.items())
     method = "Witten-Bell, counted on the training text"
     is_worse = of_model > min(nats.values())
-    longer = "train it longer (--max_minutes=), or take best.pt where it has read too often"
+    longer = "train it longer (--max_minutes=), or less, if it has read its text too often"
     advice = f"; the model is worse: {longer}" if is_worse else ""
     return f"n-gram baseline on all of val ({method}): {shown} nats per token{advice}"
 

@@ -66,7 +66,9 @@ def with_dial(config, dataset, team):
         reason = f" (for {' or '.join(ends)}{if_busy()}; {repeat})"
     chosen = filled(config)
     if team.rank == 0 and any(config[key] == 0 for key in dial):
-        shown = ", ".join(f"{key} {chosen[key]:.3g}" for key in dial)
+        numbers = {key: chosen[key] for key in dial[:-1]}
+        numbers["learning_rate"] = f"{chosen['learning_rate']:.3g}"
+        shown = ", ".join(f"{key} {number}" for key, number in numbers.items())
         depth = f"depth {config['depth']}: " if config["depth"] else ""
         print(f"{depth}{shown}{reason}")
     return chosen

@@ -74,9 +74,11 @@ def in_its_order(config, subject, key, table):
     Says so if the network learnt an order that the table does not have.
     """
     own, order = order_of(key, subject.trained, table), subject.trained.get("order", "uniform")
-    if subject.trained.get("attention") == "order" and order != "uniform" and not own:
+    chosen = key in config.get("user_keys", (key,))
+    in_order = subject.trained.get("attention") == "order" and order != "uniform"
+    if in_order and not (own or chosen):
         print(f"it is asked in uniform orders, but learnt '{order}', which has no {key} of its own")
-    return config if key in config.get("user_keys", (key,)) else config | own
+    return config if chosen else config | own
 
 
 def sampler_of(model, name):

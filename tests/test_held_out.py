@@ -9,7 +9,7 @@ from test_train import MODULES, TINY, log, refusal, run, same
 import config as settings
 import evaluate
 import train
-from config import parse
+from config import UserError, parse
 from data import examples, loader, tokenizer, writer
 from data.pairs import prepare as pairs
 from data.text import prepare as text
@@ -56,6 +56,22 @@ def test_the_end_of_a_short_text_is_held_out_and_nothing_is_lost(characters, tmp
     assert squeeze(learnt + held) == squeeze(whole), "one piece, the last one"
     assert 0.025 * characters <= len(held) <= 0.05 * characters
     assert held.startswith("The "), "it begins a sentence"
+
+
+def test_files_of_other_kinds_in_a_folder_are_left_out_and_counted(tmp_path, capsys):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for name in ("a.md", "b.py", ".hidden.md"):
+        (folder / name).write_text(prose(3000))
+    with pytest.raises(UserError, match="holds no text: 2 files of other kinds") as refused:
+        prepared(tmp_path, "", input=folder)
+    assert str(refused.value).endswith(f"left out; known kinds: {', '.join(text.KINDS)}")
+    (folder / "c.txt").write_text(prose(3000))
+    learnt, _ = prepared(tmp_path, "", input=folder)
+    assert len(learnt) > 2900
+    assert f"2 files of other kinds (as {folder}/a.md) left out" in capsys.readouterr().out
+    prepared(tmp_path, prose(3000))
+    assert "other kinds" not in capsys.readouterr().out
 
 
 def test_of_one_document_on_one_line_the_end_is_held_out(tmp_path):

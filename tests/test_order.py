@@ -331,6 +331,8 @@ def test_a_network_that_learnt_one_order_is_asked_in_that_order(folder, tmp_path
     ask[0] = f"--ckpt={tmp_path / 'near'}"
     evaluate.main(settings.parse(ask, *evaluate.MODULES))
     assert "but learnt 'local', which has no estimator of its own" in capsys.readouterr().out
+    evaluate.main(settings.parse([*ask, "--estimator=left_to_right"], *evaluate.MODULES))
+    assert "asked in uniform orders" not in capsys.readouterr().out  # the user has said how
 
 
 def test_a_batch_of_examples_has_prompts_first_and_counts_what_follows(folder):

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file, t
 
 import itertools
 
-from config import require
+from config import plural, require
 from data import tokenizer, writer
 from lib import program
 from lib.files import opened
@@ -43,12 +43,24 @@ def find(item):
     path = Path(item)
     require(path.exists(), f"no file or folder {item}")
     if path.is_dir():
-        files = (file for file in path.rglob("*") if file.name.lower().endswith(KINDS))
-        shown = (file for file in files if not is_hidden(file.relative_to(path)))
-        return sorted(file for file in shown if file.is_file())
+        return sorted(file for file in in_folder(path) if file.name.lower().endswith(KINDS))
     advice = f"known kinds: {', '.join(KINDS)}"
     require(path.name.lower().endswith(KINDS), f"cannot tell what {item} holds; {advice}")
     return [path]
+
+
+def in_folder(path):
+    """All files in a folder and its folders, but for hidden ones."""
+    files = (file for file in path.rglob("*") if file.is_file())
+    return (file for file in files if not is_hidden(file.relative_to(path)))
+
+
+def other_kinds(item):
+    """The end of a message: how many files of other kinds are in a folder; "" if none are."""
+    path = Path(item)
+    others = [] if path.is_file() else [*{*in_folder(path)} - {*find(item)}]
+    names = f"{plural(len(others), 'file')} of other kinds (as {min(others)})" if others else ""
+    return f"{names} left out; known kinds: {', '.join(KINDS)}" if names else ""
 
 
 def is_hidden(path):
@@ -99,7 +111,8 @@ def documents(items):
             for text in read(path):
                 empty = False
                 yield text
-        require(not empty, f"{item} holds no text")
+        rest = other_kinds(item)
+        require(not empty, f"{item} holds no text{': ' if rest else ''}{rest}")
 
 
 def split(texts, val_fraction):
@@ -144,6 +157,8 @@ def main(config):
     pairs = itertools.chain(pairs, (("val", text) for text in documents(val)))
     meta = writer.prepare(config["out"], pairs, vocabulary, workers, block_size=L)
     print(writer.summary(config["out"], meta))
+    for rest in filter(None, map(other_kinds, [*items, *val])):
+        print(rest)
     writer.say_unheld(config["out"], meta, 0 if val else config["val_fraction"])
 
 
