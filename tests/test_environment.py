@@ -324,22 +324,32 @@ def test_kernels_that_a_killed_compiler_left_empty_are_deleted(tmp_path, monkeyp
 # ---- Processors ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("has_it", "speed"), [(True, 4.0), (True, 0.5), (False, 4.0)])
-def test_bfloat16_is_chosen_where_the_processor_has_it_and_is_faster_with_it(
-    has_it, speed, monkeypatch
+@pytest.mark.parametrize(
+    ("avx512", "amx", "maker", "dtype"),
+    [
+        (False, False, "AuthenticAMD", "float32"),
+        (True, False, "AuthenticAMD", "bfloat16"),
+        (True, False, "GenuineIntel", "float32"),
+        (True, True, "GenuineIntel", "bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("system", ["linux", "windows"])
+def test_bfloat16_is_chosen_where_the_processor_is_faster_with_it(
+    avx512, amx, maker, dtype, system, monkeypatch
 ):
-    def flops(_, autocast, seconds):
-        with autocast():
-            return speed if torch.is_autocast_enabled("cpu") else 1.0
+    def read_text(path, *_):
+        if system == "windows":
+            raise FileNotFoundError(path)
+        return f"processor : 0\nvendor_id : {maker}\n"
 
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_it)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    monkeypatch.setattr(device, "matmul_flops", flops)
-    device.bfloat16_is_faster.cache_clear()
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(device.Path, "read_text", read_text)
+    monkeypatch.setattr(device.platform, "processor", lambda: f"Family 6, {maker}")
+    device.is_by_intel.cache_clear()
     _, autocast = device.machine(settings.DEFAULTS | {"device": "cpu"})
-    device.bfloat16_is_faster.cache_clear()
-    name = "bfloat16" if has_it and speed > 1 else "float32"
-    assert device.dtype_name(autocast, torch.device("cpu")) == name
+    device.is_by_intel.cache_clear()
+    assert device.dtype_name(autocast, torch.device("cpu")) == dtype
 
 
 # ---- File systems without hard links -------------------------------------------------------------
