@@ -106,9 +106,8 @@ def read(path):
     try:
         state = unpickle(file)
     except UserError as error:
-        older = sorted(kept_beside(file).items())
-        others = [copy for _, copy in older if not os.path.samefile(copy, file)]
-        advice = f"; copy {others[-1]} over it to resume from there" if others else ""
+        others = {k: f for k, f in kept_beside(file).items() if not os.path.samefile(f, file)}
+        advice = f"; copy {others[max(others)]} over it to resume from there" if others else ""
         raise UserError(f"{error}{advice}") from None
     require(is_ours(state), f"{file} is not a checkpoint of train.py: it has no config and model")
     state = {"tokenizer": None, "ema": None} | dict.fromkeys(COUNTS, 0.0) | state
@@ -129,8 +128,7 @@ def check_parts(state, file):
     message = f"{file}: no run can be resumed from its"
     require(type(step) is int and step >= 0, f"{message} step")
     for key in COUNTS:
-        count = state[key]
-        require(type(count) is float and 0 <= count < math.inf, f"{message} {key}")
+        require(type(state[key]) is float and 0 <= state[key] < math.inf, f"{message} {key}")
     is_text = meta is None or is_dict(meta, str, lambda value: isinstance(value, str))
     require(is_text, f"{message} tokenizer")
     require(are_weights(state["model"]), f"{message} model")
