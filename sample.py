@@ -314,7 +314,7 @@ def open_model(config):
     subject = subjects.load_subject(config, reads_text=True)
     if subject.causal:
         subjects.check_causal(config)
-    elif config["compile"]:
+    elif config["compile"] and subject.model.config["attention"] == "full":
         compiled.compile_hidden(subject.model, subject.model.device)
     return subject
 

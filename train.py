@@ -330,7 +330,7 @@ def one_sample(config, model, tokenizer, val, team):
 # ---- 4. The recipe -------------------------------------------------------------------------------
 def main(config):
     """Train -> the dict of the last evaluation, or None. Raises UserError for a bad config."""
-    config = settings.completed(settings.well_spelled(config, *MODULES), *MODULES)
+    config = settings.whole(config, *MODULES)
     team = parallel.join(config)
     with resume.locked_out_dir(config, team):  # a second run with this out_dir is refused
         return train(config, team)

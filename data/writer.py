@@ -32,7 +32,7 @@ from tqdm import tqdm
 from config import UserError, plural, require
 from data import loader
 from data import tokenizer as tokenizers
-from lib.files import check_kind, only_one, set_aside, to_json, whole_file, writing
+from lib.files import only_one, set_aside, to_json, whole_file, writing
 
 SHARD = 100_000_000  # tokens per shard, except the last
 FEW = 1000  # documents or prompts: of so few, a hash may hold out none or far too many
@@ -132,8 +132,7 @@ def replacing(folder):
     Raises UserError if the system cannot write or another program is preparing the folder.
     """
     building = Path(folder, ".preparing")
-    check_kind("out", folder, "meta.json")
-    with only_one(folder, "out"), writing(folder):
+    with only_one(folder, "out", "meta.json"), writing(folder):
         try:
             shutil.rmtree(building, ignore_errors=True)  # what a killed run left
             building.mkdir()

@@ -353,10 +353,8 @@ def main(config):
         title = f"Training step, V = {V}, batch {B} x 256, 6 layers of 256"
         rows_of = report(title, rows)
         best = max(rows, key=lambda row: row["tokens_per_second"])
-        figures |= {
-            f"train_{kind}_ratio": best["ratio"],
-            f"train_{kind}_mfu": best["of_bf16_limit"],
-        }
+        figures[f"train_{kind}_ratio"] = best["ratio"]
+        figures[f"train_{kind}_mfu"] = best["of_bf16_limit"]
         figures[f"train_{kind}_ratio_float32"] = rows_of[FLOAT32]["ratio"]
         figures[f"train_{kind}_ratio_kept"] = best["ratio"] / rows_of[KEPT]["ratio"]
         figures[f"train_{kind}_memory_ratio"] = best["memory_mib"] / max(1, rows[0]["memory_mib"])

@@ -124,13 +124,17 @@ def compiled_row_loss(device):
 # ---- Whether it computes the same ----------------------------------------------------------------
 
 
-def trusted(fast, plain, same=None):
+def same_results(fast, plain, *arguments, **keys):
+    """Whether two functions return the same tensor or tensors, up to rounding."""
+    return equal(fast(*arguments, **keys), plain(*arguments, **keys))
+
+
+def trusted(fast, plain, same=same_results):
     """`fast` if its first results are those of `plain`, else `plain`, which a line says.
 
-    same: (fast, plain, *arguments, **keys) -> whether they are; by default, whether they return
-    the same.
+    same: (fast, plain, *arguments, **keys) -> whether they are.
     """
-    same, chosen = same or same_results, []
+    chosen = []
 
     def function(*arguments, **keys):
         if not chosen:
@@ -141,11 +145,6 @@ def trusted(fast, plain, same=None):
         return chosen[0](*arguments, **keys)
 
     return function
-
-
-def same_results(fast, plain, *arguments, **keys):
-    """Whether two functions return the same tensor or tensors, up to rounding."""
-    return equal(fast(*arguments, **keys), plain(*arguments, **keys))
 
 
 def same_gradients(block, fast, plain, h, *arguments, **keys):

@@ -177,13 +177,15 @@ def sweep(folder, *names):
 
 
 @contextlib.contextmanager
-def only_one(folder, key):
+def only_one(folder, key, file):
     """Keep other programs out of `folder` during the block; yields whether it is locked.
 
+    Raises UserError if it holds another kind of thing than `file` marks (check_kind).
     The file folder/.lock names its owner. The operating system locks it and releases the lock when
     the process ends, however it ends. Raises UserError, which suggests another --key=, while
     another program holds the folder. Without locks (some network drives) it warns and goes on.
     """
+    check_kind(key, folder, file)
     path = Path(folder, ".lock")
     with contextlib.ExitStack() as held:
         with writing(path):

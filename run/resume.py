@@ -95,11 +95,11 @@ def locked_out_dir(config, team):
     """
     refused = ""
     require(config["out_dir"], "say where the run is kept: --out_dir=FOLDER")
-    files.check_kind("out_dir", config["out_dir"], "ckpt.pt")
     with contextlib.ExitStack() as held:
         try:
             folder = Path(config["out_dir"])
-            if team.rank == 0 and held.enter_context(files.only_one(folder, "out_dir")):
+            lock = files.only_one(folder, "out_dir", "ckpt.pt")
+            if team.rank == 0 and held.enter_context(lock):
                 files.sweep(folder, "*.pt", "log.jsonl", "trace.json")
         except UserError as error:
             refused = str(error)

@@ -135,7 +135,7 @@ def second_start():
     from config import UserError
     from lib.files import only_one
 
-    with only_one("out", "out_dir"):
+    with only_one("out", "out_dir", "ckpt.pt"):
         held = Path("out/.lock").read_text("utf8")  # can be read while it is locked
         try:
             train("--max_iters=8")

@@ -71,7 +71,7 @@ def reads(out):
 
 def test_a_second_start_of_several_processes_is_refused_in_all(data, tmp_path):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    with only_one(tmp_path, "out_dir"):
+    with only_one(tmp_path, "out_dir", "ckpt.pt"):
         with process(*launch, "train.py", *words(data, tmp_path)) as both:
             _, err = both.communicate(timeout=120)
     assert both.returncode == 1
@@ -95,7 +95,7 @@ def test_one_process_gets_a_folder_however_many_want_it_at_a_time(tmp_path):
     def want():
         for _ in range(50):
             try:
-                with only_one(tmp_path / "new", "out"):
+                with only_one(tmp_path / "new", "out", "meta.json"):
                     inside.append(1)
                     most.append(len(inside))
                     inside.pop()
@@ -120,9 +120,12 @@ def test_a_lock_file_that_was_taken_away_while_it_was_opened_is_no_lock(tmp_path
         return seen.append(real(file, wait)) or seen[-1]
 
     monkeypatch.setattr(files, "lock", lock)
-    with only_one(tmp_path, "out_dir"):
+    with only_one(tmp_path, "out_dir", "ckpt.pt"):
         monkeypatch.undo()
-        with pytest.raises(UserError, match="in use by process"), only_one(tmp_path, "out_dir"):
+        with (
+            pytest.raises(UserError, match="in use by process"),
+            only_one(tmp_path, "out_dir", "ckpt.pt"),
+        ):
             pass
     assert len(seen) == 2
 

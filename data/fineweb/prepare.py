@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from config import UserError, choose, plural, require
 from data import download, loader, tokenizer, writer
-from lib.files import check_kind, only_one, to_json, whole_file, writing
+from lib.files import only_one, to_json, whole_file, writing
 
 DEFAULTS = {
     "shards": 10,  # shards of training text, 200 MB each; one more is held out; 1 or more
@@ -178,8 +178,7 @@ def main(config):
     gpt2 = tokenizer.build("gpt2", [])
     table = gpt2.table[: gpt2.vocab_size]
     lengths = np.array([len(text) if i != EOT else 0 for i, text in enumerate(table)])  # (V,)
-    check_kind("out", folder, "meta.json")
-    with only_one(folder, "out"), writing(folder):
+    with only_one(folder, "out", "meta.json"), writing(folder):
         try:
             there = whole_shards(folder, repo)
             message = f"{folder} has {plural(len(there.keys() - names), 'shard')} more than {n}"
