@@ -276,10 +276,14 @@ def completed(config, *modules):
 
 
 def whole(config, *modules):
-    """A config made in Python like that of a command, of which it need not have all keys."""
+    """A config made in Python like that of a command, of which it need not have all keys.
+
+    The user has set the keys that are there; if all are, those that differ from their defaults.
+    """
     defaults = defaults_of(modules)
-    changed = {key: key for key, value in config.items() if value != defaults.get(key)}
-    config = {"user_keys": changed} | config
+    has_all = config.keys() >= defaults.keys()
+    keys = [key for key in config if not has_all or config[key] != defaults.get(key)]
+    config = {"user_keys": dict(zip(keys, keys, strict=True))} | config
     return completed(well_spelled(config, *modules), *modules)
 
 

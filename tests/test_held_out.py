@@ -74,6 +74,16 @@ def test_files_of_other_kinds_in_a_folder_are_left_out_and_counted(tmp_path, cap
     assert "other kinds" not in capsys.readouterr().out
 
 
+def test_a_file_that_is_named_twice_is_read_once(tmp_path):
+    folder = tmp_path / "notes" / "old"
+    folder.mkdir(parents=True)
+    for path, start in ((folder.parent / "a.txt", 0), (folder / "b.txt", 4000)):
+        path.write_text(prose(8000)[start : start + 4000])
+    once = prepared(tmp_path, "", input=folder.parent)
+    for second in (folder.parent, folder, folder / "b.txt"):
+        assert prepared(tmp_path, "", input=f"{folder.parent},{second}") == once
+
+
 def test_of_one_document_on_one_line_the_end_is_held_out(tmp_path):
     learnt, held = prepared(tmp_path, json.dumps({"text": prose(20_000)}), name="own.jsonl")
     assert 500 <= len(held) <= 1000 and len(learnt) >= 19_000

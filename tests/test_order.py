@@ -326,6 +326,9 @@ def test_a_network_that_learnt_one_order_is_asked_in_that_order(folder, tmp_path
     assert decoding.with_defaults(config, subject)["sampler"] == "right_to_left"
     config = settings.parse([*ask[:3], "--sampler=euler"], *decoding.MODULES)
     assert decoding.with_defaults(config, subject)["sampler"] == "euler"
+    few = {"ckpt": str(out), "device": "cpu", "dtype": "float32", "sequences": 8}
+    for keys, wanted in ((few, own), (few | {"estimator": "any_order"}, other)):  # its default
+        assert evaluate.main(keys)["nats_per_token"] == pytest.approx(wanted)
     train.main(config_of(folder, tmp_path / "near", "--order=local", "--max_iters=1"))
     assert "of uniform orders, not of its own, local" in capsys.readouterr().out
     ask[0] = f"--ckpt={tmp_path / 'near'}"

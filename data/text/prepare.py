@@ -104,10 +104,15 @@ def read(path):
 
 
 def documents(items):
-    """All documents of all items; UserError for an item without any."""
+    """All documents of all items, each file once; UserError for an item without any."""
+    seen = set()
     for item in items:
         empty = True
         for path in find(item):
+            if path.resolve() in seen:  # read twice, a part of it could be held out and learnt
+                empty = False
+                continue
+            seen.add(path.resolve())
             for text in read(path):
                 empty = False
                 yield text
