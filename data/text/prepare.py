@@ -162,7 +162,7 @@ def main(config):
     pairs = itertools.chain(pairs, (("val", text) for text in documents(val)))
     meta = writer.prepare(config["out"], pairs, vocabulary, workers, block_size=L)
     print(writer.summary(config["out"], meta))
-    for rest in filter(None, map(other_kinds, [*items, *val])):
+    for rest in dict.fromkeys(filter(None, map(other_kinds, [*items, *val]))):
         print(rest)
     writer.say_unheld(config["out"], meta, 0 if val else config["val_fraction"])
 
